@@ -1,0 +1,35 @@
+# Two commands for everybody: `make train` and `make test`. Both make the environment first, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEPENDENCIES := pyproject.toml constraints.txt
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+
+.PHONY: train test check clean
+
+# Two ResNet-20, co-trained with MFEF on the embedded digits: 10 epochs.
+train: $(VENV)/.core
+	$(BIN)/codistill train mfef --networks resnet20 resnet20 --data digits --epochs 10 --batch-size 64
+
+test: check
+	$(BIN)/python -m pytest
+
+# Style and types.
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: $(DEPENDENCIES) | $(BIN)/python
+	$(PIP_INSTALL) .
+	@touch $@
+
+$(VENV)/.dev: $(DEPENDENCIES) | $(BIN)/python
+	$(PIP_INSTALL) '.[dev]'
+	@touch $(VENV)/.core $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

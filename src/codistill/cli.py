@@ -1,0 +1,302 @@
+"""The command line: `codistill train | evaluate | predict | export | list`; commands without logic."""
+
+import dataclasses
+import errno
+import inspect
+import json
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from codistill.config import RunConfig, default_config, parse_flags, read_recipe, setting_names, unknown_option
+from codistill.data import DATASETS
+from codistill.errors import CodistillError, UsageError
+from codistill.methods import METHODS
+from codistill.networks import NETWORKS
+from codistill.registry import near_matches
+
+USAGE = """\
+usage: codistill COMMAND ...
+
+  train [METHOD] --networks A B .. --data NAME   train students together, in a new run folder
+  evaluate RUN                                   score every predictor of a run on its test set
+  predict FILE_OR_RUN IMAGE ..                   name the classes of images
+  export RUN --predictor student0 --format onnx  write one predictor as one file, and check it
+  list                                           methods, networks and data sets
+
+codistill COMMAND --help says more. --debug before the command shows tracebacks."""
+
+Checkpoint = Literal["last", "best"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Score every predictor of a run on its test set."""
+
+    run: tyro.conf.Positional[Path]
+    """The run folder."""
+    checkpoint: Checkpoint = "last"
+    """Weights of the last epoch or of the best one."""
+    data_dir: str | None = None
+    """Where the data set is now, if not where it was in training."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 or auto."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """Name the classes of images."""
+
+    model: tyro.conf.Positional[Path]
+    """A .safetensors or .onnx file that export wrote, or a run folder."""
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Image files."""
+    predictor: str | None = None
+    """Which predictor of a run. None: the student with the lowest error."""
+    top: int = 3
+    """How many classes to name for each image."""
+    json: bool = False
+    """Print JSON instead of text."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Write one predictor as one file, load it again and compare it with the run on test images."""
+
+    run: tyro.conf.Positional[Path]
+    """The run folder."""
+    predictor: str | None = None
+    """student0, student1, .., ensemble or fused. None: the student with the lowest error."""
+    format: Literal["safetensors", "onnx", "torch-export"] | None = None
+    """None: by the ending of --out."""
+    out: Path | None = None
+    """The file. None: RUN/exports/PREDICTOR with the format's ending."""
+    checkpoint: Checkpoint = "last"
+    """Weights of the last epoch or of the best one."""
+    data_dir: str | None = None
+    """Where the data set is now, if not where it was in training."""
+
+
+@dataclass(frozen=True)
+class ListOptions:
+    """Show methods, networks and data sets."""
+
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+def options(kind: type[T], arguments: Sequence[str], command: str) -> T:
+    """Parse the flags of a command.
+
+    Raises:
+        UsageError: In one line.
+    """
+    parsed, unknown = parse_flags(kind, arguments, None, command)
+    if unknown:
+        raise UsageError(unknown_option(unknown[0], (field.name for field in dataclasses.fields(kind)), command))  # type: ignore[arg-type]
+    assert isinstance(parsed, kind)
+    return parsed
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Train students together. Defaults are the method's; a recipe changes them, flags change the recipe."""
+
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]
+    out: Path | None = None
+    """The run folder. None: a new one below runs/."""
+    recipe: Path | None = None
+    """A TOML file of settings, or the config.json of a run to repeat."""
+
+
+def train_command(arguments: Sequence[str]) -> None:
+    """Run `codistill train`."""
+    rest = list(arguments)
+    named = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    recipe, from_recipe = recipe_of(rest)
+    if named and recipe and named != recipe:
+        raise UsageError(f"the recipe is for {recipe}, not for {named}: name one of them only")
+    method = named or recipe or "mfef"
+    default = TrainOptions(config=default_config(method))
+    command = f"codistill train {method}"
+    parsed, unknown = parse_flags(TrainOptions, [*from_recipe, *rest], default, command)
+    if unknown:
+        raise UsageError(unknown_option(unknown[0], [*setting_names(method), "out", "recipe"], command))
+    from codistill.train import train_from_config
+
+    train_from_config(parsed.config, parsed.out)
+
+
+def recipe_of(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Find --recipe among flags, and give the method and the flags that the file stands for."""
+    for index, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag == "--recipe":
+            path = value if equals else next(iter(arguments[index + 1 :]), "")
+            return read_recipe(Path(path))
+    return None, []
+
+
+def evaluate_command(arguments: Sequence[str]) -> None:
+    """Run `codistill evaluate`."""
+    chosen = options(EvaluateOptions, arguments, "codistill evaluate")
+    from codistill.evaluate import evaluate_run
+    from codistill.run import Run
+
+    scores = evaluate_run(Run(chosen.run), chosen.checkpoint, chosen.data_dir, chosen.device)
+    if chosen.json:
+        print(json.dumps({name: dataclasses.asdict(each) for name, each in scores.items()}, indent=2))
+        return
+    table = Table(title=f"{chosen.run}, {chosen.checkpoint} checkpoint: test set")
+    table.add_column("predictor")
+    for heading in ("top-1 error %", "top-5 error %", "NLL", "ECE %"):
+        table.add_column(heading, justify="right")
+    for name, each in scores.items():
+        table.add_row(name, f"{each.top1_error:.2f}", f"{each.top5_error:.2f}", f"{each.nll:.4f}", f"{each.ece:.2f}")
+    Console().print(table)
+
+
+def predict_command(arguments: Sequence[str]) -> None:
+    """Run `codistill predict`."""
+    chosen = options(PredictOptions, arguments, "codistill predict")
+    if not chosen.images:
+        raise UsageError("codistill predict: no images: name at least one file")
+    if chosen.top < 1:
+        raise UsageError(f"codistill predict: --top is {chosen.top}; it must be at least 1")
+    from codistill.classifier import load_classifier
+    from codistill.predict import predict
+
+    for each in predict(load_classifier(chosen.model, chosen.predictor), chosen.images, chosen.top):
+        ranked = list(zip(each.classes, each.probabilities, strict=True))
+        if chosen.json:
+            print(json.dumps({"image": str(each.image), "classes": dict(ranked)}))
+        else:
+            print(f"{each.image}: " + "  ".join(f"{name} {100 * share:.1f} %" for name, share in ranked))
+
+
+def export_command(arguments: Sequence[str]) -> None:
+    """Run `codistill export`."""
+    chosen = options(ExportOptions, arguments, "codistill export")
+    from codistill.export import export_predictor
+    from codistill.run import Run
+
+    done = export_predictor(
+        Run(chosen.run), chosen.predictor, chosen.out, chosen.format, chosen.checkpoint, chosen.data_dir
+    )
+    print(
+        f"ok: {done.path}: {done.predictor}, {done.parameters:,} parameters; loaded again and compared on "
+        f"{done.images} test images: logits differ by at most {done.difference:.2g}, "
+        f"top-1 agrees on {100 * done.agreement:.2f} %"
+    )
+
+
+def list_command(arguments: Sequence[str]) -> None:
+    """Run `codistill list`."""
+    chosen = options(ListOptions, arguments, "codistill list")
+    entries: dict[str, list[dict[str, Any]]] = {
+        "methods": [{"name": name, "summary": first_line(METHODS[name])} for name in METHODS],
+        "networks": [{"name": name, "summary": first_line(NETWORKS[name])} for name in NETWORKS],
+        "data": [{"name": name, "summary": first_line(DATASETS[name])} for name in DATASETS],
+    }
+    if chosen.json:
+        print(json.dumps(entries, indent=2))
+        return
+    for kind, members in entries.items():
+        table = Table(title=kind, title_justify="left", show_header=False, box=None)
+        for member in members:
+            table.add_row(member["name"], member["summary"])
+        Console().print(table)
+
+
+def first_line(plugin: object) -> str:
+    """Give the summary line of a plug-in's docstring."""
+    return (inspect.getdoc(plugin) or "").partition("\n")[0]
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train_command,
+    "evaluate": evaluate_command,
+    "predict": predict_command,
+    "export": export_command,
+    "list": list_command,
+}
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+def terminate(*_: object) -> None:
+    """Turn SIGTERM into an exception, so that what is open is closed."""
+    raise Terminated
+
+
+def run_command(arguments: Sequence[str]) -> None:
+    """Run a command line.
+
+    Raises:
+        CodistillError: What was wrong with it, or with what it met.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+    elif arguments[0] == "--version":
+        from codistill.run import VERSION
+
+        print(f"codistill {VERSION}")
+    elif arguments[0] in COMMANDS:
+        COMMANDS[arguments[0]](arguments[1:])
+    else:
+        raise UsageError(f"unknown command {arguments[0]!r}: {near_matches(arguments[0], COMMANDS)}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line and give its exit status; an error is one line on stderr.
+
+    Args:
+        arguments: Without the program's name; None: those of the process.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [each for each in given if each != "--debug"]
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        run_command(given)
+        return 0
+    except SystemExit as stop:  # --help of a command
+        return int(stop.code or 0)
+    except BaseException as error:
+        if debug:
+            raise
+        status, line = explain(error)
+        print(f"codistill: error: {line}", file=sys.stderr)
+        return status
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """Turn an error into an exit status and one line."""
+    import torch
+
+    line = " ".join(str(error).split())
+    match error:
+        case CodistillError():
+            return error.exit_status, line
+        case KeyboardInterrupt():
+            return 130, "interrupted; checkpoints up to the last completed epoch are kept"
+        case Terminated():
+            return 143, "terminated; checkpoints up to the last completed epoch are kept"
+        case torch.OutOfMemoryError() | MemoryError():
+            return 6, f"out of memory: use a smaller --batch-size or fewer or smaller --networks ({line[:200]})"
+        case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return 6, f"disk full: {line}: free some space; what was written before is kept"
+        case _:
+            return 1, f"bug: {type(error).__name__}: {line}: please report it with the output of --debug"

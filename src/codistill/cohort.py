@@ -1,0 +1,99 @@
+"""The students that train together, the trunk that they share, and what a forward pass gives."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from codistill.errors import UsageError
+from codistill.losses import mean_logits
+from codistill.networks import Network
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What one forward pass of a method gives.
+
+    Attributes:
+        logits: One [batch, classes] per student.
+        feature_maps: One [batch, channels, height, width] per student, before pooling and as the backbone makes it.
+        fused_logits: [batch, classes] of the fused classifier, where the method has one.
+    """
+
+    logits: tuple[Float[Tensor, "batch class"], ...]
+    feature_maps: tuple[Float[Tensor, "batch _channel _height _width"], ...]
+    fused_logits: Float[Tensor, "batch class"] | None = None
+
+    @property
+    def ensemble_logits(self) -> Float[Tensor, "batch class"]:
+        """Mean of the students' logits."""
+        return mean_logits(self.logits)
+
+
+class Cohort(nn.Module):
+    """Students that may share their low stages.
+
+    Sharing replaces the first stages of all students by the very modules of the first student, so each student stays
+    a complete network that can be called, counted and exported alone.
+
+    Args:
+        students: Networks; with a shared trunk they must be equal in the shared stages.
+        shared_stages: How many low stages to share. None: all but the last one where the students are equal, else none.
+
+    Raises:
+        UsageError: No student, the same object twice, or a trunk asked for that the students cannot share.
+    """
+
+    def __init__(self, students: Sequence[Network], shared_stages: int | None = None) -> None:
+        super().__init__()
+        if not students:
+            raise UsageError("a cohort needs at least one student")
+        if len({id(student) for student in students}) < len(students):
+            raise UsageError("a cohort got the same network object twice: build one network for each student")
+        self.students = nn.ModuleList(students)
+        self.shared_stages = self._trunk_length(students, shared_stages)
+        trunk = list(students[0].stages[: self.shared_stages])
+        for student in students[1:]:
+            student.stages = nn.ModuleList([*trunk, *student.stages[self.shared_stages :]])
+
+    @staticmethod
+    def _trunk_length(students: Sequence[Network], asked: int | None) -> int:
+        if len(students) == 1 or asked == 0:
+            return 0
+        if asked is None:
+            equal = all(layout(student.stages) == layout(students[0].stages) for student in students[1:])
+            return len(students[0].stages) - 1 if equal else 0
+        names = " + ".join(student.spec or type(student).__name__ for student in students)
+        shortest = min(len(student.stages) for student in students)
+        if not 0 <= asked <= shortest:
+            raise UsageError(f"cannot share {asked} stages of {names}: share between 0 and {shortest}")
+        for student in students[1:]:
+            if layout(student.stages[:asked]) != layout(students[0].stages[:asked]):
+                raise UsageError(f"cannot share {asked} stages of {names}: unlike networks share nothing (use 0)")
+        return asked
+
+    def feature_maps(
+        self, images: Float[Tensor, "batch channel height width"]
+    ) -> tuple[Float[Tensor, "batch _channel _height _width"], ...]:
+        """Compute the trunk once and each branch once; one feature map per student."""
+        for index in range(self.shared_stages):
+            images = self[0].stages[index](images)
+        return tuple(self[index].feature_map(images, self.shared_stages) for index in range(len(self)))
+
+    def __iter__(self) -> Iterator[Network]:
+        return (self[index] for index in range(len(self)))
+
+    def __len__(self) -> int:
+        return len(self.students)
+
+    def __getitem__(self, index: int) -> Network:
+        student = self.students[index]
+        assert isinstance(student, Network)
+        return student
+
+
+def layout(stages: nn.ModuleList) -> tuple[str, tuple[torch.Size, ...]]:
+    """Describe stages so that equal descriptions mean interchangeable modules: structure and tensor shapes."""
+    return repr(stages), tuple(tensor.shape for tensor in stages.state_dict().values())

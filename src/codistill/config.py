@@ -1,0 +1,261 @@
+"""A whole run as one frozen value: TOML recipes, JSON and command lines in, JSON out."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import math
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from codistill.data.augment import Augmentation, PaddingMode
+from codistill.data.dataset import Dataset
+from codistill.errors import UsageError
+from codistill.methods import METHODS, MethodSettings
+from codistill.registry import near_matches
+
+Precision = Literal["float32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How a method is trained, whatever it is; the defaults are MFEF's recipe."""
+
+    epochs: int = 300
+    """How often each training image is seen."""
+    batch_size: Annotated[int, tyro.conf.arg(aliases=("-b",))] = 128
+    """Images per step."""
+    drop_last: bool = False
+    """Leave out the last, smaller batch of an epoch (other images in each epoch)."""
+    learning_rate: Annotated[float, tyro.conf.arg(aliases=("--lr",))] = 0.1
+    """Initial learning rate of SGD."""
+    momentum: float = 0.9
+    """Momentum, from 0 to below 1."""
+    nesterov: bool = True
+    """Nesterov's form of momentum."""
+    weight_decay: Annotated[float, tyro.conf.arg(aliases=("--wd",))] = 1e-4
+    """L2 factor on all parameters of the students; a method's own modules may have another."""
+    milestones: tuple[int, ...] | None = None
+    """Epochs at which the learning rate is multiplied by learning_rate_decay. None: at 1/2 and 3/4 of the epochs."""
+    learning_rate_decay: float = 0.1
+    """Factor on the learning rate at each milestone."""
+    padding: int = 4
+    """Pixels around a training image before a random crop of its size; 0: no crop."""
+    padding_mode: PaddingMode = "zeros"
+    """What is in the padding: black, or the image reflected."""
+    flip: bool | None = None
+    """Mirror half of the training images. None: where the data set says that a mirrored image keeps its label."""
+    train_limit: int | None = None
+    """Use only the first so many training images of the seeded order."""
+    validation: int = 0
+    """Hold out so many training images, the last of the seeded order, to choose the best epoch by."""
+    seed: int = 0
+    """Seed of initial weights, order, crops, flips and splits."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, or auto: cuda where there is one."""
+    precision: Precision = "float32"
+    """float32, or bf16: autocast with float32 weights, batch statistics and losses."""
+    threads: int | None = None
+    """CPU threads. None: torch's choice. Results repeat to the last bit for one number of threads."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("epochs", 1, math.inf),
+            ("batch_size", 1, math.inf),
+            ("learning_rate_decay", 0, 1),
+            ("weight_decay", 0, 1),
+            ("padding", 0, math.inf),
+            ("train_limit", 1, math.inf),
+            ("validation", 0, math.inf),
+            ("seed", 0, 2**63 - 1),
+            ("threads", 1, math.inf),
+        ):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                bound = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+                raise UsageError(f"{name} is {value}; it must be {bound}")
+        if not 0 < self.learning_rate < math.inf:
+            raise UsageError(f"learning_rate is {self.learning_rate}; it must be a number above 0")
+        if not 0 <= self.momentum < 1:
+            raise UsageError(f"momentum is {self.momentum}; it must be from 0 to below 1")
+        steps = self.milestones or ()
+        if list(steps) != sorted(set(steps)) or any(not 0 < step < self.epochs for step in steps):
+            raise UsageError(f"milestones are {list(steps)}; they must rise and lie between 1 and epochs - 1")
+
+    @property
+    def learning_rate_steps(self) -> tuple[int, ...]:
+        """Epochs at which the learning rate falls."""
+        if self.milestones is not None:
+            return self.milestones
+        return math.ceil(self.epochs / 2), math.ceil(self.epochs * 3 / 4)
+
+    def augmentation(self, data: Dataset) -> Augmentation:
+        """Decide on crops and flips for a data set.
+
+        Raises:
+            UsageError: Reflection needs more pixels than the images have.
+        """
+        if self.padding_mode == "reflect" and self.padding >= min(data.image_size):
+            raise UsageError(f"padding is {self.padding}, but reflection needs less than {min(data.image_size)} pixels")
+        flip = data.flip if self.flip is None else self.flip
+        return Augmentation(padding=self.padding, padding_mode=self.padding_mode, flip=flip)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run: what is trained, how, on what."""
+
+    method_name: Annotated[str, tyro.conf.Suppress] = "mfef"
+    networks: tuple[str, ...] = ()
+    """The students, one name each: resnet32 wrn-16-2. Options behind a colon: resnet20:shortcut=A."""
+    data: str = ""
+    """The data set; options behind a colon: folder:resize=64."""
+    data_dir: str | None = None
+    """Folder, archive or file that holds the data set."""
+    train: Annotated[TrainSettings, tyro.conf.arg(name="")] = field(default_factory=TrainSettings)
+    method: MethodSettings = field(default_factory=MethodSettings)
+    """Settings of the method."""
+
+    def as_mapping(self) -> dict[str, Any]:
+        """Give what `config.json` and recipes hold: plain JSON types, flat but for the method's settings."""
+        mapping: dict[str, Any] = {"method": {"name": self.method_name, **dataclasses.asdict(self.method)}}
+        mapping |= {"networks": self.networks, "data": self.data, "data_dir": self.data_dir}
+        mapping |= dataclasses.asdict(self.train)
+        plain: dict[str, Any] = json.loads(json.dumps(mapping))
+        return plain
+
+
+# What config.json holds beside the run itself.
+RECORDED_KEYS = ("codistill", "environment", "dataset")
+
+
+def default_config(method_name: str) -> RunConfig:
+    """Give the defaults of a method."""
+    return RunConfig(method_name=method_name, method=METHODS[method_name].Settings())
+
+
+def read_recipe(path: Path) -> tuple[str | None, list[str]]:
+    """Read a TOML recipe, or a run's config.json, as the command line that it stands for.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The method's name, where the file says one, and flags with their values.
+
+    Raises:
+        UsageError: Unreadable, not TOML or JSON, or with an unknown key; names the line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        mapping = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (OSError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise UsageError(f"recipe {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(mapping, dict):
+        raise UsageError(f"recipe {path}: must be a table of settings")
+
+    def where(key: str) -> str:
+        found = re.search(rf'^\s*\[?"?{re.escape(key)}\b', text, flags=re.MULTILINE)
+        return f"recipe {path}:{text.count(chr(10), 0, found.start()) + 1}" if found else f"recipe {path}"
+
+    method = mapping.pop("method", {})
+    method = {"name": method} if isinstance(method, str) else method
+    if not isinstance(method, dict) or not isinstance(method.get("name", ""), str):
+        raise UsageError(f'{where("method")}: method must be a name, or a table with a name: [method] name = "mfef"')
+    name = method.pop("name", None)
+    return name, mapping_arguments(mapping, method, name, where)
+
+
+def mapping_arguments(
+    mapping: Mapping[str, Any], method: Mapping[str, Any], name: str | None, where: Callable[[str], str]
+) -> list[str]:
+    """Write settings as command-line flags.
+
+    Args:
+        mapping: Settings of the run by key.
+        method: Settings of the method by key.
+        name: The method's name, where it is known.
+        where: Says where a key stands, for error lines.
+
+    Raises:
+        UsageError: A key that no setting has.
+    """
+    defaults: dict[str, Any] = {"networks": (), "data": "", "data_dir": None, **dataclasses.asdict(TrainSettings())}
+    arguments: list[str] = []
+    for key, value in mapping.items():
+        if key not in RECORDED_KEYS:
+            arguments += _flag(key, value, defaults, where(key))
+    if method:
+        if name is None:
+            raise UsageError(f'{where("method")}: settings of a method need its name: name = "mfef"')
+        defaults = dataclasses.asdict(METHODS[name].Settings())
+        for key, value in method.items():
+            arguments += _flag(key, value, defaults, where(key), "method.")
+    return arguments
+
+
+def _flag(key: str, value: Any, defaults: Mapping[str, Any], where: str, prefix: str = "") -> list[str]:
+    if key not in defaults:
+        raise UsageError(f"{where}: unknown key {key!r}: {near_matches(key, defaults)}")
+    if isinstance(value, Mapping):
+        raise UsageError(f"{where}: {key} must be a value, not a table")
+    flag = key.replace("_", "-")
+    if isinstance(defaults[key], bool) and isinstance(value, bool):
+        return [f"--{prefix}{'' if value else 'no-'}{flag}"]
+    if isinstance(value, list):
+        return [f"--{prefix}{flag}", *(str(each) for each in value)]
+    return [f"--{prefix}{flag}", str(value)]
+
+
+def parse_config(method_name: str, arguments: Sequence[str], prog: str = "codistill train METHOD") -> RunConfig:
+    """Parse flags into a run, starting from the defaults of a method; later flags win.
+
+    Raises:
+        UsageError: An unknown flag or a value that it does not take, in one line.
+    """
+    parsed, unknown = parse_flags(RunConfig, arguments, default_config(method_name), prog)
+    if unknown:
+        raise UsageError(unknown_option(unknown[0], setting_names(method_name), prog))
+    assert isinstance(parsed, RunConfig)
+    return parsed
+
+
+def setting_names(method_name: str) -> list[str]:
+    """List the settings of a run with a method, as their flags are named."""
+    names = ["networks", "data", "data_dir", *(each.name for each in dataclasses.fields(TrainSettings))]
+    return names + [f"method.{each.name}" for each in dataclasses.fields(METHODS[method_name].Settings)]
+
+
+def unknown_option(flag: str, known: Iterable[str], command: str) -> str:
+    """Say that a command has no such option, and which ones come close."""
+    flags = [f"--{name.replace('_', '-')}" for name in known]
+    close = difflib.get_close_matches(flag.partition("=")[0].replace("_", "-"), flags, n=3, cutoff=0.6)
+    mend = f"did you mean {' or '.join(close)}?" if close else f"{command} --help lists them"
+    return f"{command}: unknown option {flag}: {mend}"
+
+
+def parse_flags(kind: Any, arguments: Sequence[str], default: Any, prog: str) -> tuple[Any, list[str]]:
+    """Let tyro read flags into a dataclass, and give what it did not know.
+
+    Raises:
+        UsageError: What tyro found wrong, its box of several lines folded into one.
+    """
+    complaint = io.StringIO()
+    extra = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(complaint):
+            parsed, unknown = tyro.cli(kind, args=list(arguments), prog=prog, return_unknown_args=True, **extra)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        lines = [re.sub(r"[│╭╮╰╯─]+", " ", line).strip() for line in complaint.getvalue().splitlines()]
+        said = " ".join(line for line in lines if line and not line.startswith("For full helptext"))
+        raise UsageError(f"{prog}: {said.partition('Argument helptext')[0].strip()}") from None
+    return parsed, list(unknown)

@@ -1,0 +1,110 @@
+"""Read members of a .tar.gz in memory. Nothing is ever extracted to disk."""
+
+import gzip
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+
+from codistill.data.reading import reading
+from codistill.errors import DataError
+
+
+class _CappedGzip(gzip.GzipFile):
+    """A gzip stream that refuses to grow beyond limits, so that a bomb or a lying header costs no memory."""
+
+    def __init__(self, path: Path, read_limit: int, total_limit: int, mend: str) -> None:
+        super().__init__(path, mode="rb")
+        self.read_limit = read_limit
+        self.total_limit = total_limit
+        self.mend = mend
+
+    def read(self, size: int | None = -1) -> bytes:
+        # tarfile asks for as much as a header claims, also for long names and PAX records.
+        if size is None or not 0 <= size <= self.read_limit:
+            raise DataError(
+                f"{self.name}: a part of {size} bytes is more than the {self.read_limit} that can be right: {self.mend}"
+            )
+        content = super().read(size)
+        self._check(self.tell())
+        return content
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        if whence == 0:
+            self._check(offset)
+        return super().seek(offset, whence)
+
+    def _check(self, position: int) -> None:
+        if position > self.total_limit:
+            raise DataError(
+                f"{self.name}: unpacks to more than the {self.total_limit} bytes that can be right: {self.mend}"
+            )
+
+
+def members(
+    path: Path, wanted: Callable[[str], bool], mend: str, member_limit: int, total_limit: int
+) -> Iterator[tuple[str, bytes]]:
+    """Give the wanted regular files of a .tar.gz, one after the other, in the order of the archive.
+
+    The whole archive is read to its end, so that every member is looked at and gzip's own checksum is compared.
+
+    Args:
+        path: The archive.
+        wanted: Says of a member's name (without a leading `./`) whether its content is wanted.
+        mend: What the user can do about a bad archive, for the error line.
+        member_limit: Most bytes of one member.
+        total_limit: Most bytes of the unpacked archive.
+
+    Yields:
+        Name and content.
+
+    Raises:
+        DataError: The archive is missing, cut or damaged, is larger than the limits, or holds anything but folders and
+            regular files with distinct, relative names that stay inside it.
+    """
+    seen: set[str] = set()
+    with (
+        reading(path, mend),
+        # A tar block of room: tarfile rounds what it asks for.
+        _CappedGzip(path, member_limit + tarfile.BLOCKSIZE, total_limit, mend) as stream,
+        tarfile.open(fileobj=stream, mode="r:") as archive,
+    ):
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # type: ignore[attr-defined]  # all headers of CINIC-10 would be hundreds of MB
+            name = _safe_name(path, member, seen)
+            if member.isdir() or not wanted(name):
+                continue
+            if member.size > member_limit:
+                raise DataError(
+                    f"{path}: {name} has {member.size} bytes, more than the {member_limit} possible: {mend}"
+                )
+            file = archive.extractfile(member)
+            assert file is not None  # a regular file has content
+            content = file.read()
+            if len(content) != member.size:
+                raise DataError(f"{path}: {name} is cut at {len(content)} of {member.size} bytes: {mend}")
+            yield name, content
+        while stream.read(min(1 << 20, member_limit)):
+            pass
+
+
+def _safe_name(path: Path, member: tarfile.TarInfo, seen: set[str]) -> str:
+    name = PurePosixPath(member.name)
+    if name.is_absolute() or ".." in name.parts or "\\" in member.name or "\0" in member.name:
+        raise DataError(f"{path}: member {member.name!r} points outside the archive: do not use this archive")
+    if not (member.isdir() or member.isreg()) or member.issparse():
+        raise DataError(f"{path}: member {member.name!r} is {_kind(member)}: do not use this archive")
+    if str(name) in seen:
+        raise DataError(f"{path}: member {member.name!r} is there twice: do not use this archive")
+    if not member.isdir():
+        seen.add(str(name))
+    return str(name)
+
+
+def _kind(member: tarfile.TarInfo) -> str:
+    if member.issym():
+        return "a symbolic link"
+    if member.islnk():
+        return "a hard link"
+    if member.isdev():
+        return "a device or pipe"
+    return "neither a file nor a folder"

@@ -1,0 +1,137 @@
+"""Images on the training device: epoch order, random crops and flips, and normalisation of whole batches."""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+from codistill.data.dataset import Split
+
+PaddingMode = Literal["zeros", "reflect"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Random crops from a padded image and horizontal flips; padding 0 and flip False leave images as they are."""
+
+    padding: int = 4
+    padding_mode: PaddingMode = "zeros"
+    flip: bool = True
+
+
+class Batch(NamedTuple):
+    """Which images, where each is cropped and whether it is mirrored; index tables, no pixels.
+
+    Attributes:
+        image: Positions in the training split.
+        top: First row of the crop in the padded image, 0 to 2 * padding.
+        left: First column, likewise.
+        mirror: Whether the crop is flipped.
+    """
+
+    image: Int[Tensor, " batch"]
+    top: Int[Tensor, " batch"]
+    left: Int[Tensor, " batch"]
+    mirror: Bool[Tensor, " batch"]
+
+    def part(self, start: int, stop: int) -> "Batch":
+        """Take some of the images."""
+        return Batch(*(table[start:stop] for table in self))
+
+
+def generator(seed: int, *stream: int) -> torch.Generator:
+    """Make a CPU generator whose numbers depend on the seed and on what they are for, and on nothing else."""
+    words = np.random.SeedSequence([seed, *stream]).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(words[0]) << 32 | int(words[1]))
+
+
+ORDER_STREAM, EPOCH_STREAM, INIT_STREAM = 0, 1, 2
+
+
+def seeded_order(count: int, seed: int) -> Int[Tensor, " count"]:
+    """Give the order of the training images from which limits and validation splits are taken."""
+    return torch.randperm(count, generator=generator(seed, ORDER_STREAM))
+
+
+def epoch_plan(count: int, seed: int, epoch: int, augmentation: Augmentation, device: torch.device) -> Batch:
+    """Draw the order, crops and flips of one epoch, a pure function of (seed, epoch), equal on all devices.
+
+    Args:
+        count: Number of training images.
+        seed: Seed of the run.
+        epoch: Counted from 0.
+        augmentation: What is drawn.
+        device: Where the tables are to lie.
+
+    Returns:
+        One table for the whole epoch; step k uses `part(k * batch_size, (k + 1) * batch_size)`.
+    """
+    source = generator(seed, EPOCH_STREAM, epoch)
+    index = torch.randperm(count, generator=source)
+    offsets = torch.randint(0, 2 * augmentation.padding + 1, (2, count), generator=source)
+    mirror = torch.rand(count, generator=source) < 0.5 if augmentation.flip else torch.zeros(count, dtype=torch.bool)
+    return Batch(*(table.to(device) for table in (index, offsets[0], offsets[1], mirror)))
+
+
+class DeviceImages:
+    """A split as uint8 tensors on a device, with the normalisation of its data set.
+
+    Args:
+        split: Images and labels.
+        statistics: Mean and standard deviation of each channel, in units of the full range (0..1).
+        device: Where the tensors are to lie.
+    """
+
+    def __init__(
+        self, split: Split, statistics: tuple[tuple[float, ...], tuple[float, ...]], device: torch.device
+    ) -> None:
+        self.images: UInt8[Tensor, "image height width 3"] = torch.from_numpy(split.images).to(device)
+        self.labels: Int[Tensor, " image"] = torch.from_numpy(split.labels).to(device)
+        mean, std = (torch.tensor(each, dtype=torch.float64) for each in statistics)
+        self.scale = (1 / (255 * std)).float().to(device)
+        self.shift = (-mean / std).float().to(device)
+        height, width = self.images.shape[1:3]
+        self._rows = torch.arange(height, device=device)
+        self._columns = torch.arange(width, device=device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def normalised(self, pixels: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch 3 height width"]:
+        """Compute (pixels / 255 - mean) / std; the result is in channels_last memory format."""
+        return (pixels.float() * self.scale + self.shift).permute(0, 3, 1, 2)
+
+    def plain(self, start: int, stop: int) -> tuple[Float[Tensor, "batch 3 height width"], Int[Tensor, " batch"]]:
+        """Give images in order, normalised and otherwise as they are, and their labels."""
+        return self.normalised(self.images[start:stop]), self.labels[start:stop]
+
+    def augmented(
+        self, batch: Batch, augmentation: Augmentation
+    ) -> tuple[Float[Tensor, "batch 3 height width"], Int[Tensor, " batch"]]:
+        """Give the cropped, flipped and normalised images of a batch, and their labels.
+
+        Equal to padding each image (before normalisation), cropping at (top, left) to the old size, then mirroring.
+        Only static shapes and gathers: nothing is read back by the host.
+        """
+        height, width = len(self._rows), len(self._columns)
+        columns = torch.where(batch.mirror[:, None], width - 1 - self._columns, self._columns)
+        rows, row_inside = _source(self._rows + batch.top[:, None] - augmentation.padding, height, augmentation)
+        columns, column_inside = _source(columns + batch.left[:, None] - augmentation.padding, width, augmentation)
+        pixels = self.images[batch.image[:, None, None], rows[:, :, None], columns[:, None, :]]
+        if augmentation.padding_mode == "zeros":
+            inside = row_inside[:, :, None] & column_inside[:, None, :]
+            pixels = pixels * inside[..., None]
+        return self.normalised(pixels), self.labels[batch.image]
+
+
+def _source(
+    place: Int[Tensor, "batch length"], length: int, augmentation: Augmentation
+) -> tuple[Int[Tensor, "batch length"], Bool[Tensor, "batch length"]]:
+    """Turn places relative to the unpadded image into places in it, and say which lay inside."""
+    if augmentation.padding_mode == "reflect":
+        place = (length - 1) - ((length - 1) - place.abs()).abs()
+    inside = (place >= 0) & (place < length)
+    return place.clamp(0, length - 1), inside

@@ -1,0 +1,90 @@
+"""Keep decoded arrays in a file, so that a data set of many small images is decoded once."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from codistill.data.reading import reading, reason
+from codistill.errors import DataError
+
+FORMAT = 1
+Arrays = dict[str, npt.NDArray[Any]]
+
+logger = logging.getLogger(__name__)
+
+
+def cached(path: Path, source: str, names: Iterable[str], build: Callable[[], Arrays]) -> Arrays:
+    """Give arrays from a cache file, or build them and write the file.
+
+    A cache that is damaged or belongs to other sources is replaced, with one line of warning. One that cannot be
+    written costs a warning and the time to build it again.
+
+    Args:
+        path: The cache file, a .npz.
+        source: Identifies what the arrays were made from; a change makes the cache stale.
+        names: Which arrays are wanted; the others are not read.
+        build: Makes all arrays.
+
+    Returns:
+        At least the wanted arrays.
+
+    Raises:
+        DataError: From `build`.
+    """
+    try:
+        arrays = _read(path, source, names)
+    except DataError as error:
+        logger.warning("%s", error)
+        arrays = None
+    if arrays is None:
+        arrays = build()
+        _write(path, source, arrays)
+    return arrays
+
+
+def _read(path: Path, source: str, names: Iterable[str]) -> Arrays | None:
+    """Read and check the wanted arrays; None when there is no cache."""
+    if not path.exists():
+        return None
+    mend = "building it again"
+    # Opened here: NumPy leaves a file open that it cannot read.
+    with reading(path, mend), path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+        about = json.loads(str(file["about"]))
+        if about["format"] != FORMAT or about["source"] != source:
+            raise DataError(f"{path}: was made from other files or by another version: {mend}")
+        arrays = {name: file[name] for name in names}
+        for name, array in arrays.items():
+            if _digest(array) != about["sha256"][name]:
+                raise DataError(f"{path}: the sha256 of {name} is wrong: {mend}")
+    return arrays
+
+
+def _write(path: Path, source: str, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Write beside the final name, then rename: a reader sees the old cache or the new one."""
+    about = {"format": FORMAT, "source": source, "sha256": {name: _digest(array) for name, array in arrays.items()}}
+    part = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        try:
+            with part.open("wb") as file:
+                np.savez(file, allow_pickle=False, about=np.array(json.dumps(about)), **arrays)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("%s: cannot be written (%s): the images are decoded again next time", path, reason(error))
+
+
+def _digest(array: npt.NDArray[Any]) -> str:
+    """Hash type, shape and content."""
+    digest = hashlib.sha256(f"{array.dtype.str} {array.shape} ".encode())
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()

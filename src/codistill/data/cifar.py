@@ -1,0 +1,143 @@
+"""CIFAR-10 and CIFAR-100, from the published archives or from the folders that they are extracted to."""
+
+from pathlib import Path
+
+import numpy as np
+
+from codistill.data.archive import members
+from codistill.data.cifar_releases import CIFAR10, CIFAR100, HOST, Release
+from codistill.data.dataset import DATASETS, Dataset, Split, check_split
+from codistill.data.download import fetch
+from codistill.data.reading import check_digest, check_file, read_file
+from codistill.errors import DataError
+
+TRAIN_IMAGES = 50_000
+TEST_IMAGES = 10_000
+MEMBER_LIMIT = 200 << 20  # bytes; the largest file, CIFAR-100's pickle, has 155 MB
+ARCHIVE_LIMIT = 256 << 20  # bytes, unpacked
+MEND = "delete it and fetch it again (--download), or give the option check=false for files of your own"
+
+
+@DATASETS.register("cifar10")
+def cifar10(root: Path, download: bool = False, url: str = "", check: bool = True) -> Dataset:
+    """Load CIFAR-10: 50,000 images to train on and 10,000 to test on, 32x32, ten classes.
+
+    Args:
+        root: The folder that holds `cifar-10-batches-bin`, `cifar-10-binary.tar.gz`, `cifar-10-batches-py` or
+            `cifar-10-python.tar.gz` (the first of these counts), or one of these itself. torchvision's folder will do.
+        download: Fetch the binary archive into `root` when none of them is there.
+        url: Where to fetch that very archive instead of the published address; its checksum is compared all the same.
+        check: Insist on the published checksums and on the number of images of each class. False accepts files of the
+            same layout with other content.
+
+    Returns:
+        The data set; images [50000, 32, 32, 3] and [10000, 32, 32, 3].
+
+    Raises:
+        DataError: Files missing, damaged, or not the published ones.
+        ResourceError: A downloaded archive cannot be written.
+
+    Source: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009,
+    https://www.cs.toronto.edu/~kriz/cifar.html
+    """
+    return _load("cifar10", CIFAR10, 10, root, download, url, check)
+
+
+@DATASETS.register("cifar100")
+def cifar100(root: Path, download: bool = False, url: str = "", check: bool = True) -> Dataset:
+    """Load CIFAR-100 with its fine labels: 50,000 images to train on and 10,000 to test on, 32x32, 100 classes.
+
+    Args:
+        root: The folder that holds `cifar-100-binary`, `cifar-100-binary.tar.gz`, `cifar-100-python` or
+            `cifar-100-python.tar.gz` (the first of these counts), or one of these itself. torchvision's folder will do.
+        download: Fetch the binary archive into `root` when none of them is there.
+        url: Where to fetch that very archive instead of the published address; its checksum is compared all the same.
+        check: Insist on the published checksums and on the number of images of each class. False accepts files of the
+            same layout with other content.
+
+    Returns:
+        The data set; images [50000, 32, 32, 3] and [10000, 32, 32, 3]. Ten images are in both parts, as published.
+
+    Raises:
+        DataError: Files missing, damaged, or not the published ones.
+        ResourceError: A downloaded archive cannot be written.
+
+    Source: as `cifar10`.
+    """
+    return _load("cifar100", CIFAR100, 100, root, download, url, check)
+
+
+def _load(
+    name: str, releases: tuple[Release, ...], num_classes: int, root: Path, download: bool, url: str, check: bool
+) -> Dataset:
+    release, place = _find(name, releases, root, download, url)
+    contents = _read(release, place, check)
+    class_names = release.decode_names(contents.pop(release.names), str(place / release.names), MEND)
+    if len(set(class_names)) != num_classes or len(class_names) != num_classes:
+        raise DataError(
+            f"{place / release.names}: has {len(class_names)} class names, not {num_classes} distinct ones: {MEND}"
+        )
+    # Popped, so that a file's bytes are freed as soon as they are decoded.
+    parts = [_decode(release, place, file, contents.pop(file), num_classes) for file in release.train]
+    test = _decode(release, place, release.test, contents.pop(release.test), num_classes)
+    train = Split(np.concatenate([part.images for part in parts]), np.concatenate([part.labels for part in parts]))
+    if check:
+        _check_counts(f"{place}, training images", train, num_classes, TRAIN_IMAGES)
+        _check_counts(f"{place}, test images", test, num_classes, TEST_IMAGES)
+    return Dataset(name, train, test, class_names)
+
+
+def _find(name: str, releases: tuple[Release, ...], root: Path, download: bool, url: str) -> tuple[Release, Path]:
+    """Find an extracted folder or an archive, the binary release first, or fetch it."""
+    for release in releases:
+        if root.is_file() and root.name == release.archive:
+            return release, root
+        for place in (root, root / release.folder):
+            if (place / release.train[0]).is_file():
+                return release, place
+        if (root / release.archive).is_file():
+            return release, root / release.archive
+    binary = releases[0]
+    address = url or HOST + binary.archive
+    if download and not root.is_file():
+        fetch(address, root / binary.archive, binary.size, binary.digest)
+        return binary, root / binary.archive
+    wanted = " or ".join(f"{release.archive} or its folder {release.folder}" for release in releases)
+    if root.is_file():
+        raise DataError(f"{root}: is not known as an archive of {name}: give {wanted}")
+    raise DataError(
+        f"{root}: holds no {name}: expected {wanted}; get {address}, or give --download (option download=true)"
+    )
+
+
+def _read(release: Release, place: Path, check: bool) -> dict[str, bytes]:
+    """Read the files of a release from an extracted folder or an archive."""
+    if place.is_dir():
+        contents = {file: read_file(place / file, MEMBER_LIMIT, MEND) for file in release.files}
+        for file, digest in release.digests.items() if check else ():
+            check_digest(place / file, contents[file], digest, MEND)
+        return contents
+    if check:
+        check_file(place, release.size, release.digest, MEND)
+    wanted = {f"{release.folder}/{file}": file for file in release.files}
+    found = members(place, wanted.__contains__, MEND, MEMBER_LIMIT, ARCHIVE_LIMIT)
+    contents = {wanted[member]: content for member, content in found}
+    for member, file in wanted.items():
+        if file not in contents:
+            raise DataError(f"{place}: has no {member}: {MEND}")
+    return contents
+
+
+def _decode(release: Release, place: Path, file: str, content: bytes, num_classes: int) -> Split:
+    split = Split(*release.decode(content, str(place / file), MEND))
+    check_split(split, num_classes, str(place / file))
+    return split
+
+
+def _check_counts(where: str, split: Split, num_classes: int, images: int) -> None:
+    counts = np.bincount(split.labels, minlength=num_classes)
+    odd = np.flatnonzero(counts != images // num_classes)
+    if len(odd):
+        raise DataError(
+            f"{where}: class {odd[0]} has {counts[odd[0]]} images instead of {images // num_classes}: {MEND}"
+        )

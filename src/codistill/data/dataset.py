@@ -1,0 +1,155 @@
+"""What every data set is: two splits of uint8 images in memory, their labels and the names of the classes."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from codistill.errors import DataError, UsageError
+from codistill.registry import Registry, checked_options, parse_spec, write_spec
+
+DATASETS: Registry[Callable[..., "Dataset"]] = Registry("data set", "codistill.data")
+
+Pixels = npt.NDArray[np.uint8]
+Labels = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images and their labels.
+
+    Attributes:
+        images: uint8 [images, height, width, 3], RGB.
+        labels: int64 [images], class indices from 0.
+    """
+
+    images: Pixels
+    labels: Labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A classification data set in memory, checked when it is made.
+
+    Attributes:
+        name: As registered.
+        train: What is trained on.
+        test: What is tested on.
+        class_names: One per label, in order.
+        flip: Whether a mirrored image keeps its label; the default of the augmentation.
+        spec: What `dataset` was called with, so that a run can be repeated; empty for arrays of your own.
+        root: Where the files lie; empty for an embedded data set.
+
+    Raises:
+        DataError: Wrong array shapes or types, no images, or a label out of range.
+    """
+
+    name: str
+    train: Split
+    test: Split
+    class_names: tuple[str, ...]
+    flip: bool = True
+    spec: str = ""
+    root: str = ""
+
+    def __post_init__(self) -> None:
+        for part, split in (("train", self.train), ("test", self.test)):
+            check_split(split, len(self.class_names), f"data set {self.name}, {part}")
+        if self.train.images.shape[1:] != self.test.images.shape[1:]:
+            raise DataError(
+                f"data set {self.name}: train images are {size_of(self.train.images)} but test images are "
+                f"{size_of(self.test.images)}: give both one size"
+            )
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of every image, pixels."""
+        height, width = self.train.images.shape[1:3]
+        return int(height), int(width)
+
+    @cached_property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel over all training pixels, in units of the full range (0..1).
+
+        Exact: computed from a histogram of the pixel values, so it does not depend on the order of the images.
+        """
+        values = np.arange(256) / 255
+        mean, std = [], []
+        for channel in range(3):
+            counts = np.bincount(self.train.images[..., channel].reshape(-1), minlength=256) / (
+                self.train.images[..., channel].size
+            )
+            centre = float(counts @ values)
+            mean.append(centre)
+            std.append(max(float(counts @ (values - centre) ** 2) ** 0.5, 1e-6))
+        return tuple(mean), tuple(std)
+
+
+def size_of(images: Pixels) -> str:
+    """Write the size of images as height x width."""
+    return "x".join(str(length) for length in images.shape[1:3])
+
+
+def check_split(split: Split, num_classes: int, where: str) -> None:
+    """Refuse arrays that are not images and labels.
+
+    Raises:
+        DataError: Naming the array, its type and shape, or the first bad label and its place.
+    """
+    images, labels = split.images, split.labels
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise DataError(
+            f"{where}: images are {images.dtype} {list(images.shape)}; they must be uint8 [images, height, width, 3]"
+        )
+    if labels.dtype != np.int64 or labels.ndim != 1 or len(labels) != len(images):
+        raise DataError(
+            f"{where}: labels are {labels.dtype} {list(labels.shape)}; they must be int64 [{len(images)}], one an image"
+        )
+    if len(images) == 0:
+        raise DataError(f"{where}: no images")
+    bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(bad):
+        raise DataError(
+            f"{where}: image {bad[0]} has label {labels[bad[0]]}, but there are {num_classes} classes "
+            f"(labels 0 to {num_classes - 1})"
+        )
+
+
+def dataset(spec: str, root: str | Path | None = None, **options: Any) -> Dataset:
+    """Load a registered data set into memory.
+
+    Args:
+        spec: A registered name (`codistill list`), with options behind a colon: `folder:resize=64`.
+        root: Folder, archive or file that holds it; not needed by embedded data sets.
+        **options: The same options by keyword.
+
+    Returns:
+        The data set, checked; its `spec` and `root` say how to load it again.
+
+    Raises:
+        UsageError: Unknown name or option, or no root where one is needed.
+        DataError: Files missing or damaged.
+    """
+    name, written = parse_spec(spec)
+    load = DATASETS[name]
+    chosen = checked_options(f"data set {name}", load, {**written, **options})
+    if "root" not in inspect.signature(load).parameters:
+        loaded = load(**chosen)
+    elif root is None:
+        raise UsageError(f"data set {name}: needs to know where its files are: give --data-dir (root=)")
+    else:
+        loaded = load(root=Path(root), **chosen)
+    return replace(loaded, spec=write_spec(name, chosen), root="" if root is None else str(root))

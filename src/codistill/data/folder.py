@@ -1,0 +1,102 @@
+"""A folder of images: train/<class>/* and test/<class>/*."""
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from codistill.data.dataset import DATASETS, Dataset, Pixels, Split, size_of
+from codistill.data.images import SUFFIXES, open_image
+from codistill.data.reading import reading
+from codistill.errors import DataError, ResourceError, UsageError
+
+LAYOUT = "images belong in train/<class>/ and test/<class>/"
+
+
+@DATASETS.register("folder")
+def folder(root: Path, resize: int = 0) -> Dataset:
+    """Load images that are sorted into one folder a class: train/<class>/* and test/<class>/*.
+
+    The names of the folders in train, sorted, are the classes. Images are PNG, JPEG, BMP, WEBP or GIF; grey, palette
+    and transparent ones become RGB. Hidden files are skipped, files of any other kind are refused.
+
+    Args:
+        root: The folder that holds train and test.
+        resize: Side of the square that every image is brought to, pixels: its shorter side is scaled to that length
+            and the middle is cut out. 0: all images must have one size, and keep it.
+
+    Returns:
+        The data set, its images in the order of the sorted class and file names.
+
+    Raises:
+        DataError: Folders missing or empty, classes of test unlike those of train, a file that is no image, a damaged
+            image, or one of another size where resize is 0.
+        ResourceError: The images do not fit into memory.
+        UsageError: resize is negative.
+    """
+    if resize < 0:
+        raise UsageError(f"data set folder: resize is {resize}: give a number of pixels, or 0 to keep the images' size")
+    train, test = (_class_files(root / part) for part in ("train", "test"))
+    for name in sorted(train.keys() ^ test.keys()):
+        here, there = ("train", "test") if name in train else ("test", "train")
+        raise DataError(f"{root}: class {name!r} is in {here} but not in {there}: give both the same classes")
+    size = (resize, resize) if resize else None
+    if size is None:
+        height, width, _ = open_image(next(iter(train.values()))[0]).shape
+        size = (height, width)
+    return Dataset(
+        name="folder",
+        train=_read_split(root, train, size, bool(resize)),
+        test=_read_split(root, test, size, bool(resize)),
+        class_names=tuple(train),
+    )
+
+
+def _class_files(part: Path) -> dict[str, list[Path]]:
+    """List the images of each class, both sorted."""
+    files = {}
+    for class_folder in _visible(part):
+        if not class_folder.is_dir():
+            raise DataError(f"{class_folder}: is not a folder: {LAYOUT}")
+        files[class_folder.name] = _visible(class_folder)
+        for file in files[class_folder.name]:
+            if not file.is_file() or file.suffix.lower() not in SUFFIXES:
+                raise DataError(f"{file}: is not an image file ({' '.join(SUFFIXES)}): remove it; {LAYOUT}")
+        if not files[class_folder.name]:
+            raise DataError(f"{class_folder}: holds no images: {LAYOUT}")
+    if not files:
+        raise DataError(f"{part}: holds no class folders: {LAYOUT}")
+    return files
+
+
+def _visible(folder: Path) -> list[Path]:
+    with reading(folder, LAYOUT):
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _read_split(root: Path, files: Mapping[str, list[Path]], size: tuple[int, int], resize: bool) -> Split:
+    paths = [path for class_files in files.values() for path in class_files]
+    try:
+        images = np.empty((len(paths), *size, 3), np.uint8)
+    except MemoryError as error:
+        raise ResourceError(
+            f"{root}: {len(paths)} images of {size[0]}x{size[1]} pixels do not fit into memory: give a smaller resize"
+        ) from error
+
+    def read(path: Path) -> Pixels:
+        image = open_image(path, size if resize else None)
+        if image.shape[:2] != size:
+            raise DataError(
+                f"{path}: is {size_of(image[None])} pixels, but the first image is {size[0]}x{size[1]}: bring all "
+                "images to one size with the option resize (folder:resize=64)"
+            )
+        return image
+
+    # Pillow decodes outside Python's global lock.
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        for index, image in enumerate(pool.map(read, paths)):
+            images[index] = image
+    labels = np.repeat(np.arange(len(files)), [len(class_files) for class_files in files.values()])
+    return Split(images, labels.astype(np.int64))

@@ -1,0 +1,107 @@
+"""Decode one image file of any kind into RGB pixels; used by data sets and by `codistill predict`."""
+
+import io
+import threading
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from codistill.data.dataset import Pixels
+from codistill.data.reading import read_file, reading
+from codistill.errors import DataError
+
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
+
+MAX_FILE = 256 << 20  # bytes
+MAX_PIXELS = 64 << 20  # a bomb of a few kB can claim billions
+MEND = "repair or remove it"
+
+_opening = threading.Lock()
+
+
+def open_image(path: Path, size: tuple[int, int] | None = None) -> Pixels:
+    """Read an image file: PNG, JPEG, BMP, WEBP or GIF (its first frame).
+
+    Args:
+        path: The file.
+        size: Height and width wanted, pixels: the image is scaled until it covers them, keeping its proportions, and
+            what sticks out is cut off evenly on both sides. None: as it is.
+
+    Returns:
+        uint8 [height, width, 3], RGB; transparent parts lie on white, a photo's orientation mark is applied.
+
+    Raises:
+        DataError: Missing, not one of these kinds, damaged, or larger than 64 million pixels.
+    """
+    return decode_image(read_file(path, MAX_FILE, MEND), str(path), size)
+
+
+def decode_image(
+    content: bytes,
+    where: str,
+    size: tuple[int, int] | None = None,
+    *,
+    formats: tuple[str, ...] = FORMATS,
+    exact: tuple[int, int] | None = None,
+) -> Pixels:
+    """Decode the bytes of an image file.
+
+    Args:
+        content: The bytes.
+        where: The file, for the error line.
+        size: As in `open_image`.
+        formats: Kinds to accept, as Pillow names them.
+        exact: Height and width that it must have, pixels; looked at before anything is decoded.
+
+    Returns:
+        As `open_image`.
+
+    Raises:
+        DataError: As `open_image`, or not of the exact size.
+    """
+    with reading(where, MEND):
+        # Pillow warns of large images, and the list of warning filters is one for all threads.
+        with _opening, warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = _open(content, where, formats)
+        with image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(f"{where}: is {_size(image)} pixels, more than {MAX_PIXELS} in all: {MEND}")
+            if exact is not None and (image.height, image.width) != exact:
+                raise DataError(f"{where}: is {_size(image)} pixels instead of {exact[0]}x{exact[1]}: {MEND}")
+            rgb = _to_rgb(ImageOps.exif_transpose(image))
+            if size is not None:
+                rgb = ImageOps.fit(rgb, (size[1], size[0]), Image.Resampling.BILINEAR)
+            return np.array(rgb)
+
+
+def _open(content: bytes, where: str, formats: tuple[str, ...]) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(content), formats=formats)
+        if image.format == "PNG":
+            # Decoding skips the checksums of the pixel data: a flipped bit would become a wrong picture.
+            image.verify()
+            image = Image.open(io.BytesIO(content), formats=formats)
+    except UnidentifiedImageError as error:
+        raise DataError(f"{where}: is not a {', '.join(formats)} image: {MEND}") from error
+    return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of type {image.mode} have no known range")
+    if image.has_transparency_data:
+        picture = image.convert("RGBA")
+        ground = Image.new("RGBA", picture.size, "white")
+        ground.alpha_composite(picture)
+        return ground.convert("RGB")
+    return image.convert("RGB")
+
+
+def _size(image: Image.Image) -> str:
+    return f"{image.height}x{image.width}"

@@ -1,0 +1,101 @@
+"""Arrays in one .npz file: the quickest way to bring data of one's own."""
+
+import math
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib import format as npy
+
+from codistill.data.dataset import DATASETS, Dataset, Split, check_split
+from codistill.data.reading import reading
+from codistill.errors import DataError
+
+NEEDED = ("train_images", "train_labels", "test_images", "test_labels")
+MEND = (
+    "make it with numpy.savez(path, train_images=, train_labels=, test_images=, test_labels=, class_names=), images "
+    "uint8 [images, height, width, 3]"
+)
+
+
+@DATASETS.register("packed")
+def packed(root: Path) -> Dataset:
+    """Load a .npz file with train_images, train_labels, test_images, test_labels and, if it has them, class_names.
+
+    Args:
+        root: The file, or a folder that holds no other .npz file. Images are uint8 [images, height, width, 3], RGB;
+            labels are of any integer type [images]; class_names are texts, by default "0", "1" and so on. Compressed
+            files will do.
+
+    Returns:
+        The data set.
+
+    Raises:
+        DataError: File missing or damaged, an array missing or of a wrong type or shape, a label out of range.
+    """
+    path = _find(root)
+    with reading(path, MEND), zipfile.ZipFile(path) as archive:
+        present = {name.removesuffix(".npy") for name in archive.namelist()}
+        if missing := [name for name in NEEDED if name not in present]:
+            raise DataError(f"{path}: has no array {missing[0]} (it has {', '.join(sorted(present))}): {MEND}")
+        arrays = {name: _read_array(archive, path, name) for name in (*NEEDED, "class_names") if name in present}
+    train, test = (_split(path, part, arrays) for part in ("train", "test"))
+    class_names = _class_names(path, arrays, train, test)
+    check_split(train, len(class_names), f"{path}, train")
+    check_split(test, len(class_names), f"{path}, test")
+    return Dataset("packed", train, test, class_names)
+
+
+def _find(root: Path) -> Path:
+    if not root.is_dir():
+        return root
+    found = sorted(root.glob("*.npz"))
+    if len(found) != 1:
+        raise DataError(f"{root}: holds {len(found)} .npz files: name the file itself, or {MEND}")
+    return found[0]
+
+
+def _read_array(archive: zipfile.ZipFile, path: Path, name: str) -> npt.NDArray[Any]:
+    """Read one array after a look at its header: nothing is unpickled, and nothing allocated that is not there."""
+    member = f"{name}.npy"
+    with archive.open(member) as file:
+        read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(file)]
+        shape, _, dtype = read_header(file)
+        if dtype.hasobject:
+            raise DataError(f"{path}: {name} is {dtype} {list(shape)}; it must be an array of numbers or texts: {MEND}")
+        size = archive.getinfo(member).file_size - file.tell()
+        if size != math.prod(shape) * dtype.itemsize:
+            raise DataError(f"{path}: {name} is {dtype} {list(shape)} but has {size} bytes: {MEND}")
+    with archive.open(member) as file:
+        return np.asarray(npy.read_array(file, allow_pickle=False))
+
+
+def _split(path: Path, part: str, arrays: dict[str, npt.NDArray[Any]]) -> Split:
+    images, labels = (arrays[f"{part}_{kind}"] for kind in ("images", "labels"))
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise DataError(
+            f"{path}: {part}_images is {images.dtype} {list(images.shape)}; it must be uint8 [images, height, width, 3]"
+        )
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+        raise DataError(
+            f"{path}: {part}_labels is {labels.dtype} {list(labels.shape)}; it must be whole numbers [{len(images)}]"
+        )
+    return Split(np.ascontiguousarray(images), labels.astype(np.int64))
+
+
+def _class_names(path: Path, arrays: dict[str, npt.NDArray[Any]], train: Split, test: Split) -> tuple[str, ...]:
+    if "class_names" not in arrays:
+        highest = int(max(train.labels.max(initial=0), test.labels.max(initial=0)))
+        if highest >= len(train) + len(test):
+            raise DataError(f"{path}: a label is {highest}, more than there are images: number the classes from 0")
+        return tuple(str(index) for index in range(highest + 1))
+    names = arrays["class_names"]
+    if names.ndim != 1 or names.dtype.kind not in "SU":
+        raise DataError(f"{path}: class_names is {names.dtype} {list(names.shape)}; it must be texts [classes]")
+    with reading(f"{path}: class_names", MEND):
+        texts = tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names.tolist())
+    if len(set(texts)) != len(texts):
+        raise DataError(f"{path}: class_names has a name twice: give each class a name of its own")
+    return texts

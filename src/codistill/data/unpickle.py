@@ -1,0 +1,124 @@
+"""Read the pickles of the CIFAR python archives without being able to run anything.
+
+A pickle is a little program, and it names the callables that rebuild its objects. Here only the instructions are known
+that plain data needs, and five names, the ones of NumPy arrays and bytes; those lead to stand-ins written below, so no
+code outside this file is ever called with what the file says.
+"""
+
+import io
+import pickle
+import pickletools
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from codistill.data.reading import reading
+from codistill.errors import DataError
+
+# Integer types only: pixels and labels.
+_DTYPES = {"u1", "i1", "i2", "i4", "i8"}
+
+
+class _Type:
+    """Stands in for numpy.dtype."""
+
+    def __init__(self, code: Any, *_flags: Any) -> None:
+        self.code = code.decode("latin1") if isinstance(code, bytes) else str(code)
+        self.order = "<"
+
+    def __setstate__(self, state: Any) -> None:
+        order = state[1]
+        self.order = order.decode("latin1") if isinstance(order, bytes) else str(order)
+
+    def dtype(self) -> np.dtype[Any]:
+        if self.code not in _DTYPES or self.order not in ("<", ">", "|", "="):
+            raise DataError(f"an array of type {self.order + self.code!r}; only integers belong there")
+        return np.dtype(self.order + self.code)
+
+
+class _Array:
+    """Stands in for numpy.ndarray while the pickle is read; `array` is the result."""
+
+    array: npt.NDArray[Any]
+
+    def __setstate__(self, state: Any) -> None:
+        _version, shape, kind, is_fortran, content = state
+        content = content.encode("latin1") if isinstance(content, str) else content
+        flat = np.frombuffer(content, dtype=kind.dtype())
+        self.array = flat.reshape(shape, order="F" if is_fortran else "C")
+
+
+def _reconstruct(_subtype: Any, _shape: Any, _code: Any) -> _Array:
+    return _Array()
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    if encoding not in ("latin1", "latin-1"):
+        raise DataError(f"forbidden encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+_STAND_INS: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Type,
+    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,  # NumPy 1
+    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,  # NumPy 2
+    ("_codecs", "encode"): _encode,  # bytes, written by Python 3 in protocol 2
+}
+
+
+_INSTRUCTIONS = frozenset(
+    """
+    PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 FLOAT BINFLOAT
+    STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8
+    EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT DICT SETITEM SETITEMS
+    PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD
+    """.split()  # noqa: SIM905 - fifty lines else
+)
+
+
+def _check_instructions(content: bytes) -> None:
+    """Read the program without running it: a bad length or memo index could ask for any amount of memory."""
+    for count, (instruction, argument, _) in enumerate(pickletools.genops(content)):
+        if instruction.name not in _INSTRUCTIONS:
+            raise DataError(f"forbidden instruction {instruction.name}")
+        if instruction.name.endswith("PUT") and isinstance(argument, int) and not 0 <= argument <= count:
+            raise DataError(f"impossible memo index {argument}")
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _STAND_INS:
+            raise DataError(f"forbidden global {module}.{name}")
+        return _STAND_INS[module, name]
+
+
+def read_pickle(content: bytes, where: str, mend: str) -> dict[str, Any]:
+    """Read a pickled dictionary of integer arrays, lists, texts and numbers.
+
+    Args:
+        content: The pickle, also one that Python 2 wrote.
+        where: The file, for the error line.
+        mend: What the user can do, for the error line.
+
+    Returns:
+        The dictionary; keys are texts, arrays are NumPy arrays, texts of Python 2 are bytes.
+
+    Raises:
+        DataError: It is damaged, names any other global, or is not a dictionary.
+    """
+    with reading(where, mend):
+        try:
+            _check_instructions(content)
+            value = _RestrictedUnpickler(io.BytesIO(content), encoding="bytes").load()
+        except DataError as error:
+            raise DataError(f"{where}: {error}: {mend}") from error
+        if not isinstance(value, dict):
+            raise DataError(f"{where}: holds a {type(value).__name__}, not a dictionary: {mend}")
+        return {
+            key.decode("latin1") if isinstance(key, bytes) else str(key): item.array
+            if isinstance(item, _Array)
+            else item
+            for key, item in value.items()
+        }

@@ -1,0 +1,33 @@
+"""Where and in which precision is computed."""
+
+import torch
+
+from codistill.errors import UsageError
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Make the context that forward passes run in: bf16 autocast, or nothing for float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+
+
+def choose_device(name: str, precision: str) -> torch.device:
+    """Turn a device setting into a device.
+
+    Raises:
+        UsageError: No such device, or one that cannot compute in bf16; never a silent fall to the CPU.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device {name!r}: choose cpu, cuda, cuda:<number> or auto") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {name!r}: choose cpu, cuda, cuda:<number> or auto")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise UsageError(f"device {name!r}: this machine has {count} CUDA devices: choose --device cpu or auto")
+        if precision == "bf16" and not torch.cuda.is_bf16_supported():
+            raise UsageError(f"precision bf16: {torch.cuda.get_device_name(device)} cannot: use --precision float32")
+    return device

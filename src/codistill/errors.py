@@ -1,0 +1,46 @@
+"""What can go wrong, one class for each exit status of the command line.
+
+An error is one line that says what is wrong, where, and the mend.
+"""
+
+
+class CodistillError(Exception):
+    """Base of every error that codistill raises on purpose; `exit_status` is what the command line returns."""
+
+    exit_status = 1
+
+
+class UsageError(CodistillError):
+    """A setting, a name or a combination of them cannot work (exit status 2)."""
+
+    exit_status = 2
+
+
+class DataError(CodistillError):
+    """A data set or an image is missing, damaged or not what it claims to be (exit status 3)."""
+
+    exit_status = 3
+
+
+class CheckpointError(CodistillError):
+    """A checkpoint, a run folder or a model file cannot be used (exit status 4)."""
+
+    exit_status = 4
+
+
+class DivergedError(CodistillError):
+    """A loss or a parameter became NaN or infinite (exit status 5)."""
+
+    exit_status = 5
+
+
+class ResourceError(CodistillError):
+    """Memory or disk ran out (exit status 6)."""
+
+    exit_status = 6
+
+
+class WorkerError(CodistillError):
+    """A worker process or a rank failed (exit status 7)."""
+
+    exit_status = 7

@@ -1,0 +1,88 @@
+"""Losses of the online distillation literature as pure functions of tensors.
+
+All of them average over the batch, return nats and compute in float32 at least, also under autocast.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Widen half-precision scores; leave float32 and float64 as they are."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
+def ramp_up(progress: Float[Tensor, ""], length: float) -> Float[Tensor, ""]:
+    """Weight that grows from exp(-5) to 1 over the first part of the training and then stays 1.
+
+    exp(-5 (1 - min(progress / length, 1))^2).
+
+    Args:
+        progress: Share of the epochs that are done, in [0, 1].
+        length: Share of the training after which the weight is 1; 0 gives 1 throughout.
+
+    Source: sigmoid ramp-up of Laine and Aila, arXiv 1610.02242; in ONE, OKDDip and FFL with length 80 of 300 epochs.
+    """
+    if length == 0:
+        return torch.ones_like(progress)
+    remaining = 1.0 - (progress / length).clamp(max=1.0)
+    return torch.exp(-5.0 * remaining * remaining)
+
+
+def cross_entropy(logits: Float[Tensor, "batch class"], labels: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
+    """Cross-entropy with integer labels at temperature 1: mean over the batch of -log softmax(logits)[label].
+
+    Source: MFEF (ICANN 2022), Eq. (2); as in all cited code the sum over images there is a mean here.
+    """
+    return F.cross_entropy(at_least_float32(logits), labels)
+
+
+def soft_target_kl(
+    logits: Float[Tensor, "batch class"],
+    target_logits: Float[Tensor, "batch class"],
+    temperature: float,
+    detach: bool = True,
+    epsilon: float = 0.0,
+) -> Float[Tensor, ""]:
+    """Pull softened predictions towards a target prediction: T^2 KL(softmax(target / T) || softmax(logits / T)).
+
+    Summed over classes, averaged over the batch.
+
+    Args:
+        logits: Scores of the one that learns.
+        target_logits: Scores of a teacher, a peer or a group.
+        temperature: T > 0. The factor T^2 keeps the size of gradients independent of T.
+        detach: Whether the target side gets no gradient.
+        epsilon: Added to the target's probabilities, as the code of ONE, FFL and OKDDip does with 1e-7.
+
+    Source: Hinton et al., arXiv 1503.02531; MFEF (ICANN 2022), Eqs. (3) and (11).
+    Differs: epsilon is 0 by default; 1e-7 changes the value by less than 1e-5.
+    """
+    target_logits = at_least_float32(target_logits.detach() if detach else target_logits)
+    log_probabilities = F.log_softmax(at_least_float32(logits) / temperature, dim=1)
+    log_targets = F.log_softmax(target_logits / temperature, dim=1)
+    targets = log_targets.exp()
+    if epsilon:
+        targets = targets + epsilon
+        log_targets = targets.log()
+    divergence = (targets * (log_targets - log_probabilities)).sum(dim=1).mean()
+    return temperature**2 * divergence
+
+
+def mean_logits(logits: Sequence[Float[Tensor, "batch class"]]) -> Float[Tensor, "batch class"]:
+    """Average the scores of a group, z_a = 1/n sum_j z_j.
+
+    Source: MFEF (ICANN 2022), section 3.3; authors' code Jangho-Kim/FFL-pytorch at 546d478, train_FFL.py.
+    """
+    return torch.stack([at_least_float32(each) for each in logits]).mean(dim=0)
+
+
+def mixture_logits(logits: Sequence[Float[Tensor, "batch class"]], temperature: float) -> Float[Tensor, "batch class"]:
+    """Scores whose softmax at the temperature is the mean of the members' softened probabilities."""
+    log_members = torch.stack([F.log_softmax(at_least_float32(each) / temperature, dim=1) for each in logits])
+    return temperature * (torch.logsumexp(log_members, dim=0) - math.log(len(logits)))

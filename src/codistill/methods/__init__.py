@@ -1,0 +1,5 @@
+"""Ways of training a cohort together; one method a file."""
+
+from codistill.methods.method import METHODS, Method, MethodSettings, ParameterGroup
+
+__all__ = ["METHODS", "Method", "MethodSettings", "ParameterGroup"]

@@ -1,0 +1,157 @@
+"""FFL: feature fusion learning."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from codistill.cohort import Outputs
+from codistill.errors import UsageError
+from codistill.losses import cross_entropy, mean_logits, mixture_logits, ramp_up, soft_target_kl
+from codistill.methods.independent import cross_entropy_terms
+from codistill.methods.method import METHODS, GroupPredictor, Method, MethodSettings, ParameterGroup
+from codistill.modules import FeatureFusion
+from codistill.modules.fusion import MapShape, Projection
+from codistill.networks import Network
+from codistill.networks.network import probe_shapes
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusionSettings(MethodSettings):
+    """Settings of the methods that teach their students by a fused classifier."""
+
+    temperature: float = 3.0
+    """T of all distillation terms, > 0; cross-entropy and prediction use 1."""
+    ramp_up: float = 80 / 300
+    """Share of the training over which the distillation terms grow to full weight (80 of 300 epochs); 0: at once."""
+    detach_teachers: bool = True
+    """Whether the teaching side of a distillation term gets no gradient."""
+    detach_fusion_input: bool = False
+    """Whether the fused classifier's loss stops at its input instead of training the students' backbones too."""
+    ensemble_target: Literal["logits", "probabilities"] = "logits"
+    """What the students' group is the mean of when it teaches: their logits, or their softened probabilities."""
+    target_epsilon: float = 0.0
+    """Added to the teaching probabilities; the code of FFL, ONE and OKDDip adds 1e-7."""
+    fusion_projection: Projection = "pointwise"
+    """How unlike widths meet the smallest one: after concatenation (pointwise), or each map before it (each)."""
+    fusion_weight_decay: float = 1e-5
+    """Weight decay of the fusion module; the students have the run's own."""
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise UsageError(f"method.temperature is {self.temperature}; it must be above 0")
+        if not 0 <= self.ramp_up <= 1:
+            raise UsageError(f"method.ramp_up is {self.ramp_up}; it must be between 0 and 1, a share of the training")
+        for name in ("target_epsilon", "fusion_weight_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"method.{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+
+
+def map_shapes(students: Sequence[Network], image_size: tuple[int, int]) -> list[MapShape]:
+    """Find the shape of each student's feature map for images of a size."""
+    shapes = []
+    for student in students:
+        channels, height, width = probe_shapes(student, image_size)[-1]
+        shapes.append((channels, height, width))
+    return shapes
+
+
+def group_logits(outputs: Outputs, settings: FusionSettings) -> Float[Tensor, "batch class"]:
+    """Scores of the students' group in its part as a teacher."""
+    if settings.ensemble_target == "probabilities":
+        return mixture_logits(outputs.logits, settings.temperature)
+    return mean_logits(outputs.logits)
+
+
+def distillation_term(
+    logits: Float[Tensor, "batch class"],
+    target_logits: Float[Tensor, "batch class"],
+    progress: Float[Tensor, ""],
+    settings: FusionSettings,
+) -> Float[Tensor, ""]:
+    """One KL term with temperature, T^2 and ramp-up."""
+    divergence = soft_target_kl(
+        logits, target_logits, settings.temperature, settings.detach_teachers, settings.target_epsilon
+    )
+    return ramp_up(progress, settings.ramp_up) * divergence
+
+
+def fusion_terms(
+    outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""], settings: FusionSettings
+) -> dict[str, Float[Tensor, ""]]:
+    """The loss of FFL and MFEF.
+
+    sum_j CE(z_j) + CE(z_f) + r(t) T^2 [ sum_j KL(z_f -> z_j) + KL(z_a -> z_f) ], z_a the mean of the students' logits;
+    KL(a -> b) = KL(softmax(a / T) || softmax(b / T)) with a detached.
+
+    Source: MFEF (ICANN 2022), Eqs. (9)-(11), with the ramp-up of FFL's code (Jangho-Kim/FFL-pytorch at 546d478,
+        train_FFL.py), which the paper names (alpha = 80) but leaves out of Eq. (11).
+    """
+    if outputs.fused_logits is None:
+        raise ValueError("the outputs have no fused logits")
+    terms = cross_entropy_terms(outputs.logits, labels)
+    terms["ce/fused"] = cross_entropy(outputs.fused_logits, labels)
+    for index, logits in enumerate(outputs.logits):
+        terms[f"kl/fused->student{index}"] = distillation_term(logits, outputs.fused_logits, progress, settings)
+    group = group_logits(outputs, settings)
+    terms["kl/ensemble->fused"] = distillation_term(outputs.fused_logits, group, progress, settings)
+    return terms
+
+
+@METHODS.register("ffl")
+class FFL(Method):
+    """The students' feature maps are fused; the fused classifier teaches the students, their mean teaches it.
+
+    Args:
+        students: At least two networks. Equal ones share all stages but the last.
+        num_classes: Their number of classes.
+        settings: `FusionSettings`, or None for the defaults.
+        image_size: Height and width of the images, pixels; only maps of unlike resolution depend on it.
+
+    Source: Kim et al., "Feature Fusion for Online Mutual Knowledge Distillation", ICPR 2020, arXiv 1904.09058;
+        authors' code Jangho-Kim/FFL-pytorch at 546d478.
+    Differs: their code trains 301 epochs, pads by reflection and has exactly two equal students.
+    """
+
+    name = "ffl"
+    Settings = FusionSettings
+    min_students = 2
+    settings: FusionSettings
+
+    def __init__(
+        self,
+        students: Sequence[Network],
+        num_classes: int,
+        settings: FusionSettings | None = None,
+        image_size: tuple[int, int] = (32, 32),
+    ) -> None:
+        super().__init__(students, num_classes, settings, image_size)
+        self.fusion = FeatureFusion(map_shapes(students, image_size), num_classes, self.settings.fusion_projection)
+
+    def forward(self, images: Float[Tensor, "batch channel height width"]) -> Outputs:
+        """Run all students and the fused classifier on normalised images."""
+        outputs = super().forward(images)
+        maps = outputs.feature_maps
+        if self.settings.detach_fusion_input:
+            maps = tuple(each.detach() for each in maps)
+        return Outputs(outputs.logits, outputs.feature_maps, self.fusion(maps))
+
+    def losses(
+        self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Give the terms of `fusion_terms`; see `Method.losses`."""
+        return fusion_terms(outputs, labels, progress, self.settings)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Split into the students and, with its own weight decay, the fusion module."""
+        return [
+            ParameterGroup("students", tuple(self.cohort.parameters())),
+            ParameterGroup("fusion", tuple(self.fusion.parameters()), self.settings.fusion_weight_decay),
+        ]
+
+    def predictors(self) -> dict[str, nn.Module]:
+        """Give the students, their ensemble and the fused classifier; see `Method.predictors`."""
+        members = [Network(list(each.stages), nn.Identity(), each.widths) for each in self.cohort]
+        return {**super().predictors(), "fused": GroupPredictor(members, self.cohort.shared_stages, self.fusion)}

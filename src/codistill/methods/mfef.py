@@ -1,0 +1,202 @@
+"""MFEF: multi-scale feature extraction, dual attention and feature fusion."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from codistill.cohort import Outputs
+from codistill.errors import UsageError
+from codistill.methods.ffl import FusionSettings, distillation_term, fusion_terms, group_logits, map_shapes
+from codistill.methods.independent import cross_entropy_terms
+from codistill.methods.method import METHODS, GroupPredictor, Method, ParameterGroup
+from codistill.modules import DualAttention, FeatureFusion, MultiScaleExtraction
+from codistill.modules.multiscale import Half
+from codistill.networks import Network
+
+FeaturePoint = Literal["raw", "msfe", "msfe_da"]
+POINTS: tuple[FeaturePoint, ...] = ("raw", "msfe", "msfe_da")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MFEFSettings(FusionSettings):
+    """Settings of MFEF; the ablation of the paper's Table 5 is the first three."""
+
+    multiscale: bool = True
+    """Component on or off: multi-scale feature extraction (MSFE)."""
+    attention: bool = True
+    """Component on or off: dual attention (DA)."""
+    distillation: Literal["fusion", "ensemble", "none"] = "fusion"
+    """Who teaches: the fused classifier; the mean of the students' logits (Table 5, case C); or nobody (case B)."""
+    head_input: FeaturePoint = "msfe_da"
+    """What a student's classifier sees: its last map raw, after MSFE, or after MSFE and DA. The deployed student
+    carries these components. A component that is off is passed over."""
+    fusion_input: FeaturePoint = "msfe_da"
+    """What the fusion module sees of each student, likewise."""
+    share_components: bool = False
+    """Whether all students use one MSFE and one DA instead of their own."""
+    groups: int = 4
+    """p, the number of channel groups of MSFE, at least 2."""
+    exported_half: Half = "second"
+    """Which half of a divided group goes to MSFE's output; the other one is carried to the next group."""
+    depthwise: bool = False
+    """Whether MSFE's 3x3 convolutions are depthwise."""
+    attention_reduction: int = 16
+    """Reduction of the channel attention's perceptron."""
+    attention_kernel: int = 7
+    """Side of the spatial attention's convolution, odd, pixels."""
+    attention_bias: bool = False
+    """Whether the channel attention's perceptron has biases, as in CBAM's code."""
+    attention_norm: bool = False
+    """Whether batch normalisation follows the spatial attention's convolution, as in CBAM's code."""
+    components_decay: Literal["students", "fusion"] = "students"
+    """Whose weight decay MSFE and DA have."""
+
+
+class Enhancement(nn.Module):
+    """Multi-scale extraction and dual attention of one student, each of which may be the identity.
+
+    Args:
+        channels: Width of the student's feature map.
+        settings: Which components are on, and theirs.
+        length: How many of the two steps are needed at all, 0 to 2.
+    """
+
+    def __init__(self, channels: int, settings: MFEFSettings, length: int) -> None:
+        super().__init__()
+        steps: list[nn.Module] = [nn.Identity(), nn.Identity()]
+        if settings.multiscale and length >= 1:
+            steps[0] = MultiScaleExtraction(
+                channels, settings.groups, settings.exported_half, depthwise=settings.depthwise
+            )
+        if settings.attention and length >= 2:
+            steps[1] = DualAttention(
+                channels,
+                settings.attention_reduction,
+                settings.attention_kernel,
+                settings.attention_bias,
+                settings.attention_norm,
+            )
+        self.steps = nn.ModuleList(steps)
+
+    def forward(
+        self, feature_map: Float[Tensor, "batch channel height width"]
+    ) -> tuple[Float[Tensor, "batch channel height width"], ...]:
+        """Give the map raw, after MSFE, and after MSFE and DA: one entry for each of `POINTS`."""
+        points = [feature_map]
+        for step in self.steps:
+            points.append(step(points[-1]))
+        return tuple(points)
+
+
+@METHODS.register("mfef")
+class MFEF(Method):
+    """Feature maps gain several scales and attention, are fused, and the fused classifier teaches the students.
+
+    Each student's last map F_j passes multi-scale extraction E and dual attention; the result feeds the student's own
+    classifier and the feature fusion. Loss as in FFL:
+
+        sum_j CE(z_j) + CE(z_f) + r(t) T^2 [ sum_j KL(z_f -> z_j) + KL(z_a -> z_f) ]
+
+    Args:
+        students: At least two networks (one suffices with distillation "none"). Equal ones share all stages but the
+            last; extraction, attention and classifier are each student's own.
+        num_classes: Their number of classes.
+        settings: `MFEFSettings`, or None for the paper's (where it is silent, the documented defaults).
+        image_size: Height and width of the images, pixels; only maps of unlike resolution depend on it.
+
+    Source: Zou, Teng, Niu, "Multi-scale Feature Extraction and Fusion for Online Knowledge Distillation", ICANN 2022.
+    Differs: the paper has no code. What it leaves open is a setting each; docs/mfef.md lists them with the evidence.
+    """
+
+    name = "mfef"
+    Settings = MFEFSettings
+    settings: MFEFSettings
+
+    def __init__(
+        self,
+        students: Sequence[Network],
+        num_classes: int,
+        settings: MFEFSettings | None = None,
+        image_size: tuple[int, int] = (32, 32),
+    ) -> None:
+        super().__init__(students, num_classes, settings, image_size)
+        chosen = self.settings
+        fused = chosen.distillation == "fusion"
+        if chosen.distillation != "none":
+            self.require_students(
+                len(students), 2, "with one student use --method.distillation none (MSFE and DA alone)"
+            )
+        shapes = map_shapes(students, image_size)
+        self.head_point = POINTS.index(chosen.head_input)
+        self.fusion_point = POINTS.index(chosen.fusion_input) if fused else 0
+        self.enhancements = nn.ModuleList(self._enhancements([shape[0] for shape in shapes]))
+        self.fusion = FeatureFusion(shapes, num_classes, chosen.fusion_projection) if fused else None
+
+    def _enhancements(self, widths: list[int]) -> list[Enhancement]:
+        length = max(self.head_point, self.fusion_point)
+        if not self.settings.share_components:
+            return [Enhancement(width, self.settings, length) for width in widths]
+        if len(set(widths)) > 1:
+            raise UsageError(f"mfef: share_components needs feature maps of one width, got {widths}: set it to false")
+        return [Enhancement(widths[0], self.settings, length)] * len(widths)
+
+    def forward(self, images: Float[Tensor, "batch channel height width"]) -> Outputs:
+        """Run all students, their components and the fused classifier on normalised images."""
+        maps = self.cohort.feature_maps(images)
+        points = [enhance(each) for enhance, each in zip(self.enhancements, maps, strict=True)]
+        logits = tuple(self.cohort[index].head(each[self.head_point]) for index, each in enumerate(points))
+        if self.fusion is None:
+            return Outputs(logits, maps)
+        inputs = [each[self.fusion_point] for each in points]
+        if self.settings.detach_fusion_input:
+            inputs = [each.detach() for each in inputs]
+        return Outputs(logits, maps, self.fusion(inputs))
+
+    def losses(
+        self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Give the terms of `fusion_terms`, or fewer without a fused classifier; see `Method.losses`."""
+        if self.fusion is not None:
+            return fusion_terms(outputs, labels, progress, self.settings)
+        terms = cross_entropy_terms(outputs.logits, labels)
+        if self.settings.distillation == "ensemble":
+            group = group_logits(outputs, self.settings)
+            for index, logits in enumerate(outputs.logits):
+                terms[f"kl/ensemble->student{index}"] = distillation_term(logits, group, progress, self.settings)
+        return terms
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Split into the students with their components and, with its own weight decay, the fusion module."""
+        students = list(self.cohort.parameters())
+        fusion = [] if self.fusion is None else list(self.fusion.parameters())
+        (students if self.settings.components_decay == "students" else fusion).extend(self.enhancements.parameters())
+        groups = [ParameterGroup("students", tuple(students))]
+        if fusion:
+            groups.append(ParameterGroup("fusion", tuple(fusion), self.settings.fusion_weight_decay))
+        return groups
+
+    def deployed_student(self, index: int) -> Network:
+        """Give the student as a plain network whose head begins with the components that it was trained with."""
+        student, steps = self.cohort[index], self._steps(index, self.head_point)
+        if not steps:
+            return student
+        return Network(list(student.stages), nn.Sequential(*steps, student.head), student.widths)
+
+    def _steps(self, index: int, point: int) -> list[nn.Module]:
+        enhancement = self.enhancements[index]
+        assert isinstance(enhancement, Enhancement)
+        return [step for step in enhancement.steps[:point] if not isinstance(step, nn.Identity)]
+
+    def predictors(self) -> dict[str, nn.Module]:
+        """Give the students, their ensemble and, where there is one, the fused classifier; see `Method.predictors`."""
+        named = super().predictors()
+        if self.fusion is not None:
+            members = [
+                Network(list(each.stages), nn.Sequential(*self._steps(index, self.fusion_point)), each.widths)
+                for index, each in enumerate(self.cohort)
+            ]
+            named["fused"] = GroupPredictor(members, self.cohort.shared_stages, self.fusion)
+        return named

@@ -1,0 +1,75 @@
+"""Dual attention: channel attention, then spatial attention; MFEF's second component."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from codistill.errors import UsageError
+from codistill.networks.network import initialise
+
+
+class DualAttention(nn.Module):
+    """Weight the channels of a feature map, then its places, each by a sigmoid of pooled values.
+
+        w_c = sigmoid(W(mean over places) + W(maximum over places)),  W a shared two-layer perceptron with ReLU
+        w_s = sigmoid(conv(concat(mean over channels, maximum over channels))) of the map weighted by w_c
+        output = w_s * w_c * input
+
+    Maxima are taken by index: their gradient then goes to exactly one place, also where bf16 rounding makes ties.
+
+    Args:
+        channels: C of the input.
+        reduction: Hidden width of W is C // reduction, at least 1.
+        kernel_size: Side of the spatial convolution, odd, pixels.
+        bias: Whether the two layers of W have biases.
+        norm: Whether batch normalisation follows the spatial convolution.
+
+    Raises:
+        UsageError: A reduction below 1, or an even kernel.
+
+    Source: MFEF (ICANN 2022), section 3.2, Eqs. (5)-(8), after Woo et al., "CBAM", arXiv 1807.06521; authors' code
+        Jongchan/attention-module, MODELS/cbam.py.
+    Differs: Eq. (5) is printed with unbalanced brackets and read as above, as in CBAM. CBAM's code has biases in W
+        and batch normalisation in the spatial part; both are off by default.
+    """
+
+    def __init__(
+        self, channels: int, reduction: int = 16, kernel_size: int = 7, bias: bool = False, norm: bool = False
+    ) -> None:
+        super().__init__()
+        if reduction < 1:
+            raise UsageError(f"dual attention: reduction is {reduction}; it must be at least 1")
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise UsageError(f"dual attention: kernel_size is {kernel_size}; it must be odd, for example 7 or 3")
+        hidden = max(1, channels // reduction)
+        self.channel = nn.Sequential(
+            nn.Linear(channels, hidden, bias=bias), nn.ReLU(), nn.Linear(hidden, channels, bias=bias)
+        )
+        spatial: list[nn.Module] = [nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False)]
+        if norm:
+            spatial.append(nn.BatchNorm2d(1, momentum=0.01))
+        self.spatial = nn.Sequential(*spatial)
+        initialise(self)
+
+    def channel_weights(
+        self, feature_map: Float[Tensor, "batch channel height width"]
+    ) -> Float[Tensor, "batch channel 1 1"]:
+        """Compute w_c, in (0, 1)."""
+        average = feature_map.mean(dim=(2, 3))
+        maximum = feature_map.flatten(2).max(dim=2).values
+        return torch.sigmoid(self.channel(average) + self.channel(maximum))[:, :, None, None]
+
+    def spatial_weights(
+        self, feature_map: Float[Tensor, "batch channel height width"]
+    ) -> Float[Tensor, "batch 1 height width"]:
+        """Compute w_s, in (0, 1)."""
+        average = feature_map.mean(dim=1, keepdim=True)
+        maximum = feature_map.max(dim=1, keepdim=True).values
+        return torch.sigmoid(self.spatial(torch.cat([average, maximum], dim=1)))
+
+    def forward(
+        self, feature_map: Float[Tensor, "batch channel height width"]
+    ) -> Float[Tensor, "batch channel height width"]:
+        """Give the weighted map, of the same shape."""
+        weighted = self.channel_weights(feature_map) * feature_map
+        return self.spatial_weights(weighted) * weighted

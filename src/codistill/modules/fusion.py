@@ -1,0 +1,101 @@
+"""Feature fusion: one classifier on the concatenated feature maps of all students; MFEF's third component."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from codistill.errors import UsageError
+from codistill.networks.network import PooledLinear, initialise
+
+Projection = Literal["pointwise", "each"]
+MapShape = tuple[int, int, int]
+
+
+def conv_bn_relu(
+    width_in: int,
+    width_out: int,
+    kernel: int | tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    groups: int = 1,
+) -> nn.Sequential:
+    """Make convolution without bias, batch normalisation and ReLU."""
+    conv = nn.Conv2d(width_in, width_out, kernel, stride, padding, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(width_out), nn.ReLU())
+
+
+def convolutional_regressor(channels: int, size: tuple[int, int], target: tuple[int, int]) -> nn.Module:
+    """Make the layer that brings a feature map to a smaller height and width; channels are kept.
+
+    In each direction: nothing to do where the lengths agree (3, stride 1, padding 1); 3 with stride 2 where the map is
+    twice (or twice less one) as long; else an unpadded kernel of length - target + 1. BN and ReLU follow.
+
+    Source: Romero et al., "FitNets", arXiv 1412.6550; shape rule after RepDistiller, models/util.py. MFEF and FFL name
+        a "convolutional regressor" and give no details; no pair of networks in their papers needs one.
+    """
+
+    def direction(length: int, wanted: int) -> tuple[int, int, int]:
+        if length == wanted:
+            return 3, 1, 1
+        if (length + 1) // 2 == wanted:
+            return 3, 2, 1
+        return length - wanted + 1, 1, 0
+
+    (kh, sh, ph), (kw, sw, pw) = (direction(a, b) for a, b in zip(size, target, strict=True))
+    return conv_bn_relu(channels, channels, (kh, kw), (sh, sw), (ph, pw))
+
+
+class FeatureFusion(nn.Module):
+    """Fuse the feature maps of n students and classify the result.
+
+    concat -> depthwise 3x3 + BN + ReLU -> pointwise 1x1 (sum of the widths -> smallest width) + BN + ReLU -> mean over
+    places -> linear. Maps that are larger than the smallest height and width pass a convolutional regressor first.
+
+    Args:
+        shapes: (channels, height, width) of each student's map, at least two.
+        num_classes: Number of logits.
+        projection: How unlike widths meet the smallest one: by the pointwise convolution after concatenation, or by a
+            1x1 convolution + BN + ReLU on each wider map before it.
+
+    Raises:
+        UsageError: Fewer than two maps.
+
+    Source: Kim et al., "Feature Fusion for Online Mutual Knowledge Distillation", arXiv 1904.09058; authors' code
+        Jangho-Kim/FFL-pytorch at 546d478, our_network.py. MFEF (ICANN 2022), section 3.2, "Feature Fusion".
+    Differs: FFL's code knows two students of equal shape; widths are summed as in SJLeo/FFSD, models/fusion_module.py.
+    """
+
+    def __init__(self, shapes: Sequence[MapShape], num_classes: int, projection: Projection = "pointwise") -> None:
+        super().__init__()
+        if len(shapes) < 2:
+            raise UsageError(f"feature fusion needs the maps of at least 2 students, got {len(shapes)}")
+        height, width = min(shape[1] for shape in shapes), min(shape[2] for shape in shapes)
+        smallest = min(shape[0] for shape in shapes)
+        adapters, widths = [], []
+        for channels, *size in shapes:
+            layers: list[nn.Module] = []
+            if tuple(size) != (height, width):
+                layers.append(convolutional_regressor(channels, (size[0], size[1]), (height, width)))
+            if projection == "each" and channels != smallest:
+                layers.append(conv_bn_relu(channels, smallest, 1))
+                channels = smallest
+            adapters.append(nn.Sequential(*layers))
+            widths.append(channels)
+        total = sum(widths)
+        self.adapters = nn.ModuleList(adapters)
+        self.transfer = nn.Sequential(
+            conv_bn_relu(total, total, 3, padding=1, groups=total), conv_bn_relu(total, smallest, 1)
+        )
+        self.head = PooledLinear(smallest, num_classes)
+        initialise(self)
+
+    def forward(
+        self, feature_maps: Sequence[Float[Tensor, "batch _channel _height _width"]]
+    ) -> Float[Tensor, "batch class"]:
+        """Map one feature map per student to the fused logits."""
+        alike = [adapter(feature_map) for adapter, feature_map in zip(self.adapters, feature_maps, strict=True)]
+        logits: Tensor = self.head(self.transfer(torch.cat(alike, dim=1)))
+        return logits

@@ -1,0 +1,140 @@
+"""ResNets of depth 6n+2 for 32x32 images: ResNet-20, -32, -56 and -110 of basic blocks."""
+
+from typing import Literal
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from codistill.networks.network import NETWORKS, Network, PooledLinear, conv_bn
+
+Shortcut = Literal["A", "B"]
+
+
+class PaddedShortcut(nn.Module):
+    """Shortcut without parameters: take every `stride`-th pixel, add channels of zeros on both sides.
+
+    Half of the new channels stand before the old ones and half behind. He et al. do not say where the zeros go;
+    this is the place that most implementations chose.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output, at least as many.
+        stride: Subsampling factor, pixels.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.before = (out_channels - in_channels) // 2
+        self.behind = out_channels - in_channels - self.before
+        self.stride = stride
+
+    def forward(
+        self, features: Float[Tensor, "batch in_channels height width"]
+    ) -> Float[Tensor, "batch out_channels out_height out_width"]:
+        """Subsample and pad."""
+        subsampled = features[:, :, :: self.stride, :: self.stride]
+        return F.pad(subsampled, (0, 0, 0, 0, self.before, self.behind))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with batch normalisation, added to a shortcut before the last ReLU.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        stride: Stride of the first convolution, pixels.
+        shortcut: What stands on the shortcut where the shape changes: `A` zero padding, `B` 1x1 convolution and
+            batch normalisation.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: Shortcut) -> None:
+        super().__init__()
+        self.residual = nn.Sequential(
+            *conv_bn(in_channels, out_channels, 3, stride),
+            nn.ReLU(inplace=True),
+            *conv_bn(out_channels, out_channels, 3),
+        )
+        self.shortcut: nn.Module
+        if stride == 1 and in_channels == out_channels:
+            self.shortcut = nn.Identity()
+        elif shortcut == "A":
+            self.shortcut = PaddedShortcut(in_channels, out_channels, stride)
+        else:
+            self.shortcut = nn.Sequential(*conv_bn(in_channels, out_channels, 1, stride))
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(
+        self, features: Float[Tensor, "batch in_channels height width"]
+    ) -> Float[Tensor, "batch out_channels out_height out_width"]:
+        """Apply the block."""
+        activated: Tensor = self.relu(self.residual(features) + self.shortcut(features))
+        return activated
+
+
+def basic_resnet(num_classes: int, widths: tuple[int, ...], blocks: int, shortcut: Shortcut) -> Network:
+    """Build a ResNet of basic blocks with a 3x3 stem and no max-pooling, for small images.
+
+    Each stage after the stem halves height and width, but the first one, which keeps them.
+
+    Args:
+        num_classes: Number of logits.
+        widths: Channels of the stages after the stem; the stem has those of the first one.
+        blocks: Blocks in each stage.
+        shortcut: `A` or `B`, see `BasicBlock`.
+
+    Returns:
+        Stages stem, stage 1, stage 2, ..; the feature map is the last stage's output, after its ReLU.
+    """
+    stages: list[nn.Module] = [nn.Sequential(*conv_bn(3, widths[0], 3), nn.ReLU(inplace=True))]
+    channels = widths[0]
+    for index, width in enumerate(widths):
+        first = BasicBlock(channels, width, 1 if index == 0 else 2, shortcut)
+        stages.append(nn.Sequential(first, *(BasicBlock(width, width, 1, shortcut) for _ in range(blocks - 1))))
+        channels = width
+    return Network(stages, PooledLinear(channels, num_classes), (widths[0], *widths))
+
+
+def cifar_resnet(num_classes: int, depth: int, shortcut: Shortcut) -> Network:
+    """Build a ResNet of depth 6n+2 for 32x32 images.
+
+    The feature map is [64, 8, 8]; stem, stage 1 and stage 2 are the usual shared trunk.
+
+    Args:
+        num_classes: Number of logits.
+        depth: 6n+2 with n blocks in each of the three stages.
+        shortcut: `A` (zero padding, no parameters) or `B` (1x1 convolution and batch normalisation, 2 752
+            parameters more).
+
+    Source: He, Zhang, Ren, Sun, Deep Residual Learning for Image Recognition, CVPR 2016, arXiv 1512.03385,
+        section 4.2.
+    Differs: `B` is the default, as in the code of FFL, ONE and OKDDip; He et al. use `A` on CIFAR.
+    """
+    return basic_resnet(num_classes, (16, 32, 64), (depth - 2) // 6, shortcut)
+
+
+@NETWORKS.register("resnet20")
+def resnet20(num_classes: int, shortcut: Shortcut = "B") -> Network:
+    """Build ResNet-20 for 32x32 images; see `cifar_resnet`."""
+    return cifar_resnet(num_classes, 20, shortcut)
+
+
+@NETWORKS.register("resnet32")
+def resnet32(num_classes: int, shortcut: Shortcut = "B") -> Network:
+    """Build ResNet-32 for 32x32 images; see `cifar_resnet`."""
+    return cifar_resnet(num_classes, 32, shortcut)
+
+
+@NETWORKS.register("resnet56")
+def resnet56(num_classes: int, shortcut: Shortcut = "B") -> Network:
+    """Build ResNet-56 for 32x32 images; see `cifar_resnet`."""
+    return cifar_resnet(num_classes, 56, shortcut)
+
+
+@NETWORKS.register("resnet110")
+def resnet110(num_classes: int, shortcut: Shortcut = "B") -> Network:
+    """Build ResNet-110 of basic blocks for 32x32 images; see `cifar_resnet`.
+
+    Differs: ONE and OKDDip give this name to bottleneck networks, which have other sizes and errors.
+    """
+    return cifar_resnet(num_classes, 110, shortcut)

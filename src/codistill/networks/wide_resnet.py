@@ -1,0 +1,77 @@
+"""Wide ResNets of depth 6n+4 for 32x32 images: WRN-16-2 and WRN-40-2."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from codistill.networks.network import NETWORKS, Network, PooledLinear, conv, conv_bn
+
+
+class PreActivationBlock(nn.Module):
+    """Two 3x3 convolutions, each behind batch normalisation and ReLU, added to a shortcut; nothing after the sum.
+
+    Where the width changes, the shortcut is a bare 1x1 convolution of the normalised and activated input; elsewhere
+    it is the raw input.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        stride: Stride of the first convolution, pixels; above 1 only where the width changes.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.activation = nn.Sequential(nn.BatchNorm2d(in_channels), nn.ReLU(inplace=True))
+        self.residual = nn.Sequential(
+            *conv_bn(in_channels, out_channels, 3, stride),
+            nn.ReLU(inplace=True),
+            conv(out_channels, out_channels, 3),
+        )
+        self.shortcut = None if in_channels == out_channels else conv(in_channels, out_channels, 1, stride)
+
+    def forward(
+        self, features: Float[Tensor, "batch in_channels height width"]
+    ) -> Float[Tensor, "batch out_channels out_height out_width"]:
+        """Apply the block."""
+        activated = self.activation(features)
+        skipped = features if self.shortcut is None else self.shortcut(activated)
+        summed: Tensor = self.residual(activated) + skipped
+        return summed
+
+
+def wide_resnet(num_classes: int, depth: int, widening: int) -> Network:
+    """Build a wide ResNet for 32x32 images.
+
+    The feature map is [64 * widening, 8, 8], after the final batch normalisation and ReLU, which belong to the last
+    stage; stem, stage 1 and stage 2 are the usual shared trunk.
+
+    Args:
+        num_classes: Number of logits.
+        depth: 6n+4 with n blocks in each of the three stages.
+        widening: Factor k on the widths 16, 32 and 64.
+
+    Source: Zagoruyko, Komodakis, Wide Residual Networks, BMVC 2016, arXiv 1605.07146; the details as in the authors'
+        github.com/szagoruyko/wide-residual-networks, pytorch/resnet.py.
+    Differs: no dropout, and weights from `initialise`. The port in the code of FFSD and CMFF is another network:
+        biases, the stride in the second convolution, a shortcut of the raw input.
+    """
+    stages: list[nn.Module] = [conv(3, 16, 3)]
+    widths = [16]
+    blocks = (depth - 4) // 6
+    for width, stride in ((16 * widening, 1), (32 * widening, 2), (64 * widening, 2)):
+        first = PreActivationBlock(widths[-1], width, stride)
+        stages.append(nn.Sequential(first, *(PreActivationBlock(width, width, 1) for _ in range(blocks - 1))))
+        widths.append(width)
+    stages[-1] = nn.Sequential(stages[-1], nn.BatchNorm2d(widths[-1]), nn.ReLU(inplace=True))
+    return Network(stages, PooledLinear(widths[-1], num_classes), widths)
+
+
+@NETWORKS.register("wrn-16-2")
+def wrn_16_2(num_classes: int) -> Network:
+    """Build WRN-16-2 for 32x32 images; see `wide_resnet`."""
+    return wide_resnet(num_classes, 16, 2)
+
+
+@NETWORKS.register("wrn-40-2")
+def wrn_40_2(num_classes: int) -> Network:
+    """Build WRN-40-2 for 32x32 images; see `wide_resnet`."""
+    return wide_resnet(num_classes, 40, 2)

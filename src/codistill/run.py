@@ -1,0 +1,214 @@
+"""A run folder: the whole truth of one training, and what can be done with it afterwards."""
+
+import fcntl
+import json
+import os
+import platform
+import socket
+from pathlib import Path
+from typing import IO, Any
+
+import numpy
+import torch
+
+from codistill.checkpoint import CheckpointStore, read_json, write_json
+from codistill.config import RunConfig, mapping_arguments, parse_config
+from codistill.data.augment import INIT_STREAM, generator
+from codistill.data.dataset import Dataset
+from codistill.errors import CheckpointError, UsageError
+from codistill.methods import METHODS, Method
+from codistill.networks import network
+
+VERSION = "0.1.0"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Record what a result may depend on: versions, machine, device, threads."""
+    return {
+        "codistill": VERSION,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def dataset_record(data: Dataset) -> dict[str, Any]:
+    """Record what a trained network must know of its data set: classes, image size, normalisation, counts."""
+    mean, std = data.statistics
+    return {
+        "name": data.name,
+        "class_names": list(data.class_names),
+        "image_size": list(data.image_size),
+        "mean": list(mean),
+        "std": list(std),
+        "train_images": len(data.train),
+        "test_images": len(data.test),
+    }
+
+
+class RunLock:
+    """Hold a run folder for one process; the kernel gives it back when the process ends, however it ends.
+
+    Args:
+        folder: The run folder, which exists.
+
+    Raises:
+        UsageError: Another process holds it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file: IO[str] = open(folder / ".lock", "a+")  # noqa: SIM115
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.seek(0)
+            owner = self._file.read().strip() or "another process"
+            self._file.close()
+            raise UsageError(
+                f"run folder {folder} is in use by {owner}: wait for it, or choose another --out"
+            ) from None
+        self._file.truncate(0)
+        self._file.write(f"pid {os.getpid()} on host {socket.gethostname()}")
+        self._file.flush()
+
+    def release(self) -> None:
+        """Let others have the folder."""
+        self._file.close()
+
+
+class Run:
+    """A run folder.
+
+    Args:
+        path: The folder; it must hold a config.json.
+
+    Raises:
+        CheckpointError: It is not a run folder, or its config.json is damaged.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.record: dict[str, Any] = read_json(self.path / "config.json")
+        self.checkpoints = CheckpointStore(self.path / "checkpoints")
+        self._method: Method | None = None
+
+    @classmethod
+    def create(cls, path: Path, record: dict[str, Any], method: Method) -> tuple["Run", RunLock]:
+        """Make a new run folder and hold it.
+
+        Raises:
+            UsageError: Something other than an empty folder is there, another process holds it, or it cannot be made.
+        """
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = RunLock(path)
+        except OSError as error:
+            raise UsageError(f"run folder {path}: {error.strerror}: choose another --out") from None
+        if any(entry.name != ".lock" for entry in path.iterdir()):
+            lock.release()
+            raise UsageError(f"run folder {path} is not empty: choose another --out; nothing was overwritten")
+        write_json(path / "config.json", record)
+        run = cls(path)
+        run._method = method
+        return run, lock
+
+    @property
+    def config(self) -> RunConfig:
+        """The settings that the run was started with."""
+        mapping = dict(self.record)
+        method = dict(mapping.pop("method"))
+        name = str(method.pop("name"))
+        return parse_config(name, mapping_arguments(mapping, method, name, lambda key: f"{self.path}/config.json"))
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What `summary.json` holds.
+
+        Raises:
+            CheckpointError: It is absent or damaged.
+        """
+        summary: dict[str, Any] = read_json(self.path / "summary.json")
+        return summary
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in the order of the logits."""
+        return list(self.record["dataset"]["class_names"])
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images, pixels."""
+        height, width = self.record["dataset"]["image_size"]
+        return int(height), int(width)
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl."""
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Read metrics.jsonl, one entry an epoch.
+
+        Raises:
+            CheckpointError: It is absent, or a line is damaged.
+        """
+        path = self.path / "metrics.jsonl"
+        try:
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from None
+
+    def load_method(self, which: str = "last") -> Method:
+        """Build the method with all its networks and load a checkpoint's weights.
+
+        Args:
+            which: The `last` or the `best` checkpoint.
+
+        Returns:
+            The method on the CPU, in evaluation mode.
+
+        Raises:
+            CheckpointError: No whole checkpoint, one of other shapes, or networks of the user's own that have no name
+                to build them from.
+        """
+        state = self.checkpoints.load(which)["method"]
+        method = self._method or build_method(self.config, len(self.class_names), self.image_size)
+        try:
+            method.load_state_dict(state)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"{self.path}: the {which} checkpoint does not fit the networks: {reason}") from None
+        return method.eval()
+
+    def best_student(self) -> str:
+        """Name the student with the lowest top-1 error at the end of training."""
+        errors: dict[str, float] = {
+            name: error for name, error in self.summary["top1_error"].items() if name.startswith("student")
+        }
+        return min(sorted(errors), key=errors.__getitem__)
+
+    def export(self, predictor: str, file: str | Path, format: str | None = None) -> Path:
+        """Write one predictor as a file that needs nothing of the rest; see `codistill.export.export_predictor`."""
+        from codistill.export import export_predictor
+
+        return export_predictor(self, predictor, Path(file), format).path
+
+
+def build_method(config: RunConfig, num_classes: int, image_size: tuple[int, int]) -> Method:
+    """Build a method with fresh networks; the weights are a pure function of the seed.
+
+    Raises:
+        UsageError: Networks, method and settings do not go together.
+        CheckpointError: A network has no name to build it from.
+    """
+    if not config.networks:
+        raise UsageError("no networks: name one for each student, for example --networks resnet20 resnet20")
+    if "" in config.networks:
+        raise CheckpointError("the run was trained with networks of your own, which only your program can build")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(config.train.seed, INIT_STREAM).initial_seed())
+        students = [network(spec, num_classes) for spec in config.networks]
+        return METHODS[config.method_name](students, num_classes, config.method, image_size)

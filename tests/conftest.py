@@ -1,0 +1,41 @@
+"""What all tests share: one thread, a fixed seed, tiny networks and a batch for them."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from codistill.networks import Network, PooledLinear
+from codistill.networks.network import conv_bn, initialise
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    torch.set_num_threads(1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture
+def tiny_network() -> Callable[..., Network]:
+    """Build three stages of convolution, BN and ReLU: 4 and 6 channels at 8x8, then `width` at 8x8 / `stride`."""
+
+    def build(width: int = 8, stride: int = 2, classes: int = 3) -> Network:
+        widths, strides = (4, 6, width), (1, 1, stride)
+        stages = [
+            nn.Sequential(*conv_bn(in_channels, out_channels, 3, step), nn.ReLU())
+            for in_channels, out_channels, step in zip((3, *widths), widths, strides, strict=False)
+        ]
+        built = Network(stages, PooledLinear(width, classes), widths)
+        initialise(built)
+        return built
+
+    return build
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor]:
+    """Six images of 8x8 pixels with labels of three classes, in float64."""
+    return torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 2, 1, 0])

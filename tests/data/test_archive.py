@@ -1,0 +1,117 @@
+import gzip
+import tarfile
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from codistill.data.archive import members
+from codistill.errors import DataError
+
+from .writers import listing, tar_gz, tar_info, write_archive
+
+FILES = {"a.bin": b"a" * 1000, "b.bin": b"b" * 512, "c.txt": b""}
+
+
+def read(path, wanted=lambda name: True, member_limit=1 << 16, total_limit=1 << 20):
+    return dict(members(path, wanted, "fetch it", member_limit, total_limit))
+
+
+def test_gives_the_wanted_members_in_order(tmp_path):
+    path = write_archive(tmp_path / "x.tar.gz", "top", FILES)
+    assert read(path) == {f"top/{name}": content for name, content in FILES.items()}
+    assert list(read(path)) == ["top/a.bin", "top/b.bin", "top/c.txt"]
+    assert read(path, lambda name: name == "top/b.bin") == {"top/b.bin": FILES["b.bin"]}
+
+
+def test_a_leading_dot_and_long_names_are_understood(tmp_path):
+    long = "x" * 300
+    assert read(write_archive(tmp_path / "x.tar.gz", ".", {long: b"1"})) == {long: b"1"}
+
+
+@pytest.mark.parametrize(
+    ("info", "complaint"),
+    [
+        (tar_info("../evil", 1), "points outside"),
+        (tar_info("top/../../evil", 1), "points outside"),
+        (tar_info("/tmp/evil", 1), "points outside"),
+        (tar_info("top\\..\\evil", 1), "points outside"),
+        (tar_info("evil", kind=tarfile.SYMTYPE, link="/etc/passwd"), "a symbolic link"),
+        (tar_info("evil", kind=tarfile.LNKTYPE, link="top/a.bin"), "a hard link"),
+        (tar_info("evil", kind=tarfile.CHRTYPE), "a device"),
+        (tar_info("evil", kind=tarfile.FIFOTYPE), "a device"),
+        (tar_info("top/a.bin", 1), "there twice"),
+        (tar_info("./top/a.bin", 1), "there twice"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_refuses_what_does_not_belong_there_even_unasked(tmp_path, info, complaint):
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    path = tar_gz(inside / "x.tar.gz", [(tar_info("top/a.bin", 4), b"1234"), (info, b"1")])
+    before = listing(tmp_path)
+    with pytest.raises(DataError, match=rf"x\.tar\.gz: member .* {complaint}.*: do not use this archive"):
+        read(path, lambda name: name == "top/a.bin")
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.02, 0.5, 0.99])
+def test_truncated(tmp_path, kept):
+    content = write_archive(tmp_path / "x.tar.gz", "top", {"a.bin": bytes(range(256)) * 100}).read_bytes()
+    (tmp_path / "x.tar.gz").write_bytes(content[: int(len(content) * kept)])
+    with pytest.raises(DataError, match=r"x\.tar\.gz: cannot be read .*: fetch it"):
+        read(tmp_path / "x.tar.gz")
+
+
+def test_a_cut_last_byte_and_a_flipped_byte_are_noticed(tmp_path):
+    path = write_archive(tmp_path / "x.tar.gz", "top", {"a.bin": np.random.default_rng(0).bytes(3000)})
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    with pytest.raises(DataError, match="fetch it"):
+        read(path)
+    for place in range(700, 3000, 31):
+        flipped = bytearray(content)
+        flipped[place] ^= 1
+        path.write_bytes(bytes(flipped))
+        with pytest.raises(DataError):
+            read(path)
+
+
+def test_not_an_archive(tmp_path):
+    path = tmp_path / "x.tar.gz"
+    for content in (b"hello", gzip.compress(b"hello" * 500)):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="cannot be read"):
+            read(path)
+    with pytest.raises(DataError, match="no such file"):
+        read(tmp_path / "none.tar.gz")
+
+
+def bomb(kind: bytes) -> bytes:
+    """64 MB in 64 kB: a member or the header of a long name that is larger than it may be."""
+    header = tar_info("evil", 64 << 20, kind).tobuf(tarfile.GNU_FORMAT)
+    return gzip.compress(header + bytes(64 << 20), 1)
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_bombs_cost_no_memory(tmp_path, kind, wanted):
+    path = tmp_path / "x.tar.gz"
+    path.write_bytes(bomb(kind))
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"more than the .* fetch it"):
+            read(path, lambda name: wanted)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_header_that_lies_about_its_size(tmp_path):
+    path = tmp_path / "x.tar.gz"
+    path.write_bytes(gzip.compress(tar_info("evil", 5000).tobuf(tarfile.GNU_FORMAT) + bytes(1024)))
+    with pytest.raises(DataError, match="unexpected end of data"):
+        read(path)
+    path.write_bytes(gzip.compress(tar_info("evil", 10 << 30).tobuf(tarfile.GNU_FORMAT) + bytes(1024)))
+    with pytest.raises(DataError, match="evil has 10737418240 bytes"):
+        read(path)

@@ -1,0 +1,75 @@
+import logging
+
+import numpy as np
+import pytest
+
+from codistill.data import cache
+from codistill.data.cache import cached
+from codistill.errors import DataError
+
+ARRAYS = {"a": np.arange(600, dtype=np.uint8).reshape(2, 300), "b": np.arange(4)}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "cache.npz"
+
+
+def build():
+    return dict(ARRAYS)
+
+
+def never():
+    raise DataError("no source")
+
+
+def test_builds_once_and_reads_what_is_wanted(path):
+    assert cached(path, "v1", ["a"], build).keys() == {"a", "b"}
+    arrays = cached(path, "v1", ["b"], never)
+    assert arrays.keys() == {"b"} and arrays["b"].dtype == ARRAYS["b"].dtype
+    np.testing.assert_array_equal(cached(path, "v1", ["a"], never)["a"], ARRAYS["a"])
+    assert [each.name for each in path.parent.iterdir()] == ["cache.npz"]
+
+
+def test_other_sources_make_it_stale(path, caplog):
+    cached(path, "v1", ["a"], build)
+    with pytest.raises(DataError, match="no source"):
+        cached(path, "v2", ["a"], never)
+    assert [record.message for record in caplog.records] == [
+        f"{path}: was made from other files or by another version: building it again"
+    ]
+
+
+def test_a_flipped_byte_anywhere_is_noticed_and_mended(path, caplog):
+    cached(path, "v1", ["a"], build)
+    good = path.read_bytes()
+    for place in range(0, len(good), 97):
+        flipped = bytearray(good)
+        flipped[place] ^= 1
+        path.write_bytes(bytes(flipped))
+        np.testing.assert_array_equal(cached(path, "v1", ["a"], build)["a"], ARRAYS["a"])
+    assert all("building it again" in record.message and "\n" not in record.message for record in caplog.records)
+    path.write_bytes(good[:300])
+    with pytest.raises(DataError, match="no source"):
+        cached(path, "v1", ["a"], never)
+    assert path.read_bytes() == good[:300], "a cache is only replaced by a better one"
+
+
+def test_own_digest_sees_what_zip_does_not(path, caplog):
+    cached(path, "v1", ["a"], build)
+    with np.load(path) as file:
+        content = dict(file)
+    content["a"][1, 7] ^= 1
+    np.savez(path, **content)
+    np.testing.assert_array_equal(cached(path, "v1", ["a"], build)["a"], ARRAYS["a"])
+    assert "the sha256 of a is wrong" in caplog.text
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning(path, caplog, monkeypatch):
+    def full(*_args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache.os, "fsync", full)
+    assert cached(path, "v1", ["a"], build).keys() == {"a", "b"}
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "No space left on device" in caplog.text and list(path.parent.iterdir()) == []

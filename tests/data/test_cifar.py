@@ -1,0 +1,240 @@
+import pickle
+import tarfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from codistill.data import cifar, dataset
+from codistill.data.cifar_releases import CIFAR10, CIFAR100
+from codistill.errors import DataError
+
+from .writers import (
+    cifar_binary,
+    cifar_python,
+    listing,
+    python2_pickle,
+    random_arrays,
+    sha256,
+    tar_gz,
+    tar_info,
+    write_archive,
+    write_folder,
+)
+
+RELEASES = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+WRITERS = (cifar_binary, cifar_python)
+ARRAYS = {"cifar10": random_arrays(10), "cifar100": random_arrays(100)}
+
+every_release = pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in RELEASES for kind in (0, 1)])
+
+
+def files_of(name, kind):
+    return WRITERS[kind](name, ARRAYS[name])
+
+
+def check_equal(data, expected):
+    assert data.class_names == expected.class_names and data.image_size == (32, 32)
+    for part in ("train", "test"):
+        split = getattr(data, part)
+        np.testing.assert_array_equal(split.images, getattr(expected, f"{part}_images"))
+        np.testing.assert_array_equal(split.labels, getattr(expected, f"{part}_labels"))
+
+
+@every_release
+def test_extracted_folder_and_archive_each_also_named_directly(tmp_path, name, kind):
+    release = RELEASES[name][kind]
+    files = files_of(name, kind)
+    folder = write_folder(tmp_path / "extracted" / release.folder, files)
+    archive = tmp_path / "packed" / release.archive
+    archive.parent.mkdir()
+    write_archive(archive, release.folder, files)
+    for root in (folder, folder.parent, archive, archive.parent):
+        check_equal(dataset(name, root=root, check=False), ARRAYS[name])
+
+
+def test_the_coarse_label_comes_first_and_planes_are_red_green_blue(tmp_path):
+    red = bytes([255] * 1024 + [0] * 2048)
+    files = files_of("cifar100", 0) | {"train.bin": bytes([3, 77]) + red}
+    write_folder(tmp_path, files)
+    train = dataset("cifar100:check=false", root=tmp_path).train
+    assert train.labels.tolist() == [77] and (train.images == [255, 0, 0]).all()
+
+
+def test_binary_is_preferred_and_both_datasets_can_share_a_root(tmp_path):
+    for name, releases in RELEASES.items():
+        write_folder(tmp_path / releases[0].folder, files_of(name, 0))
+        write_folder(tmp_path / releases[1].folder, {releases[1].train[0]: b"unread"})
+        (tmp_path / releases[0].archive).write_bytes(b"unread")
+    for name in RELEASES:
+        check_equal(dataset(name, root=tmp_path, check=False), ARRAYS[name])
+
+
+def test_what_python_3_and_numpy_2_pickle_is_read_too(tmp_path):
+    names = {b"label_names": [f"n{index}" for index in range(10)]}
+    write_folder(tmp_path, files_of("cifar10", 1) | {"batches.meta": pickle.dumps(names)})
+    images = np.arange(2 * 3072).astype(np.uint8).reshape(2, 3072)
+    batch = {"data": images, "labels": np.array([3, 4])}
+    (tmp_path / "data_batch_1").write_bytes(pickle.dumps(batch, protocol=4))
+    data = dataset("cifar10:check=false", root=tmp_path)
+    assert data.class_names[3] == "n3" and data.train.labels[:2].tolist() == [3, 4]
+    np.testing.assert_array_equal(data.train.images[1, 0, :, 0], images[1, :32])
+
+
+@pytest.fixture
+def published(monkeypatch, tmp_path):
+    """Make a small archive of cifar10 the published one, as far as the module knows."""
+    files = files_of("cifar10", 0)
+    archive = write_archive(tmp_path / "cifar-10-binary.tar.gz", CIFAR10[0].folder, files)
+    content = archive.read_bytes()
+    digests = {file: sha256(files[file]) for file in CIFAR10[0].digests}
+    small = replace(CIFAR10[0], size=len(content), digest=sha256(content), digests=digests)
+    monkeypatch.setattr(cifar, "CIFAR10", (small, CIFAR10[1]))
+    monkeypatch.setattr(cifar, "TRAIN_IMAGES", 20)
+    monkeypatch.setattr(cifar, "TEST_IMAGES", 10)
+    return archive
+
+
+def test_checks_pass_for_what_was_published(published, tmp_path):
+    check_equal(dataset("cifar10", root=tmp_path), ARRAYS["cifar10"])
+    folder = write_folder(tmp_path / "else" / CIFAR10[0].folder, files_of("cifar10", 0))
+    check_equal(dataset("cifar10", root=folder), ARRAYS["cifar10"])
+
+
+def test_downloads_checks_and_does_not_download_again(published, server, tmp_path):
+    server.content = published.read_bytes()
+    root = tmp_path / "new"
+    data = dataset("cifar10", root=root, download=True, url=server.url)
+    check_equal(data, ARRAYS["cifar10"])
+    assert [each.name for each in root.iterdir()] == ["cifar-10-binary.tar.gz"]
+    dataset("cifar10", root=root, download=True, url=server.url)
+    check_equal(dataset(data.spec, root=data.root), ARRAYS["cifar10"])
+    assert len(server.ranges) == 1
+
+
+def test_a_published_archive_that_was_cut_or_altered(published, server, tmp_path):
+    content = published.read_bytes()
+    for cut in (len(content) // 2, len(content) - 1):
+        published.write_bytes(content[:cut])
+        before = listing(tmp_path)
+        with pytest.raises(
+            DataError, match=rf"has {cut} bytes instead of {len(content)}: delete it and fetch it again"
+        ):
+            dataset("cifar10", root=tmp_path, download=True, url=server.url)
+        assert listing(tmp_path) == before and server.ranges == [], "nothing is overwritten"
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    published.write_bytes(bytes(flipped))
+    with pytest.raises(
+        DataError, match=rf"its sha256 is {sha256(bytes(flipped))[7:]} instead of {sha256(content)[7:]}"
+    ):
+        dataset("cifar10", root=tmp_path)
+
+
+def test_an_extracted_file_that_was_altered(published, tmp_path):
+    files = files_of("cifar10", 0)
+    altered = bytearray(files["data_batch_3.bin"])
+    altered[500] ^= 1
+    folder = write_folder(tmp_path / CIFAR10[0].folder, files | {"data_batch_3.bin": bytes(altered)})
+    with pytest.raises(DataError, match=r"data_batch_3\.bin: its sha256 is .* check=false"):
+        dataset("cifar10", root=folder)
+
+
+def test_other_content_is_refused_unless_check_is_off(tmp_path):
+    for name, releases in RELEASES.items():
+        for kind, release in enumerate(releases):
+            write_folder(tmp_path / release.folder, files_of(name, kind))
+            with pytest.raises(DataError, match=r"its (md5|sha256) is"):
+                dataset(name, root=tmp_path / release.folder)
+
+
+def test_counts_of_images_and_classes_are_checked(published, monkeypatch, tmp_path):
+    monkeypatch.setattr(cifar, "TRAIN_IMAGES", 50)
+    with pytest.raises(DataError, match="training images: class 0 has 2 images instead of 5"):
+        dataset("cifar10", root=tmp_path)
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_nothing_there_names_files_address_and_download(tmp_path, name):
+    binary, python = RELEASES[name]
+    for root in (tmp_path, tmp_path / "none"):
+        with pytest.raises(DataError) as error:
+            dataset(name, root=root)
+        text = str(error.value)
+        for part in (binary.archive, binary.folder, python.archive, python.folder, "www.cs.toronto.edu", "--download"):
+            assert part in text
+        assert "\n" not in text and list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(DataError, match="file: is not known as an archive of"):
+        dataset(name, root=tmp_path / "file", download=True)
+
+
+def change(name, kind, **changes):
+    return files_of(name, kind) | changes
+
+
+def batch(images=ARRAYS["cifar10"].train_images[:4], **changes):
+    planes = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
+    content = {b"data": planes, b"labels": [0, 1, 2, 3]} | {key.encode(): value for key, value in changes.items()}
+    return python2_pickle({key: value for key, value in content.items() if value is not None})
+
+
+FIRST = files_of("cifar10", 0)["data_batch_1.bin"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "content", "complaint"),
+    [
+        (0, "data_batch_1.bin", FIRST[:-1], "has 12291 bytes, so record 3 .* is cut"),
+        (0, "data_batch_1.bin", FIRST + b"x", "has 12293 bytes, so record 4 .* is cut"),
+        (0, "test_batch.bin", b"", "record 0"),
+        (0, "test_batch.bin", FIRST[:3073] + b"\x0a" + FIRST[3074:], "image 1 has label 10, but there are 10 classes"),
+        (0, "batches.meta.txt", b"a\nb\n", "has 2 class names, not 10 distinct ones"),
+        (0, "batches.meta.txt", b"\xff\n" * 10, "is not a text"),
+        (1, "data_batch_2", batch()[:-20], "cannot be read"),
+        (1, "data_batch_2", batch(labels=[0, 1, 2, 10]), "image 3 has label 10"),
+        (1, "data_batch_2", batch(labels=[0, 1, 2, -1]), "image 3 has label -1"),
+        (1, "data_batch_2", batch(labels=[0, 1, 2, 1 << 70]), "labels is not a list of class indices"),
+        (1, "data_batch_2", batch(labels=[0, 1, 2, "x"]), "labels is not a list of class indices"),
+        (1, "data_batch_2", batch(labels=[0, 1, 2]), "has 4 images but 3 labels"),
+        (1, "data_batch_2", batch(labels=None), "has no list or array 'labels'"),
+        (1, "data_batch_2", batch(data=np.zeros((4, 3072), np.int32)), r"data is int32 \[4, 3072\]; it must be uint8"),
+        (1, "data_batch_2", batch(images=np.zeros((4, 33, 32, 3), np.uint8)), r"data is uint8 \[4, 3168\]"),
+        (1, "data_batch_2", batch(data=[1, 2, 3, 4]), "data is a list"),
+        (1, "data_batch_2", pickle.dumps([1]), "holds a list"),
+        (1, "batches.meta", python2_pickle({b"label_names": [1] * 10}), "label_names is not a list of names"),
+        (1, "test_batch", b"cos\nsystem\n(S'touch sentinel'\ntR.", r"forbidden global os\.system"),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_damaged_files_are_named(tmp_path, monkeypatch, kind, file, content, complaint, packed):
+    monkeypatch.chdir(tmp_path)
+    release = CIFAR10[kind]
+    files = files_of("cifar10", kind) | {file: content}
+    if packed:
+        write_archive(tmp_path / release.archive, release.folder, files)
+    else:
+        write_folder(tmp_path / release.folder, files)
+    before = listing(tmp_path)
+    with pytest.raises(DataError, match=rf"{file}.*: .*{complaint}") as error:
+        dataset("cifar10:check=false", root=tmp_path)
+    assert listing(tmp_path) == before and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_missing_file_is_named(tmp_path, packed):
+    files = files_of("cifar10", 0)
+    del files["data_batch_4.bin"]
+    if packed:
+        write_archive(tmp_path / CIFAR10[0].archive, CIFAR10[0].folder, files)
+    else:
+        write_folder(tmp_path / CIFAR10[0].folder, files)
+    with pytest.raises(DataError, match=r"data_batch_4\.bin"):
+        dataset("cifar10:check=false", root=tmp_path)
+
+
+def test_an_evil_archive(tmp_path):
+    link = tar_info(f"{CIFAR10[0].folder}/data_batch_1.bin", kind=tarfile.SYMTYPE, link="/etc/passwd")
+    tar_gz(tmp_path / CIFAR10[0].archive, [(link, b"")])
+    with pytest.raises(DataError, match="is a symbolic link"):
+        dataset("cifar10:check=false", root=tmp_path)

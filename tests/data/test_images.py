@@ -1,0 +1,139 @@
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from codistill.data.images import decode_image, open_image
+from codistill.errors import DataError
+
+from .writers import encode
+
+RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP"])
+def test_lossless_kinds_come_back_as_they_were(tmp_path, kind):
+    path = tmp_path / "image"
+    path.write_bytes(encode(RGB, kind))
+    image = open_image(path)
+    np.testing.assert_array_equal(image, RGB)
+    assert image.dtype == np.uint8 and image.flags.writeable
+
+
+@pytest.mark.parametrize(("kind", "options"), [("JPEG", {"quality": 95}), ("WEBP", {"lossless": True}), ("GIF", {})])
+def test_other_kinds_come_back_nearly(kind, options):
+    smooth = np.broadcast_to(np.linspace(50, 200, 30).astype(np.uint8)[:, None], (20, 30, 3))
+    image = decode_image(encode(smooth, kind, **options), "x")
+    assert image.shape == (20, 30, 3) and np.abs(image.astype(int) - smooth).max() <= 8
+
+
+def test_the_first_frame_of_an_animation_counts():
+    red, blue = (Image.new("RGB", (8, 6), colour) for colour in ("red", "blue"))
+    content = encode(red, "GIF", save_all=True, append_images=[blue])
+    np.testing.assert_array_equal(decode_image(content, "x"), np.asarray(red))
+
+
+def test_grey_palette_and_one_bit():
+    grey = RGB[:, :, 0]
+    np.testing.assert_array_equal(decode_image(encode(grey), "x"), np.repeat(grey[:, :, None], 3, axis=2))
+    palette = Image.fromarray(RGB).convert("P")
+    np.testing.assert_array_equal(decode_image(encode(palette), "x"), np.asarray(palette.convert("RGB")))
+    bits = Image.fromarray(grey > 100)
+    np.testing.assert_array_equal(decode_image(encode(bits), "x"), np.asarray(bits.convert("RGB")))
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped():
+    values = np.array([[0, 255, 256], [1000, 40000, 65535]], dtype=np.uint16)
+    np.testing.assert_array_equal(decode_image(encode(values), "x")[:, :, 1], values >> 8)
+
+
+def test_transparency_lies_on_white():
+    alpha = np.dstack([RGB, np.full(RGB.shape[:2], 255, np.uint8)])
+    alpha[:5, :, 3] = 0
+    image = decode_image(encode(alpha), "x")
+    assert (image[:5] == 255).all() and (image[5:] == RGB[5:]).all()
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putpixel((0, 0), 1)
+    image = decode_image(encode(palette, transparency=0), "x")
+    assert image[0, 0].tolist() == [40, 50, 60] and image[1, 1].tolist() == [255, 255, 255]
+
+
+def test_cmyk_and_orientation_of_photos():
+    assert decode_image(encode(Image.fromarray(RGB).convert("CMYK"), "JPEG"), "x").shape == RGB.shape
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn a quarter clockwise
+    image = decode_image(encode(RGB, "JPEG", exif=exif, quality=100, subsampling=0), "x")
+    assert image.shape == (30, 20, 3)
+    assert np.abs(image.astype(int) - np.rot90(RGB, -1)).mean() < 3
+
+
+def test_resize_scales_the_shorter_side_and_keeps_the_middle():
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, 20:40] = 200
+    wide[:, 20:30, 0] = 100
+    image = decode_image(encode(wide), "x", (10, 10))
+    assert image.shape == (10, 10, 3)
+    assert (image[:, 1:-1, 1] == 200).all() and (image[:, [0, -1], 1] > 150).all(), "the middle third"
+    assert (image[:, 1:4, 0] == 100).all() and (image[:, 6:-1, 0] == 200).all()
+    assert decode_image(encode(wide), "x", (7, 31)).shape == (7, 31, 3)
+    np.testing.assert_array_equal(decode_image(encode(RGB), "x", (20, 30)), RGB)
+
+
+def test_exact_size_and_formats():
+    assert decode_image(encode(RGB), "x", exact=(20, 30)).shape == RGB.shape
+    with pytest.raises(DataError, match=r"^x: is 20x30 pixels instead of 30x20: repair"):
+        decode_image(encode(RGB), "x", exact=(30, 20))
+    with pytest.raises(DataError, match=r"^x: is not a PNG image"):
+        decode_image(encode(RGB, "BMP"), "x", formats=("PNG",))
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", encode(RGB, "TIFF"), encode(RGB, "PPM")])
+def test_not_an_image(tmp_path, content):
+    path = tmp_path / "x.png"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"x\.png: is not a PNG, JPEG, BMP, WEBP, GIF image: repair or remove it"):
+        open_image(path)
+    with pytest.raises(DataError, match="no such file"):
+        open_image(tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "WEBP", "GIF"])
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.8])
+def test_truncated(kind, kept):
+    content = encode(RGB, kind)
+    with pytest.raises(DataError, match=r"^x: "):
+        decode_image(content[: int(len(content) * kept)], "x")
+
+
+def test_a_flipped_byte_in_a_png_is_never_a_wrong_picture():
+    content = encode(RGB)
+    for place in range(8, len(content), 13):
+        flipped = bytearray(content)
+        flipped[place] ^= 1
+        with pytest.raises(DataError):
+            decode_image(bytes(flipped), "x")
+
+
+def png_header(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [8200, 12000, 60000])
+def test_bombs_are_refused_before_they_are_decoded(side):
+    with pytest.raises(DataError, match=r"^x: "):
+        decode_image(png_header(side, side), "x")
+
+
+def test_floating_point_pixels_have_no_range():
+    content = io.BytesIO()
+    Image.new("F", (4, 4)).save(content, "TIFF")
+    with pytest.raises(DataError, match="no known range"):
+        decode_image(content.getvalue(), "x", formats=("TIFF",))

@@ -1,0 +1,328 @@
+"""What every method must do; a new method is covered by registering it."""
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from codistill.errors import UsageError
+from codistill.methods import METHODS, Method, MethodSettings
+from codistill.networks import Network
+
+NAMES = list(METHODS)
+# Width of the feature map and stride of the last stage of each student.
+COHORTS = {
+    "two-equal": [(8, 2), (8, 2)],
+    "two-unlike": [(8, 2), (10, 1)],
+    "three-equal": [(8, 2), (8, 2), (8, 2)],
+    "three-mixed": [(8, 2), (12, 1), (8, 2)],
+}
+HALFWAY = torch.tensor(0.1)
+
+
+@pytest.fixture
+def make(tiny_network):
+    """Build a method on tiny students, all weights from one seed, in float64."""
+
+    def build(name: str, shapes: list[tuple[int, int]], seed: int = 0) -> Method:
+        torch.manual_seed(seed)
+        students = [tiny_network(*shape) for shape in shapes]
+        return METHODS[name](students, num_classes=3, image_size=(8, 8)).double()
+
+    return build
+
+
+@pytest.fixture(params=[(name, cohort) for name in NAMES for cohort in COHORTS], ids="-".join)
+def case(request):
+    name, cohort = request.param
+    return name, COHORTS[cohort]
+
+
+@pytest.fixture
+def method(make, case):
+    return make(*case)
+
+
+def terms_of(method: Method, batch: tuple[Tensor, Tensor], progress: Tensor = HALFWAY) -> dict[str, Tensor]:
+    images, labels = batch
+    return method.losses(method(images), labels, progress)
+
+
+def step(method: Method, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor]) -> float:
+    """The whole protocol, as anybody's loop has it."""
+    optimizer.zero_grad()
+    loss = sum(terms_of(method, batch).values())
+    loss.backward()
+    optimizer.step()
+    method.after_step()
+    return loss.item()
+
+
+def train(method: Method, batch: tuple[Tensor, Tensor], steps: int) -> list[float]:
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.05, momentum=0.9, nesterov=True)
+    return [step(method, optimizer, batch) for _ in range(steps)]
+
+
+def test_terms_are_named_finite_scalars(method, batch):
+    terms = terms_of(method, batch)
+    assert {f"ce/student{index}" for index in range(len(method.cohort))} <= set(terms)
+    for name, term in terms.items():
+        assert re.fullmatch(r"[a-z]+/[a-z]+\d*(->[a-z]+\d*)?", name), name
+        assert term.shape == (), name
+        assert term.isfinite(), name
+
+
+def test_the_terms_have_their_weights(method, batch):
+    # A step minimises the plain sum, so the gradient of the sum is the sum of the gradients of the terms.
+    terms = terms_of(method, batch)
+    trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
+    whole = torch.autograd.grad(sum(terms.values()), trained, retain_graph=True)
+    summed = [torch.zeros_like(parameter) for parameter in trained]
+    for term in terms.values():
+        parts = torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True)
+        for total, part in zip(summed, parts, strict=True):
+            total += 0 if part is None else part
+    torch.testing.assert_close(list(whole), summed)
+
+
+def test_outputs(method, batch):
+    outputs = method(batch[0])
+    students = len(method.cohort)
+    assert len(outputs.logits) == len(outputs.feature_maps) == students
+    assert all(logits.shape == (6, 3) for logits in outputs.logits)
+    for student, feature_map in zip(method.cohort, outputs.feature_maps, strict=True):
+        assert feature_map.shape[:2] == (6, student.widths[-1])
+        assert feature_map.shape[2] in (4, 8)
+    torch.testing.assert_close(outputs.ensemble_logits, sum(outputs.logits) / students)
+
+
+def test_every_trainable_parameter_gets_a_finite_gradient(method, batch):
+    sum(terms_of(method, batch).values()).backward()
+    for name, parameter in method.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+            assert parameter.grad.any(), name
+
+
+def test_parameter_groups_partition_the_parameters(method):
+    groups = method.parameter_groups()
+    grouped = [id(parameter) for group in groups for parameter in group.parameters]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {id(parameter) for parameter in method.parameters() if parameter.requires_grad}
+    assert len({group.name for group in groups}) == len(groups)
+    assert groups[0].name == "students" and groups[0].weight_decay is None
+    assert {id(parameter) for parameter in method.cohort.parameters()} <= {id(each) for each in groups[0].parameters}
+
+
+def test_predictors_are_the_predictions(method, batch):
+    train(method, batch, 2)  # so that running statistics and weights are not those of the start
+    method.eval()
+    with torch.no_grad():
+        expected = method.predictions(method(batch[0]))
+        predictors = method.predictors()
+        assert list(predictors) == list(expected)
+        assert {f"student{index}" for index in range(len(method.cohort))} | {"ensemble"} <= set(predictors)
+        for name, predictor in predictors.items():
+            torch.testing.assert_close(predictor(batch[0]), expected[name], rtol=0, atol=0)
+
+
+def test_predictors_leave_the_method_as_it_was(method, batch):
+    method.eval()
+    before, names = method(batch[0]).logits, list(method.state_dict())
+    method.predictors()
+    assert list(method.state_dict()) == names
+    assert all(map(torch.equal, method(batch[0]).logits, before))
+
+
+def test_a_deployed_student_is_a_network_alone(method, batch):
+    method.eval()
+    with torch.no_grad():
+        logits = method(batch[0]).logits
+        for index in range(len(method.cohort)):
+            deployed = copy.deepcopy(method.deployed_student(index))
+            assert isinstance(deployed, Network)
+            assert not any(isinstance(module, Method) for module in deployed.modules())
+            torch.testing.assert_close(deployed(batch[0]), logits[index], rtol=0, atol=0)
+
+
+def test_state_dict_round_trip(make, case, batch):
+    method, other = make(*case), make(*case, seed=1)
+    train(method, batch, 2)
+    method.eval(), other.eval()
+    with torch.no_grad():
+        expected = method.predictions(method(batch[0]))
+        before = other.predictions(other(batch[0]))
+        other.load_state_dict(copy.deepcopy(method.state_dict()))
+        after = other.predictions(other(batch[0]))
+    for name, logits in expected.items():
+        assert not torch.equal(before[name], logits)
+        assert torch.equal(after[name], logits)
+
+
+def test_repeats_to_the_last_bit_under_a_seed(make, case, batch):
+    runs = [make(*case, seed=seed) for seed in (5, 5, 6)]
+    losses = [train(method, batch, 3) for method in runs]
+    assert losses[0] == losses[1] != losses[2]
+    states = [method.state_dict() for method in runs]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def permuted(method: Method, order: list[int]) -> dict[str, Tensor]:
+    """Give the state of a method whose student i is this one's student order[i]."""
+    place = {str(old): str(new) for new, old in enumerate(order)}
+    state = {}
+    for name, tensor in method.state_dict().items():
+        owner = re.match(r"(cohort\.students|enhancements|fusion\.adapters)\.(\d+)\.", name)
+        if owner:
+            name = f"{owner[1]}.{place[owner[2]]}.{name[owner.end() :]}"
+        # What the fusion module has for each channel of the concatenated maps moves with the channels.
+        axis = 0 if name.startswith("fusion.transfer.0.") else 1
+        if name.startswith("fusion.transfer.0.") or name == "fusion.transfer.1.0.weight":
+            if tensor.ndim:
+                parts = tensor.split_with_sizes([student.widths[-1] for student in method.cohort], dim=axis)
+                tensor = torch.cat([parts[old] for old in order], dim=axis)
+        state[name] = tensor
+    return state
+
+
+def test_permuting_the_students_permutes_the_results(make, case, batch):
+    name, shapes = case
+    method = make(name, shapes)
+    order = [1, 0] if len(shapes) == 2 else [2, 0, 1]
+    other = make(name, [shapes[old] for old in order], seed=1)
+    other.load_state_dict(permuted(method, order))
+    before, after = method(batch[0]), other(batch[0])
+    for new, old in enumerate(order):
+        torch.testing.assert_close(after.logits[new], before.logits[old])
+    if before.fused_logits is not None:
+        torch.testing.assert_close(after.fused_logits, before.fused_logits)
+    place = {str(old): str(new) for new, old in enumerate(order)}
+    terms = method.losses(before, batch[1], HALFWAY)
+    moved = other.losses(after, batch[1], HALFWAY)
+    renamed = {re.sub(r"(?<=student)\d+", lambda found: place[found[0]], each): term for each, term in terms.items()}
+    torch.testing.assert_close(moved, {each: renamed[each] for each in moved})
+    assert len(moved) == len(terms)
+
+
+class NoHostRead(TorchDispatchMode):
+    """Fail on what makes a CUDA step wait for the host, or a shape depend on data."""
+
+    reads = tuple(
+        getattr(torch.ops.aten, name)
+        for name in ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "bincount")
+    )
+    indexing = tuple(getattr(torch.ops.aten, name) for name in ("index", "index_put", "index_put_", "_index_put_impl_"))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        packet = func.overloadpacket
+        masked = packet in self.indexing and any(
+            isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        if packet in self.reads or masked:
+            raise AssertionError(f"host read: {func}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.sum().item(),
+        lambda x: float(x[0]),
+        lambda x: 1 if x.sum() > 0 else 0,
+        lambda x: x.tolist(),
+        lambda x: x[x > 0],
+        lambda x: x.masked_select(x > 0),
+        lambda x: x.nonzero(),
+        lambda x: torch.where(x > 0),
+        lambda x: x.clone().index_put_((x > 0,), torch.tensor(0.0)),
+        lambda x: x.unique(),
+        lambda x: torch.equal(x, x),
+    ],
+)
+def test_host_reads_are_caught(read):
+    with pytest.raises(AssertionError, match="host read"), NoHostRead():
+        read(torch.randn(4))
+
+
+def test_what_a_captured_step_may_do_is_not_caught():
+    x = torch.randn(4, 3)
+    with NoHostRead():
+        torch.where(x > 0, x, 0.0).gather(1, torch.zeros(4, 1, dtype=torch.int64))
+        x[torch.tensor([0, 1])].max(dim=1)
+
+
+def test_no_host_read_in_a_step(method, batch):
+    progress = torch.tensor(0.1)
+    with NoHostRead():
+        sum(terms_of(method, batch, progress).values()).backward()
+        method.after_step()
+
+
+def test_a_bare_loop_fits_one_batch(method, batch):
+    losses = train(method, batch, 15)
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_progress_may_be_of_either_precision(make, case, batch):
+    method = make(*case).float()
+    images, labels = batch[0].float(), batch[1]
+    outputs = method(images)
+    single, double = (
+        method.losses(outputs, labels, torch.tensor(20 / 300, dtype=dtype)) for dtype in (torch.float32, torch.float64)
+    )
+    assert list(single) == list(double)
+    for name in single:
+        assert single[name].dtype == double[name].dtype == torch.float32, name
+        torch.testing.assert_close(single[name], double[name])
+    torch.stack(list(double.values())).sum().backward()
+
+
+@pytest.mark.parametrize("all_within", [True, False], ids=["losses-within", "losses-outside"])
+def test_autocast(make, case, batch, all_within):
+    method = make(*case).float()
+    images, labels = batch[0].float(), batch[1]
+    reference = sum(terms_of(method, (images, labels)).values())
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = method(images)
+        assert outputs.logits[0].dtype == torch.bfloat16
+        terms = method.losses(outputs, labels, HALFWAY)
+    if not all_within:
+        terms = method.losses(outputs, labels, HALFWAY)
+    for name, term in terms.items():
+        assert term.dtype == torch.float32, name
+        assert term.isfinite(), name
+    loss = sum(terms.values())
+    torch.testing.assert_close(loss, reference, rtol=0.05, atol=0)
+    loss.backward()
+    for name, parameter in method.named_parameters():
+        assert parameter.grad.dtype == torch.float32, name
+        assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_settings_of_another_method_are_refused(name, tiny_network):
+    class Foreign(MethodSettings):
+        pass
+
+    with pytest.raises(UsageError, match=f"{name} takes {METHODS[name].Settings.__name__}, not Foreign"):
+        METHODS[name]([tiny_network(), tiny_network()], 3, Foreign(), (8, 8))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lack_of_students_is_refused(name, tiny_network):
+    with pytest.raises(UsageError, match="at least"):
+        METHODS[name]([tiny_network()] * (METHODS[name].min_students - 1), 3, image_size=(8, 8))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shared_stages_is_a_setting_of_every_method(name, tiny_network):
+    settings = METHODS[name].Settings
+    for shared in (0, 1):
+        students = [tiny_network(), tiny_network()]
+        method = METHODS[name](students, 3, settings(shared_stages=shared), (8, 8))
+        assert method.cohort.shared_stages == shared
+        assert (students[0].stages[0] is students[1].stages[0]) == bool(shared)

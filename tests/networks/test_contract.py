@@ -1,0 +1,162 @@
+"""What every network must do; a new family is covered by registering it."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from codistill.cohort import Cohort, layout
+from codistill.networks import NETWORKS, network
+from codistill.networks.network import initialise, parameter_count, probe_shapes
+
+NAMES = list(NETWORKS)
+OPTIONS = ["resnet20:shortcut=A", "densenet-40-12-plain:initial_channels=24", "mobilenetv2:feature_point=last-block"]
+# One network for each kind of block, for what takes longer.
+KINDS = ["resnet20:shortcut=A", "resnet20:shortcut=B", "wrn-16-2", "densenet-40-12", *OPTIONS[1:]]
+
+
+def images(batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 3, 32, 32)
+
+
+def test_the_families_are_registered():
+    assert set(NAMES) >= {
+        *("resnet20", "resnet32", "resnet56", "resnet110", "wrn-16-2", "wrn-40-2"),
+        *("densenet-40-12", "densenet-40-12-plain", "mobilenetv2", "resnet18"),
+    }
+
+
+@pytest.mark.parametrize("num_classes", [10, 100])
+@pytest.mark.parametrize("spec", [*NAMES, *OPTIONS])
+def test_logits_and_widths(spec, num_classes, on_meta):
+    built = on_meta(spec, num_classes)
+    # The meta device has no numbers: a host read or a shape that depends on data would raise here.
+    assert built(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, num_classes)
+    assert built.widths == tuple(shape[0] for shape in probe_shapes(built, (32, 32)))
+
+
+@pytest.mark.parametrize("spec", [*NAMES, *OPTIONS])
+def test_the_feature_map_is_the_input_of_the_head(spec):
+    built = network(spec, 10).eval()
+    seen = []
+    built.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    batch = images()
+    with torch.no_grad():
+        logits = built(batch)
+        feature_map = built.feature_map(batch)
+        assert torch.equal(seen[0], feature_map)
+        assert torch.equal(built.head(feature_map), logits)
+        low = built.stages[0](batch)
+        assert torch.equal(built.feature_map(low, first_stage=1), feature_map)
+    assert feature_map.shape[1] == built.widths[-1]
+
+
+@pytest.mark.parametrize("spec", [*NAMES, *OPTIONS])
+def test_every_parameter_gets_a_finite_gradient(spec):
+    built = network(spec, 10)
+    F.cross_entropy(built(images()), torch.tensor([0, 1])).backward()
+    for name, parameter in built.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("spec", [*NAMES, *OPTIONS])
+def test_state_dict_round_trip(spec, shaken):
+    built, other = shaken(network(spec, 10)), network(spec, 10).eval()
+    batch = images()
+    with torch.no_grad():
+        assert not torch.equal(built(batch), other(batch))
+        other.load_state_dict(built.state_dict())
+        assert torch.equal(built(batch), other(batch))
+
+
+@pytest.mark.parametrize("spec", NAMES)
+def test_weights_are_fresh_and_repeat_under_a_seed(spec):
+    torch.manual_seed(1)
+    first, second = network(spec, 10), network(spec, 10)
+    torch.manual_seed(1)
+    again = network(spec, 10)
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name)), name
+        if parameter.ndim > 1:
+            assert not torch.equal(parameter, second.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("spec", NAMES)
+def test_families_leave_the_weights_to_initialise(spec):
+    torch.manual_seed(1)
+    bare = NETWORKS[spec](num_classes=10)
+    initialise(bare)
+    torch.manual_seed(1)
+    assert all(map(torch.equal, bare.state_dict().values(), network(spec, 10).state_dict().values()))
+
+
+@pytest.mark.parametrize("spec", [*NAMES, *OPTIONS])
+def test_the_spec_rebuilds_the_network(spec, on_meta):
+    built = on_meta(spec, 10)
+    assert built.spec == spec
+    rebuilt = on_meta(built.spec, 10)
+    assert layout(rebuilt.stages) == layout(built.stages)
+    assert repr(rebuilt.head) == repr(built.head)
+    assert rebuilt.widths == built.widths
+
+
+@pytest.mark.parametrize("spec", [*NAMES, *OPTIONS])
+def test_two_branches_share_the_trunk_and_no_storage_else(spec):
+    cohort = Cohort([network(spec, 10) for _ in range(2)])
+    first, second = cohort[0], cohort[1]
+    assert cohort.shared_stages == len(first.stages) - 1
+    for index in range(cohort.shared_stages):
+        assert first.stages[index] is second.stages[index]
+    private = [[*student.stages[-1].parameters(), *student.head.parameters()] for student in (first, second)]
+    storages = [{parameter.untyped_storage().data_ptr() for parameter in parameters} for parameters in private]
+    assert len(storages[0]) == len(private[0])
+    assert not storages[0] & storages[1]
+    alone = network(spec, 10)
+    branch = parameter_count(alone.stages[-1]) + parameter_count(alone.head)
+    assert parameter_count(cohort) == parameter_count(alone) + branch
+
+
+@pytest.mark.parametrize("spec", KINDS)
+def test_stages_do_not_write_to_their_input(spec):
+    built = network(spec, 10)
+    features = images()
+    for stage in built.stages:
+        before = features.clone()
+        output = stage(features)
+        assert torch.equal(features, before)
+        features = output.detach()
+    before = features.clone()
+    built.head(features)
+    assert torch.equal(features, before)
+
+
+@pytest.mark.parametrize("spec", KINDS)
+def test_relu_in_place_changes_no_gradient(spec):
+    cohort = Cohort([network(spec, 10) for _ in range(2)])
+    plain = copy.deepcopy(cohort)
+    switched = 0
+    for layer in plain.modules():
+        if isinstance(layer, nn.ReLU):
+            layer.inplace, switched = False, switched + 1
+    assert switched
+    batch = images()
+    for each in (cohort, plain):
+        maps = each.feature_maps(batch)
+        logits = [each[index].head(feature_map) for index, feature_map in enumerate(maps)]
+        (sum(logits).square().mean() + maps[0].mean() * maps[1].square().mean()).backward()
+    for (name, parameter), other in zip(cohort.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(parameter.grad, other.grad), name
+
+
+@pytest.mark.parametrize("spec", KINDS)
+def test_exports_as_one_graph_for_any_batch_size(spec, shaken):
+    built = shaken(network(spec, 10))
+    batch = {0: torch.export.Dim("batch")}
+    exported = torch.export.export(built, (images(2),), dynamic_shapes=(batch,)).module()
+    larger = images(3)
+    with torch.no_grad():
+        torch.testing.assert_close(exported(larger), built(larger))

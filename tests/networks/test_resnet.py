@@ -1,0 +1,100 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from codistill.cohort import Cohort
+from codistill.errors import UsageError
+from codistill.networks import network
+from codistill.networks.network import parameter_count, probe_shapes
+from codistill.networks.resnet import BasicBlock, PaddedShortcut
+
+# Shortcut B for 10 and 100 classes, A for 10 and 100 classes; by formula, cross-checked in the literature.
+COUNTS = {
+    "resnet20": (272_474, 278_324, 269_722, 275_572),
+    "resnet32": (466_906, 472_756, 464_154, 470_004),
+    "resnet56": (855_770, 861_620, 853_018, 858_868),
+    "resnet110": (1_730_714, 1_736_564, 1_727_962, 1_733_812),
+}
+STAGES = {
+    "resnet20": [464, 14_016, 51_648, 205_696],
+    "resnet32": [464, 23_360, 88_768, 353_664],
+    "resnet56": [464, 42_048, 163_008, 649_600],
+    "resnet110": [464, 84_096, 330_048, 1_315_456],
+}
+BRANCHES = [
+    ("resnet20", 2, 100, 490_520),
+    ("resnet32", 2, 100, 832_920),
+    ("resnet56", 2, 100, 1_517_720),
+    ("resnet110", 2, 100, 3_058_520),
+    ("resnet20", 2, 10, 478_820),
+    ("resnet32", 2, 10, 821_220),
+    ("resnet56", 2, 10, 1_506_020),
+    ("resnet110", 2, 10, 3_046_820),
+    ("resnet32", 3, 100, 1_193_084),
+    ("resnet56", 3, 100, 2_173_820),
+]
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameter_counts(name, on_meta):
+    forms = [(name, 10), (name, 100), (f"{name}:shortcut=A", 10), (f"{name}:shortcut=A", 100)]
+    assert tuple(parameter_count(on_meta(*form)) for form in forms) == COUNTS[name]
+    assert parameter_count(on_meta(f"{name}:shortcut=B", 10)) == COUNTS[name][0]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stage_counts(name, on_meta):
+    counts = [parameter_count(stage) for stage in on_meta(name, 10).stages]
+    assert counts == STAGES[name]
+    # Without the 1x1 convolutions 16->32 and 32->64 and their batch normalisations.
+    without = [parameter_count(stage) for stage in on_meta(f"{name}:shortcut=A", 10).stages]
+    assert without == [counts[0], counts[1], counts[2] - 16 * 32 - 64, counts[3] - 32 * 64 - 128]
+
+
+@pytest.mark.parametrize(("name", "branches", "num_classes", "count"), BRANCHES)
+def test_branches_on_one_trunk(name, branches, num_classes, count, on_meta):
+    cohort = Cohort([on_meta(name, num_classes) for _ in range(branches)])
+    assert cohort.shared_stages == 3
+    assert parameter_count(cohort) == count
+
+
+@pytest.mark.parametrize("shortcut", ["A", "B"])
+@pytest.mark.parametrize("name", COUNTS)
+def test_stage_shapes(name, shortcut, on_meta):
+    built = on_meta(f"{name}:shortcut={shortcut}", 10)
+    assert probe_shapes(built, (32, 32)) == [(16, 32, 32), (16, 32, 32), (32, 16, 16), (64, 8, 8)]
+    assert probe_shapes(built, (27, 33)) == [(16, 27, 33), (16, 27, 33), (32, 14, 17), (64, 7, 9)]
+
+
+@pytest.mark.parametrize("shortcut", ["C", "a", ""])
+def test_unknown_shortcuts_are_refused(shortcut):
+    with pytest.raises(UsageError, match=f"resnet20: option shortcut is '{shortcut}': choose from A, B"):
+        network(f"resnet20:shortcut={shortcut}", 10)
+
+
+def test_shortcut_a_subsamples_and_pads_both_sides():
+    features = torch.arange(1.0, 19.0).reshape(1, 2, 3, 3)
+    padded = PaddedShortcut(2, 4, 2)(features)
+    zeros = [[0.0, 0.0], [0.0, 0.0]]
+    assert padded.tolist() == [[zeros, [[1.0, 3.0], [7.0, 9.0]], [[10.0, 12.0], [16.0, 18.0]], zeros]]
+    # An odd number of new channels: the larger half behind.
+    assert PaddedShortcut(2, 5, 1)(features).flatten(2).any(dim=2).tolist() == [[False, True, True, False, False]]
+
+
+@pytest.mark.parametrize(
+    ("in_channels", "stride", "shortcut"), [(8, 1, "A"), (8, 1, "B"), (4, 2, "A"), (4, 2, "B"), (4, 1, "B")]
+)
+def test_block_against_the_formula(in_channels, stride, shortcut, shaken):
+    block = shaken(BasicBlock(in_channels, 8, stride, shortcut))
+    x = torch.randn(2, in_channels, 6, 6)
+    conv1, bn1, _, conv2, bn2 = block.residual
+    y = F.relu(bn1(F.conv2d(x, conv1.weight, stride=stride, padding=1)))
+    y = bn2(F.conv2d(y, conv2.weight, padding=1))
+    if in_channels == 8:
+        skipped = x
+    elif shortcut == "A":
+        zeros = torch.zeros(2, 2, 3, 3)
+        skipped = torch.cat([zeros, x[:, :, ::2, ::2], zeros], dim=1)
+    else:
+        skipped = block.shortcut[1](F.conv2d(x, block.shortcut[0].weight, stride=stride))
+    torch.testing.assert_close(block(x), F.relu(y + skipped))
