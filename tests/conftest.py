@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from codistill.networks import Network, PooledLinear
 from codistill.networks.network import conv_bn, initialise
 
+from . import tiny
+
 
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
@@ -39,3 +41,10 @@ def tiny_network() -> Callable[..., Network]:
 def batch() -> tuple[Tensor, Tensor]:
     """Six images of 8x8 pixels with labels of three classes, in float64."""
     return torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 2, 1, 0])
+
+
+@pytest.fixture(scope="module")
+def tiny_registered() -> Iterator[None]:
+    """Let the tests of a module name a tiny network `tiny`."""
+    with tiny.registered():
+        yield

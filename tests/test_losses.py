@@ -55,7 +55,7 @@ def test_ramp_up_keeps_its_share_of_other_lengths(number, epochs):
 
 
 def test_ramp_up_without_length_is_one_at_once():
-    assert ramp_up(torch.tensor(0.0), 0).item() == 1.0
+    assert ramp_up(torch.tensor(0.0), 0.0).item() == 1.0
 
 
 @pytest.mark.parametrize(("logits", "value"), [(Z1, 0.24131130), (Z2, 1.10413061), (ZF, 0.05498524)])
@@ -82,9 +82,7 @@ def test_mean_logits():
 
 @pytest.mark.parametrize(("epsilon", "value"), [(0.0, 2.90696151), (1e-7, 2.90696916)])
 def test_sum_of_the_distillation_terms(epsilon, value):
-    terms = fusion_terms(
-        Outputs((Z1, Z2), (), ZF), LABEL, epoch(80), FusionSettings(target_epsilon=epsilon)
-    )
+    terms = fusion_terms(Outputs((Z1, Z2), (), ZF), LABEL, epoch(80), FusionSettings(target_epsilon=epsilon))
     assert close(sum(term for name, term in terms.items() if name.startswith("kl/")), value)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from codistill.errors import UsageError
 from codistill.methods import METHODS, Method, MethodSettings
-from codistill.registry import Registry, checked_options, near_matches, parse_spec, write_spec
+from codistill.registry import checked_options, near_matches, parse_spec, write_spec
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import torch
 from codistill.errors import CheckpointError
 
 FORMAT = 1
+ENTRY = {"file": str, "sha256": str, "epoch": int, "best": bool}
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -78,6 +79,10 @@ class CheckpointStore:
         index = read_json(self._index)
         if not isinstance(index, dict) or index.get("format") != FORMAT or not isinstance(index.get("files"), list):
             raise CheckpointError(f"{self._index}: not an index of format {FORMAT}: made by another version")
+        for entry in index["files"]:
+            known = isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in ENTRY.items())
+            if not known or Path(entry["file"]).name != entry["file"]:
+                raise CheckpointError(f"{self._index}: damaged: no entry of an index: {str(entry)[:100]}")
         return list(index["files"])
 
     def save(self, state: dict[str, Any], epoch: int, best: bool) -> None:

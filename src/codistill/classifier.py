@@ -95,6 +95,11 @@ def make_card(run: Run, predictor: str) -> dict[str, Any]:
     }
 
 
+def tensors_once(module: nn.Module) -> dict[str, Tensor]:
+    """Name the parameters and buffers of a module, those of modules that branches share once."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
 def from_module(card: Mapping[str, Any], module: nn.Module) -> Classifier:
     """Make a classifier of a network in memory, on the CPU."""
     ready = PixelsIn(module, card["mean"], card["std"]).cpu().eval()
@@ -177,7 +182,10 @@ def _read_safetensors(path: Path) -> Classifier:
     with torch.device("meta"):
         built = build_method(parse_config(name, arguments), len(card["class_names"]), (height, width))
     module = built.predictors()[card["predictor"]].to_empty(device="cpu")
-    module.load_state_dict(safetensors.torch.load_file(path))
+    weights = safetensors.torch.load_file(path)
+    if weights.keys() != tensors_once(module).keys():
+        raise CheckpointError(f"{path}: its tensors are not those of {card['predictor']}: damaged")
+    module.load_state_dict(weights, strict=False)  # the other names of shared modules are not in the file
     return from_module(card, module)
 
 

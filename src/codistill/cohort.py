@@ -1,7 +1,8 @@
 """The students that train together, the trunk that they share, and what a forward pass gives."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from codistill.errors import UsageError
 from codistill.losses import mean_logits
 from codistill.networks import Network
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,11 @@ class Cohort(nn.Module):
     Sharing replaces the first stages of all students by the very modules of the first student, so each student stays
     a complete network that can be called, counted and exported alone.
 
+    Attributes:
+        students: The networks.
+        shared_stages: How many low stages they share.
+        streams: CUDA streams that the branches run on, one for each student; empty: one after the other.
+
     Args:
         students: Networks; with a shared trunk they must be equal in the shared stages.
         shared_stages: How many low stages to share. None: all but the last one where the students are equal, else none.
@@ -55,6 +63,7 @@ class Cohort(nn.Module):
         self.students = nn.ModuleList(students)
         self.shared_stages = self._trunk_length(students, shared_stages)
         trunk = list(students[0].stages[: self.shared_stages])
+        self.streams: list[torch.cuda.Stream] = []
         for student in students[1:]:
             student.stages = nn.ModuleList([*trunk, *student.stages[self.shared_stages :]])
 
@@ -74,13 +83,43 @@ class Cohort(nn.Module):
                 raise UsageError(f"cannot share {asked} stages of {names}: unlike networks share nothing (use 0)")
         return asked
 
+    def each_branch(
+        self,
+        images: Float[Tensor, "batch channel height width"],
+        finish: Callable[[int, Float[Tensor, "batch _channel _height _width"]], T],
+    ) -> list[T]:
+        """Compute the trunk once and each branch once.
+
+        Args:
+            images: Normalised images.
+            finish: Called with a student's index and its feature map; its results are what is returned. What it computes
+                belongs to the student's branch, and may run at the same time as that of the others.
+        """
+        for stage in self[0].stages[: self.shared_stages]:
+            images = stage(images)
+        if not self.streams:
+            return [
+                finish(index, student.feature_map(images, self.shared_stages)) for index, student in enumerate(self)
+            ]
+        current, results = torch.cuda.current_stream(), []
+        for index, stream in enumerate(self.streams):
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                results.append(finish(index, self[index].feature_map(images, self.shared_stages)))
+        for stream in self.streams:
+            current.wait_stream(stream)
+        return results
+
+    def run_branches_on_streams(self, device: torch.device) -> None:
+        """Let the branches of several students run at the same time from now on; for a step that is captured."""
+        if len(self) > 1:
+            self.streams = [torch.cuda.Stream(device) for _ in self]  # type: ignore[no-untyped-call]
+
     def feature_maps(
         self, images: Float[Tensor, "batch channel height width"]
     ) -> tuple[Float[Tensor, "batch _channel _height _width"], ...]:
-        """Compute the trunk once and each branch once; one feature map per student."""
-        for index in range(self.shared_stages):
-            images = self[0].stages[index](images)
-        return tuple(self[index].feature_map(images, self.shared_stages) for index in range(len(self)))
+        """Give one feature map per student."""
+        return tuple(self.each_branch(images, lambda index, feature_map: feature_map))
 
     def __iter__(self) -> Iterator[Network]:
         return (self[index] for index in range(len(self)))

@@ -188,6 +188,7 @@ def mapping_arguments(
         UsageError: A key that no setting has.
     """
     defaults: dict[str, Any] = {"networks": (), "data": "", "data_dir": None, **dataclasses.asdict(TrainSettings())}
+    defaults["milestones"] = ()
     arguments: list[str] = []
     for key, value in mapping.items():
         if key not in RECORDED_KEYS:
@@ -207,9 +208,13 @@ def _flag(key: str, value: Any, defaults: Mapping[str, Any], where: str, prefix:
     if isinstance(value, Mapping):
         raise UsageError(f"{where}: {key} must be a value, not a table")
     flag = key.replace("_", "-")
-    if isinstance(defaults[key], bool) and isinstance(value, bool):
+    if isinstance(defaults[key], bool):
+        if not isinstance(value, bool):
+            raise UsageError(f"{where}: {prefix}{key} is {value!r}; it must be true or false")
         return [f"--{prefix}{'' if value else 'no-'}{flag}"]
     if isinstance(value, list):
+        if not isinstance(defaults[key], tuple):
+            raise UsageError(f"{where}: {prefix}{key} is {value!r}; it must be one value")
         return [f"--{prefix}{flag}", *(str(each) for each in value)]
     return [f"--{prefix}{flag}", str(value)]
 

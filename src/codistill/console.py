@@ -103,10 +103,10 @@ def summary_table(summary: Mapping[str, Any], final: Mapping[str, Any]) -> Table
     """
     title = f"{summary['method']} on {summary['data']}, {summary['epochs']} epochs, seed {summary['seed']}"
     table = Table(title=f"{title}: errors on the test set, %")
-    table.add_column("predictor")
+    table.add_column("predictor", no_wrap=True)
     best = f"top-1, best ({summary['best_epoch']})"
     for heading in ("top-1, last", best, "top-5", "ECE", "NLL", "parameters"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right")
     for name, error in summary["top1_error"].items():
         scores = final[name]
         numbers = [f"{error:.2f}", f"{summary['best_epoch_top1_error'][name]:.2f}"]

@@ -4,9 +4,7 @@ import torch
 from torch import Tensor
 
 from codistill.data.augment import DeviceImages
-from codistill.data.dataset import dataset
 from codistill.device import autocast, choose_device
-from codistill.errors import DataError
 from codistill.methods import Method
 from codistill.metrics import ClassificationSums, Scores, scores
 from codistill.run import Run
@@ -61,11 +59,7 @@ def evaluate_run(run: Run, which: str = "last", data_dir: str | None = None, dev
     """
     config = run.config
     where = choose_device(device, config.train.precision)
-    data = dataset(config.data, data_dir or config.data_dir)
-    if list(data.class_names) != run.class_names or data.image_size != run.image_size:
-        raise DataError(
-            f"data set {config.data}: its classes or image size are not those that {run.path} was trained on"
-        )
+    data = run.load_data(data_dir)
     method = run.load_method(which).to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = DeviceImages(data.test, (run.record["dataset"]["mean"], run.record["dataset"]["std"]), where)
     return evaluate(method, images, config.train.precision)

@@ -13,8 +13,17 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from codistill.classifier import CARD_KEY, Classifier, PixelsIn, from_module, load_classifier, make_card, run_predictor
-from codistill.data.dataset import Dataset, dataset
+from codistill.classifier import (
+    CARD_KEY,
+    Classifier,
+    PixelsIn,
+    from_module,
+    load_classifier,
+    make_card,
+    run_predictor,
+    tensors_once,
+)
+from codistill.data.dataset import Dataset
 from codistill.errors import CheckpointError, UsageError
 from codistill.networks.network import parameter_count
 from codistill.run import Run
@@ -90,7 +99,7 @@ def export_predictor(
 
     Raises:
         UsageError: Unknown predictor or format, or an optional package is missing.
-        DataError: The data set to compare on is not there.
+        DataError: The data set to compare on is not there, or is another one.
         CheckpointError: The file does not answer as the run does; it was removed.
     """
     format = choose_format(file, format)
@@ -99,8 +108,10 @@ def export_predictor(
     if format == "safetensors" and "" in run.record["networks"]:
         raise UsageError("safetensors holds weights alone, and networks of your own cannot be rebuilt: export to onnx")
     card = make_card(run, name)
-    data = dataset(run.config.data, data_dir or run.config.data_dir)
+    data = run.load_data(data_dir)
     temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}{path.suffix}")
+    if path.is_dir():
+        raise UsageError(f"{path}: is a folder: choose another file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -137,8 +148,9 @@ def compare(reference: Classifier, loaded: Classifier, data: Dataset) -> dict[st
 
 
 def _write_safetensors(module: nn.Module, card: dict[str, Any], path: Path) -> None:
-    weights = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
-    safetensors.torch.save_file(weights, path, metadata={CARD_KEY: json.dumps(card)})
+    weights = {name: tensor.detach().contiguous() for name, tensor in tensors_once(module).items()}
+    # save_file would make a file that only its owner may read.
+    path.write_bytes(safetensors.torch.save(weights, metadata={CARD_KEY: json.dumps(card)}))
 
 
 def _example(card: dict[str, Any]) -> torch.Tensor:

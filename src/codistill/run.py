@@ -14,8 +14,8 @@ import torch
 from codistill.checkpoint import CheckpointStore, read_json, write_json
 from codistill.config import RunConfig, mapping_arguments, parse_config
 from codistill.data.augment import INIT_STREAM, generator
-from codistill.data.dataset import Dataset
-from codistill.errors import CheckpointError, UsageError
+from codistill.data.dataset import Dataset, dataset
+from codistill.errors import CheckpointError, DataError, UsageError
 from codistill.methods import METHODS, Method
 from codistill.networks import network
 
@@ -79,6 +79,22 @@ class RunLock:
         self._file.close()
 
 
+def checked_record(record: Any, path: Path) -> dict[str, Any]:
+    """Refuse the contents of a config.json that no run has written.
+
+    Raises:
+        CheckpointError: Names the folder.
+    """
+    needed = {"method": ("name",), "dataset": ("name", "class_names", "image_size", "mean", "std"), "environment": ()}
+    if not isinstance(record, dict) or "networks" not in record:
+        raise CheckpointError(f"{path}/config.json: not the record of a run: is {path} a run folder?")
+    for part, keys in needed.items():
+        missing = [key for key in keys if key not in record[part]] if isinstance(record.get(part), dict) else [part]
+        if missing:
+            raise CheckpointError(f"{path}/config.json: damaged: it says nothing of {part} {missing[0]}")
+    return record
+
+
 class Run:
     """A run folder.
 
@@ -91,12 +107,13 @@ class Run:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.record: dict[str, Any] = read_json(self.path / "config.json")
+        self.record: dict[str, Any] = checked_record(read_json(self.path / "config.json"), self.path)
         self.checkpoints = CheckpointStore(self.path / "checkpoints")
         self._method: Method | None = None
+        self._data: Dataset | None = None
 
     @classmethod
-    def create(cls, path: Path, record: dict[str, Any], method: Method) -> tuple["Run", RunLock]:
+    def create(cls, path: Path, record: dict[str, Any], method: Method, data: Dataset) -> tuple["Run", RunLock]:
         """Make a new run folder and hold it.
 
         Raises:
@@ -104,15 +121,19 @@ class Run:
         """
         try:
             path.mkdir(parents=True, exist_ok=True)
+            taken = UsageError(f"run folder {path} is not empty: choose another --out; nothing was overwritten")
+            present = [entry.name for entry in path.iterdir()]
+            if present and ".lock" not in present:
+                raise taken
             lock = RunLock(path)
         except OSError as error:
             raise UsageError(f"run folder {path}: {error.strerror}: choose another --out") from None
         if any(entry.name != ".lock" for entry in path.iterdir()):
             lock.release()
-            raise UsageError(f"run folder {path} is not empty: choose another --out; nothing was overwritten")
+            raise taken
         write_json(path / "config.json", record)
         run = cls(path)
-        run._method = method
+        run._method, run._data = method, data
         return run, lock
 
     @property
@@ -121,7 +142,10 @@ class Run:
         mapping = dict(self.record)
         method = dict(mapping.pop("method"))
         name = str(method.pop("name"))
-        return parse_config(name, mapping_arguments(mapping, method, name, lambda key: f"{self.path}/config.json"))
+        try:
+            return parse_config(name, mapping_arguments(mapping, method, name, lambda key: f"{self.path}/config.json"))
+        except UsageError as error:
+            raise CheckpointError(f"{self.path}/config.json: damaged, or of another version: {error}") from None
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -182,6 +206,23 @@ class Run:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"{self.path}: the {which} checkpoint does not fit the networks: {reason}") from None
         return method.eval()
+
+    def load_data(self, data_dir: str | None = None) -> Dataset:
+        """Load the data set of the training again; the process that trained still has it, be it registered or not.
+
+        Args:
+            data_dir: Where the data set is now, if not where it was in training.
+
+        Raises:
+            DataError: It is missing or damaged, or its images or classes are not those of the training.
+        """
+        config = self.config
+        data = self._data if self._data and not data_dir else dataset(config.data, data_dir or config.data_dir)
+        if list(data.class_names) != self.class_names or data.image_size != self.image_size:
+            raise DataError(
+                f"data set {config.data}: its classes or image size are not those that {self.path} was trained on"
+            )
+        return data
 
     def best_student(self) -> str:
         """Name the student with the lowest top-1 error at the end of training."""

@@ -1,4 +1,6 @@
-"""One training step: plain PyTorch."""
+"""One training step: plain PyTorch, and the same captured as a CUDA graph behind the same signature."""
+
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -8,6 +10,21 @@ from codistill.data.augment import Augmentation, Batch, DeviceImages
 from codistill.device import autocast
 from codistill.methods import Method
 from codistill.metrics import TermSums
+
+WARM_UP_STEPS = 3
+
+
+class Step(Protocol):
+    """What the loop calls: train on a batch, add its loss terms to `sums`; the loop cannot tell steps apart."""
+
+    method: Method
+    images: DeviceImages
+    augmentation: Augmentation
+    optimizer: torch.optim.Optimizer
+    sums: TermSums
+
+    def __call__(self, batch: Batch, progress: Float[Tensor, ""]) -> None:
+        """Train on a batch."""
 
 
 class PlainStep:
@@ -48,3 +65,57 @@ class PlainStep:
         self.optimizer.zero_grad(set_to_none=True)
         self.method.after_step()
         self.sums.update(terms, len(labels))
+
+
+class CapturedStep:
+    """A plain step as one CUDA graph per batch size.
+
+    The first calls with a size run plainly, on the stream that is captured later: they are real training steps, and
+    make cuDNN, the compiler and the allocator ready. Then the step is captured, and from then on replayed.
+
+    Args:
+        plain: The step; everything that it touches stays where it is in memory.
+        warm_up: How many calls of a size run plainly.
+    """
+
+    def __init__(self, plain: PlainStep, warm_up: int = WARM_UP_STEPS) -> None:
+        self.plain = plain
+        self.method, self.images, self.augmentation = plain.method, plain.images, plain.augmentation
+        self.optimizer, self.sums = plain.optimizer, plain.sums
+        self.warm_up = warm_up
+        self.device = plain.images.labels.device
+        plain.method.cohort.run_branches_on_streams(self.device)
+        self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._progress = torch.zeros((), device=self.device)
+        self._calls: dict[int, int] = {}
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Batch]] = {}
+
+    def __call__(self, batch: Batch, progress: Float[Tensor, ""]) -> None:
+        """Train on a batch and add its loss terms to `sums`."""
+        size = len(batch.image)
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            self._progress.copy_(progress)
+            if size not in self._graphs and self._calls.get(size, 0) < self.warm_up:
+                self._calls[size] = self._calls.get(size, 0) + 1
+                self.plain(batch, self._progress)
+            else:
+                if size not in self._graphs:
+                    self._graphs[size] = self._capture(batch)
+                graph, static = self._graphs[size]
+                for target, source in zip(static, batch, strict=True):
+                    target.copy_(source)
+                graph.replay()
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
+    def _capture(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch]:
+        static = Batch(*(table.clone() for table in batch))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            self.plain(static, self._progress)
+        return graph, static
+
+
+def make_step(plain: PlainStep) -> Step:
+    """Capture a step where it can be: on CUDA."""
+    return CapturedStep(plain) if plain.images.labels.device.type == "cuda" else plain

@@ -26,7 +26,7 @@ from codistill.networks.network import parameter_count
 from codistill.optim import learning_rate_at, make_optimizer, set_learning_rate
 from codistill.report import write_report
 from codistill.run import Run, build_method, dataset_record, environment
-from codistill.step import PlainStep
+from codistill.step import PlainStep, Step, make_step
 
 
 def split_training(data: Dataset, settings: TrainSettings) -> tuple[Split, Split | None]:
@@ -82,6 +82,10 @@ def check_shapes(method: Method, data: Dataset) -> None:
             raise UsageError(
                 f"network {name} has {logits.shape[1]} classes, but data set {data.name} {data.num_classes}"
             )
+    if method.num_classes != data.num_classes:
+        raise UsageError(
+            f"{method.name} was made for {method.num_classes} classes, but data set {data.name} has {data.num_classes}"
+        )
 
 
 def network_names(cohort: Cohort) -> list[str]:
@@ -91,7 +95,7 @@ def network_names(cohort: Cohort) -> list[str]:
 
 def free_folder(config: RunConfig) -> Path:
     """Find a new folder name below runs/ for a run."""
-    names = [spec.partition(":")[0] for spec in config.networks]
+    names = [spec.partition(":")[0].replace("/", "-") for spec in config.networks]
     networks = "+".join(f"{name}x{len(list(same))}" for name, same in itertools.groupby(names))
     stem = f"{config.data.partition(':')[0]}-{config.method_name}-{networks}-seed{config.train.seed}"
     for number in itertools.count(1):
@@ -107,6 +111,8 @@ def train_from_config(config: RunConfig, out: Path | None = None, show: bool = T
         raise UsageError("no data set: name one with --data, for example --data digits")
     device = choose_device(config.train.device, config.train.precision)
     data = dataset(config.data, config.data_dir)
+    # The place in full: the run is used from other folders than it was started in.
+    config = dataclasses.replace(config, data_dir=data.root or None)
     method = build_method(config, data.num_classes, data.image_size)
     return _train(method, data, config, out or free_folder(config), device, show)
 
@@ -160,7 +166,7 @@ def _train(method: Method, data: Dataset, config: RunConfig, out: Path, device: 
     training, validation = split_training(data, settings)
     check_shapes(method, data)
     record = {**config.as_mapping(), "dataset": dataset_record(data), "environment": environment(device)}
-    run, lock = Run.create(out, record, method)
+    run, lock = Run.create(out, record, method, data)
     try:
         method.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         optimizer = make_optimizer(
@@ -168,9 +174,8 @@ def _train(method: Method, data: Dataset, config: RunConfig, out: Path, device: 
         )
         splits = {"validation": validation, "test": data.test}
         held = {name: DeviceImages(each, data.statistics, device) for name, each in splits.items() if each is not None}
-        step = PlainStep(
-            method, DeviceImages(training, data.statistics, device), augmentation, optimizer, settings.precision
-        )
+        resident = DeviceImages(training, data.statistics, device)
+        step = make_step(PlainStep(method, resident, augmentation, optimizer, settings.precision))
         with SummaryWriter(str(out / "tensorboard")) as board:
             Loop(run, config, step, held, board, show).run_epochs()
     except BaseException as error:
@@ -183,7 +188,7 @@ def _train(method: Method, data: Dataset, config: RunConfig, out: Path, device: 
 
 def status_of(error: BaseException) -> str:
     """Name the end of a run that did not finish."""
-    if isinstance(error, KeyboardInterrupt):
+    if not isinstance(error, Exception):  # Ctrl-C, SIGTERM
         return "interrupted"
     return "diverged" if isinstance(error, DivergedError) else "failed"
 
@@ -216,7 +221,7 @@ class Loop:
         self,
         run: Run,
         config: RunConfig,
-        step: PlainStep,
+        step: Step,
         held: dict[str, DeviceImages],
         board: SummaryWriter,
         show: bool,
@@ -258,6 +263,9 @@ class Loop:
                 predictor: dataclasses.asdict(each)
                 for predictor, each in evaluate(self.method, images, settings.precision).items()
             }
+            # The losses of the last step say nothing of the weights that it made.
+            nll = {f"{name}/{predictor}/nll": each["nll"] for predictor, each in row[name].items()}
+            self.refuse_divergence(epoch, rate, nll)
         row |= {"seconds": seconds, "images_per_second": self.used / seconds}
         self.keep(row)
         return row

@@ -52,6 +52,11 @@ def test_starts_again_where_the_server_cannot_resume(server, download, tmp_path)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "file.bin.part").write_bytes(b"something else")
     server.resumes = False
+    server.cut_after = 200_000
+    with pytest.raises(DataError, match="stopped at 200000"):
+        download()
+    assert len(server.ranges) == 2
+    server.cut_after = None
     assert download().read_bytes() == server.content
 
 
@@ -86,6 +91,7 @@ def test_no_such_page_and_no_server(server, download, tmp_path):
     server.status = 404
     with pytest.raises(DataError, match=r"stopped at 0 of 512000 bytes \(.*404"):
         download()
+    assert len(server.ranges) == 1
     with pytest.raises(DataError, match="Connection refused"):
         fetch("http://127.0.0.1:9/x", tmp_path / "x", 1, "md5:0", console=Console(file=io.StringIO()))
     with pytest.raises(UsageError, match="http or https"):

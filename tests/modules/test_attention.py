@@ -15,7 +15,7 @@ def sigmoid(value):
 
 
 def slow_attention(feature_map, first, second, kernel):
-    """Eqs. (5)-(8), place by place: [batch, channel, height, width], W = second relu(first .), a kernel [1, 2, k, k]."""
+    """Eqs. (5)-(8), place by place: maps [batch, channel, height, width], W = second relu(first .)."""
     batch, channels, height, width = feature_map.shape
     output = np.zeros_like(feature_map)
     pad = kernel.shape[-1] // 2

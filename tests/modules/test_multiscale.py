@@ -1,5 +1,7 @@
 """Multi-scale extraction: widths from a table worked by hand, identities, receptive fields."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -150,7 +152,7 @@ def test_receptive_fields_grow_by_two_pixels_a_group(exported):
     for transform in module.transforms:
         transform[0].weight.data.abs_()  # so that no ReLU stops a gradient
     ends = torch.tensor([0, *exported_widths(module)]).cumsum(0).tolist()
-    for group, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+    for group, (start, end) in enumerate(itertools.pairwise(ends)):
         feature_map = torch.rand(1, 16, 11, 11, dtype=torch.float64, requires_grad=True)
         (gradient,) = torch.autograd.grad(module(feature_map)[0, start:end, 5, 5].sum(), feature_map)
         seen = gradient[0].abs().sum(0) > 0

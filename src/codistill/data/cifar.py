@@ -8,14 +8,14 @@ from codistill.data.archive import members
 from codistill.data.cifar_releases import CIFAR10, CIFAR100, HOST, Release
 from codistill.data.dataset import DATASETS, Dataset, Split, check_split
 from codistill.data.download import fetch
-from codistill.data.reading import check_digest, check_file, read_file
+from codistill.data.reading import check_digest, check_file, read_file, reading
 from codistill.errors import DataError
 
 TRAIN_IMAGES = 50_000
 TEST_IMAGES = 10_000
 MEMBER_LIMIT = 200 << 20  # bytes; the largest file, CIFAR-100's pickle, has 155 MB
 ARCHIVE_LIMIT = 256 << 20  # bytes, unpacked
-MEND = "delete it and fetch it again (--download), or give the option check=false for files of your own"
+MEND = "delete it and fetch it again (--data NAME:download=true), or give check=false for files of your own"
 
 
 @DATASETS.register("cifar10")
@@ -89,14 +89,15 @@ def _load(
 
 def _find(name: str, releases: tuple[Release, ...], root: Path, download: bool, url: str) -> tuple[Release, Path]:
     """Find an extracted folder or an archive, the binary release first, or fetch it."""
-    for release in releases:
-        if root.is_file() and root.name == release.archive:
-            return release, root
-        for place in (root, root / release.folder):
-            if (place / release.train[0]).is_file():
-                return release, place
-        if (root / release.archive).is_file():
-            return release, root / release.archive
+    with reading(root, "make it readable"):
+        for release in releases:
+            if root.is_file() and root.name == release.archive:
+                return release, root
+            for place in (root, root / release.folder):
+                if (place / release.train[0]).is_file():
+                    return release, place
+            if (root / release.archive).is_file():
+                return release, root / release.archive
     binary = releases[0]
     address = url or HOST + binary.archive
     if download and not root.is_file():
@@ -106,7 +107,7 @@ def _find(name: str, releases: tuple[Release, ...], root: Path, download: bool, 
     if root.is_file():
         raise DataError(f"{root}: is not known as an archive of {name}: give {wanted}")
     raise DataError(
-        f"{root}: holds no {name}: expected {wanted}; get {address}, or give --download (option download=true)"
+        f"{root}: holds no {name}: expected {wanted}; get {address}, or give --data {name}:download=true"
     )
 
 

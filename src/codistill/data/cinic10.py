@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from codistill.data.cache import Arrays, cached
 from codistill.data.cinic10_files import (
@@ -22,6 +20,7 @@ from codistill.data.cinic10_files import (
 )
 from codistill.data.dataset import DATASETS, Dataset, Pixels, Split
 from codistill.data.images import decode_image
+from codistill.data.progress import track
 from codistill.data.reading import check_file, read_file
 from codistill.errors import DataError
 
@@ -72,7 +71,7 @@ def _decode(place: Path, check: bool) -> Arrays:
     entries: Iterable[Entry] = folder_files(place) if place.is_dir() else archive_files(place)
     total = len(PARTS) * len(CLASSES) * IMAGES_PER_CLASS if check else None
     found: dict[str, list[tuple[str, str, Pixels]]] = {part: [] for part in PARTS}
-    for entry in track(entries, "cinic10: decoding", total=total, console=Console(stderr=True)):
+    for entry in track(entries, "cinic10: decoding", total):
         where = f"{place}/{entry.part}/{entry.class_name}/{entry.file}"
         content = read_file(entry.content, FILE_LIMIT, MEND) if isinstance(entry.content, Path) else entry.content
         pixels = decode_image(content, where, formats=("PNG",), exact=SIZE)

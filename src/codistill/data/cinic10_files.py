@@ -42,16 +42,17 @@ def find(root: Path) -> Path:
     Raises:
         DataError: Neither is there.
     """
-    if root.is_file():
-        return root
-    if (root / ARCHIVE).is_file() and not _holds_parts(root):
-        return root / ARCHIVE
-    level = [root] if root.is_dir() else []
-    for _ in range(MAX_DEPTH + 1):
-        for folder in level:
-            if _holds_parts(folder):
-                return folder
-        level = [child for folder in level for child in _folders(folder)]
+    with reading(root, "make it readable"):
+        if root.is_file():
+            return root
+        if (root / ARCHIVE).is_file() and not _holds_parts(root):
+            return root / ARCHIVE
+        level = [root] if root.is_dir() else []
+        for _ in range(MAX_DEPTH + 1):
+            for folder in level:
+                if _holds_parts(folder):
+                    return folder
+            level = [child for folder in level for child in _folders(folder)]
     raise DataError(f"{root}: holds no cinic10: expected {ARCHIVE} or train, valid and test; get it from {ADDRESS}")
 
 
@@ -60,7 +61,7 @@ def _holds_parts(folder: Path) -> bool:
 
 
 def _folders(folder: Path) -> list[Path]:
-    with reading(folder, "make it readable"), os.scandir(folder) as entries:
+    with os.scandir(folder) as entries:
         return sorted(Path(entry.path) for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 

@@ -152,4 +152,4 @@ def dataset(spec: str, root: str | Path | None = None, **options: Any) -> Datase
         raise UsageError(f"data set {name}: needs to know where its files are: give --data-dir (root=)")
     else:
         loaded = load(root=Path(root), **chosen)
-    return replace(loaded, spec=write_spec(name, chosen), root="" if root is None else str(root))
+    return replace(loaded, spec=write_spec(name, chosen), root="" if root is None else str(Path(root).resolve()))

@@ -23,7 +23,7 @@ PIECE = 1 << 18  # bytes
 TIMEOUT = 60.0  # seconds without a byte
 
 
-def fetch(url: str, path: Path, size: int, digest: str, tries: int = 5, console: Console | None = None) -> None:
+def fetch(url: str, path: Path, size: int, digest: str, tries: int = 20, console: Console | None = None) -> None:
     """Fetch a file of known size and digest, going on where an earlier attempt stopped.
 
     The bytes gather in `<path>.part`; a cut connection leaves them there for the next attempt. Several processes that
@@ -34,8 +34,8 @@ def fetch(url: str, path: Path, size: int, digest: str, tries: int = 5, console:
         path: Final name; a file that is already there is left alone.
         size: In bytes.
         digest: `md5:` or `sha256:` and the hexadecimal digest.
-        tries: How often to connect before giving up.
-        console: Where progress is shown; None: standard error.
+        tries: How often to connect, at most; a connection that brought nothing is the last one.
+        console: Where progress is shown, if it is a terminal; None: standard error.
 
     Raises:
         DataError: The server cannot be reached, breaks off every time, or has another file.
@@ -62,17 +62,20 @@ def fetch(url: str, path: Path, size: int, digest: str, tries: int = 5, console:
 def _fill(url: str, file: IO[bytes], size: int, tries: int, console: Console) -> None:
     """Append to the file until it has its size."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
         name = Path(str(file.name)).stem
         task = progress.add_task(name, total=size, completed=_length(file))
         trouble = "the connection broke"
         for _ in range(tries):
-            if _length(file) >= size:
+            start = _length(file)
+            if start >= size:
                 return
             try:
                 _append(url, file, size, lambda: progress.update(task, completed=_length(file)))
             except _NetworkError as error:
                 trouble = str(error)
+            if _length(file) == start:
+                break
         if _length(file) < size:
             raise DataError(
                 f"{url}: stopped at {_length(file)} of {size} bytes ({trouble}): run it again to go on, or put "

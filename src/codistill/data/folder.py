@@ -9,6 +9,7 @@ import numpy as np
 
 from codistill.data.dataset import DATASETS, Dataset, Pixels, Split, size_of
 from codistill.data.images import SUFFIXES, open_image
+from codistill.data.progress import track
 from codistill.data.reading import reading
 from codistill.errors import DataError, ResourceError, UsageError
 
@@ -96,7 +97,7 @@ def _read_split(root: Path, files: Mapping[str, list[Path]], size: tuple[int, in
 
     # Pillow decodes outside Python's global lock.
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for index, image in enumerate(pool.map(read, paths)):
+        for index, image in enumerate(track(pool.map(read, paths), "folder: reading images", len(paths))):
             images[index] = image
     labels = np.repeat(np.arange(len(files)), [len(class_files) for class_files in files.values()])
     return Split(images, labels.astype(np.int64))

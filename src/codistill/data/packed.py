@@ -49,9 +49,10 @@ def packed(root: Path) -> Dataset:
 
 
 def _find(root: Path) -> Path:
-    if not root.is_dir():
-        return root
-    found = sorted(root.glob("*.npz"))
+    with reading(root, "make it readable"):
+        if not root.is_dir():
+            return root
+        found = sorted(root.glob("*.npz"))
     if len(found) != 1:
         raise DataError(f"{root}: holds {len(found)} .npz files: name the file itself, or {MEND}")
     return found[0]

@@ -1,5 +1,6 @@
 """FFL: feature fusion learning."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -40,8 +41,9 @@ class FusionSettings(MethodSettings):
     """Weight decay of the fusion module; the students have the run's own."""
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise UsageError(f"method.temperature is {self.temperature}; it must be above 0")
+        super().__post_init__()
+        if not 0 < self.temperature < math.inf:
+            raise UsageError(f"method.temperature is {self.temperature}; it must be a number above 0")
         if not 0 <= self.ramp_up <= 1:
             raise UsageError(f"method.ramp_up is {self.ramp_up}; it must be between 0 and 1, a share of the training")
         for name in ("target_epsilon", "fusion_weight_decay"):
@@ -75,7 +77,7 @@ def distillation_term(
     divergence = soft_target_kl(
         logits, target_logits, settings.temperature, settings.detach_teachers, settings.target_epsilon
     )
-    return ramp_up(progress, settings.ramp_up) * divergence
+    return ramp_up(progress, settings.ramp_up).to(divergence.dtype) * divergence
 
 
 def fusion_terms(

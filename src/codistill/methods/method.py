@@ -1,8 +1,8 @@
 """What every method is: a module that owns students and says what their losses are."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal, get_args, get_origin
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from codistill.cohort import Cohort, Outputs
 from codistill.errors import UsageError
 from codistill.losses import mean_logits
 from codistill.networks import Network
-from codistill.registry import Registry
+from codistill.registry import Registry, near_matches
 
 METHODS: Registry[type["Method"]] = Registry("method", "codistill.methods")
 
@@ -22,6 +22,13 @@ class MethodSettings:
 
     shared_stages: int | None = None
     """Low stages that the students share. None: all but the last where the students are equal, else none."""
+
+    def __post_init__(self) -> None:
+        # Without this a misspelt choice would quietly be another experiment.
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if get_origin(each.type) is Literal and value not in get_args(each.type):
+                raise UsageError(f"method.{each.name} is {value!r}: {near_matches(str(value), get_args(each.type))}")
 
 
 @dataclass(frozen=True)
@@ -112,8 +119,11 @@ class Method(nn.Module):
 
     def forward(self, images: Float[Tensor, "batch channel height width"]) -> Outputs:
         """Run all students on normalised images."""
-        feature_maps = self.cohort.feature_maps(images)
-        logits = tuple(self.cohort[index].head(feature_map) for index, feature_map in enumerate(feature_maps))
+
+        def finish(index: int, feature_map: Tensor) -> tuple[Tensor, Tensor]:
+            return feature_map, self.cohort[index].head(feature_map)
+
+        feature_maps, logits = zip(*self.cohort.each_branch(images, finish), strict=True)
         return Outputs(logits, feature_maps)
 
     def losses(

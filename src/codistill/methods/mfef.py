@@ -145,9 +145,13 @@ class MFEF(Method):
 
     def forward(self, images: Float[Tensor, "batch channel height width"]) -> Outputs:
         """Run all students, their components and the fused classifier on normalised images."""
-        maps = self.cohort.feature_maps(images)
-        points = [enhance(each) for enhance, each in zip(self.enhancements, maps, strict=True)]
-        logits = tuple(self.cohort[index].head(each[self.head_point]) for index, each in enumerate(points))
+
+        def finish(index: int, feature_map: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+            points = self.enhancements[index](feature_map)
+            return points, self.cohort[index].head(points[self.head_point])
+
+        points, logits = zip(*self.cohort.each_branch(images, finish), strict=True)
+        maps = tuple(each[0] for each in points)
         if self.fusion is None:
             return Outputs(logits, maps)
         inputs = [each[self.fusion_point] for each in points]

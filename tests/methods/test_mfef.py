@@ -1,0 +1,437 @@
+"""MFEF: a whole step against a slow derivation, gradient flow, the ablation of Table 5, settings."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from jaxtyping import TypeCheckError
+from torch import Tensor, nn
+
+from codistill.errors import UsageError
+from codistill.methods.independent import Independent
+from codistill.methods.mfef import MFEF, MFEFSettings
+from codistill.modules import DualAttention, FeatureFusion, MultiScaleExtraction
+from codistill.networks import Network, network
+from codistill.networks.network import parameter_count
+
+FULL = torch.tensor(1.0)
+# By hand, 8 channels in 4 groups, widths 2, 3, 4: 9 (4 + 9 + 16) + 2 (2 + 3 + 4); hidden width 1: 8 + 8 + 2 * 49.
+STUDENT, MSFE, DA, FUSION = 819, 279, 114, 347
+
+
+@pytest.fixture
+def make(tiny_network):
+    def build(*shapes, **settings) -> MFEF:
+        students = [tiny_network(*shape) for shape in shapes or [(8, 2), (8, 2)]]
+        return MFEF(students, 3, MFEFSettings(**settings), (8, 8)).double()
+
+    return build
+
+
+# The slow derivation, down to loss_by_hand, takes nothing of codistill but the weights.
+
+
+def batch_norm(features: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    mean = features.mean((0, 2, 3), keepdim=True)
+    variance = ((features - mean) ** 2).mean((0, 2, 3), keepdim=True)
+    scale, shift = (each[None, :, None, None] for each in (norm.weight, norm.bias))
+    return (features - mean) / (variance + 1e-5).sqrt() * scale + shift
+
+
+def conv_bn_relu(features: Tensor, layers: nn.Sequential, stride: int = 1) -> Tensor:
+    return batch_norm(F.conv2d(features, layers[0].weight, stride=stride, padding=1), layers[1]).clamp(min=0)
+
+
+def extracted(features: Tensor, msfe: MultiScaleExtraction) -> Tensor:
+    """Eq. (4) with p = 4: the first part straight out, halves carried, the last part whole."""
+    f1, f2, f3, f4 = torch.tensor_split(features, 4, dim=1)
+    carried2, exported2 = torch.tensor_split(conv_bn_relu(f2, msfe.transforms[0]), 2, dim=1)
+    joined = torch.cat([f3, carried2], dim=1)
+    carried3, exported3 = torch.tensor_split(conv_bn_relu(joined, msfe.transforms[1]), 2, dim=1)
+    last = conv_bn_relu(torch.cat([f4, carried3], dim=1), msfe.transforms[2])
+    return torch.cat([f1, exported2, exported3, last], dim=1)
+
+
+def attended(features: Tensor, da: DualAttention) -> Tensor:
+    """Eqs. (5)-(8)."""
+
+    def perceptron(pooled: Tensor) -> Tensor:
+        return (pooled @ da.channel[0].weight.T).clamp(min=0) @ da.channel[2].weight.T
+
+    both = perceptron(features.mean((2, 3))) + perceptron(features.amax((2, 3)))
+    weighted = features / (1 + torch.exp(-both))[:, :, None, None]
+    pooled = torch.stack([weighted.mean(1), weighted.amax(1)], dim=1)
+    return weighted / (1 + torch.exp(-F.conv2d(pooled, da.spatial[0].weight, padding=3)))
+
+
+def fused(maps: list[Tensor], fusion: FeatureFusion) -> Tensor:
+    smallest = min(each.shape[2] for each in maps)
+    alike = [
+        each if each.shape[2] == smallest else conv_bn_relu(each, adapter[0], stride=2)
+        for each, adapter in zip(maps, fusion.adapters, strict=True)
+    ]
+    joined = torch.cat(alike, dim=1)
+    (depthwise, first, _), (pointwise, second, _) = fusion.transfer
+    filtered = [
+        F.conv2d(joined[:, index : index + 1], depthwise.weight[index : index + 1], padding=1)
+        for index in range(joined.shape[1])
+    ]
+    spatial = batch_norm(torch.cat(filtered, dim=1), first).clamp(min=0)
+    mixed = torch.einsum("oc,bchw->bohw", pointwise.weight[:, :, 0, 0], spatial)
+    return batch_norm(mixed, second).clamp(min=0).mean((2, 3)) @ fusion.head.linear.weight.T + fusion.head.linear.bias
+
+
+def probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    powers = torch.exp(logits / temperature)
+    return powers / powers.sum(1, keepdim=True)
+
+
+def loss_by_hand(method: MFEF, images: Tensor, labels: Tensor, strides: list[int], epoch: int) -> Tensor:
+    """Eqs. (1)-(11), batch mean, ramp-up over 80 of 300 epochs, teachers held fixed."""
+    logits, maps = [], []
+    for student, (msfe, da), stride in zip(
+        method.cohort, (each.steps for each in method.enhancements), strides, strict=True
+    ):
+        features = images
+        for stage, step in zip(student.stages, (1, 1, stride), strict=True):
+            features = conv_bn_relu(features, stage, step)
+        maps.append(attended(extracted(features, msfe), da))
+        logits.append(maps[-1].mean((2, 3)) @ student.head.linear.weight.T + student.head.linear.bias)
+    fused_logits = fused(maps, method.fusion)
+    ensemble_logits = sum(logits) / len(logits)
+
+    def ce(z: Tensor) -> Tensor:
+        return -sum(torch.log(probabilities(z)[image, label]) for image, label in enumerate(labels)) / len(labels)
+
+    def kl(teacher: Tensor, student: Tensor) -> Tensor:
+        target, learned = probabilities(teacher.detach(), 3.0), probabilities(student, 3.0)
+        return (target * (target / learned).log()).sum() / len(labels)
+
+    distillation = sum(kl(fused_logits, each) for each in logits) + kl(ensemble_logits, fused_logits)
+    ramp = math.exp(-5 * (1 - min(epoch, 80) / 80) ** 2)
+    return sum(ce(each) for each in logits) + ce(fused_logits) + ramp * 9 * distillation
+
+
+@pytest.mark.parametrize("epoch", [0, 40, 80])
+@pytest.mark.parametrize(
+    "shapes",
+    [[(8, 2), (8, 2)], [(8, 2), (10, 2)], [(8, 2), (8, 1)], [(8, 2), (8, 2), (8, 2)], [(12, 1), (8, 2), (9, 1)]],
+    ids=["equal", "unlike-widths", "unlike-resolutions", "three-equal", "three-unlike"],
+)
+def test_a_whole_step_agrees_with_a_slow_derivation(make, batch, shapes, epoch):
+    method = make(*shapes)
+    for layer in method.modules():
+        if isinstance(layer, nn.BatchNorm2d):  # weight 1 and bias 0 would hide a mistake
+            nn.init.uniform_(layer.weight, 0.5, 1.5), nn.init.normal_(layer.bias, std=0.3)
+    parameters = list(method.parameters())
+    by_hand = loss_by_hand(method, *batch, [stride for _, stride in shapes], epoch)
+    expected = torch.autograd.grad(by_hand, parameters)
+
+    terms = method.losses(method(batch[0]), batch[1], torch.tensor(epoch / 300, dtype=torch.float64))
+    loss = sum(terms.values())
+    loss.backward()
+    assert abs(loss - by_hand) <= 1e-8 * by_hand
+    for (name, parameter), gradient in zip(method.named_parameters(), expected, strict=True):
+        assert (parameter.grad - gradient).norm() <= 1e-8 * gradient.norm() + 1e-14, name
+
+
+def reached(method: MFEF, batch: tuple[Tensor, Tensor], term: str) -> set[str]:
+    """Which parts a term gives a gradient to: student0.trunk, .branch, .head, .msfe, .da and fusion."""
+    owners = {"fusion": method.fusion}
+    for index, (student, enhancement) in enumerate(zip(method.cohort, method.enhancements, strict=True)):
+        *trunk, branch = student.stages
+        msfe, da = enhancement.steps
+        parts = {"trunk": nn.ModuleList(trunk), "branch": branch, "head": student.head, "msfe": msfe, "da": da}
+        owners |= {f"student{index}.{part}": module for part, module in parts.items()}
+    value = method.losses(method(batch[0]), batch[1], FULL)[term]
+    found = set()
+    for owner, module in owners.items():
+        gradients = torch.autograd.grad(value, list(module.parameters()), retain_graph=True, allow_unused=True)
+        if any(gradient is not None and gradient.any() for gradient in gradients):
+            found.add(owner)
+    return found
+
+
+def student_parts(index: int, *parts: str) -> set[str]:
+    return {f"student{index}.{part}" for part in parts}
+
+
+# Students of unlike width, so that no trunk is shared.
+UNLIKE = [(8, 2), (10, 2)]
+ENHANCED = student_parts(0, "trunk", "branch", "msfe", "da") | student_parts(1, "trunk", "branch", "msfe", "da")
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_student_learns_from_labels_and_from_the_fused_classifier(make, batch, index):
+    own = student_parts(index, "trunk", "branch", "msfe", "da", "head")
+    method = make(*UNLIKE)
+    assert reached(method, batch, f"ce/student{index}") == own
+    assert reached(method, batch, f"kl/fused->student{index}") == own
+
+
+def test_the_fused_classifier_trains_all_backbones_but_no_head(make, batch):
+    method = make(*UNLIKE)
+    assert reached(method, batch, "ce/fused") == ENHANCED | {"fusion"}
+    assert reached(method, batch, "kl/ensemble->fused") == ENHANCED | {"fusion"}
+
+
+def test_the_fused_classifier_stops_at_its_input_when_told(make, batch):
+    method = make(*UNLIKE, detach_fusion_input=True)
+    assert reached(method, batch, "ce/fused") == {"fusion"}
+    assert reached(method, batch, "kl/ensemble->fused") == {"fusion"}
+
+
+def test_teachers_learn_too_when_not_detached(make, batch):
+    method = make(*UNLIKE, detach_teachers=False)
+    assert reached(method, batch, "kl/fused->student0") == ENHANCED | {"student0.head", "fusion"}
+    assert reached(method, batch, "kl/ensemble->fused") == ENHANCED | {"student0.head", "student1.head", "fusion"}
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_the_ensemble_as_the_students_teacher(make, batch, detach):
+    method = make(*UNLIKE, distillation="ensemble", multiscale=False, attention=False, detach_teachers=detach)
+    value = method.losses(method(batch[0]), batch[1], FULL)["kl/ensemble->student0"]
+    others = torch.autograd.grad(value, list(method.cohort[1].parameters()), allow_unused=True)
+    assert any(gradient is not None and gradient.any() for gradient in others) == (not detach)
+
+
+def kinds(method: MFEF) -> set[str]:
+    known = (MultiScaleExtraction, DualAttention, FeatureFusion)
+    return {type(module).__name__ for module in method.modules() if isinstance(module, known)}
+
+
+FUSION_TERMS = {"ce/fused", "kl/fused->student0", "kl/fused->student1", "kl/ensemble->fused"}
+ENSEMBLE_TERMS = {"kl/ensemble->student0", "kl/ensemble->student1"}
+E, D, F_ = "MultiScaleExtraction", "DualAttention", "FeatureFusion"
+
+
+@pytest.mark.parametrize(
+    ("settings", "modules", "more_terms", "enhancement"),
+    [
+        ({"multiscale": False, "attention": False, "distillation": "none"}, set(), set(), 0),
+        ({"attention": False, "distillation": "none"}, {E}, set(), MSFE),
+        ({"multiscale": False, "attention": False, "distillation": "ensemble"}, set(), ENSEMBLE_TERMS, 0),
+        ({"attention": False}, {E, F_}, FUSION_TERMS, MSFE),
+        ({}, {E, D, F_}, FUSION_TERMS, MSFE + DA),
+    ],
+    ids="ABCDE",
+)
+def test_table_5(make, batch, settings, modules, more_terms, enhancement):
+    method = make(**settings)
+    assert kinds(method) == modules
+    fusion = FUSION if F_ in modules else 0
+    assert parameter_count(method) == parameter_count(method.cohort) + 2 * enhancement + fusion
+    assert [parameter_count(method.deployed_student(index)) for index in range(2)] == [STUDENT + enhancement] * 2
+    outputs = method.eval()(batch[0])
+    names = ["student0", "student1", "ensemble", *(["fused"] if fusion else [])]
+    assert list(method.predictors()) == list(method.predictions(outputs)) == names
+    assert set(method.losses(outputs, batch[1], FULL)) == {"ce/student0", "ce/student1"} | more_terms
+    assert [group.name for group in method.parameter_groups()] == ["students", *(["fusion"] if fusion else [])]
+    grouped = [id(parameter) for group in method.parameter_groups() for parameter in group.parameters]
+    assert sorted(grouped) == sorted(id(parameter) for parameter in method.parameters())
+
+
+def test_case_a_is_independent_training_of_a_shared_trunk(make, batch, tiny_network):
+    method = make(multiscale=False, attention=False, distillation="none")
+    plain = Independent([tiny_network(), tiny_network()], 3, Independent.Settings(shared_stages=2)).double()
+    plain.load_state_dict(method.state_dict())
+    assert all(map(torch.equal, method(batch[0]).logits, plain(batch[0]).logits))
+
+
+def test_terms_of_the_ensemble_as_teacher(make, batch):
+    method = make(distillation="ensemble")
+    outputs = method(batch[0])
+    terms = method.losses(outputs, batch[1], torch.tensor(20 / 300, dtype=torch.float64))
+    target = probabilities(sum(outputs.logits) / 2, 3.0)
+    for index, logits in enumerate(outputs.logits):
+        expected = 9 * 0.0600546679 * (target * (target / probabilities(logits, 3.0)).log()).sum(1).mean()
+        assert terms[f"kl/ensemble->student{index}"].item() == pytest.approx(expected.item(), rel=1e-8)
+
+
+def test_the_ramp_of_the_paper(make, batch):
+    method = make()
+    outputs = method(batch[0])
+    early, late = (
+        method.losses(outputs, batch[1], torch.tensor(epoch / 300, dtype=torch.float64)) for epoch in (0, 80)
+    )
+    for name in early:
+        ratio = (early[name] / late[name]).item()
+        assert ratio == pytest.approx(0.0067379470 if name.startswith("kl/") else 1.0, abs=1e-9), name
+
+
+@pytest.mark.parametrize("point", ["raw", "msfe", "msfe_da"])
+@pytest.mark.parametrize("attention", [True, False])
+def test_head_input(make, batch, point, attention):
+    method = make(head_input=point, attention=attention).eval()
+    assert kinds(method) == {E, F_} | ({D} if attention else set())
+    maps = method.cohort.feature_maps(batch[0])
+    logits = method(batch[0]).logits
+    for index, feature_map in enumerate(maps):
+        msfe, da = method.enhancements[index].steps
+        seen = {"raw": feature_map, "msfe": msfe(feature_map), "msfe_da": da(msfe(feature_map))}[point]
+        assert torch.equal(logits[index], method.cohort[index].head(seen))
+        deployed = method.deployed_student(index)
+        own = {"raw": 0, "msfe": MSFE, "msfe_da": MSFE + DA * attention}[point]
+        assert parameter_count(deployed) == STUDENT + own
+        assert torch.equal(deployed(batch[0]), logits[index])
+
+
+@pytest.mark.parametrize("point", ["raw", "msfe", "msfe_da"])
+def test_fusion_input(make, batch, point):
+    method = make(fusion_input=point).eval()
+    seen = []
+    for enhancement, feature_map in zip(method.enhancements, method.cohort.feature_maps(batch[0]), strict=True):
+        seen.append(enhancement(feature_map)[("raw", "msfe", "msfe_da").index(point)])
+    expected = method.fusion(seen)
+    assert torch.equal(method(batch[0]).fused_logits, expected)
+    assert torch.equal(method.predictors()["fused"](batch[0]), expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "modules"),
+    [
+        ({"head_input": "raw", "distillation": "none"}, set()),
+        ({"head_input": "raw", "distillation": "ensemble"}, set()),
+        ({"head_input": "msfe", "distillation": "none"}, {E}),
+        ({"head_input": "raw", "fusion_input": "raw"}, {F_}),
+        ({"head_input": "raw", "fusion_input": "msfe"}, {E, F_}),
+        ({"head_input": "msfe_da", "fusion_input": "raw"}, {E, D, F_}),
+        ({"multiscale": False}, {D, F_}),
+    ],
+)
+def test_no_component_that_nothing_sees(make, batch, settings, modules):
+    method = make(**settings)
+    assert kinds(method) == modules
+    sum(method.losses(method(batch[0]), batch[1], FULL).values()).backward()
+    assert [name for name, parameter in method.named_parameters() if parameter.grad is None] == []
+
+
+def test_the_outputs_have_the_backbones_own_maps(make, batch):
+    method = make().eval()
+    outputs = method(batch[0])
+    for student, feature_map in zip(method.cohort, outputs.feature_maps, strict=True):
+        assert torch.equal(feature_map, student.feature_map(batch[0]))
+
+
+def test_one_student_without_distillation(make, batch):
+    method = make((8, 2), distillation="none", attention=False).eval()
+    assert kinds(method) == {E}
+    outputs = method(batch[0])
+    assert list(method.losses(outputs, batch[1], FULL)) == ["ce/student0"]
+    assert list(method.predictors()) == list(method.predictions(outputs)) == ["student0"]
+    assert parameter_count(method) == STUDENT + MSFE
+
+
+@pytest.mark.parametrize("distillation", ["fusion", "ensemble"])
+def test_one_student_has_nobody_to_learn_from(make, distillation):
+    says = "mfef needs at least 2 students, got 1: with one student use --method.distillation none"
+    with pytest.raises(UsageError, match=says):
+        make((8, 2), distillation=distillation)
+
+
+@pytest.mark.parametrize(
+    ("name", "student", "msfe", "attention"),
+    [
+        ("resnet20", 278_324, 14_680, 610),
+        ("wrn-16-2", 703_284, 58_448, 2_146),
+        ("densenet-40-12", 188_092, 62_859, 2_210),
+    ],
+)
+def test_cost_of_the_components_in_the_deployed_student(name, student, msfe, attention):
+    costs = []
+    for point in ("raw", "msfe", "msfe_da"):
+        with torch.device("meta"):
+            method = MFEF([network(name, 100) for _ in range(2)], 100, MFEFSettings(head_input=point))
+        costs.append([parameter_count(method.deployed_student(index)) for index in range(2)])
+    assert costs == [[student] * 2, [student + msfe] * 2, [student + msfe + attention] * 2]
+
+
+def test_a_deployed_student_has_no_peers(make, batch):
+    method = make(*UNLIKE).eval()
+    own = {id(module) for module in (*method.cohort[1].modules(), *method.enhancements[1].modules())}
+    deployed = method.deployed_student(1)
+    assert isinstance(deployed, Network)
+    foreign = [
+        module
+        for module in deployed.modules()
+        if any(True for _ in module.parameters())
+        and id(module) not in own
+        and module not in (deployed, deployed.stages, deployed.head)
+    ]
+    assert foreign == []
+    assert torch.equal(deployed(batch[0]), method(batch[0]).logits[1])
+    assert deployed.widths == (4, 6, 10)
+
+
+def test_shared_components(make, batch):
+    own, shared = make(), make(share_components=True)
+    assert parameter_count(own) - parameter_count(shared) == MSFE + DA
+    assert shared.enhancements[0] is shared.enhancements[1]
+    assert own.enhancements[0] is not own.enhancements[1]
+    group = shared.parameter_groups()[0]
+    assert len(group.parameters) == len({id(parameter) for parameter in group.parameters})
+    logits = shared.eval()(batch[0]).logits
+    for index in range(2):
+        assert torch.equal(shared.deployed_student(index)(batch[0]), logits[index])
+
+
+def test_components_of_unlike_widths_cannot_be_shared(make):
+    with pytest.raises(UsageError, match=r"one width, got \[8, 10\]: set it to false"):
+        make(*UNLIKE, share_components=True)
+
+
+def test_components_have_storage_of_their_own(make):
+    tensors = [tensor for each in make().enhancements for tensor in (*each.parameters(), *each.buffers())]
+    assert len({tensor.data_ptr() for tensor in tensors}) == len(tensors)
+
+
+def test_components_decay_as_told(make):
+    for decays_with, students, fusion in (
+        ("students", 344 + 2 * 475 + 2 * (MSFE + DA), FUSION),
+        ("fusion", 344 + 2 * 475, FUSION + 2 * (MSFE + DA)),
+    ):
+        groups = make(components_decay=decays_with).parameter_groups()
+        assert [sum(parameter.numel() for parameter in group.parameters) for group in groups] == [students, fusion]
+        assert [group.weight_decay for group in groups] == [None, 1e-5]
+    alone = make((8, 2), distillation="none", components_decay="fusion").parameter_groups()
+    assert [(group.name, group.weight_decay) for group in alone] == [("students", None), ("fusion", 1e-5)]
+
+
+def test_settings_reach_the_components(make):
+    method = make(
+        groups=2,
+        exported_half="first",
+        depthwise=True,
+        attention_reduction=2,
+        attention_kernel=3,
+        attention_bias=True,
+        attention_norm=True,
+    )
+    for enhancement in method.enhancements:
+        msfe, da = enhancement.steps
+        assert msfe.conv_widths == (4,) and msfe.exported == "first"
+        assert parameter_count(msfe) == 9 * 4 + 8
+        assert parameter_count(da) == 2 * 8 * 4 + 4 + 8 + 18 + 2
+
+
+def test_a_misspelt_choice_names_the_right_one():
+    with pytest.raises((UsageError, TypeCheckError), match=r"did you mean ensemble\?|type-?check"):
+        MFEFSettings(distillation="esemble")
+
+
+def test_impossible_components_are_refused(make):
+    with pytest.raises(UsageError, match="use 2 to 4 groups"):
+        make(groups=9)
+    with pytest.raises(UsageError, match="must be odd"):
+        make(attention_kernel=4)
+    with pytest.raises(UsageError, match=r"method\.temperature"):
+        make(temperature=0.0)
+
+
+def test_maps_of_unlike_resolution_depend_on_the_image_size(tiny_network):
+    for size, shape in (((8, 8), (4, 4)), ((12, 8), (6, 4))):
+        method = MFEF([tiny_network(8, 2), tiny_network(8, 1)], 3, image_size=size)
+        assert [len(adapter) for adapter in method.fusion.adapters] == [0, 1]
+        assert method.fusion.adapters[1](torch.randn(2, 8, *size)).shape[2:] == shape
+        assert method(torch.randn(2, 3, *size)).fused_logits.shape == (2, 3)

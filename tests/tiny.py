@@ -1,0 +1,132 @@
+"""Trainings of a fraction of a second: networks of some hundred weights, and 8x8 images whose class is their colour."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import codistill as cd
+from codistill.networks import NETWORKS, Network, PooledLinear
+from codistill.networks.network import conv_bn, initialise
+
+COLOURS = np.array([[190, 60, 60], [60, 190, 60], [60, 60, 190]])
+CLASSES = ("red", "green", "blue")
+
+
+def network(num_classes: int, width: int = 8) -> Network:
+    """A tiny network for tests."""
+    widths, strides = (4, 6, width), (1, 1, 2)
+    stages = [
+        nn.Sequential(*conv_bn(before, after, 3, stride), nn.ReLU())
+        for before, after, stride in zip((3, *widths), widths, strides, strict=False)
+    ]
+    return Network(stages, PooledLinear(width, num_classes), widths)
+
+
+def own_students(count: int = 2, classes: int = 3) -> list[Network]:
+    """Networks of one's own, which no name can rebuild."""
+    students = [network(classes) for _ in range(count)]
+    for student in students:
+        initialise(student)
+    return students
+
+
+def method(kind: type[cd.Method] = cd.MFEF, seed: int = 0, students: int = 2, **settings: Any) -> cd.Method:
+    torch.manual_seed(seed)
+    return kind(own_students(students), 3, kind.Settings(**settings) if settings else None, image_size=(8, 8))
+
+
+def split(count: int, seed: int, size: tuple[int, int] = (8, 8)) -> cd.Split:
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(count) % 3)
+    noise = rng.integers(-60, 61, (count, *size, 3))
+    return cd.Split((COLOURS[labels][:, None, None] + noise).astype(np.uint8), labels)
+
+
+def data(train: int = 24, test: int = 9, size: tuple[int, int] = (8, 8), name: str = "colours") -> cd.Dataset:
+    return cd.Dataset(name, split(train, 1, size), split(test, 2, size), CLASSES)
+
+
+def settings(**changes: Any) -> cd.TrainSettings:
+    return cd.TrainSettings(**({"epochs": 2, "batch_size": 8, "learning_rate": 0.05, "threads": 1} | changes))
+
+
+def write_npz(path: Path, whole: cd.Dataset) -> Path:
+    np.savez(
+        path,
+        train_images=whole.train.images,
+        train_labels=whole.train.labels,
+        test_images=whole.test.images,
+        test_labels=whole.test.labels,
+        class_names=np.array(whole.class_names),
+    )
+    return path
+
+
+@contextlib.contextmanager
+def registered() -> Iterator[None]:
+    """Let `--networks tiny` mean the tiny network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(NETWORKS._discover(), "tiny", network)
+        yield
+
+
+def untimed(value: Any) -> Any:
+    """Leave out what the clock has a part in, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: untimed(each) for key, each in value.items() if "second" not in key}
+    return [untimed(each) for each in value] if isinstance(value, list) else value
+
+
+def listing(folder: Path) -> dict[str, bytes | None]:
+    """Everything below a folder, with contents."""
+    return {str(each.relative_to(folder)): each.read_bytes() if each.is_file() else None for each in folder.rglob("*")}
+
+
+class HostReads(TorchDispatchMode):
+    """Find what makes a CUDA step wait for the host, or a shape depend on data; `Tensor.tolist` counts once."""
+
+    reading = tuple(
+        getattr(torch.ops.aten, name) for name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero")
+    )
+    indexing = tuple(getattr(torch.ops.aten, name) for name in ("index", "index_put", "index_put_", "_index_put_impl_"))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self._within_tolist = False
+        self._patch = pytest.MonkeyPatch()
+
+    def __enter__(self) -> "HostReads":
+        plain = Tensor.tolist
+
+        def tolist(tensor: Tensor) -> Any:
+            self.found.append("tolist")
+            self._within_tolist = True
+            try:
+                return plain(tensor)
+            finally:
+                self._within_tolist = False
+
+        self._patch.setattr(Tensor, "tolist", tolist)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patch.undo()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        packet = func.overloadpacket
+        masked = packet in self.indexing and any(
+            isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        if (packet in self.reading or masked) and not self._within_tolist:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
