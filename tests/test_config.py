@@ -235,7 +235,7 @@ def parsed(monkeypatch):
 def recipe(tmp_path):
     def write(text: str, name: str = "recipe.toml") -> Path:
         path = tmp_path / name
-        path.write_text(text)
+        path.write_text(f"{text}\n")
         return path
 
     return write
@@ -275,7 +275,7 @@ def test_a_recipe_is_a_whole_run(parsed, recipe):
 
 def test_flags_override_the_recipe_wherever_they_stand(parsed, recipe):
     path = str(recipe(WHOLE))
-    flags = ["--epochs", "20", "--nesterov", "--networks", "resnet32", "--method.temperature", "2", "--no-flip"]
+    flags = ["--epochs", "20", "--nesterov", "--networks", "resnet32", "--method.temperature", "2", "--flip", "False"]
     first = parsed("mfef", "--recipe", path, *flags)
     assert (first.train.epochs, first.train.nesterov, first.train.flip) == (20, True, False)
     assert first.networks == ("resnet32",) and first.method.temperature == 2.0

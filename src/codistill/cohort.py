@@ -1,7 +1,7 @@
 """The students that train together, the trunk that they share, and what a forward pass gives."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -22,12 +22,16 @@ class Outputs:
     Attributes:
         logits: One [batch, classes] per student.
         feature_maps: One [batch, channels, height, width] per student, before pooling and as the backbone makes it.
-        fused_logits: [batch, classes] of the fused classifier, where the method has one.
+        fused_logits: [batch, classes] of the fused classifier or a gated ensemble, where the method has one.
+        teacher_logits: [batch, classes] of a frozen teacher, where one is given; with one view a student, one each.
+        extras: Further tensors that only the method's own losses read, by name.
     """
 
     logits: tuple[Float[Tensor, "batch class"], ...]
     feature_maps: tuple[Float[Tensor, "batch _channel _height _width"], ...]
     fused_logits: Float[Tensor, "batch class"] | None = None
+    teacher_logits: Float[Tensor, "*student batch class"] | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def ensemble_logits(self) -> Float[Tensor, "batch class"]:
@@ -83,29 +87,37 @@ class Cohort(nn.Module):
                 raise UsageError(f"cannot share {asked} stages of {names}: unlike networks share nothing (use 0)")
         return asked
 
+    def trunk(self, images: Float[Tensor, "*view batch channel height width"]) -> Float[Tensor, "*view batch c h w"]:
+        """Apply the shared stages once; to all views together where each student has its own."""
+        low = images.flatten(0, -4)
+        for stage in self[0].stages[: self.shared_stages]:
+            low = stage(low)
+        return low.reshape(*images.shape[:-3], *low.shape[1:])
+
     def each_branch(
         self,
-        images: Float[Tensor, "batch channel height width"],
+        low: Float[Tensor, "*view batch channel height width"],
         finish: Callable[[int, Float[Tensor, "batch _channel _height _width"]], T],
     ) -> list[T]:
-        """Compute the trunk once and each branch once.
+        """Compute each student's private stages and what follows.
 
         Args:
-            images: Normalised images.
-            finish: Called with a student's index and its feature map; its results are what is returned. What it computes
-                belongs to the student's branch, and may run at the same time as that of the others.
+            low: What `trunk` gave: one map for all students, or a leading axis with one for each.
+            finish: Called with a student's index and its feature map; its results are what is returned. What it
+                computes belongs to the student's branch, and may run at the same time as that of the others.
         """
-        for stage in self[0].stages[: self.shared_stages]:
-            images = stage(images)
+
+        def branch(index: int) -> T:
+            own = low if low.ndim == 4 else low[index]
+            return finish(index, self[index].feature_map(own, self.shared_stages))
+
         if not self.streams:
-            return [
-                finish(index, student.feature_map(images, self.shared_stages)) for index, student in enumerate(self)
-            ]
+            return [branch(index) for index in range(len(self))]
         current, results = torch.cuda.current_stream(), []
         for index, stream in enumerate(self.streams):
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
-                results.append(finish(index, self[index].feature_map(images, self.shared_stages)))
+                results.append(branch(index))
         for stream in self.streams:
             current.wait_stream(stream)
         return results
@@ -116,10 +128,10 @@ class Cohort(nn.Module):
             self.streams = [torch.cuda.Stream(device) for _ in self]  # type: ignore[no-untyped-call]
 
     def feature_maps(
-        self, images: Float[Tensor, "batch channel height width"]
+        self, images: Float[Tensor, "*view batch channel height width"]
     ) -> tuple[Float[Tensor, "batch _channel _height _width"], ...]:
         """Give one feature map per student."""
-        return tuple(self.each_branch(images, lambda index, feature_map: feature_map))
+        return tuple(self.each_branch(self.trunk(images), lambda index, feature_map: feature_map))
 
     def __iter__(self) -> Iterator[Network]:
         return (self[index] for index in range(len(self)))

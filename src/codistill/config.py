@@ -162,7 +162,7 @@ def read_recipe(path: Path) -> tuple[str | None, list[str]]:
         raise UsageError(f"recipe {path}: must be a table of settings")
 
     def where(key: str) -> str:
-        found = re.search(rf'^\s*\[?"?{re.escape(key)}\b', text, flags=re.MULTILINE)
+        found = re.search(rf'^[ \t]*\[?"?{re.escape(key)}\b', text, flags=re.MULTILINE)
         return f"recipe {path}:{text.count(chr(10), 0, found.start()) + 1}" if found else f"recipe {path}"
 
     method = mapping.pop("method", {})

@@ -1,5 +1,6 @@
 """One training step: plain PyTorch, and the same captured as a CUDA graph behind the same signature."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -55,16 +56,24 @@ class PlainStep:
 
     def __call__(self, batch: Batch, progress: Float[Tensor, ""]) -> None:
         """Train on a batch and add its loss terms to `sums`."""
-        images, labels = self.images.augmented(batch, self.augmentation)
+        count = batch.image.shape[-1]
+        images, labels = self.images.augmented(Batch(*(table.flatten() for table in batch)), self.augmentation)
+        images, labels = images.reshape(*batch.image.shape, *images.shape[1:]), labels[:count]
+        turns: Sequence[Sequence[Tensor] | None] = self.method.turns() or [None]
+        for parameters in turns:
+            terms = self.terms(images, labels, progress)
+            total = torch.stack(list(terms.values())).sum()
+            total.backward(inputs=parameters)  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.method.after_step()
+        self.sums.update(terms, count)
+
+    def terms(self, images: Tensor, labels: Tensor, progress: Tensor) -> dict[str, Tensor]:
+        """Run the method and compute its losses."""
         with autocast(labels.device, self.precision):
             outputs = self.method(images)
-        terms = self.method.losses(outputs, labels, progress)
-        total = torch.stack(list(terms.values())).sum()
-        total.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.method.after_step()
-        self.sums.update(terms, len(labels))
+        return self.method.losses(outputs, labels, progress)
 
 
 class CapturedStep:
@@ -92,7 +101,7 @@ class CapturedStep:
 
     def __call__(self, batch: Batch, progress: Float[Tensor, ""]) -> None:
         """Train on a batch and add its loss terms to `sums`."""
-        size = len(batch.image)
+        size = batch.image.shape[-1]
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             self._progress.copy_(progress)
@@ -117,5 +126,7 @@ class CapturedStep:
 
 
 def make_step(plain: PlainStep) -> Step:
-    """Capture a step where it can be: on CUDA."""
-    return CapturedStep(plain) if plain.images.labels.device.type == "cuda" else plain
+    """Capture a step where it can be: on CUDA, and where the method allows it."""
+    if plain.images.labels.device.type == "cuda" and plain.method.capturable:
+        return CapturedStep(plain)
+    return plain

@@ -273,7 +273,9 @@ class Loop:
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """Run all steps of an epoch; give the mean loss terms."""
         settings, device = self.config.train, self.step.images.labels.device
-        plan = epoch_plan(len(self.step.images), settings.seed, epoch, self.step.augmentation, device)
+        plan = epoch_plan(
+            len(self.step.images), settings.seed, epoch, self.step.augmentation, device, self.method.views
+        )
         progress = torch.tensor(epoch / settings.epochs, device=device)
         self.display.begin_epoch(epoch)
         for number, start in enumerate(range(0, self.used, settings.batch_size), start=1):
@@ -281,6 +283,7 @@ class Loop:
             if self.display.due():
                 # On a GPU a read would wait for all work in the queue; there terms are shown once an epoch.
                 self.display.step(epoch, number, self.step.sums.means() if device.type == "cpu" else {})
+        self.method.after_epoch()
         means = self.step.sums.means()
         self.step.sums.reset()
         return means

@@ -38,8 +38,8 @@ class Batch(NamedTuple):
     mirror: Bool[Tensor, " batch"]
 
     def part(self, start: int, stop: int) -> "Batch":
-        """Take some of the images."""
-        return Batch(*(table[start:stop] for table in self))
+        """Take some of the images; tables may have a leading axis of views."""
+        return Batch(*(table[..., start:stop] for table in self))
 
 
 def generator(seed: int, *stream: int) -> torch.Generator:
@@ -56,7 +56,9 @@ def seeded_order(count: int, seed: int) -> Int[Tensor, " count"]:
     return torch.randperm(count, generator=generator(seed, ORDER_STREAM))
 
 
-def epoch_plan(count: int, seed: int, epoch: int, augmentation: Augmentation, device: torch.device) -> Batch:
+def epoch_plan(
+    count: int, seed: int, epoch: int, augmentation: Augmentation, device: torch.device, views: int = 1
+) -> Batch:
     """Draw the order, crops and flips of one epoch, a pure function of (seed, epoch), equal on all devices.
 
     Args:
@@ -65,14 +67,16 @@ def epoch_plan(count: int, seed: int, epoch: int, augmentation: Augmentation, de
         epoch: Counted from 0.
         augmentation: What is drawn.
         device: Where the tables are to lie.
+        views: With more than one, each table gets a leading axis: the same images, other crops and flips.
 
     Returns:
         One table for the whole epoch; step k uses `part(k * batch_size, (k + 1) * batch_size)`.
     """
     source = generator(seed, EPOCH_STREAM, epoch)
-    index = torch.randperm(count, generator=source)
-    offsets = torch.randint(0, 2 * augmentation.padding + 1, (2, count), generator=source)
-    mirror = torch.rand(count, generator=source) < 0.5 if augmentation.flip else torch.zeros(count, dtype=torch.bool)
+    shape = (count,) if views == 1 else (views, count)
+    index = torch.randperm(count, generator=source).expand(shape).contiguous()
+    offsets = torch.randint(0, 2 * augmentation.padding + 1, (2, *shape), generator=source)
+    mirror = torch.rand(shape, generator=source) < 0.5 if augmentation.flip else torch.zeros(shape, dtype=torch.bool)
     return Batch(*(table.to(device) for table in (index, offsets[0], offsets[1], mirror)))
 
 

@@ -106,9 +106,7 @@ def _find(name: str, releases: tuple[Release, ...], root: Path, download: bool, 
     wanted = " or ".join(f"{release.archive} or its folder {release.folder}" for release in releases)
     if root.is_file():
         raise DataError(f"{root}: is not known as an archive of {name}: give {wanted}")
-    raise DataError(
-        f"{root}: holds no {name}: expected {wanted}; get {address}, or give --data {name}:download=true"
-    )
+    raise DataError(f"{root}: holds no {name}: expected {wanted}; get {address}, or give --data {name}:download=true")
 
 
 def _read(release: Release, place: Path, check: bool) -> dict[str, bytes]:

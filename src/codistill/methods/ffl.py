@@ -118,6 +118,7 @@ class FFL(Method):
     """
 
     name = "ffl"
+    teacher = "allowed"
     Settings = FusionSettings
     min_students = 2
     settings: FusionSettings
@@ -132,7 +133,7 @@ class FFL(Method):
         super().__init__(students, num_classes, settings, image_size)
         self.fusion = FeatureFusion(map_shapes(students, image_size), num_classes, self.settings.fusion_projection)
 
-    def forward(self, images: Float[Tensor, "batch channel height width"]) -> Outputs:
+    def forward(self, images: Float[Tensor, "*view batch channel height width"]) -> Outputs:
         """Run all students and the fused classifier on normalised images."""
         outputs = super().forward(images)
         maps = outputs.feature_maps

@@ -13,6 +13,7 @@ from codistill.losses import mean_logits
 from codistill.networks import Network
 from codistill.registry import Registry, near_matches
 
+TeacherRule = Literal["required", "allowed", "refused"]
 METHODS: Registry[type["Method"]] = Registry("method", "codistill.methods")
 
 
@@ -91,6 +92,10 @@ class Method(nn.Module):
     name: ClassVar[str] = ""
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
     min_students: ClassVar[int] = 1
+    teacher: ClassVar[TeacherRule] = "refused"
+    """Whether a frozen teacher must, may or must not be given beside the students."""
+    capturable: ClassVar[bool] = True
+    """Whether a step may be captured as a CUDA graph."""
 
     def __init__(
         self,
@@ -117,13 +122,29 @@ class Method(nn.Module):
         if count < minimum:
             raise UsageError(f"{self.name} needs at least {minimum} students, got {count}: {mend}")
 
-    def forward(self, images: Float[Tensor, "batch channel height width"]) -> Outputs:
-        """Run all students on normalised images."""
+    @property
+    def views(self) -> int:
+        """How many augmented views of an image a step needs: 1, or one for each student."""
+        return 1
+
+    def turns(self) -> Sequence[Sequence[nn.Parameter]]:
+        """Say which parameters are updated one after the other, each from a fresh forward pass, within a step.
+
+        Empty: all at once. A turn minimises the sum of all terms over its own parameters.
+        """
+        return ()
+
+    def forward(self, images: Float[Tensor, "*view batch channel height width"]) -> Outputs:
+        """Run all students on normalised images.
+
+        Args:
+            images: One batch for all, or, with a leading axis, one view of it for each student.
+        """
 
         def finish(index: int, feature_map: Tensor) -> tuple[Tensor, Tensor]:
             return feature_map, self.cohort[index].head(feature_map)
 
-        feature_maps, logits = zip(*self.cohort.each_branch(images, finish), strict=True)
+        feature_maps, logits = zip(*self.cohort.each_branch(self.cohort.trunk(images), finish), strict=True)
         return Outputs(logits, feature_maps)
 
     def losses(
@@ -168,3 +189,6 @@ class Method(nn.Module):
 
     def after_step(self) -> None:
         """Do what follows an update, such as a moving average; by default nothing."""
+
+    def after_epoch(self) -> None:
+        """Do what follows an epoch, such as new weights from statistics that were gathered; by default nothing."""

@@ -112,6 +112,7 @@ class MFEF(Method):
     """
 
     name = "mfef"
+    teacher = "allowed"
     Settings = MFEFSettings
     settings: MFEFSettings
 
@@ -143,14 +144,14 @@ class MFEF(Method):
             raise UsageError(f"mfef: share_components needs feature maps of one width, got {widths}: set it to false")
         return [Enhancement(widths[0], self.settings, length)] * len(widths)
 
-    def forward(self, images: Float[Tensor, "batch channel height width"]) -> Outputs:
+    def forward(self, images: Float[Tensor, "*view batch channel height width"]) -> Outputs:
         """Run all students, their components and the fused classifier on normalised images."""
 
         def finish(index: int, feature_map: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
             points = self.enhancements[index](feature_map)
             return points, self.cohort[index].head(points[self.head_point])
 
-        points, logits = zip(*self.cohort.each_branch(images, finish), strict=True)
+        points, logits = zip(*self.cohort.each_branch(self.cohort.trunk(images), finish), strict=True)
         maps = tuple(each[0] for each in points)
         if self.fusion is None:
             return Outputs(logits, maps)

@@ -5,7 +5,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from codistill.errors import UsageError
-from codistill.networks.network import initialise
 
 
 class DualAttention(nn.Module):
@@ -29,6 +28,10 @@ class DualAttention(nn.Module):
 
     Source: MFEF (ICANN 2022), section 3.2, Eqs. (5)-(8), after Woo et al., "CBAM", arXiv 1807.06521; authors' code
         Jongchan/attention-module, MODELS/cbam.py.
+    Initial weights are the framework's: the fan-out rule of the backbones would give the 7x7 convolution with its one
+    output a standard deviation of 0.2, and sigmoids that begin between 0.04 and 0.95 depending on the seed. With norm
+    the gate begins at 1/2 exactly, as in CBAM's code.
+
     Differs: Eq. (5) is printed with unbalanced brackets and read as above, as in CBAM. CBAM's code has biases in W
         and batch normalisation in the spatial part; both are off by default.
     """
@@ -47,9 +50,10 @@ class DualAttention(nn.Module):
         )
         spatial: list[nn.Module] = [nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False)]
         if norm:
-            spatial.append(nn.BatchNorm2d(1, momentum=0.01))
+            gate = nn.BatchNorm2d(1, momentum=0.01)
+            nn.init.zeros_(gate.weight)
+            spatial.append(gate)
         self.spatial = nn.Sequential(*spatial)
-        initialise(self)
 
     def channel_weights(
         self, feature_map: Float[Tensor, "batch channel height width"]
