@@ -113,8 +113,11 @@ def test_layout_tells_structures_and_shapes_apart(tiny_network):
     assert layout(tiny_network().stages) == layout(tiny_network().stages)
     assert layout(tiny_network(8).stages) != layout(tiny_network(10).stages)
     assert layout(tiny_network(stride=1).stages) != layout(tiny_network(stride=2).stages)
-    bare = [nn.ParameterList([nn.Parameter(torch.zeros(size))]) for size in (2, 3)]
-    assert layout(nn.ModuleList([bare[0]])) != layout(nn.ModuleList([bare[1]]))
+    scales = [nn.ModuleList([nn.Module()]) for _ in range(2)]  # whose text does not tell their sizes
+    for stages, size in zip(scales, (2, 3), strict=True):
+        stages[0].register_parameter("scale", nn.Parameter(torch.ones(size)))
+    assert repr(scales[0]) == repr(scales[1])
+    assert layout(scales[0]) != layout(scales[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -206,7 +206,7 @@ def test_what_is_written_is_plain_json():
     mapping = config.as_mapping()
     assert json.loads(json.dumps(mapping, allow_nan=False)) == mapping
     assert mapping["networks"] == ["a", "b"] and mapping["milestones"] == [2, 3]
-    assert set(mapping) == {"method", "networks", "data", "data_dir", *(f.name for f in dataclasses.fields(TrainSettings))}
+    assert {"method", "data", "data_dir", *(each.name for each in dataclasses.fields(TrainSettings))} <= set(mapping)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -233,8 +233,7 @@ def test_bf16_trains(train):
     assert state(run) != state(wide)
 
 
-def test_epochs_and_place_have_short_ways(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_epochs_and_place_have_short_ways(train):
     data, settings = tiny.data(name="own data"), tiny.settings(epochs=9)
     first = cd.train(tiny.method(), data, epochs=1, settings=settings, show=False)
     assert first.config.train == dataclasses.replace(settings, epochs=1)
@@ -243,9 +242,12 @@ def test_epochs_and_place_have_short_ways(tmp_path, monkeypatch):
     assert second.path.name == f"{first.path.name}-2"
 
 
-def test_threads_are_set(train):
+def test_threads_are_set_where_a_number_is_given(train, monkeypatch):
+    given = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    train(epochs=1, threads=None)
     train(epochs=1, threads=2)
-    assert torch.get_num_threads() == 2
+    assert given == [2]
 
 
 REFUSED = {

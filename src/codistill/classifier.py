@@ -1,7 +1,8 @@
 """A trained predictor outside its training: from a run folder or an exported file to logits of real pixels."""
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,26 +142,43 @@ def load_classifier(path: Path, predictor: str | None = None) -> Classifier:
         CheckpointError: Missing, damaged, or not written by codistill.
         UsageError: A predictor that the run does not have, or a kind of file that is not read.
     """
+    if path.is_dir() or path.suffix == ".safetensors":
+        return from_module(*load_predictor(path, predictor))
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such run folder or model file")
+    if path.suffix != ".onnx":
+        reason = " (a .pt2 file can run code when it is loaded)" if path.suffix == ".pt2" else ""
+        raise UsageError(f"{path}: not a kind of file that is read here{reason}: give .safetensors, .onnx or a run")
+    with _damage(path):
+        return _read_onnx(path)
+
+
+def load_predictor(path: Path, predictor: str | None = None) -> tuple[dict[str, Any], nn.Module]:
+    """Load a run folder or a .safetensors file that `codistill export` wrote, as a card and a network.
+
+    Raises:
+        CheckpointError: Missing, damaged, or not written by codistill.
+        UsageError: A predictor that the run does not have.
+    """
     if path.is_dir():
         run = Run(path)
         name, module = run_predictor(run, predictor)
-        return from_module(make_card(run, name), module)
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such run folder or model file")
-    readers = {".safetensors": _read_safetensors, ".onnx": _read_onnx}
-    if path.suffix not in readers:
-        reason = " (a .pt2 file can run code when it is loaded)" if path.suffix == ".pt2" else ""
-        raise UsageError(f"{path}: not a kind of file that is read here{reason}: give .safetensors, .onnx or a run")
+        return make_card(run, name), module
+    with _damage(path):
+        return _read_safetensors(path)
+
+
+@contextlib.contextmanager
+def _damage(path: Path) -> Iterator[None]:
     try:
-        return readers[path.suffix](path)
+        yield
     except CodistillError:
         raise
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such run folder or model file") from None
     except Exception as error:  # each of the libraries answers damage with types of its own
-        raise CheckpointError(f"{path}: damaged, or not written by codistill: {_line(error)}") from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise CheckpointError(f"{path}: damaged, or not written by codistill: {reason}") from error
 
 
 def _card(text: str | None, path: Path) -> dict[str, Any]:
@@ -172,7 +190,7 @@ def _card(text: str | None, path: Path) -> dict[str, Any]:
     return card
 
 
-def _read_safetensors(path: Path) -> Classifier:
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], nn.Module]:
     with safetensors.safe_open(path, "pt") as file:
         card = _card((file.metadata() or {}).get(CARD_KEY), path)
     method = dict(card["method"])
@@ -186,7 +204,7 @@ def _read_safetensors(path: Path) -> Classifier:
     if weights.keys() != tensors_once(module).keys():
         raise CheckpointError(f"{path}: its tensors are not those of {card['predictor']}: damaged")
     module.load_state_dict(weights, strict=False)  # the other names of shared modules are not in the file
-    return from_module(card, module)
+    return card, module
 
 
 def _read_onnx(path: Path) -> Classifier:

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import inspect
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -271,9 +272,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, terminate)
     try:
         run_command(given)
+        sys.stdout.flush()
         return 0
     except SystemExit as stop:  # --help of a command
         return int(stop.code or 0)
+    except BrokenPipeError:  # the reader has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except BaseException as error:
         if debug:
             raise

@@ -109,6 +109,30 @@ class TrainSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeacherSettings:
+    """A frozen teacher: kd needs one, other methods may have one beside the students' own exchange."""
+
+    teacher: str | None = None
+    """A run folder, a .safetensors file that export wrote, or a checkpoint with teacher_network."""
+    teacher_predictor: str | None = None
+    """Which predictor of a run folder teaches. None: its best student."""
+    teacher_network: str | None = None
+    """The network whose weights a checkpoint holds: {"model": weights} as of RepDistiller or mdistiller."""
+    teacher_weight: float = 1.0
+    """Factor on the teacher's terms."""
+    teacher_temperature: float = 3.0
+    """T of the teacher's terms, > 0; they are multiplied by T^2."""
+
+    def __post_init__(self) -> None:
+        if not self.teacher_temperature > 0:
+            raise UsageError(f"teacher_temperature is {self.teacher_temperature}; it must be above 0")
+        if not self.teacher_weight >= 0:
+            raise UsageError(f"teacher_weight is {self.teacher_weight}; it must be at least 0")
+        if self.teacher is None and (self.teacher_network or self.teacher_predictor):
+            raise UsageError("teacher_network and teacher_predictor say more of a teacher, but --teacher names none")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run: what is trained, how, on what."""
 
@@ -120,6 +144,7 @@ class RunConfig:
     data_dir: str | None = None
     """Folder, archive or file that holds the data set."""
     train: Annotated[TrainSettings, tyro.conf.arg(name="")] = field(default_factory=TrainSettings)
+    teaching: Annotated[TeacherSettings, tyro.conf.arg(name="")] = field(default_factory=TeacherSettings)
     method: MethodSettings = field(default_factory=MethodSettings)
     """Settings of the method."""
 
@@ -127,12 +152,13 @@ class RunConfig:
         """Give what `config.json` and recipes hold: plain JSON types, flat but for the method's settings."""
         mapping: dict[str, Any] = {"method": {"name": self.method_name, **dataclasses.asdict(self.method)}}
         mapping |= {"networks": self.networks, "data": self.data, "data_dir": self.data_dir}
-        mapping |= dataclasses.asdict(self.train)
+        mapping |= dataclasses.asdict(self.train) | dataclasses.asdict(self.teaching)
         plain: dict[str, Any] = json.loads(json.dumps(mapping))
         return plain
 
 
 # What config.json holds beside the run itself.
+LISTS = ("networks", "milestones")
 RECORDED_KEYS = ("codistill", "environment", "dataset")
 
 
@@ -187,7 +213,7 @@ def mapping_arguments(
     Raises:
         UsageError: A key that no setting has.
     """
-    defaults: dict[str, Any] = {"networks": (), "data": "", "data_dir": None, **dataclasses.asdict(TrainSettings())}
+    defaults = RunConfig().as_mapping()
     defaults["milestones"] = ()
     arguments: list[str] = []
     for key, value in mapping.items():
@@ -213,7 +239,7 @@ def _flag(key: str, value: Any, defaults: Mapping[str, Any], where: str, prefix:
             raise UsageError(f"{where}: {prefix}{key} is {value!r}; it must be true or false")
         return [f"--{prefix}{'' if value else 'no-'}{flag}"]
     if isinstance(value, list):
-        if not isinstance(defaults[key], tuple):
+        if key not in LISTS:
             raise UsageError(f"{where}: {prefix}{key} is {value!r}; it must be one value")
         return [f"--{prefix}{flag}", *(str(each) for each in value)]
     return [f"--{prefix}{flag}", str(value)]
@@ -234,7 +260,7 @@ def parse_config(method_name: str, arguments: Sequence[str], prog: str = "codist
 
 def setting_names(method_name: str) -> list[str]:
     """List the settings of a run with a method, as their flags are named."""
-    names = ["networks", "data", "data_dir", *(each.name for each in dataclasses.fields(TrainSettings))]
+    names = [name for name in RunConfig().as_mapping() if name != "method"]
     return names + [f"method.{each.name}" for each in dataclasses.fields(METHODS[method_name].Settings)]
 
 

@@ -1,5 +1,7 @@
 """What a person sees of a training: a live bar on a terminal, plain lines elsewhere, tables at the end."""
 
+import os
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +21,16 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+class LastingConsole(Console):
+    """A console whose reader may go away (`| head -1`): what would be printed after that is lost, and nothing else."""
+
+    def on_broken_pipe(self) -> None:
+        """Stop printing."""
+        self.quiet = True
+        # Or else Python stumbles over what is left in the buffer when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class TrainingDisplay:
     """Show epoch, step, images/s, loss terms and the time left.
 
@@ -30,7 +42,7 @@ class TrainingDisplay:
     """
 
     def __init__(self, epochs: int, steps: int, images: int, show: bool = True) -> None:
-        self.console = Console(quiet=not show, highlight=False)
+        self.console = LastingConsole(quiet=not show, highlight=False)
         self.epochs, self.steps, self.images = epochs, steps, images
         self._bar = Progress(
             TextColumn("epoch {task.fields[epoch]}/" + str(epochs)),

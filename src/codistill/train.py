@@ -20,13 +20,14 @@ from codistill.data.dataset import Dataset, Split, dataset
 from codistill.device import choose_device
 from codistill.errors import DivergedError, UsageError
 from codistill.evaluate import evaluate
-from codistill.methods import Method
+from codistill.methods import METHODS, Method
 from codistill.metrics import Scores
 from codistill.networks.network import parameter_count
 from codistill.optim import learning_rate_at, make_optimizer, set_learning_rate
 from codistill.report import write_report
 from codistill.run import Run, build_method, dataset_record, environment
 from codistill.step import PlainStep, Step, make_step
+from codistill.teacher import Taught, load_teacher
 
 
 def split_training(data: Dataset, settings: TrainSettings) -> tuple[Split, Split | None]:
@@ -109,12 +110,30 @@ def train_from_config(config: RunConfig, out: Path | None = None, show: bool = T
     """Load the data set, build the networks and train; see `train`."""
     if not config.data:
         raise UsageError("no data set: name one with --data, for example --data digits")
+    check_teacher(METHODS[config.method_name], config.teaching.teacher is not None)
     device = choose_device(config.train.device, config.train.precision)
     data = dataset(config.data, config.data_dir)
     # The place in full: the run is used from other folders than it was started in.
     config = dataclasses.replace(config, data_dir=data.root or None)
     method = build_method(config, data.num_classes, data.image_size)
+    if config.teaching.teacher is not None:
+        teacher = load_teacher(config.teaching, data.class_names, data.statistics)
+        method = Taught(method, teacher, config.teaching.teacher_weight, config.teaching.teacher_temperature)
     return _train(method, data, config, out or free_folder(config), device, show)
+
+
+def check_teacher(method: type[Method], given: bool) -> None:
+    """Refuse a teacher where none is used, and none where one is needed.
+
+    Raises:
+        UsageError: Either of them.
+    """
+    if given and method.teacher == "refused":
+        raise UsageError(f"{method.name} has no use for a teacher: leave --teacher out, or choose kd")
+    if not given and method.teacher == "required":
+        raise UsageError(
+            f"{method.name} needs a teacher: give --teacher a run folder, an exported file or a checkpoint"
+        )
 
 
 def train(
@@ -143,6 +162,8 @@ def train(
         UsageError: Settings, networks and data do not go together, or the folder is not empty; nothing was written.
         DivergedError: A loss became NaN or infinite; the last whole checkpoint is kept.
     """
+    inner, given = (method.method, True) if isinstance(method, Taught) else (method, False)
+    check_teacher(type(inner), given)
     settings = settings or TrainSettings()
     if epochs is not None:
         settings = dataclasses.replace(settings, epochs=epochs)

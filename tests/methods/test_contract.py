@@ -65,7 +65,7 @@ def step(method: Method, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, 
 
 
 def train(method: Method, batch: tuple[Tensor, Tensor], steps: int) -> list[float]:
-    optimizer = torch.optim.SGD(method.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.3, momentum=0.9, nesterov=True)
     return [step(method, optimizer, batch) for _ in range(steps)]
 
 

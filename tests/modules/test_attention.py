@@ -101,6 +101,8 @@ def test_norm_follows_the_spatial_convolution():
     convolution, norm = attention.spatial
     assert isinstance(norm, nn.BatchNorm2d) and norm.momentum == 0.01
     feature_map = torch.randn(4, 8, 5, 5)
+    assert attention.spatial_weights(feature_map).eq(0.5).all()  # before it has learnt anything
+    nn.init.uniform_(norm.weight, 0.5, 1.5), nn.init.normal_(norm.bias)
     pooled = torch.cat([feature_map.mean(1, keepdim=True), feature_map.amax(1, keepdim=True)], dim=1)
     expected = nn.functional.batch_norm(convolution(pooled), None, None, norm.weight, norm.bias, training=True)
     torch.testing.assert_close(attention.spatial_weights(feature_map), expected.sigmoid())

@@ -1,0 +1,218 @@
+"""A frozen teacher beside the students of any method that allows one."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from codistill.classifier import load_predictor
+from codistill.cohort import Outputs
+from codistill.config import TeacherSettings
+from codistill.errors import CheckpointError, UsageError
+from codistill.losses import soft_target_kl
+from codistill.methods.method import Method, ParameterGroup
+from codistill.networks import Network, network
+
+
+class Taught(Method):
+    """A method whose students also learn from a frozen teacher.
+
+    Adds to the method's terms, for each student, weight * T^2 KL(softmax(z_t / T) || softmax(z_j / T)). The teacher
+    runs in evaluation mode without gradients, and belongs neither to the parameters nor to the checkpoints.
+
+    Args:
+        method: Its students, its losses; everything but the teacher's terms is its own.
+        teacher: Maps the students' normalised images to logits of the same classes.
+        weight: Factor on the terms.
+        temperature: T > 0.
+
+    Raises:
+        UsageError: The teacher has another number of classes.
+
+    Source: Hinton et al., arXiv 1503.02531.
+    """
+
+    def __init__(self, method: Method, teacher: nn.Module, weight: float = 1.0, temperature: float = 3.0) -> None:
+        nn.Module.__init__(self)
+        probe = copy.deepcopy(teacher).to("meta").eval()
+        classes = probe(torch.empty(1, 3, *method.image_size, device="meta")).shape[-1]
+        if classes != method.num_classes:
+            raise UsageError(f"the teacher has {classes} classes, but the students {method.num_classes}")
+        self.method = method
+        self.weight = weight
+        self.temperature = temperature
+        # In a tuple, so that it is neither a parameter nor in the state; `_apply` moves it.
+        self._frozen = (teacher.eval().requires_grad_(False),)
+        self.name = method.name  # type: ignore[misc]
+        self.capturable = method.capturable  # type: ignore[misc]
+        self.settings, self.num_classes, self.image_size = method.settings, method.num_classes, method.image_size
+        self.cohort = method.cohort
+
+    def _apply(self, *arguments: Any, **options: Any) -> "Taught":
+        self._frozen[0]._apply(*arguments, **options)  # type: ignore[no-untyped-call]
+        super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
+        return self
+
+    @property
+    def views(self) -> int:
+        """See `Method.views`."""
+        return self.method.views
+
+    def turns(self) -> Any:
+        """See `Method.turns`."""
+        return self.method.turns()
+
+    def forward(self, images: Float[Tensor, "*view batch channel height width"]) -> Outputs:
+        """Run the method and, in training, the teacher."""
+        outputs: Outputs = self.method(images)
+        if not self.training:
+            return outputs
+        with torch.no_grad():
+            logits = self._frozen[0](images.flatten(0, -4))
+        logits = logits.reshape(*images.shape[:-3], -1)
+        return Outputs(outputs.logits, outputs.feature_maps, outputs.fused_logits, logits, outputs.extras)
+
+    def losses(
+        self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Give the method's terms and `kl/teacher->student<j>`; see `Method.losses`."""
+        terms = dict(self.method.losses(outputs, labels, progress))
+        given = outputs.teacher_logits
+        if given is None:
+            raise ValueError("the outputs have no teacher logits: they were computed in evaluation mode")
+        for index, logits in enumerate(outputs.logits):
+            target = given if given.ndim == 2 else given[index]
+            terms[f"kl/teacher->student{index}"] = self.weight * soft_target_kl(logits, target, self.temperature)
+        return terms
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """See `Method.parameter_groups`."""
+        return self.method.parameter_groups()
+
+    def predictions(self, outputs: Outputs) -> dict[str, Float[Tensor, "batch class"]]:
+        """See `Method.predictions`."""
+        return self.method.predictions(outputs)
+
+    def predictors(self) -> dict[str, nn.Module]:
+        """See `Method.predictors`."""
+        return self.method.predictors()
+
+    def after_step(self) -> None:
+        """See `Method.after_step`."""
+        self.method.after_step()
+
+    def after_epoch(self) -> None:
+        """See `Method.after_epoch`."""
+        self.method.after_epoch()
+
+    def state_dict(self, *arguments: Any, **options: Any) -> Any:
+        """Give the method's state: a run is read back without its teacher."""
+        return self.method.state_dict(*arguments, **options)
+
+    def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
+        """Load the method's state."""
+        return self.method.load_state_dict(*arguments, **options)
+
+
+class Renormalised(nn.Module):
+    """A network that is given images in another data set's normalisation.
+
+    Args:
+        network: Maps images normalised with (mean, std) to logits.
+        given: Mean and standard deviation that the images come with, in units of the full range (0..1).
+        wanted: Those that the network was trained with.
+    """
+
+    def __init__(self, network: nn.Module, given: tuple[Any, Any], wanted: tuple[Any, Any]) -> None:
+        super().__init__()
+        self.network = network
+        (mean, std), (own_mean, own_std) = (
+            tuple(torch.tensor(list(each), dtype=torch.float64).reshape(1, 3, 1, 1) for each in pair)
+            for pair in (given, wanted)
+        )
+        self.scale: Tensor
+        self.shift: Tensor
+        self.register_buffer("scale", (std / own_std).float())
+        self.register_buffer("shift", ((mean - own_mean) / own_std).float())
+
+    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch class"]:
+        """Map images to logits."""
+        logits: Tensor = self.network(images * self.scale + self.shift)
+        return logits
+
+
+def load_teacher(settings: TeacherSettings, class_names: tuple[str, ...], statistics: tuple[Any, Any]) -> nn.Module:
+    """Load a teacher for students of a data set.
+
+    Args:
+        settings: Where it is.
+        class_names: Of the data set, which must be the teacher's.
+        statistics: Mean and standard deviation that the students' images are normalised with; a teacher from a run or
+            an exported file gets its own, one from a checkpoint these.
+
+    Raises:
+        UsageError: Unlike classes, or a checkpoint without a network.
+        CheckpointError: Missing, damaged, or weights of another network.
+    """
+    assert settings.teacher is not None
+    path = Path(settings.teacher)
+    if settings.teacher_network is not None:
+        return read_checkpoint(path, settings.teacher_network, len(class_names))
+    if not path.is_dir() and path.suffix != ".safetensors":
+        if not path.exists():
+            raise CheckpointError(f"teacher {path}: no such run folder or file")
+        raise UsageError(f"teacher {path}: name the network whose weights it holds with --teacher-network")
+    card, module = load_predictor(path, settings.teacher_predictor)
+    if tuple(card["class_names"]) != tuple(class_names):
+        raise UsageError(
+            f"teacher {path} knows {len(card['class_names'])} classes ({card['trained_on']}) that are not the "
+            f"{len(class_names)} of the data set: give a teacher of the same classes"
+        )
+    wanted = (card["mean"], card["std"])
+    if all(list(a) == list(b) for a, b in zip(wanted, statistics, strict=True)):
+        return module
+    return Renormalised(module, statistics, wanted)
+
+
+def read_checkpoint(path: Path, spec: str, num_classes: int) -> Network:
+    """Read the weights of a network from a checkpoint of RepDistiller, of mdistiller, or of plain weights.
+
+    Names differ from repository to repository, the order of the layers does not: tensors are taken in order, and every
+    shape must agree.
+
+    Args:
+        path: A file with {"model": weights}, {"state_dict": weights} or weights; tensors and plain values only.
+        spec: The network.
+        num_classes: Its number of classes.
+
+    Raises:
+        CheckpointError: Unreadable, or of another shape; names the first tensor that does not fit.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"teacher {path}: no such file") from None
+    except Exception as error:  # torch.load answers damage with five different types
+        raise CheckpointError(f"teacher {path}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    built = network(spec, num_classes)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"teacher {path}: holds no weights by name")
+    given = [(name, value) for name, value in content.items() if isinstance(value, Tensor) and value.ndim > 0]
+    wanted = [(name, value) for name, value in built.state_dict().items() if value.ndim > 0]
+    for (name, value), (_, own) in zip(given, wanted, strict=False):
+        if value.shape != own.shape:
+            raise CheckpointError(
+                f"teacher {path}: {name} is {list(value.shape)}, but {spec} with {num_classes} classes has "
+                f"{list(own.shape)} there: name its network with --teacher-network"
+            )
+    if len(given) != len(wanted):
+        raise CheckpointError(f"teacher {path}: has {len(given)} tensors, but {spec} {len(wanted)}: not that network")
+    state = {name: value for (name, _), (_, value) in zip(wanted, given, strict=True)}
+    built.load_state_dict(state, strict=False)
+    return built
