@@ -16,11 +16,20 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from codistill.config import RunConfig, default_config, parse_flags, read_recipe, setting_names, unknown_option
+from codistill.config import (
+    RunConfig,
+    default_config,
+    mapping_arguments,
+    parse_flags,
+    read_recipe,
+    setting_names,
+    unknown_option,
+)
 from codistill.data import DATASETS
 from codistill.errors import CodistillError, UsageError
 from codistill.methods import METHODS
 from codistill.networks import NETWORKS
+from codistill.presets import PRESETS, Preset, find_preset, preset_run, renamed
 from codistill.registry import near_matches
 
 USAGE = """\
@@ -118,34 +127,50 @@ class TrainOptions:
     """The run folder. None: a new one below runs/."""
     recipe: Path | None = None
     """A TOML file of settings, or the config.json of a run to repeat."""
+    preset: str | None = None
+    """Settings of a paper as a whole: mfef, ffl, one, okddip, dml or kdcl; codistill list shows them."""
 
 
 def train_command(arguments: Sequence[str]) -> None:
     """Run `codistill train`."""
     rest = list(arguments)
     named = rest.pop(0) if rest and not rest[0].startswith("-") else None
-    recipe, from_recipe = recipe_of(rest)
+    recipe, from_recipe = read_recipe(Path(flag_value(rest, "--recipe"))) if has_flag(rest, "--recipe") else (None, [])
     if named and recipe and named != recipe:
         raise UsageError(f"the recipe is for {recipe}, not for {named}: name one of them only")
-    method = named or recipe or "mfef"
+    method, from_preset, preset = named or recipe, [], None
+    if has_flag(rest, "--preset"):
+        preset = find_preset(flag_value(rest, "--preset"), method)
+        method = preset.method
+        epochs = flag_value(rest, "--epochs") if has_flag(rest, "--epochs") else None
+        from_preset = mapping_arguments(preset_run(preset, epochs), preset.settings, method, lambda key: "preset")
+    method = method or "mfef"
     default = TrainOptions(config=default_config(method))
     command = f"codistill train {method}"
-    parsed, unknown = parse_flags(TrainOptions, [*from_recipe, *rest], default, command)
+    # Later flags win: the method's defaults, then the preset, the recipe, and what was written by hand.
+    parsed, unknown = parse_flags(TrainOptions, [*from_preset, *from_recipe, *rest], default, command)
     if unknown:
-        raise UsageError(unknown_option(unknown[0], [*setting_names(method), "out", "recipe"], command))
+        raise UsageError(unknown_option(unknown[0], [*setting_names(method), "out", "recipe", "preset"], command))
+    config = parsed.config
+    if preset is not None:
+        config = dataclasses.replace(config, networks=renamed(preset, config.networks))
     from codistill.train import train_from_config
 
-    train_from_config(parsed.config, parsed.out)
+    train_from_config(config, parsed.out)
 
 
-def recipe_of(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Find --recipe among flags, and give the method and the flags that the file stands for."""
+def has_flag(arguments: Sequence[str], flag: str) -> bool:
+    """Say whether a flag that takes a value was given, as `--flag value` or `--flag=value`."""
+    return any(argument.partition("=")[0] == flag for argument in arguments)
+
+
+def flag_value(arguments: Sequence[str], flag: str) -> str:
+    """Give the value of a flag that was given."""
     for index, argument in enumerate(arguments):
-        flag, equals, value = argument.partition("=")
-        if flag == "--recipe":
-            path = value if equals else next(iter(arguments[index + 1 :]), "")
-            return read_recipe(Path(path))
-    return None, []
+        name, equals, value = argument.partition("=")
+        if name == flag:
+            return value if equals else next(iter(arguments[index + 1 :]), "")
+    return ""
 
 
 def evaluate_command(arguments: Sequence[str]) -> None:
@@ -208,6 +233,7 @@ def list_command(arguments: Sequence[str]) -> None:
         "methods": [{"name": name, "summary": first_line(METHODS[name])} for name in METHODS],
         "networks": [{"name": name, "summary": first_line(NETWORKS[name])} for name in NETWORKS],
         "data": [{"name": name, "summary": first_line(DATASETS[name])} for name in DATASETS],
+        "presets": [{"name": name, "summary": summary_of(PRESETS[name])} for name in PRESETS],
     }
     if chosen.json:
         print(json.dumps(entries, indent=2))
@@ -217,6 +243,13 @@ def list_command(arguments: Sequence[str]) -> None:
         for member in members:
             table.add_row(member["name"], member["summary"])
         Console().print(table)
+
+
+def summary_of(preset: Preset) -> str:
+    """Write what a preset sets."""
+    parts = [f"{key} {value}" for key, value in {**preset.run, **preset.settings}.items()]
+    parts += [f"{name} means {network}" for name, network in preset.networks.items()]
+    return f"{preset.source}. Sets: {', '.join(parts)}"
 
 
 def first_line(plugin: object) -> str:

@@ -86,3 +86,28 @@ def mixture_logits(logits: Sequence[Float[Tensor, "batch class"]], temperature: 
     """Scores whose softmax at the temperature is the mean of the members' softened probabilities."""
     log_members = torch.stack([F.log_softmax(at_least_float32(each) / temperature, dim=1) for each in logits])
     return temperature * (torch.logsumexp(log_members, dim=0) - math.log(len(logits)))
+
+
+def weighted_logits(
+    logits: Sequence[Float[Tensor, "batch class"]], weights: Float[Tensor, "batch member"]
+) -> Float[Tensor, "batch class"]:
+    """Combine the scores of a group with weights for each image, z = sum_j w_j z_j.
+
+    Source: the gated ensemble of ONE, arXiv 1806.04606; the targets of OKDDip, arXiv 1912.00350.
+    """
+    members = torch.stack([at_least_float32(each) for each in logits], dim=1)
+    return (at_least_float32(weights).unsqueeze(2) * members).sum(dim=1)
+
+
+def weighted_mixture_logits(
+    logits: Sequence[Float[Tensor, "batch class"]], log_weights: Float[Tensor, "batch member"], temperature: float
+) -> Float[Tensor, "batch class"]:
+    """Scores whose softmax at the temperature is the weighted mean of the members' softened probabilities.
+
+    Args:
+        logits: Scores of the members.
+        log_weights: Logarithms of weights that add up to 1 for each image.
+        temperature: T > 0.
+    """
+    log_members = torch.stack([F.log_softmax(at_least_float32(each) / temperature, dim=1) for each in logits], dim=1)
+    return temperature * torch.logsumexp(at_least_float32(log_weights).unsqueeze(2) + log_members, dim=1)

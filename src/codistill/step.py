@@ -93,7 +93,8 @@ class CapturedStep:
         self.optimizer, self.sums = plain.optimizer, plain.sums
         self.warm_up = warm_up
         self.device = plain.images.labels.device
-        plain.method.cohort.run_branches_on_streams(self.device)
+        if plain.method.parallel_branches:
+            plain.method.cohort.run_branches_on_streams(self.device)
         self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._progress = torch.zeros((), device=self.device)
         self._calls: dict[int, int] = {}

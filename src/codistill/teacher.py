@@ -61,6 +61,11 @@ class Taught(Method):
         """See `Method.views`."""
         return self.method.views
 
+    @property
+    def parallel_branches(self) -> bool:
+        """See `Method.parallel_branches`."""
+        return self.method.parallel_branches
+
     def turns(self) -> Any:
         """See `Method.turns`."""
         return self.method.turns()

@@ -127,6 +127,11 @@ class Method(nn.Module):
         """How many augmented views of an image a step needs: 1, or one for each student."""
         return 1
 
+    @property
+    def parallel_branches(self) -> bool:
+        """Whether the students' branches have nothing in common and may run at the same time."""
+        return True
+
     def turns(self) -> Sequence[Sequence[nn.Parameter]]:
         """Say which parameters are updated one after the other, each from a fresh forward pass, within a step.
 

@@ -130,11 +130,22 @@ class MFEF(Method):
             self.require_students(
                 len(students), 2, "with one student use --method.distillation none (MSFE and DA alone)"
             )
-        shapes = map_shapes(students, image_size)
         self.head_point = POINTS.index(chosen.head_input)
         self.fusion_point = POINTS.index(chosen.fusion_input) if fused else 0
+        late = self.fusion_point > self.head_point and (chosen.multiscale or chosen.attention)
+        if chosen.detach_fusion_input and late:
+            raise UsageError(
+                "mfef: detach_fusion_input would leave the components that only the fusion sees without a gradient: "
+                "set fusion_input to head_input, or detach_fusion_input to false"
+            )
+        shapes = map_shapes(students, image_size)
         self.enhancements = nn.ModuleList(self._enhancements([shape[0] for shape in shapes]))
         self.fusion = FeatureFusion(shapes, num_classes, chosen.fusion_projection) if fused else None
+
+    @property
+    def parallel_branches(self) -> bool:
+        """Shared components have one set of batch statistics, which branches cannot update at the same time."""
+        return not self.settings.share_components
 
     def _enhancements(self, widths: list[int]) -> list[Enhancement]:
         length = max(self.head_point, self.fusion_point)

@@ -1,0 +1,113 @@
+"""CL-ILR: collaborative learning with shared intermediate-level representations."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from codistill.cohort import Outputs
+from codistill.errors import UsageError
+from codistill.losses import mean_logits, mixture_logits
+from codistill.methods.distillation import DistillationSettings, ramped_kl
+from codistill.methods.independent import cross_entropy_terms
+from codistill.methods.method import METHODS, Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLILRSettings(DistillationSettings):
+    """Settings of CL-ILR."""
+
+    temperature: float = 2.0
+    """T of all distillation terms, > 0; cross-entropy and prediction use 1."""
+    ramp_up: float = 0.0
+    """Share of the training over which the distillation terms grow to full weight; 0: at once."""
+    label_weight: float = 0.5
+    """beta, the weight of the cross-entropy with the labels, from 0 to 1; the distillation terms have 1 - beta."""
+    rescale_gradients: bool = True
+    """Whether the gradient that reaches the shared stages is divided by the number of students."""
+    mix: Literal["logits", "probabilities"] = "logits"
+    """What the others' mean is taken of: their logits, or their softened probabilities."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.label_weight <= 1:
+            raise UsageError(f"method.label_weight is {self.label_weight}; it must be between 0 and 1")
+
+
+class _ScaledGradient(torch.autograd.Function):
+    # Not x * s + x.detach() * (1 - s): that rounds the values themselves.
+    @staticmethod
+    def forward(context: Any, values: Tensor, factor: float) -> Tensor:
+        context.factor = factor
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * context.factor, None
+
+
+def scale_gradient(values: Float[Tensor, "*shape"], factor: float) -> Float[Tensor, "*shape"]:
+    """Give the values as they are; the gradient that comes back through them is multiplied by the factor."""
+    scaled: Tensor = _ScaledGradient.apply(values, factor)
+    return scaled
+
+
+@METHODS.register("cl-ilr")
+class CLILR(Method):
+    """Each student learns from the labels and from the mean of the other students.
+
+        sum_j [ beta CE(z_j) + (1 - beta) T^2 KL(m_j -> z_j) ],  m_j = 1 / (n - 1) sum_{i != j} z_i
+
+    KL(a -> b) = KL(softmax(a / T) || softmax(b / T)) with a detached. The gradient that the n branches send into the
+    shared stages is divided by n, so that its size does not grow with n; that of the branches is untouched.
+
+    Args:
+        students: At least two networks; equal ones share all stages but the last.
+        num_classes: Their number of classes.
+        settings: `CLILRSettings`, or None for the defaults.
+        image_size: Height and width of the images, pixels.
+
+    Source: Song, Chai, "Collaborative Learning for Deep Neural Networks", NeurIPS 2018, arXiv 1805.11761, which we
+        could not read beyond its abstract; its authors published no code that we know of. Formula, T = 2, beta = 1/2
+        and rescaling after three implementations by others, which docs/cl-ilr.md compares.
+    Differs: one branching point for all students, where the paper's pattern is a tree.
+    """
+
+    name = "cl-ilr"
+    teacher = "allowed"
+    Settings = CLILRSettings
+    min_students = 2
+    settings: CLILRSettings
+
+    def forward(self, images: Float[Tensor, "*view batch channel height width"]) -> Outputs:
+        """Run all students on normalised images."""
+        low = self.cohort.trunk(images)
+        if self.settings.rescale_gradients and self.cohort.shared_stages:
+            low = scale_gradient(low, 1 / len(self.cohort))
+
+        def finish(index: int, feature_map: Tensor) -> tuple[Tensor, Tensor]:
+            return feature_map, self.cohort[index].head(feature_map)
+
+        feature_maps, logits = zip(*self.cohort.each_branch(low, finish), strict=True)
+        return Outputs(logits, feature_maps)
+
+    def losses(
+        self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Give `ce/student<j>` and `kl/peers->student<j>` of each student; see `Method.losses`."""
+        weight = self.settings.label_weight
+        terms = {name: weight * term for name, term in cross_entropy_terms(outputs.logits, labels).items()}
+        for index, logits in enumerate(outputs.logits):
+            target = self.consensus([*outputs.logits[:index], *outputs.logits[index + 1 :]])
+            divergence = ramped_kl(logits, target, progress, self.settings, self.settings.detach_teachers)
+            terms[f"kl/peers->student{index}"] = (1 - weight) * divergence
+        return terms
+
+    def consensus(self, others: Sequence[Float[Tensor, "batch class"]]) -> Float[Tensor, "batch class"]:
+        """Give what the other students agree on, as logits."""
+        if self.settings.mix == "probabilities":
+            return mixture_logits(others, self.settings.temperature)
+        return mean_logits(others)

@@ -1,0 +1,54 @@
+"""What the methods that teach by softened logits have in common: settings, and one term."""
+
+import math
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from codistill.errors import UsageError
+from codistill.losses import ramp_up, soft_target_kl
+from codistill.methods.method import MethodSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationSettings(MethodSettings):
+    """Settings of the distillation terms."""
+
+    temperature: float = 3.0
+    """T of all distillation terms, > 0; cross-entropy and prediction use 1."""
+    ramp_up: float = 80 / 300
+    """Share of the training over which the distillation terms grow to full weight (80 of 300 epochs); 0: at once."""
+    detach_teachers: bool = True
+    """Whether the teaching side of a distillation term gets no gradient."""
+    target_epsilon: float = 0.0
+    """Added to the teaching probabilities; the code of FFL, ONE and OKDDip adds 1e-7."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.temperature < math.inf:
+            raise UsageError(f"method.temperature is {self.temperature}; it must be a number above 0")
+        if not 0 <= self.ramp_up <= 1:
+            raise UsageError(f"method.ramp_up is {self.ramp_up}; it must be between 0 and 1, a share of the training")
+        if not 0 <= self.target_epsilon < 1:
+            raise UsageError(f"method.target_epsilon is {self.target_epsilon}; it must be at least 0 and below 1")
+
+
+def ramped_kl(
+    logits: Float[Tensor, "batch class"],
+    target_logits: Float[Tensor, "batch class"],
+    progress: Float[Tensor, ""],
+    settings: DistillationSettings,
+    detach: bool,
+) -> Float[Tensor, ""]:
+    """Give r(t) T^2 KL(softmax(target / T) || softmax(logits / T)).
+
+    Args:
+        logits: Scores of the one that learns.
+        target_logits: Scores of the one that teaches.
+        progress: Share of the epochs that are done.
+        settings: Temperature, ramp-up and epsilon.
+        detach: Whether the target gets no gradient; of the settings where the target has no parameters of its own.
+    """
+    divergence = soft_target_kl(logits, target_logits, settings.temperature, detach, settings.target_epsilon)
+    return ramp_up(progress, settings.ramp_up).to(divergence.dtype) * divergence

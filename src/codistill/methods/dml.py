@@ -1,0 +1,116 @@
+"""DML: deep mutual learning."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from codistill.cohort import Outputs
+from codistill.errors import UsageError
+from codistill.losses import mean_logits, ramp_up, soft_target_kl
+from codistill.methods.independent import cross_entropy_terms
+from codistill.methods.method import METHODS, Method, MethodSettings
+from codistill.networks import Network
+
+
+@dataclass(frozen=True, kw_only=True)
+class DMLSettings(MethodSettings):
+    """Settings of deep mutual learning."""
+
+    shared_stages: int | None = 0
+    """Low stages that the students share. 0: nothing, as in DML."""
+    temperature: float = 3.0
+    """T of the distillation terms, > 0, with the factor T^2; the paper's is 1."""
+    target: Literal["pairwise", "mean"] = "pairwise"
+    """What a student learns from: each peer in a term of its own, or the mean of all its peers' logits in one term.
+    Two students: the same."""
+    divide_by_peers: bool = True
+    """Whether pairwise terms are divided by the number of peers, as in the paper; the authors' code adds them up."""
+    update: Literal["simultaneous", "alternating"] = "simultaneous"
+    """Whether all students take their step after one forward pass, or one after the other, each after a fresh one.
+    Alternating needs n forward passes of n students a step, and students that share nothing."""
+    detach: bool = True
+    """Whether the peers' side of a distillation term gets no gradient."""
+    ramp_up: float = 0.0
+    """Share of the training over which the distillation terms grow to full weight; 0: at once, as in DML."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.temperature < math.inf:
+            raise UsageError(f"method.temperature is {self.temperature}; it must be a number above 0")
+        if not 0 <= self.ramp_up <= 1:
+            raise UsageError(f"method.ramp_up is {self.ramp_up}; it must be between 0 and 1, a share of the training")
+
+
+@METHODS.register("dml")
+class DML(Method):
+    """Students teach each other: each learns from the labels and from what its peers predict.
+
+        sum_i [ CE(z_i) + r(t) T^2 / (n - 1) sum_{j != i} KL(z_j -> z_i) ],
+
+    KL(a -> b) = KL(softmax(a / T) || softmax(b / T)) with a detached; r is 1 unless `ramp_up` is set. With target `mean`
+    the inner sum, divided by n - 1, is the one term KL(mean_{j != i} z_j -> z_i).
+
+    Args:
+        students: At least two networks, of any kind.
+        num_classes: Their number of classes.
+        settings: `DMLSettings`, or None for the defaults.
+        image_size: Unused.
+
+    Raises:
+        UsageError: Fewer than two students, or alternating updates of students that share stages.
+
+    Source: Zhang et al., "Deep Mutual Learning", CVPR 2018, arXiv 1706.00384; authors' code
+        YingZhangDUT/Deep-Mutual-Learning, train_models.py. Target `mean`: DefangChen/OKDDip-AAAI2020 at c6a05de,
+        train_DML.py.
+    Differs: the authors have T = 1, and update the students in turn, each on a batch of its own; their code does not
+        divide by n - 1. Here the default is the form that later papers compare with: T = 3 with T^2, one step for all.
+        In turn (`update` alternating), all students see the same batch, as in the paper's Algorithm 1.
+    """
+
+    name = "dml"
+    teacher = "allowed"
+    Settings = DMLSettings
+    min_students = 2
+    settings: DMLSettings
+
+    def __init__(
+        self,
+        students: Sequence[Network],
+        num_classes: int,
+        settings: DMLSettings | None = None,
+        image_size: tuple[int, int] = (32, 32),
+    ) -> None:
+        super().__init__(students, num_classes, settings, image_size)
+        if self.settings.update == "alternating" and self.cohort.shared_stages:
+            raise UsageError(
+                f"dml: students that take turns cannot share {self.cohort.shared_stages} stages: "
+                "set method.shared_stages to 0, or method.update to simultaneous"
+            )
+
+    def turns(self) -> Sequence[Sequence[nn.Parameter]]:
+        """Give each student a turn where they alternate; see `Method.turns`."""
+        if self.settings.update == "simultaneous":
+            return ()
+        return [tuple(student.parameters()) for student in self.cohort]
+
+    def losses(
+        self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Give `ce/student<i>`, and `kl/student<j>->student<i>` or `kl/peers->student<i>`; see `Method.losses`."""
+        settings = self.settings
+        terms = cross_entropy_terms(outputs.logits, labels)
+        for index, logits in enumerate(outputs.logits):
+            peers = {f"student{peer}": each for peer, each in enumerate(outputs.logits) if peer != index}
+            if settings.target == "mean":
+                targets, share = {"peers": mean_logits(list(peers.values()))}, 1.0
+            else:
+                targets, share = peers, 1 / len(peers) if settings.divide_by_peers else 1.0
+            for name, target in targets.items():
+                divergence = soft_target_kl(logits, target, settings.temperature, settings.detach)
+                weight = share * ramp_up(progress, settings.ramp_up).to(divergence.dtype)
+                terms[f"kl/{name}->student{index}"] = weight * divergence
+        return terms

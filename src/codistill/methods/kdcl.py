@@ -1,0 +1,256 @@
+"""KDCL: collaborative learning from one soft target made of all students."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from codistill.cohort import Outputs
+from codistill.errors import UsageError
+from codistill.losses import at_least_float32, soft_target_kl
+from codistill.methods.independent import cross_entropy_terms
+from codistill.methods.method import METHODS, Method, MethodSettings
+from codistill.networks import Network
+
+LINEAR_STEPS = 16
+"""Rounds of `linear_weights`, each some 20 small kernels on a GPU."""
+RIDGE = 1e-6
+"""Added to the diagonal of the error correlation, in units of its mean: equal students would make it singular."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KDCLSettings(MethodSettings):
+    """Settings of KDCL."""
+
+    shared_stages: int | None = 0
+    """Low stages that the students share. 0: nothing, as in KDCL."""
+    variant: Literal["naive", "linear", "minlogit", "general"] = "general"
+    """How the target is made of the students: for each image the student with the smallest cross-entropy; for each
+    batch the convex combination of logits with the smallest one; for each class the smallest margin to the true class;
+    or probabilities weighted by how the students' errors correlate, anew each epoch."""
+    temperature: float = 2.0
+    """T of the distillation terms, > 0, with the factor T^2."""
+    weight: float = 1.0
+    """Factor on the distillation terms, at least 0."""
+    views_per_student: bool = True
+    """Whether each student is trained on crops and flips of its own instead of the same ones for all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.temperature < math.inf:
+            raise UsageError(f"method.temperature is {self.temperature}; it must be a number above 0")
+        if not 0 <= self.weight < math.inf:
+            raise UsageError(f"method.weight is {self.weight}; it must be a number, at least 0")
+
+
+def of_the_label(
+    values: Float[Tensor, "student batch class"], labels: Int[Tensor, " batch"]
+) -> Float[Tensor, "student batch 1"]:
+    """Take the entry of the true class of each image."""
+    return values.gather(2, labels[None, :, None].expand(len(values), -1, 1))
+
+
+def naive_target(
+    logits: Float[Tensor, "student batch class"], labels: Int[Tensor, " batch"]
+) -> Float[Tensor, "batch class"]:
+    """Give, for each image, the logits of the student with the smallest cross-entropy; the first of equal ones."""
+    best = of_the_label(F.log_softmax(logits, dim=2), labels).argmax(dim=0, keepdim=True)
+    return logits.gather(0, best.expand(1, -1, logits.shape[2]))[0]
+
+
+def minlogit_target(
+    logits: Float[Tensor, "student batch class"], labels: Int[Tensor, " batch"]
+) -> Float[Tensor, "batch class"]:
+    """Give min_i (z_i^c - z_i^y) for each class c: the true class y has 0, and no other class is more likely than in
+    any student's prediction relative to it.
+    """  # noqa: D205
+    return (logits - of_the_label(logits, labels)).min(dim=0).values
+
+
+def combination(
+    weights: Float[Tensor, "*some student"], logits: Float[Tensor, "student batch class"]
+) -> Float[Tensor, "*some batch class"]:
+    """Combine logits linearly. Not as a matrix product, which autocast would round to bfloat16."""
+    products = [weights[..., index, None, None] * each for index, each in enumerate(logits)]
+    return torch.stack(products).sum(dim=0)
+
+
+def linear_weights(
+    logits: Float[Tensor, "student batch class"], labels: Int[Tensor, " batch"], steps: int = LINEAR_STEPS
+) -> Float[Tensor, " student"]:
+    """Find weights, at least 0 and of sum 1, with which the combined logits have the smallest mean cross-entropy.
+
+    Exponentiated gradient, w_i <- w_i exp(-s g_i) / sum, from equal weights. The problem is convex, so the only thing
+    to choose is s: each step tries sixteen sizes, a factor 2 apart, all at once, and takes the best, or none. Always
+    the same operations on the device, whatever the numbers are: nothing for the host to read.
+
+    Args:
+        logits: Of all students.
+        labels: Class indices.
+        steps: Two students need about 12, more of them a few more. With 16 the cross-entropy is within 1e-5 nats of
+            the smallest for two, and within 1e-3 for up to four; never above that of equal weights.
+    """
+    log_weights = torch.zeros_like(logits[:, 0, 0]).log_softmax(dim=0)
+    correct = of_the_label(logits, labels)
+    # By how much a step shifts the log-weights of the best and the worst student apart.
+    shifts = torch.cat([2.0 ** torch.arange(4, -12, -1, device=logits.device), log_weights.new_zeros(1)])
+    shifts = shifts.to(log_weights.dtype)
+    for _ in range(steps):
+        predicted = combination(log_weights.exp(), logits).softmax(dim=1)
+        gradient = ((logits * predicted).sum(dim=2) - correct[:, :, 0]).mean(dim=1)
+        gradient = gradient - gradient.min()
+        direction = gradient / gradient.max().clamp(min=torch.finfo(gradient.dtype).tiny)
+        # The floor, 2e-9, lets a student come back into play.
+        tried = (log_weights - shifts[:, None] * direction).log_softmax(dim=1).clamp(min=-20)
+        combined = combination(tried.exp(), logits)
+        own = combination(tried.exp(), correct)[..., 0]
+        losses = (combined.logsumexp(dim=2) - own).mean(dim=1)
+        log_weights = tried.index_select(0, losses.argmin().reshape(1))[0]
+    return log_weights.softmax(dim=0)
+
+
+def linear_target(
+    logits: Float[Tensor, "student batch class"], labels: Int[Tensor, " batch"]
+) -> Float[Tensor, "batch class"]:
+    """Give the convex combination of logits with the smallest mean cross-entropy; see `linear_weights`."""
+    return combination(linear_weights(logits, labels), logits)
+
+
+class ErrorWeights(nn.Module):
+    """Weights of an ensemble of probabilities from the correlation of its members' errors.
+
+    C_ij = mean over images of sum_c (p_i^c - t^c)(p_j^c - t^c), t the one-hot label; w_k = sum_j C^-1_kj / sum_ij C^-1_ij
+    minimises the squared error of sum_k w_k p_k among all weights of sum 1.
+
+    Attributes:
+        weights: [student], used until the next `renew`; at first equal.
+        products: [student, student], sum of the products of errors so far.
+        images: [], number of images so far.
+
+    Args:
+        students: How many there are.
+
+    Source: KDCL (CVPR 2020), the variant General.
+    Differs: a small ridge keeps C invertible, and negative weights, which would make no distribution, become 0 before
+        the others are scaled to sum 1 (for two students this is the best of the convex combinations).
+    """
+
+    weights: Tensor
+    products: Tensor
+    images: Tensor
+
+    def __init__(self, students: int) -> None:
+        super().__init__()
+        self.register_buffer("weights", torch.full((students,), 1 / students))
+        self.register_buffer("products", torch.zeros(students, students))
+        self.register_buffer("images", torch.zeros(()))
+
+    def gather(self, probabilities: Float[Tensor, "student batch class"], labels: Int[Tensor, " batch"]) -> None:
+        """Add the errors of a batch, in place."""
+        errors = probabilities - F.one_hot(labels, probabilities.shape[2]).to(probabilities.dtype)
+        # Not as a matrix product, which autocast would round to bfloat16.
+        products = torch.stack([(each * errors).sum(dim=(1, 2)) for each in errors])
+        self.products += products.to(self.products.dtype)
+        self.images += len(labels)
+
+    def renew(self) -> None:
+        """Compute the weights from what was gathered, if anything was, and begin to gather anew."""
+        correlation = (self.products / self.images.clamp(min=1)).double()
+        scale = correlation.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+        ones = torch.ones_like(correlation[0])
+        solution, _ = torch.linalg.solve_ex(correlation + torch.diag(RIDGE * scale * ones), ones)
+        weights = (solution / solution.sum()).clamp(min=0)
+        weights = (weights / weights.sum()).to(self.weights.dtype)
+        self.weights.copy_(torch.where(self.images > 0, weights, self.weights))
+        self.products.zero_()
+        self.images.zero_()
+
+
+@METHODS.register("kdcl")
+class KDCL(Method):
+    """Each student sees the images in its own way, and learns from the labels and from one target made of all students.
+
+        sum_i [ CE(z_i) + weight T^2 KL(p~_t || p~_i) ],   p~_i = softmax(z_i / T), p~_t without gradient
+
+    The target p~_t is softmax(z_t / T) with, for an image of class y,
+    naive: z_t = z_i of the student i with the smallest CE(z_i);
+    linear: z_t = sum_i a_i z_i with the a on the simplex that minimises the batch's CE(z_t);
+    minlogit: z_t^c = min_i (z_i^c - z_i^y);
+    or, general: p~_t = sum_i w_i p~_i with the w of `ErrorWeights`, equal in the first epoch, then from the epoch before.
+
+    Args:
+        students: At least two networks, of any kind.
+        num_classes: Their number of classes.
+        settings: `KDCLSettings`, or None for the defaults.
+        image_size: Unused.
+
+    Source: Guo et al., "Online Knowledge Distillation via Collaborative Learning", CVPR 2020. Its authors published no
+        code; T = 2 and weight 1 come from a third party's port. The default is general because the paper's CIFAR-100
+        figures that are known to us (ResNet-32 with WRN-16-2) are that variant's.
+    Differs: general's error correlation is a mean over a validation set there; here, where a method sees training
+        batches only, over those of the epoch: augmented images, each with the weights of its step. Linear's weights
+        are found to the accuracy that `linear_weights` states.
+    """
+
+    name = "kdcl"
+    teacher = "allowed"
+    Settings = KDCLSettings
+    min_students = 2
+    settings: KDCLSettings
+
+    def __init__(
+        self,
+        students: Sequence[Network],
+        num_classes: int,
+        settings: KDCLSettings | None = None,
+        image_size: tuple[int, int] = (32, 32),
+    ) -> None:
+        super().__init__(students, num_classes, settings, image_size)
+        self.ensemble = ErrorWeights(len(students)) if self.settings.variant == "general" else None
+
+    @property
+    def views(self) -> int:
+        """One view for each student while training; see `Method.views`."""
+        return len(self.cohort) if self.training and self.settings.views_per_student else 1
+
+    @torch.no_grad()
+    def target_logits(
+        self, logits: Sequence[Float[Tensor, "batch class"]], labels: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "batch class"]:
+        """Give scores whose softmax at the temperature is the target, from students that may have had a view each."""
+        stacked = torch.stack([at_least_float32(each) for each in logits])
+        if self.ensemble is not None:
+            log_members = F.log_softmax(stacked / self.settings.temperature, dim=2)
+            log_weights = self.ensemble.weights.to(stacked.dtype).log()
+            return self.settings.temperature * (log_members + log_weights[:, None, None]).logsumexp(dim=0)
+        if self.settings.variant == "naive":
+            return naive_target(stacked, labels)
+        return (linear_target if self.settings.variant == "linear" else minlogit_target)(stacked, labels)
+
+    def losses(
+        self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Give `ce/student<i>` and `kl/target->student<i>`; see `Method.losses`.
+
+        In training, variant general also gathers what its next weights come from.
+        """
+        terms = cross_entropy_terms(outputs.logits, labels)
+        target = self.target_logits(outputs.logits, labels)
+        for index, logits in enumerate(outputs.logits):
+            divergence = soft_target_kl(logits, target, self.settings.temperature)
+            terms[f"kl/target->student{index}"] = self.settings.weight * divergence
+        if self.ensemble is not None and self.training:
+            with torch.no_grad():
+                stacked = torch.stack([at_least_float32(each) for each in outputs.logits])
+                self.ensemble.gather((stacked / self.settings.temperature).softmax(dim=2), labels)
+        return terms
+
+    def after_epoch(self) -> None:
+        """Renew the weights of variant general; see `Method.after_epoch`."""
+        if self.ensemble is not None:
+            self.ensemble.renew()

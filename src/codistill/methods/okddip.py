@@ -1,0 +1,137 @@
+"""OKDDip: peers with attention for each other, and a leader that learns from all of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from codistill.cohort import Outputs
+from codistill.errors import UsageError
+from codistill.losses import at_least_float32, mean_logits, mixture_logits, weighted_logits, weighted_mixture_logits
+from codistill.methods.distillation import DistillationSettings, ramped_kl
+from codistill.methods.independent import cross_entropy_terms
+from codistill.methods.method import METHODS, Method
+from codistill.networks import Network
+
+
+@dataclass(frozen=True, kw_only=True)
+class OKDDipSettings(DistillationSettings):
+    """Settings of OKDDip."""
+
+    detach_teachers: bool = False
+    """Whether the peers get no gradient through the targets that they make; the attention learns in both cases."""
+    mix: Literal["logits", "probabilities"] = "logits"
+    """What a target is the weighted mean of: the peers' logits, or their softened probabilities."""
+    attention_reduction: int = 8
+    """Reduction of the attention's projections: features of d channels become d / 8."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.attention_reduction < 1:
+            raise UsageError(f"method.attention_reduction is {self.attention_reduction}; it must be at least 1")
+
+
+class PeerAttention(nn.Module):
+    """How much each peer learns from each: alpha_ab = softmax_b(q_a . k_b), b = a included; q = W_L h, k = W_E h.
+
+    All peers of one width share W_L and W_E. Peers of other widths have their own, into the same space, whose size is
+    the smallest width divided by the reduction.
+
+    Args:
+        widths: Channels of each peer's features.
+        reduction: Of the smallest width, at least 1.
+
+    Source: DefangChen/OKDDip at c052f5b, models/model_cifar/resnet_GL.py (merged into OKDDip-AAAI2020).
+    Differs: their peers have one width.
+    """
+
+    def __init__(self, widths: Sequence[int], reduction: int) -> None:
+        super().__init__()
+        size = max(1, min(widths) // reduction)
+        self.query, self.key = (
+            nn.ModuleDict({str(width): nn.Linear(width, size, bias=False) for width in sorted(set(widths))})
+            for _ in range(2)
+        )
+
+    def forward(self, features: Sequence[Float[Tensor, "batch _channel"]]) -> Float[Tensor, "batch learner peer"]:
+        """Map pooled features, one for each peer, to the logarithms of the weights."""
+        queries, keys = (
+            torch.stack([projections[str(each.shape[1])](each) for each in features], dim=1)
+            for projections in (self.query, self.key)
+        )
+        return F.log_softmax(at_least_float32(queries @ keys.transpose(1, 2)), dim=2)
+
+
+@METHODS.register("okddip")
+class OKDDip(Method):
+    """Each peer has a target of its own, which attention mixes from all peers; the leader learns from their mean.
+
+    The last student, student<n-1>, is the leader z_L; it is the one to deploy. The others are peers:
+
+        sum_a CE(z_a) + CE(z_L) + r(t) T^2 [ sum_a KL(t_a || z_a) + KL(mean_a z_a || z_L) ],  t_a = sum_b alpha_ab z_b
+
+    KL(a || b) = KL(softmax(a / T) || softmax(b / T)), nothing detached; alpha as in `PeerAttention`.
+
+    Args:
+        students: At least two peers and, last, the leader. Equal ones share all stages but the last (the branch-based
+            variant); with shared_stages 0 they share nothing (the network-based variant).
+        num_classes: Their number of classes.
+        settings: `OKDDipSettings`, or None for the authors'.
+        image_size: Height and width of the images, pixels.
+
+    Source: Chen et al., "Online Knowledge Distillation with Diverse Peers", AAAI 2020, arXiv 1912.00350; authors' code
+        DefangChen/OKDDip-AAAI2020 at c6a05de, train_GL.py, models/model_cifar/resnet_GL.py.
+    Differs: their code adds 1e-7 to the target's probabilities (setting target_epsilon), shares the last block of the
+        DenseNet branches by mistake, and calls the mean of the peers the ensemble; here it is the mean of all students.
+    """
+
+    name = "okddip"
+    teacher = "allowed"
+    Settings = OKDDipSettings
+    min_students = 3
+    settings: OKDDipSettings
+
+    def __init__(
+        self,
+        students: Sequence[Network],
+        num_classes: int,
+        settings: OKDDipSettings | None = None,
+        image_size: tuple[int, int] = (32, 32),
+    ) -> None:
+        super().__init__(students, num_classes, settings, image_size)
+        widths = [student.widths[-1] for student in students[:-1]]
+        self.attention = PeerAttention(widths, self.settings.attention_reduction)
+
+    def forward(self, images: Float[Tensor, "*view batch channel height width"]) -> Outputs:
+        """Run all students and the peers' attention on normalised images."""
+        outputs = super().forward(images)
+        features = [self._held(feature_map.mean(dim=(2, 3))) for feature_map in outputs.feature_maps[:-1]]
+        return Outputs(outputs.logits, outputs.feature_maps, extras={"log_attention": self.attention(features)})
+
+    def losses(
+        self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Give `ce/student<j>` and `kl/peers->student<j>` of each student; see `Method.losses`."""
+        terms = cross_entropy_terms(outputs.logits, labels)
+        targets = self.targets(outputs)
+        for index, (logits, target) in enumerate(zip(outputs.logits, targets, strict=True)):
+            # What is to be held fixed already is: the attention must learn through its targets.
+            terms[f"kl/peers->student{index}"] = ramped_kl(logits, target, progress, self.settings, detach=False)
+        return terms
+
+    def targets(self, outputs: Outputs) -> list[Float[Tensor, "batch class"]]:
+        """Give what each student learns from, as logits: for each peer a mixture of its own, for the leader the mean."""
+        peers = [self._held(logits) for logits in outputs.logits[:-1]]
+        rows = outputs.extras["log_attention"].unbind(dim=1)
+        if self.settings.mix == "logits":
+            return [*(weighted_logits(peers, row.exp()) for row in rows), mean_logits(peers)]
+        temperature = self.settings.temperature
+        mixed = (weighted_mixture_logits(peers, row, temperature) for row in rows)
+        return [*mixed, mixture_logits(peers, temperature)]
+
+    def _held(self, teaching: Tensor) -> Tensor:
+        return teaching.detach() if self.settings.detach_teachers else teaching

@@ -1,0 +1,130 @@
+"""ONE: on-the-fly native ensemble."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from codistill.cohort import Outputs
+from codistill.losses import cross_entropy, weighted_logits
+from codistill.methods.distillation import DistillationSettings, ramped_kl
+from codistill.methods.independent import cross_entropy_terms
+from codistill.methods.method import METHODS, GroupPredictor, Method
+from codistill.networks import Network
+
+
+@dataclass(frozen=True, kw_only=True)
+class ONESettings(DistillationSettings):
+    """Settings of ONE."""
+
+
+class Gate(nn.Module):
+    """Weights of the ensemble's members, one set for each image: they are positive and add up to 1.
+
+    g = softmax(ReLU(BN(W h + b))), h the mean over all places of the maps that the gate sees, concatenated.
+
+    Args:
+        width: Channels of all maps together.
+        members: How many weights.
+
+    Source: Lan1991Xu/ONE_NeurIPS2018 at 9da95a8, models/cifar/resnet.py.
+    """
+
+    def __init__(self, width: int, members: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(width, members), nn.BatchNorm1d(members), nn.ReLU())
+
+    def forward(self, maps: Sequence[Float[Tensor, "batch _channel _height _width"]]) -> Float[Tensor, "batch member"]:
+        """Map feature maps to weights."""
+        pooled = torch.cat([each.mean(dim=(2, 3)) for each in maps], dim=1)
+        return torch.softmax(self.layers(pooled), dim=1)
+
+
+class GatedPredictor(GroupPredictor):
+    """The gated ensemble alone; `combine` is the gate, which sees what it sees in training.
+
+    Without a trunk that is the members' feature maps.
+    """
+
+    def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch class"]:
+        """Map normalised images to logits."""
+        low = self.trunk(images)
+        maps, logits = [], []
+        for branch in self.branches:
+            assert isinstance(branch, Network)
+            maps.append(branch.feature_map(low))
+            logits.append(branch.head(maps[-1]))
+        return weighted_logits(logits, self.combine([low] if len(self.trunk) else maps))
+
+
+@METHODS.register("one")
+class ONE(Method):
+    """A gate on the shared trunk weighs the students' logits; the gated ensemble z_e = sum_j g_j z_j teaches them.
+
+        sum_j CE(z_j) + CE(z_e) + r(t) T^2 sum_j KL(z_e -> z_j)
+
+    KL(a -> b) = KL(softmax(a / T) || softmax(b / T)) with a detached. The gate learns from CE(z_e) alone. z_e is the
+    predictor `fused`, the paper's ONE-E; `ensemble` is the plain mean of the logits.
+
+    Args:
+        students: At least two networks; equal ones share all stages but the last. The authors have three.
+        num_classes: Their number of classes.
+        settings: `ONESettings`, or None for the defaults.
+        image_size: Height and width of the images, pixels.
+
+    Source: Lan, Zhu, Gong, "Knowledge Distillation by On-the-Fly Native Ensemble", NeurIPS 2018, arXiv 1806.04606;
+        authors' code Lan1991Xu/ONE_NeurIPS2018 at 9da95a8.
+    Differs: their code has exactly three equal branches, and adds 1e-7 to the target's probabilities (setting
+        target_epsilon). Students without a trunk are ours: their gate sees the concatenated last maps of all of them.
+    """
+
+    name = "one"
+    teacher = "allowed"
+    Settings = ONESettings
+    min_students = 2
+    settings: ONESettings
+
+    def __init__(
+        self,
+        students: Sequence[Network],
+        num_classes: int,
+        settings: ONESettings | None = None,
+        image_size: tuple[int, int] = (32, 32),
+    ) -> None:
+        super().__init__(students, num_classes, settings, image_size)
+        shared = self.cohort.shared_stages
+        width = students[0].widths[shared - 1] if shared else sum(student.widths[-1] for student in students)
+        self.gate = Gate(width, len(students))
+
+    def forward(self, images: Float[Tensor, "batch channel height width"]) -> Outputs:
+        """Run all students, the gate and the gated ensemble on normalised images."""
+        low = self.cohort.trunk(images)
+
+        def finish(index: int, feature_map: Tensor) -> tuple[Tensor, Tensor]:
+            return feature_map, self.cohort[index].head(feature_map)
+
+        maps, logits = zip(*self.cohort.each_branch(low, finish), strict=True)
+        weights = self.gate([low] if self.cohort.shared_stages else maps)
+        return Outputs(logits, maps, weighted_logits(logits, weights), extras={"gate": weights})
+
+    def losses(
+        self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Give `ce/student<j>` and `kl/fused->student<j>` of each student, and `ce/fused`; see `Method.losses`."""
+        fused = outputs.fused_logits
+        if fused is None:
+            raise ValueError("the outputs have no fused logits")
+        terms = cross_entropy_terms(outputs.logits, labels)
+        terms["ce/fused"] = cross_entropy(fused, labels)
+        for index, logits in enumerate(outputs.logits):
+            terms[f"kl/fused->student{index}"] = ramped_kl(
+                logits, fused, progress, self.settings, self.settings.detach_teachers
+            )
+        return terms
+
+    def predictors(self) -> dict[str, nn.Module]:
+        """Give the students, their ensemble and the gated ensemble; see `Method.predictors`."""
+        students = [self.deployed_student(index) for index in range(len(self.cohort))]
+        return {**super().predictors(), "fused": GatedPredictor(students, self.cohort.shared_stages, self.gate)}
