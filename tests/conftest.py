@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import codistill as cd
 from codistill.networks import Network, PooledLinear
 from codistill.networks.network import conv_bn, initialise
 
@@ -42,6 +43,21 @@ def batch() -> tuple[Tensor, Tensor]:
     """Six images of 8x8 pixels with labels of three classes, in float64."""
     images = torch.randn(6, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return images, torch.tensor([0, 1, 2, 2, 1, 0])
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> cd.Run:
+    """Two ResNet-20 after one epoch of MFEF on a few digits; to be read only, but for its exports."""
+    folder = tmp_path_factory.mktemp("digits")
+    whole = cd.dataset("digits")
+    names = tuple(f"digit {name}" for name in whole.class_names)
+    few = cd.Dataset("digits", tiny.first(whole.train, 64), tiny.first(whole.test, 40), names)
+    data = cd.dataset("packed", tiny.write_npz(folder / "few.npz", few))
+    settings = cd.TrainSettings(epochs=1, batch_size=8, learning_rate=0.02, flip=False, threads=1)
+    torch.manual_seed(0)
+    method = cd.MFEF([cd.network("resnet20", 10), cd.network("resnet20", 10)], num_classes=10)
+    cd.train(method, data, out=folder / "run", settings=settings, show=False)
+    return cd.Run(folder / "run")
 
 
 @pytest.fixture(scope="module")

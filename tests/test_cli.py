@@ -254,7 +254,9 @@ def test_a_run_folder_that_is_taken_is_status_2(made, capsys):
     assert {name: content for name, content in tiny.listing(made / "run").items() if name != ".lock"} == before
 
 
-@pytest.mark.parametrize("arguments", ["--predictor student7", "--out model.txt", "--format onnx --out x.safetensors", ""])
+@pytest.mark.parametrize(
+    "arguments", ["--predictor student7", "--out model.txt", "--format onnx --out x.safetensors", ""]
+)
 def test_exports_that_cannot_be_are_status_2(run, capsys, tmp_path, arguments):
     refused(capsys, ["export", str(run), *arguments.split()], 2, "no predictor 'student7'|no format|must end in .onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["run"] and not (run / "exports").exists()
@@ -272,7 +274,11 @@ def test_an_unknown_predictor_is_status_2(made, capsys):
 
 def test_missing_data_are_status_3(made, run, capsys, tmp_path):
     missing = str(tmp_path / "none.npz")
-    for arguments in (["train", *TINY, "--out", "out"], ["evaluate", str(run)], ["export", str(run), "--format", "onnx"]):
+    for arguments in (
+        ["train", *TINY, "--out", "out"],
+        ["evaluate", str(run)],
+        ["export", str(run), "--format", "onnx"],
+    ):
         refused(capsys, [*arguments, "--data-dir", missing], 3, "none.npz: no such file")
     refused(capsys, ["predict", str(made / "run"), "none.png"], 3, "none.png: no such file")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -346,7 +352,9 @@ def test_memory_that_runs_out_in_training_is_status_6(made, capsys, monkeypatch,
 
     monkeypatch.setattr(importlib.import_module("codistill.step").PlainStep, "__call__", fail)
     flags = ["--data-dir", str(made / "colours.npz"), "--out", "out"]
-    refused(capsys, ["train", *TINY, *flags], 6, "out of memory: use a smaller --batch-size or fewer or smaller --networks")
+    refused(
+        capsys, ["train", *TINY, *flags], 6, "out of memory: use a smaller --batch-size or fewer or smaller --networks"
+    )
     assert cd.Run(tmp_path / "out").summary["status"] == "failed"
 
 

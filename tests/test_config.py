@@ -283,7 +283,9 @@ def test_flags_override_the_recipe_wherever_they_stand(parsed, recipe):
     assert parsed(*flags, f"--recipe={path}") == first
 
 
-@pytest.mark.parametrize("text", ['method = "ffl"', '[method]\nname = "ffl"', '[method]\nname = "ffl"\ntemperature = 3.0'])
+@pytest.mark.parametrize(
+    "text", ['method = "ffl"', '[method]\nname = "ffl"', '[method]\nname = "ffl"\ntemperature = 3.0']
+)
 def test_a_method_is_named_alone_or_in_its_table(parsed, recipe, text):
     assert parsed("--recipe", str(recipe(text))) == default_config("ffl")
 
@@ -303,7 +305,10 @@ def test_a_recipe_may_leave_the_method_to_the_command(parsed, recipe):
         ('# a\n\n  "eposch" = 3', "PATH:3: unknown key 'eposch': did you mean epochs?"),
         ("[optimizer]\nlr = 0.1", "PATH:1: unknown key 'optimizer': choose from "),
         ('[method]\nname = "mfef"\n\ntemprature = 3', "PATH:4: unknown key 'temprature': did you mean temperature?"),
-        ('[method]\nname = "independent"\ntemperature = 3', "PATH:3: unknown key 'temperature': choose from shared_stages"),
+        (
+            '[method]\nname = "independent"\ntemperature = 3',
+            "PATH:3: unknown key 'temperature': choose from shared_stages",
+        ),
         ('[method]\nname = "mfeff"\ntemperature = 3', "unknown method 'mfeff': did you mean mfef?"),
         ("epochs = 3\n[method]\ntemperature = 3", "PATH:2: settings of a method need its name"),
         ("method = 3", "PATH:1: method must be a name, or a table"),
@@ -386,7 +391,13 @@ def test_the_papers_row_is_its_section_4_1(parsed):
     config = parsed("--recipe", str(ROOT / "recipes" / "mfef-cifar100-resnet32.toml"))
     assert (config.method_name, config.networks, config.data) == ("mfef", ("resnet32", "resnet32"), "cifar100")
     train, method = config.train, config.method
-    assert (train.epochs, train.batch_size, train.learning_rate, train.momentum, train.nesterov) == (300, 128, 0.1, 0.9, True)
+    assert (train.epochs, train.batch_size, train.learning_rate, train.momentum, train.nesterov) == (
+        300,
+        128,
+        0.1,
+        0.9,
+        True,
+    )
     assert (train.learning_rate_steps, train.learning_rate_decay, train.weight_decay) == ((150, 225), 0.1, 1e-4)
     assert (train.padding, train.flip, train.drop_last, train.train_limit) == (4, True, False, None)
     assert (method.temperature, method.ramp_up * 300, method.fusion_weight_decay) == (3.0, 80.0, 1e-5)

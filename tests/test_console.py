@@ -11,7 +11,15 @@ from codistill.console import TrainingDisplay, duration, summary_table, term_tex
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0:00"), (59.4, "0:59"), (59.6, "1:00"), (61, "1:01"), (3599, "59:59"), (3600, "1:00:00"), (90061, "25:01:01")],
+    [
+        (0, "0:00"),
+        (59.4, "0:59"),
+        (59.6, "1:00"),
+        (61, "1:01"),
+        (3599, "59:59"),
+        (3600, "1:00:00"),
+        (90061, "25:01:01"),
+    ],
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
@@ -44,7 +52,12 @@ def test_plain_lines_say_epoch_step_rate_terms_and_time_left(clock, capsys):
         line = capsys.readouterr().out
         assert line == "epoch 1/4  step 5/10  100 images/s  loss 2.000  ce/student 1.000 1.000  0:35 left\n"
         clock(5)
-        row = {"epoch": 0, "images_per_second": 100.0, "train": {"loss": 1.5}, "test": {"student0": {"top1_error": 12.5}}}
+        row = {
+            "epoch": 0,
+            "images_per_second": 100.0,
+            "train": {"loss": 1.5},
+            "test": {"student0": {"top1_error": 12.5}},
+        }
         display.end_epoch(row)
         assert capsys.readouterr().out == "epoch 1/4  100 images/s  loss 1.500  error %: student0 12.50  0:30 left\n"
         display.begin_epoch(1)

@@ -82,10 +82,14 @@ def test_the_folder_holds_nothing_else(folder):
     expected = {"config.json", "metrics.jsonl", "summary.json", "report.html", "checkpoints", "tensorboard", ".lock"}
     assert names == expected
     checkpoints = {path.name for path in (folder / "checkpoints").iterdir()}
-    assert {"index.json", "epoch-000002.pt", "epoch-000003.pt"} <= checkpoints <= {
-        "index.json",
-        *(f"epoch-{epoch:06d}.pt" for epoch in (1, 2, 3)),
-    }
+    assert (
+        {"index.json", "epoch-000002.pt", "epoch-000003.pt"}
+        <= checkpoints
+        <= {
+            "index.json",
+            *(f"epoch-{epoch:06d}.pt" for epoch in (1, 2, 3)),
+        }
+    )
 
 
 def test_tensorboard_can_read_the_events(folder):
@@ -282,7 +286,9 @@ def test_a_released_lock_can_be_had_again(tmp_path):
     lock.release()
 
 
-@pytest.mark.parametrize("present", ["file in it", "hidden file in it", "folder in it", "a run", "is a file", "below a file"])
+@pytest.mark.parametrize(
+    "present", ["file in it", "hidden file in it", "folder in it", "a run", "is a file", "below a file"]
+)
 def test_what_is_there_is_not_touched(tmp_path, present, folder):
     out = tmp_path / "out"
     if present == "is a file":

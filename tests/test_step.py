@@ -68,7 +68,9 @@ def test_three_steps_equal_those_written_by_hand(kind):
     seen = by_hand(other, taken, progress)
     expected = other.state_dict()
     for name, tensor in method.state_dict().items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: name + text)
+        torch.testing.assert_close(
+            tensor, expected[name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: name + text
+        )
         assert not torch.equal(tensor, start[name]), name
     means = step.sums.means()
     assert list(means) == ["loss", *seen[0]]

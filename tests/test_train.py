@@ -18,6 +18,7 @@ from . import tiny
 
 # By its full name, for `codistill.train` is the function.
 train_module = importlib.import_module("codistill.train")
+loop_module = importlib.import_module("codistill.loop")
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def train(tmp_path, monkeypatch):
     """Train tiny students into folders run0, run1, .. of an empty folder, in which the process stands."""
     monkeypatch.chdir(tmp_path)
     # Drawing the page takes three times as long as all the rest.
-    monkeypatch.setattr(train_module, "write_report", lambda run: None)
+    monkeypatch.setattr("codistill.loop.write_report", lambda run: None)
     count = iter(range(100))
 
     def run(method: cd.Method | None = None, data: cd.Dataset | None = None, **changes: object) -> cd.Run:
@@ -130,13 +131,13 @@ def test_train_limit_takes_the_first_of_the_seeded_order(train, steps):
 
 def test_validation_images_are_held_out_of_the_training(train, steps, monkeypatch):
     held = []
-    evaluate = train_module.evaluate
+    evaluate = loop_module.evaluate
 
-    def watched(method, images, *rest):
+    def watched(method, images, *rest, **options):
         held.append(images)
-        return evaluate(method, images, *rest)
+        return evaluate(method, images, *rest, **options)
 
-    monkeypatch.setattr(train_module, "evaluate", watched)
+    monkeypatch.setattr(loop_module, "evaluate", watched)
     data = tiny.data(train=30)
     train(data=data, validation=10, seed=3, epochs=1)
     order = seeded_order(30, 3).numpy()
@@ -208,7 +209,9 @@ def test_the_best_and_the_last_two_checkpoints_are_kept(train):
 def test_the_learning_rate_of_each_epoch_is_used_and_recorded(train, steps, changes, rates):
     run = train(learning_rate=0.2, **changes)
     assert [row["learning_rate"] for row in run.metrics()] == pytest.approx(rates)
-    assert [rate for *_, found, _ in steps for rate in found] == pytest.approx([rate for rate in rates for _ in range(3)])
+    assert [rate for *_, found, _ in steps for rate in found] == pytest.approx(
+        [rate for rate in rates for _ in range(3)]
+    )
 
 
 def test_it_learns(train):

@@ -49,6 +49,10 @@ def split(count: int, seed: int, size: tuple[int, int] = (8, 8)) -> cd.Split:
     return cd.Split((COLOURS[labels][:, None, None] + noise).astype(np.uint8), labels)
 
 
+def first(whole: cd.Split, count: int) -> cd.Split:
+    return cd.Split(whole.images[:count], whole.labels[:count])
+
+
 def data(train: int = 24, test: int = 9, size: tuple[int, int] = (8, 8), name: str = "colours") -> cd.Dataset:
     return cd.Dataset(name, split(train, 1, size), split(test, 2, size), CLASSES)
 

@@ -172,6 +172,8 @@ def load_predictor(path: Path, predictor: str | None = None) -> tuple[dict[str, 
 def _damage(path: Path) -> Iterator[None]:
     try:
         yield
+    except UsageError as error:
+        raise CheckpointError(f"{path}: made by another version, or damaged: {error}") from None
     except CodistillError:
         raise
     except FileNotFoundError:

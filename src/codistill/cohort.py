@@ -27,10 +27,10 @@ class Outputs:
         extras: Further tensors that only the method's own losses read, by name.
     """
 
-    logits: tuple[Float[Tensor, "batch class"], ...]
+    logits: tuple[Float[Tensor, "batch _class"], ...]
     feature_maps: tuple[Float[Tensor, "batch _channel _height _width"], ...]
-    fused_logits: Float[Tensor, "batch class"] | None = None
-    teacher_logits: Float[Tensor, "*student batch class"] | None = None
+    fused_logits: Float[Tensor, "batch _class"] | None = None
+    teacher_logits: Float[Tensor, "*student batch _class"] | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -111,6 +111,10 @@ class Cohort(nn.Module):
             own = low if low.ndim == 4 else low[index]
             return finish(index, self[index].feature_map(own, self.shared_stages))
 
+        return self.each_student(branch)
+
+    def each_student(self, branch: Callable[[int], T]) -> list[T]:
+        """Call a function with each student's index; the calls may run at the same time on streams of their own."""
         if not self.streams:
             return [branch(index) for index in range(len(self))]
         current, results = torch.cuda.current_stream(), []

@@ -96,6 +96,8 @@ class TrainingDisplay:
             f"error %: {errors}  {duration(left)} left",
             soft_wrap=True,
         )
+        for warning in row["warnings"]:
+            self.console.print(f"warning: epoch {epoch}: {warning}", soft_wrap=True)
 
 
 def term_text(terms: Mapping[str, float]) -> str:

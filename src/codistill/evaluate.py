@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from codistill.cohort import Outputs
 from codistill.data.augment import DeviceImages
 from codistill.device import autocast, choose_device
+from codistill.health import DiversitySums
 from codistill.methods import Method
 from codistill.metrics import ClassificationSums, Scores, scores
 from codistill.run import Run
@@ -14,7 +16,11 @@ EVALUATION_BATCH = 1000
 
 @torch.no_grad()
 def evaluate(
-    method: Method, images: DeviceImages, precision: str = "float32", batch_size: int = EVALUATION_BATCH
+    method: Method,
+    images: DeviceImages,
+    precision: str = "float32",
+    batch_size: int = EVALUATION_BATCH,
+    diversity: DiversitySums | None = None,
 ) -> dict[str, Scores]:
     """Score each student, the ensemble and the fused classifier with batch normalisation's running statistics.
 
@@ -25,6 +31,7 @@ def evaluate(
         images: The split, on the method's device.
         precision: float32 or bf16, as in training.
         batch_size: Images per forward pass; no influence on the scores but rounding.
+        diversity: Where to add how the students differ.
 
     Returns:
         Scores by the names of `Method.predictions`.
@@ -36,7 +43,10 @@ def evaluate(
     for start in range(0, len(images), batch_size):
         pixels, labels = images.plain(start, start + batch_size)
         with autocast(device, precision):
-            predictions: dict[str, Tensor] = method.predictions(method(pixels))
+            outputs: Outputs = method(pixels)
+            predictions: dict[str, Tensor] = method.predictions(outputs)
+        if diversity is not None:
+            diversity.update(outputs.logits)
         for name, logits in predictions.items():
             sums.setdefault(name, ClassificationSums(device)).update(logits, labels)
     method.train(was_training)

@@ -122,7 +122,7 @@ def export_predictor(
         )
         loaded = _trusted_torch_export(temporary, card) if format == "torch-export" else load_classifier(temporary)
         compared = compare(from_module(card, module), loaded, data)
-        if compared["difference"] > compared["allowed"] or compared["agreement"] < 0.999:
+        if not compared["difference"] <= compared["allowed"] or compared["agreement"] < 0.999:  # not: NaN is refused
             raise CheckpointError(
                 f"{path}: not kept, for it differs from the run by up to {compared['difference']:.3g} in a logit and "
                 f"agrees on {100 * compared['agreement']:.2f} % of {compared['images']} images"

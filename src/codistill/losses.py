@@ -74,6 +74,43 @@ def soft_target_kl(
     return temperature**2 * divergence
 
 
+def soft_cross_entropy(
+    logits: Float[Tensor, "batch class"], target_logits: Float[Tensor, "batch class"], temperature: float
+) -> Float[Tensor, ""]:
+    """Cross-entropy with softened targets, without T^2: -sum_c softmax(target / T)_c log softmax(logits / T)_c.
+
+    Summed over classes, averaged over the batch; the target gets no gradient. It is KL(target || logits) at T plus the
+    entropy of the target.
+
+    Args:
+        logits: Scores of the one that learns.
+        target_logits: Scores of the one that teaches.
+        temperature: T > 0.
+
+    Source: authors' code ArchipLab-LinfengZhang/pytorch-self-distillation-final at eda2f2b, train.py.
+    """
+    targets = F.softmax(at_least_float32(target_logits.detach()) / temperature, dim=1)
+    log_probabilities = F.log_softmax(at_least_float32(logits) / temperature, dim=1)
+    return -(targets * log_probabilities).sum(dim=1).mean()
+
+
+def squared_distance(
+    values: Float[Tensor, "batch *axes"], target: Float[Tensor, "batch *axes"], detach: bool = True
+) -> Float[Tensor, ""]:
+    """Pull values towards a target, ||values - target||^2: summed over all axes but the batch, averaged over that.
+
+    Args:
+        values: What the one that learns gives: logits, probabilities or features.
+        target: The same of the one that teaches.
+        detach: Whether the target gets no gradient.
+
+    Source: the hint of Zhou et al., "Rocket Launching", arXiv 1708.04106; authors' code zhougr1993/Rocket-Launching at
+        aa6b8f5, rocket_interval.py.
+    """
+    difference = at_least_float32(values) - at_least_float32(target.detach() if detach else target)
+    return difference.square().flatten(1).sum(dim=1).mean()
+
+
 def mean_logits(logits: Sequence[Float[Tensor, "batch class"]]) -> Float[Tensor, "batch class"]:
     """Average the scores of a group, z_a = 1/n sum_j z_j.
 

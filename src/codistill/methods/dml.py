@@ -51,8 +51,8 @@ class DML(Method):
 
         sum_i [ CE(z_i) + r(t) T^2 / (n - 1) sum_{j != i} KL(z_j -> z_i) ],
 
-    KL(a -> b) = KL(softmax(a / T) || softmax(b / T)) with a detached; r is 1 unless `ramp_up` is set. With target `mean`
-    the inner sum, divided by n - 1, is the one term KL(mean_{j != i} z_j -> z_i).
+    KL(a -> b) = KL(softmax(a / T) || softmax(b / T)) with a detached; r is 1 unless `ramp_up` is set. With target
+    `mean` one term, KL(mean_{j != i} z_j -> z_i), stands in place of the mean over the peers.
 
     Args:
         students: At least two networks, of any kind.

@@ -66,9 +66,7 @@ def naive_target(
 def minlogit_target(
     logits: Float[Tensor, "student batch class"], labels: Int[Tensor, " batch"]
 ) -> Float[Tensor, "batch class"]:
-    """Give min_i (z_i^c - z_i^y) for each class c: the true class y has 0, and no other class is more likely than in
-    any student's prediction relative to it.
-    """  # noqa: D205
+    """Give min_i (z_i^c - z_i^y) for each class c of an image of class y: 0 for y, the lowest lead of any student."""
     return (logits - of_the_label(logits, labels)).min(dim=0).values
 
 
@@ -92,8 +90,8 @@ def linear_weights(
     Args:
         logits: Of all students.
         labels: Class indices.
-        steps: Two students need about 12, more of them a few more. With 16 the cross-entropy is within 1e-5 nats of
-            the smallest for two, and within 1e-3 for up to four; never above that of equal weights.
+        steps: With 16 the cross-entropy came within 1e-6 nats of the smallest for two and three students, and within
+            2e-4 for four and six (25 random batches each). It is never above that of equal weights.
     """
     log_weights = torch.zeros_like(logits[:, 0, 0]).log_softmax(dim=0)
     correct = of_the_label(logits, labels)
@@ -124,13 +122,14 @@ def linear_target(
 class ErrorWeights(nn.Module):
     """Weights of an ensemble of probabilities from the correlation of its members' errors.
 
-    C_ij = mean over images of sum_c (p_i^c - t^c)(p_j^c - t^c), t the one-hot label; w_k = sum_j C^-1_kj / sum_ij C^-1_ij
-    minimises the squared error of sum_k w_k p_k among all weights of sum 1.
+    w_k = sum_j C^-1_kj / sum_ij C^-1_ij,   C_ij = mean over images of sum_c (p_i^c - t^c)(p_j^c - t^c),
+
+    t the one-hot label. Of all weights of sum 1 these give sum_k w_k p_k the smallest squared error.
 
     Attributes:
         weights: [student], used until the next `renew`; at first equal.
         products: [student, student], sum of the products of errors so far.
-        images: [], number of images so far.
+        images: [], number of images so far; a float, for it counts to 2^24 exactly.
 
     Args:
         students: How many there are.
@@ -152,7 +151,9 @@ class ErrorWeights(nn.Module):
 
     def gather(self, probabilities: Float[Tensor, "student batch class"], labels: Int[Tensor, " batch"]) -> None:
         """Add the errors of a batch, in place."""
-        errors = probabilities - F.one_hot(labels, probabilities.shape[2]).to(probabilities.dtype)
+        # Not one_hot, which looks at the labels from the host.
+        is_true = labels[:, None] == torch.arange(probabilities.shape[2], device=labels.device)
+        errors = probabilities - is_true.to(probabilities.dtype)
         # Not as a matrix product, which autocast would round to bfloat16.
         products = torch.stack([(each * errors).sum(dim=(1, 2)) for each in errors])
         self.products += products.to(self.products.dtype)
@@ -181,7 +182,7 @@ class KDCL(Method):
     naive: z_t = z_i of the student i with the smallest CE(z_i);
     linear: z_t = sum_i a_i z_i with the a on the simplex that minimises the batch's CE(z_t);
     minlogit: z_t^c = min_i (z_i^c - z_i^y);
-    or, general: p~_t = sum_i w_i p~_i with the w of `ErrorWeights`, equal in the first epoch, then from the epoch before.
+    or, general: p~_t = sum_i w_i p~_i with the w of `ErrorWeights`: equal in the first epoch, then from the last one.
 
     Args:
         students: At least two networks, of any kind.

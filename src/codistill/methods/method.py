@@ -86,12 +86,13 @@ class Method(nn.Module):
         image_size: Height and width of the images, pixels, for methods whose modules depend on it.
 
     Raises:
-        UsageError: Too few students, or settings that cannot work with them.
+        UsageError: Too few or too many students, or settings that cannot work with them.
     """
 
     name: ClassVar[str] = ""
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
     min_students: ClassVar[int] = 1
+    max_students: ClassVar[int | None] = None
     teacher: ClassVar[TeacherRule] = "refused"
     """Whether a frozen teacher must, may or must not be given beside the students."""
     capturable: ClassVar[bool] = True
@@ -111,6 +112,10 @@ class Method(nn.Module):
         self.num_classes = num_classes
         self.image_size = image_size
         self.require_students(len(students), self.min_students)
+        if self.max_students is not None and len(students) > self.max_students:
+            raise UsageError(
+                f"{self.name} takes at most {self.max_students} students, got {len(students)}: name fewer --networks"
+            )
         self.cohort = Cohort(students, self.settings.shared_stages)
 
     def require_students(self, count: int, minimum: int, mend: str = "name more --networks") -> None:

@@ -124,7 +124,7 @@ class OKDDip(Method):
         return terms
 
     def targets(self, outputs: Outputs) -> list[Float[Tensor, "batch class"]]:
-        """Give what each student learns from, as logits: for each peer a mixture of its own, for the leader the mean."""
+        """Give the logits that each student learns from: a mixture for each peer, and the mean for the leader."""
         peers = [self._held(logits) for logits in outputs.logits[:-1]]
         rows = outputs.extras["log_attention"].unbind(dim=1)
         if self.settings.mix == "logits":

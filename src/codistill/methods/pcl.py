@@ -1,0 +1,168 @@
+"""PCL: peer collaborative learning."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from codistill.cohort import Outputs
+from codistill.errors import UsageError
+from codistill.losses import cross_entropy
+from codistill.methods.distillation import DistillationSettings, ramped_kl
+from codistill.methods.independent import cross_entropy_terms
+from codistill.methods.method import METHODS, GroupPredictor, Method, ParameterGroup
+from codistill.networks import Network
+
+
+@dataclass(frozen=True, kw_only=True)
+class PCLSettings(DistillationSettings):
+    """Settings of peer collaborative learning."""
+
+    mean_decay: float = 0.999
+    """What a mean teacher keeps of its weights in a step, at most; below 1. At first it is the plain mean of all
+    steps so far."""
+    views_per_student: bool = True
+    """Whether each student, with its mean teacher, sees an augmentation of its own; else all see the same."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.mean_decay < 1:
+            raise UsageError(f"method.mean_decay is {self.mean_decay}; it must be at least 0 and below 1")
+
+
+class ConcatenatedClassifier(nn.Module):
+    """A linear classifier on the pooled feature maps of all students, concatenated.
+
+    Args:
+        widths: Channels of each student's map.
+        num_classes: Number of logits.
+    """
+
+    def __init__(self, widths: Sequence[int], num_classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(sum(widths), num_classes)
+
+    def forward(
+        self, feature_maps: Sequence[Float[Tensor, "batch _channel _height _width"]]
+    ) -> Float[Tensor, "batch class"]:
+        """Map one feature map per student to logits."""
+        logits: Tensor = self.linear(torch.cat([each.mean(dim=(2, 3)) for each in feature_maps], dim=1))
+        return logits
+
+
+@METHODS.register("pcl")
+class PCL(Method):
+    """Students learn from a classifier on the features of all, and from the moving averages of their peers.
+
+    z_f are the logits of one linear classifier on the concatenated pooled features of all students (the peer ensemble
+    teacher); m_l those of the moving average of student l's weights (its peer mean teacher):
+
+        sum_j CE(z_j) + CE(z_f) + r(t) T^2 sum_j [ KL(z_f -> z_j) + 1/(n-1) sum_{l != j} KL(m_l -> z_j) ]
+
+    KL(a -> b) = KL(softmax(a / T) || softmax(b / T)) with a detached. Each student sees an augmentation of its own, and
+    m_l is computed on that of student l. After step s = 0, 1, .. of the optimiser every weight w of a student enters
+    its mean: m <- d m + (1 - d) w, d = min(1 - 1/(s+1), 0.999). Batch normalisation in a mean teacher uses the batch in
+    training, as in the students, and has running statistics of its own, from its own passes.
+
+    Predictors: the students, `ensemble` (mean of their logits), `fused` (z_f) and `mean0`, `mean1`, .. (the mean
+    teachers, networks of the students' shape).
+
+    Args:
+        students: At least two networks; equal ones share all stages but the last, and so do their means. The authors
+            have three.
+        num_classes: Their number of classes.
+        settings: `PCLSettings`, or None for the defaults.
+        image_size: Height and width of the images, pixels.
+
+    Source: Wu and Gong, "Peer Collaborative Learning for Online Knowledge Distillation", AAAI 2021, arXiv 2006.04147;
+        formulas after the third party's shaoeric/Peer-Collaborative-Learning-for-Online-Knowledge-Distillation at
+        9d0909b: docs/pcl.md says what is verified. The authors' code is not public.
+    Differs: there the shared stages see one student's view at a time, here all views as one batch; that concerns only
+        the statistics of their batch normalisation. There the means start from weights of their own, here from the
+        students'; after the first step both are the students' weights.
+    """
+
+    name = "pcl"
+    teacher = "allowed"
+    Settings = PCLSettings
+    min_students = 2
+    settings: PCLSettings
+
+    def __init__(
+        self,
+        students: Sequence[Network],
+        num_classes: int,
+        settings: PCLSettings | None = None,
+        image_size: tuple[int, int] = (32, 32),
+    ) -> None:
+        super().__init__(students, num_classes, settings, image_size)
+        self.fusion = ConcatenatedClassifier([student.widths[-1] for student in students], num_classes)
+        self.means = copy.deepcopy(self.cohort).requires_grad_(False)
+        self.steps: Tensor
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def views(self) -> int:
+        """One for each student, unless the settings say otherwise."""
+        return len(self.cohort) if self.settings.views_per_student else 1
+
+    def forward(self, images: Float[Tensor, "*view batch channel height width"]) -> Outputs:
+        """Run all students, the classifier of their features and the mean teachers on normalised images."""
+        with torch.no_grad():
+            mean_low = self.means.trunk(images)
+
+        def finish(index: int, feature_map: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            mean = self.means[index]
+            with torch.no_grad():
+                own = mean_low if mean_low.ndim == 4 else mean_low[index]
+                taught = mean.head(mean.feature_map(own, self.means.shared_stages))
+            return feature_map, self.cohort[index].head(feature_map), taught
+
+        maps, logits, means = zip(*self.cohort.each_branch(self.cohort.trunk(images), finish), strict=True)
+        extras = {f"mean{index}": each for index, each in enumerate(means)}
+        return Outputs(logits, maps, self.fusion(maps), extras=extras)
+
+    def losses(
+        self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Give `ce/` of each student and of `fused`, and `kl/fused->` and `kl/mean<l>->` it; see `Method.losses`."""
+        fused, chosen, count = outputs.fused_logits, self.settings, len(self.cohort)
+        if fused is None:
+            raise ValueError("the outputs have no fused logits")
+        terms = cross_entropy_terms(outputs.logits, labels)
+        terms["ce/fused"] = cross_entropy(fused, labels)
+        for index, logits in enumerate(outputs.logits):
+            terms[f"kl/fused->student{index}"] = ramped_kl(logits, fused, progress, chosen, chosen.detach_teachers)
+            for peer in (each for each in range(count) if each != index):
+                divergence = ramped_kl(logits, outputs.extras[f"mean{peer}"], progress, chosen, detach=True)
+                terms[f"kl/mean{peer}->student{index}"] = divergence / (count - 1)
+        return terms
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Put students and classifier into one group; the mean teachers are not trained."""
+        return [ParameterGroup("students", (*self.cohort.parameters(), *self.fusion.parameters()))]
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Let the students' new weights enter the mean teachers."""
+        means: list[Tensor] = list(self.means.parameters())
+        students: list[Tensor] = list(self.cohort.parameters())
+        steps = self.steps.to(means[0].dtype)
+        decay = (1 - 1 / (steps + 1)).clamp(max=self.settings.mean_decay)
+        torch._foreach_mul_(means, decay)
+        torch._foreach_add_(means, list(torch._foreach_mul(students, 1 - decay)))
+        self.steps += 1
+
+    def predictions(self, outputs: Outputs) -> dict[str, Float[Tensor, "batch class"]]:
+        """Name the logits of students, ensemble, classifier and mean teachers; see `Method.predictions`."""
+        return {**super().predictions(outputs), **outputs.extras}
+
+    def predictors(self) -> dict[str, nn.Module]:
+        """Give the students, their ensemble, the classifier and the mean teachers; see `Method.predictors`."""
+        members = [Network(list(each.stages), nn.Identity(), each.widths) for each in self.cohort]
+        fused = GroupPredictor(members, self.cohort.shared_stages, self.fusion)
+        means = {f"mean{index}": mean for index, mean in enumerate(self.means)}
+        return {**super().predictors(), "fused": fused, **means}

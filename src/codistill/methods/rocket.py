@@ -1,0 +1,72 @@
+"""Rocket launching: a light network learns beside a larger one, the booster."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from codistill.cohort import Outputs
+from codistill.errors import UsageError
+from codistill.losses import at_least_float32, squared_distance
+from codistill.methods.independent import cross_entropy_terms
+from codistill.methods.method import METHODS, Method, MethodSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class RocketSettings(MethodSettings):
+    """Settings of rocket launching."""
+
+    gamma: float = 0.03
+    """Factor on the hint, at least 0."""
+    hint: Literal["logits", "softmax"] = "logits"
+    """What of the booster the light network is to match: its logits, or its probabilities."""
+    detach_booster: bool = True
+    """The gradient block: whether the hint trains the light network alone, and not the booster too."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.gamma < math.inf:
+            raise UsageError(f"method.gamma is {self.gamma}; it must be at least 0")
+
+
+@METHODS.register("rocket")
+class Rocket(Method):
+    """A light network, student0, matches the logits of a booster, student1, while both learn from the labels.
+
+        CE(z_L) + CE(z_B) + gamma ||z_L - z_B||^2
+
+    The squared distance is summed over classes and averaged over the batch; the gradient block detaches z_B in it.
+
+    Args:
+        students: The light network, which is the one to deploy, and the booster. Equal ones share all stages but the
+            last; unlike ones share nothing unless `shared_stages` says how many of their first stages are alike.
+        num_classes: Their number of classes.
+        settings: `RocketSettings`, or None for the authors'.
+        image_size: Height and width of the images, pixels.
+
+    Source: Zhou et al., "Rocket Launching: A Universal and Efficient Framework for Training Well-performing Light Net",
+        AAAI 2018, arXiv 1708.04106; authors' code zhougr1993/Rocket-Launching at aa6b8f5, rocket_interval.py.
+    Differs: their code shares convolutions and gives each network batch normalisations of its own; here shared stages
+        are the very same modules, as the paper draws them. It divides the hint of a smaller last batch by the full
+        batch size.
+    """
+
+    name = "rocket"
+    Settings = RocketSettings
+    min_students = 2
+    max_students = 2
+    settings: RocketSettings
+
+    def losses(
+        self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Give `ce/student0`, `ce/student1` and `hint/student1->student0`; see `Method.losses`."""
+        terms = cross_entropy_terms(outputs.logits, labels)
+        light, booster = (at_least_float32(logits) for logits in outputs.logits)
+        if self.settings.hint == "softmax":
+            light, booster = light.softmax(dim=1), booster.softmax(dim=1)
+        distance = squared_distance(light, booster, self.settings.detach_booster)
+        terms["hint/student1->student0"] = self.settings.gamma * distance
+        return terms

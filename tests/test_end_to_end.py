@@ -1,0 +1,94 @@
+"""The package as its users meet it: six lines of Python, and `python -m codistill`."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+import codistill as cd
+from codistill import console
+from codistill.classifier import load_classifier
+
+from . import tiny
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder to work in, with a data set of 32x32 images in a file."""
+    monkeypatch.chdir(tmp_path)
+    tiny.write_npz(tmp_path / "colours.npz", tiny.data(train=128, test=9, size=(32, 32)))
+    return tmp_path
+
+
+def test_six_lines_of_python(place, tiny_registered, capsys):
+    data = cd.dataset("packed", root="colours.npz")
+    students = [cd.network("tiny", data.num_classes), cd.network("tiny:width=12", data.num_classes)]
+    method = cd.MFEF(students, num_classes=data.num_classes)
+    run = cd.train(method, data, epochs=2, out="runs/pair")
+    run.export("student0", "student.onnx")
+
+    assert capsys.readouterr().err == ""
+    assert run.summary["status"] == "finished" and run.summary["networks"] == ["tiny", "tiny:width=12"]
+    session = onnxruntime.InferenceSession("student.onnx", providers=["CPUExecutionProvider"])
+    pixels = np.ascontiguousarray(data.test.images.transpose(0, 3, 1, 2))
+    (logits,) = session.run(["logits"], {"images": pixels})
+    error = 100 * float((logits.argmax(axis=1) != data.test.labels).mean())
+    assert error == pytest.approx(run.summary["top1_error"]["student0"])
+    # And later, from the folder alone.
+    later = load_classifier(place / "runs" / "pair", "student0").logits(data.test.images)
+    np.testing.assert_allclose(later.numpy(), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_docstring_is_the_six_lines():
+    lines = [line for line in cd.__doc__.splitlines() if " = " in line or line.startswith("run.")]
+    names = set(re.findall(r"cd\.(\w+)", "\n".join(lines)))
+    assert len(lines) == 5 and {"dataset", "network", "MFEF", "train"} <= names <= set(cd.__all__)
+    assert all(hasattr(cd, name) for name in cd.__all__)
+
+
+def test_progress_is_shown_without_a_terminal(place, capsys, monkeypatch):
+    monkeypatch.setattr(console, "LINE_SECONDS", 0.0)
+    settings = tiny.settings(epochs=2, batch_size=64)
+    cd.train(tiny.method(), tiny.data(train=128, size=(8, 8)), out="run", settings=settings)
+    lines = capsys.readouterr().out.splitlines()
+    rate, terms, left = r"[\d,]+ images/s", r"loss \d+\.\d+  ce/student \S+ \S+  ce/fused \S+.*", r"\d+:\d\d left"
+    for epoch in (1, 2):
+        for step in (1, 2):
+            assert any(
+                re.fullmatch(rf"epoch {epoch}/2  step {step}/2  {rate}  {terms}  {left}", line) for line in lines
+            )
+        assert any(re.fullmatch(rf"epoch {epoch}/2  {rate}  {terms}  error %: .*  {left}", line) for line in lines)
+    assert lines[-1] == "run folder: run" and not any("\x1b" in line for line in lines)
+
+
+def test_a_quiet_training_says_nothing(place, capsys):
+    cd.train(tiny.method(), tiny.data(), out="run", settings=tiny.settings(epochs=1), show=False)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_module_runs_as_a_program(place):
+    arguments = ["train", "independent", "--networks", "resnet20", "--data", "packed", "--data-dir", "colours.npz"]
+    flags = ["--epochs", "1", "--train-limit", "16", "-b", "8", "--threads", "1", "--out", "run"]
+    done = subprocess.run(
+        [sys.executable, "-m", "codistill", *arguments, *flags],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"epoch 1/1  \d+ images/s  loss ", done.stdout)
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert summary["status"] == "finished" and list(summary["top1_error"]) == ["student0"]
+    # It is ResNet-20: 0.27 million parameters.
+    assert 0.25e6 < summary["parameters"]["student0"] < 0.3e6
+
+
+def test_the_module_gives_the_exit_status(place):
+    done = subprocess.run([sys.executable, "-m", "codistill", "trian"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("codistill: error: unknown command 'trian'") and done.stderr.count("\n") == 1
