@@ -108,7 +108,7 @@ def test_other_kinds_of_files_are_not_opened(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(b"anything")
     with pytest.raises(
-        UsageError, match="not a kind of file that is read here.*give .safetensors, .onnx or a run"
+        UsageError, match=r"not a kind of file that is read here.*give \.safetensors, \.onnx or a run"
     ) as error:
         load_classifier(path)
     assert ("can run code" in str(error.value)) is (path.suffix == ".pt2")

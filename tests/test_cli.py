@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import numpy as np
@@ -156,7 +155,7 @@ def test_export_and_predict_with_the_file(run, made, capsys):
     assert main(["export", str(run), "--predictor", "fused", "--format", "safetensors"]) == 0
     path = run / "exports" / "fused.safetensors"
     line = capsys.readouterr().out
-    assert line.startswith(f"ok: {path}: fused, 1,") and "compared on 9 test images" in line and "100.00 %" in line
+    assert re.match(rf"ok: {path}: fused, \d,\d+ parameters; .* compared on 9 test images: .* 100\.00 %$", line)
     images = [str(made / f"image{index}.png") for index in range(3)]
     answers = []
     for model in ([str(run), "--predictor", "fused"], [str(path)]):
@@ -174,7 +173,7 @@ def test_export_takes_the_format_from_the_file_and_the_best_student(run, capsys,
 def test_list(capsys):
     assert main(["list", "--json"]) == 0
     entries = json.loads(capsys.readouterr().out)
-    assert list(entries) == ["methods", "networks", "data"]
+    assert list(entries)[:3] == ["methods", "networks", "data"]
     names = {kind: [each["name"] for each in members] for kind, members in entries.items()}
     assert {"independent", "ffl", "mfef"} <= set(names["methods"])
     assert {"resnet20", "resnet32", "resnet56", "resnet110", "wrn-16-2", "wrn-40-2"} <= set(names["networks"])
@@ -372,54 +371,54 @@ TRAIN = """
 """
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_end_a_training_in_order(made, tmp_path, number, status):
-    flags = ["--data-dir", str(made / "colours.npz"), "--epochs", "100000", "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(TRAIN), "train", *TINY, *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parent.parent,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
+def test_signals_end_a_training_in_order(made, tmp_path):
+    flags = ["--data-dir", str(made / "colours.npz"), "--epochs", "100000"]
+    processes = {}
     try:
-        assert process.stdout.readline().startswith("epoch 1/100000")
-        process.send_signal(number)
-        _, error = process.communicate(timeout=60)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            processes[number] = subprocess.Popen(
+                [sys.executable, "-c", textwrap.dedent(TRAIN), "train", *TINY, *flags, "--out", tmp_path / number.name],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=Path(__file__).parent.parent,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            )
+        for number, process in processes.items():
+            assert process.stdout.readline().startswith("epoch 1/100000")
+            process.send_signal(number)
+        for number, status, word in ((signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")):
+            _, error = processes[number].communicate(timeout=60)
+            assert processes[number].returncode == status
+            assert error == f"codistill: error: {word}; checkpoints up to the last completed epoch are kept\n"
+            run = cd.Run(tmp_path / number.name)
+            assert run.summary["status"] == "interrupted"
+            assert run.checkpoints.load()["epoch"] >= len(run.metrics()) >= 1
+            # And the folder is free: nobody holds the lock of a process that is gone.
+            cd.run.RunLock(run.path).release()
     finally:
-        process.kill()
-    assert process.returncode == status
-    word = {143: "terminated", 130: "interrupted"}[status]
-    assert error == f"codistill: error: {word}; checkpoints up to the last completed epoch are kept\n"
-    run = cd.Run(tmp_path / "out")
-    assert run.summary["status"] == "interrupted"
-    assert run.checkpoints.load()["epoch"] >= len(run.metrics()) >= 1
-    # And the folder is free: nobody holds the lock of a process that is gone.
-    cd.run.RunLock(run.path).release()
+        for process in processes.values():
+            process.kill()
+            process.wait()
 
 
-def test_a_reader_that_goes_away_is_no_bug(tmp_path):
-    command = f"{sys.executable} -m codistill list --json | head -c 1"
-    started = time.monotonic()
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=60)
-    assert done.stdout == "{" and "bug" not in done.stderr and "Traceback" not in done.stderr, done.stderr
-    assert time.monotonic() - started < 60
+@pytest.fixture
+def closed(monkeypatch):
+    """A standard output whose reader has gone away, as of `| head`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        yield
 
 
-def test_a_training_goes_on_when_nobody_reads(made, tmp_path):
-    flags = ["--data-dir", str(made / "colours.npz"), "--epochs", "5", "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(TRAIN), "train", *TINY, *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parent.parent,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
-    assert process.stdout.readline().startswith("epoch 1/5")
-    process.stdout.close()
-    assert process.stderr.read() == ""
-    process.stderr.close()
-    assert process.wait(timeout=60) == 0
-    assert cd.Run(tmp_path / "out").summary["status"] == "finished"
+def test_a_reader_that_goes_away_is_no_error(closed, capsys):
+    assert main(["list", "--json"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_training_goes_on_when_nobody_reads(made, closed, capsys, tmp_path):
+    flags = ["--data-dir", str(made / "colours.npz"), "--epochs", "3", "--out", "out"]
+    assert main(["train", *TINY, *flags]) == 0
+    assert capsys.readouterr().err == ""
+    assert len(cd.Run(tmp_path / "out").metrics()) == 3 and cd.Run(tmp_path / "out").summary["status"] == "finished"

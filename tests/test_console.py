@@ -57,9 +57,12 @@ def test_plain_lines_say_epoch_step_rate_terms_and_time_left(clock, capsys):
             "images_per_second": 100.0,
             "train": {"loss": 1.5},
             "test": {"student0": {"top1_error": 12.5}},
+            "warnings": ["student0 has collapsed"],
         }
         display.end_epoch(row)
-        assert capsys.readouterr().out == "epoch 1/4  100 images/s  loss 1.500  error %: student0 12.50  0:30 left\n"
+        line, warning = capsys.readouterr().out.splitlines()
+        assert line == "epoch 1/4  100 images/s  loss 1.500  error %: student0 12.50  0:30 left"
+        assert "warning" in warning and "student0 has collapsed" in warning
         display.begin_epoch(1)
         clock(2)
         display.step(1, 4, {})
@@ -91,7 +94,7 @@ def test_a_quiet_display_prints_nothing(clock, capsys):
         display.begin_epoch(0)
         clock(60)
         display.step(0, 1, {"loss": 1.0})
-        display.end_epoch({"epoch": 0, "images_per_second": 1.0, "train": {}, "test": {}})
+        display.end_epoch({"epoch": 0, "images_per_second": 1.0, "train": {}, "test": {}, "warnings": []})
         display.console.print("a table")
     assert capsys.readouterr() == ("", "")
 

@@ -230,9 +230,13 @@ def perturbing(write, amount: float):
 
 
 @pytest.mark.parametrize(
-    ("format", "writer"), [("safetensors", "_write_safetensors"), ("torch-export", "_write_torch_export")]
+    ("format", "writer", "old"),
+    [
+        ("safetensors", "_write_safetensors", None),
+        ("safetensors", "_write_safetensors", b"a good file"),
+        ("torch-export", "_write_torch_export", b"a good file"),
+    ],
 )
-@pytest.mark.parametrize("old", [b"a good file", None])
 def test_a_file_that_answers_otherwise_is_not_kept(tiny_run, tmp_path, monkeypatch, format, writer, old):
     path = tmp_path / f"x{export.SUFFIXES[format]}"
     if old is not None:

@@ -178,7 +178,7 @@ def test_a_config_must_be_whole(copy, key):
     for damaged in ({**record, key: 3}, {each: value for each, value in record.items() if each != key}):
         if key == "networks" and key in damaged:
             continue
-        with pytest.raises(CheckpointError, match="config.json: "):
+        with pytest.raises(CheckpointError, match=r"config\.json: "):
             checked_record(damaged, copy)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import codistill as cd
+from codistill import loop
 from codistill.data.augment import seeded_order
 from codistill.errors import CodistillError, DivergedError, UsageError
 from codistill.step import PlainStep
@@ -18,7 +19,6 @@ from . import tiny
 
 # By its full name, for `codistill.train` is the function.
 train_module = importlib.import_module("codistill.train")
-loop_module = importlib.import_module("codistill.loop")
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def train(tmp_path, monkeypatch):
     """Train tiny students into folders run0, run1, .. of an empty folder, in which the process stands."""
     monkeypatch.chdir(tmp_path)
     # Drawing the page takes three times as long as all the rest.
-    monkeypatch.setattr("codistill.loop.write_report", lambda run: None)
+    monkeypatch.setattr(loop, "write_report", lambda run: None)
     count = iter(range(100))
 
     def run(method: cd.Method | None = None, data: cd.Dataset | None = None, **changes: object) -> cd.Run:
@@ -81,7 +81,7 @@ def test_training_takes_nothing_from_the_programs_random_numbers(train):
 def test_every_image_is_seen_once_an_epoch(train, steps):
     run = train(data=tiny.data(train=20), epochs=3)
     assert [len(images) for images, *_ in steps] == [8, 8, 4] * 3
-    epochs = [sum((images for images, *_ in steps[start : start + 3]), []) for start in (0, 3, 6)]
+    epochs = [[image for images, *_ in steps[start : start + 3] for image in images] for start in (0, 3, 6)]
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
     assert [progress for _, progress, *_ in steps] == pytest.approx([0] * 3 + [1 / 3] * 3 + [2 / 3] * 3)
@@ -131,13 +131,13 @@ def test_train_limit_takes_the_first_of_the_seeded_order(train, steps):
 
 def test_validation_images_are_held_out_of_the_training(train, steps, monkeypatch):
     held = []
-    evaluate = loop_module.evaluate
+    evaluate = loop.evaluate
 
     def watched(method, images, *rest, **options):
         held.append(images)
         return evaluate(method, images, *rest, **options)
 
-    monkeypatch.setattr(loop_module, "evaluate", watched)
+    monkeypatch.setattr(loop, "evaluate", watched)
     data = tiny.data(train=30)
     train(data=data, validation=10, seed=3, epochs=1)
     order = seeded_order(30, 3).numpy()
@@ -298,7 +298,7 @@ def test_images_too_small_for_a_network_are_refused(train, tmp_path):
     for student in students:
         student.stages[1] = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 5), torch.nn.ReLU())
     method = cd.Independent(students, 3)
-    with pytest.raises(UsageError, match="independent with Network .* cannot take 4x4 images: ") as error:
+    with pytest.raises(UsageError, match=r"independent with Network .* cannot take 4x4 images: ") as error:
         train(method, tiny.data(size=(4, 4)))
     assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
     before = {name: tensor.device for name, tensor in method.state_dict().items()}

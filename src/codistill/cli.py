@@ -29,7 +29,7 @@ from codistill.data import DATASETS
 from codistill.errors import CodistillError, UsageError
 from codistill.methods import METHODS
 from codistill.networks import NETWORKS
-from codistill.presets import PRESETS, Preset, find_preset, preset_run, renamed
+from codistill.presets import PRESETS, find_preset, preset_run, renamed
 from codistill.registry import near_matches
 
 USAGE = """\
@@ -125,6 +125,8 @@ class TrainOptions:
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
     out: Path | None = None
     """The run folder. None: a new one below runs/."""
+    seeds: tuple[int, ...] = ()
+    """Train one run for each of these seeds, side by side on one device, in OUT/seed0, OUT/seed1, .."""
     recipe: Path | None = None
     """A TOML file of settings, or the config.json of a run to repeat."""
     preset: str | None = None
@@ -150,13 +152,18 @@ def train_command(arguments: Sequence[str]) -> None:
     # Later flags win: the method's defaults, then the preset, the recipe, and what was written by hand.
     parsed, unknown = parse_flags(TrainOptions, [*from_preset, *from_recipe, *rest], default, command)
     if unknown:
-        raise UsageError(unknown_option(unknown[0], [*setting_names(method), "out", "recipe", "preset"], command))
+        raise UsageError(
+            unknown_option(unknown[0], [*setting_names(method), "out", "seeds", "recipe", "preset"], command)
+        )
     config = parsed.config
     if preset is not None:
         config = dataclasses.replace(config, networks=renamed(preset, config.networks))
-    from codistill.train import train_from_config
+    from codistill.train import train_from_config, train_seeds
 
-    train_from_config(config, parsed.out)
+    if parsed.seeds:
+        train_seeds(config, parsed.seeds, parsed.out)
+    else:
+        train_from_config(config, parsed.out)
 
 
 def has_flag(arguments: Sequence[str], flag: str) -> bool:
@@ -230,10 +237,9 @@ def list_command(arguments: Sequence[str]) -> None:
     """Run `codistill list`."""
     chosen = options(ListOptions, arguments, "codistill list")
     entries: dict[str, list[dict[str, Any]]] = {
-        "methods": [{"name": name, "summary": first_line(METHODS[name])} for name in METHODS],
+        "methods": [{"name": name, "summary": first_line(METHODS[name]), **preset_of(name)} for name in METHODS],
         "networks": [{"name": name, "summary": first_line(NETWORKS[name])} for name in NETWORKS],
         "data": [{"name": name, "summary": first_line(DATASETS[name])} for name in DATASETS],
-        "presets": [{"name": name, "summary": summary_of(PRESETS[name])} for name in PRESETS],
     }
     if chosen.json:
         print(json.dumps(entries, indent=2))
@@ -243,13 +249,21 @@ def list_command(arguments: Sequence[str]) -> None:
         for member in members:
             table.add_row(member["name"], member["summary"])
         Console().print(table)
+    for member in entries["methods"]:
+        if "preset" in member:
+            preset = member["preset"]
+            sets = [f"{key} {value}" for key, value in preset["sets"].items()]
+            sets += [f"{name} is {network}" for name, network in preset["networks"].items()]
+            print(f"\n--preset {member['name']}: {preset['source']}\n  {', '.join(sets)}")
 
 
-def summary_of(preset: Preset) -> str:
-    """Write what a preset sets."""
-    parts = [f"{key} {value}" for key, value in {**preset.run, **preset.settings}.items()]
-    parts += [f"{name} means {network}" for name, network in preset.networks.items()]
-    return f"{preset.source}. Sets: {', '.join(parts)}"
+def preset_of(method: str) -> dict[str, Any]:
+    """Give what the paper's preset of a method sets, where it has one."""
+    if method not in PRESETS:
+        return {}
+    preset = PRESETS[method]
+    sets = {**preset.run, **{f"method.{key}": value for key, value in preset.settings.items()}}
+    return {"preset": {"source": preset.source, "sets": sets, "networks": dict(preset.networks)}}
 
 
 def first_line(plugin: object) -> str:

@@ -39,11 +39,13 @@ class TrainingDisplay:
         steps: Steps of an epoch.
         images: Images of an epoch.
         show: False: print nothing.
+        label: What each line begins with.
     """
 
-    def __init__(self, epochs: int, steps: int, images: int, show: bool = True) -> None:
+    def __init__(self, epochs: int, steps: int, images: int, show: bool = True, label: str = "") -> None:
         self.console = LastingConsole(quiet=not show, highlight=False)
         self.epochs, self.steps, self.images = epochs, steps, images
+        self.label = f"{label}: " if label else ""
         self._bar = Progress(
             TextColumn("epoch {task.fields[epoch]}/" + str(epochs)),
             BarColumn(),
@@ -83,7 +85,9 @@ class TrainingDisplay:
         status = f"{rate:,.0f} images/s  {term_text(terms)}  {duration(left)} left"
         self._bar.update(self._task, completed=step, status=status)
         if self._bar.disable:
-            self.console.print(f"epoch {epoch + 1}/{self.epochs}  step {step}/{self.steps}  {status}", soft_wrap=True)
+            self.console.print(
+                f"{self.label}epoch {epoch + 1}/{self.epochs}  step {step}/{self.steps}  {status}", soft_wrap=True
+            )
 
     def end_epoch(self, row: Mapping[str, Any]) -> None:
         """Print the line of a finished epoch."""
@@ -92,12 +96,13 @@ class TrainingDisplay:
         left = (now - self._started) / epoch * (self.epochs - epoch)
         errors = "  ".join(f"{name} {each['top1_error']:.2f}" for name, each in row["test"].items())
         self.console.print(
-            f"epoch {epoch}/{self.epochs}  {row['images_per_second']:,.0f} images/s  {term_text(row['train'])}  "
+            f"{self.label}epoch {epoch}/{self.epochs}  {row['images_per_second']:,.0f} images/s  "
+            f"{term_text(row['train'])}  "
             f"error %: {errors}  {duration(left)} left",
             soft_wrap=True,
         )
         for warning in row["warnings"]:
-            self.console.print(f"warning: epoch {epoch}: {warning}", soft_wrap=True)
+            self.console.print(f"{self.label}warning: epoch {epoch}: {warning}", soft_wrap=True)
 
 
 def term_text(terms: Mapping[str, float]) -> str:

@@ -1,8 +1,10 @@
-"""The epoch loop: train, evaluate, log, save; then summarise."""
+"""The epoch loop of one run, or of several that train side by side: train, evaluate, log, save, summarise."""
 
+import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from codistill.checkpoint import write_json
 from codistill.cohort import Cohort
 from codistill.config import RunConfig
 from codistill.console import TrainingDisplay, summary_table
-from codistill.data.augment import DeviceImages, epoch_plan
+from codistill.data.augment import Batch, DeviceImages, epoch_plan
 from codistill.errors import DivergedError
 from codistill.evaluate import evaluate
 from codistill.health import DiversitySums, troubles
@@ -22,7 +24,7 @@ from codistill.networks.network import parameter_count
 from codistill.optim import learning_rate_at, set_learning_rate
 from codistill.report import write_report
 from codistill.run import Run
-from codistill.step import Step
+from codistill.step import CapturedFleet, PlainStep, SequentialFleet, make_fleet
 
 
 def network_names(cohort: Cohort) -> list[str]:
@@ -59,85 +61,104 @@ class Loop:
         held: The splits that are evaluated each epoch; `test`, and `validation` where one is held out.
         board: TensorBoard events.
         show: Whether to print.
+        label: What its lines begin with, among those of other runs.
     """
 
     def __init__(
         self,
         run: Run,
         config: RunConfig,
-        step: Step,
+        step: PlainStep,
         held: dict[str, DeviceImages],
         board: SummaryWriter,
         show: bool,
+        label: str = "",
     ) -> None:
         self.run, self.config, self.step, self.held, self.board = run, config, step, held, board
         self.method = step.method
         size, images = config.train.batch_size, len(step.images)
         self.used = images // size * size if config.train.drop_last else images
-        self.display = TrainingDisplay(config.train.epochs, math.ceil(self.used / size), self.used, show)
+        self.display = TrainingDisplay(config.train.epochs, math.ceil(self.used / size), self.used, show, label)
+        self.rate = config.train.learning_rate
         self.best: dict[str, Any] | None = None
         self.rows: list[dict[str, Any]] = []
 
-    def run_epochs(self) -> None:
-        """Train, evaluate, log and save until the last epoch; then summarise."""
-        started = time.monotonic()
-        with self.display:
-            for epoch in range(self.config.train.epochs):
-                self.rows.append(self.run_epoch(epoch))
-        rows = self.rows
-        summary = self.summarise(rows, time.monotonic() - started)
-        write_json(self.run.path / "summary.json", summary)
-        write_report(self.run)
-        self.display.console.print(summary_table(summary, rows[-1]["test"]))
-        self.display.console.print(f"run folder: {self.run.path}", soft_wrap=True)
+    @property
+    def steps(self) -> list[tuple[int, int]]:
+        """First and last (exclusive) place of each batch in the order of an epoch."""
+        size = self.config.train.batch_size
+        return [(start, min(start + size, self.used)) for start in range(0, self.used, size)]
 
-    def run_epoch(self, epoch: int) -> dict[str, Any]:
-        """Train one epoch, evaluate and save; give its line of metrics.jsonl."""
+    def begin_epoch(self, epoch: int) -> Batch:
+        """Set the learning rate and draw the order, crops and flips of an epoch."""
         settings = self.config.train
-        rate = learning_rate_at(
+        self.rate = learning_rate_at(
             epoch, settings.learning_rate, settings.learning_rate_steps, settings.learning_rate_decay
         )
-        set_learning_rate(self.step.optimizer, rate)
-        started = time.monotonic()
-        terms = self.train_epoch(epoch)
+        set_learning_rate(self.step.optimizer, self.rate)
+        self.display.begin_epoch(epoch)
+        device = self.step.images.labels.device
+        count, augmentation = len(self.step.images), self.step.augmentation
+        return epoch_plan(count, settings.seed, epoch, augmentation, device, self.method.views)
+
+    def after_step(self, epoch: int, number: int) -> None:
+        """Show where the training is, now and then; steps are counted from 1."""
+        if self.display.due():
+            # On a GPU a read would wait for all work in the queue; there terms are shown once an epoch.
+            readable = self.step.images.labels.device.type == "cpu"
+            self.display.step(epoch, number, self.step.sums.means() if readable else {})
+
+    def end_epoch(self, epoch: int, started: float) -> None:
+        """Read the loss terms, evaluate, and keep what came out.
+
+        Args:
+            epoch: Counted from 0.
+            started: When its training began, seconds of the monotonic clock.
+
+        Raises:
+            DivergedError: A term or a score is no number; nothing of the epoch is kept.
+        """
+        self.method.after_epoch()
+        terms = self.step.sums.means()
         seconds = time.monotonic() - started
-        self.refuse_divergence(epoch, rate, terms)
-        row: dict[str, Any] = {"epoch": epoch, "learning_rate": rate, "train": terms}
-        for name, images in self.held.items():
-            # Of the validation and the test split, the last one, the test split, says how the students differ.
-            sums = DiversitySums(len(self.method.cohort), self.method.num_classes, images.labels.device)
-            scores = evaluate(self.method, images, settings.precision, diversity=sums)
-            row[name] = {predictor: dataclasses.asdict(each) for predictor, each in scores.items()}
-            row["diversity"] = dataclasses.asdict(sums.read())
-            self.refuse_divergence(epoch, rate, {f"{name} NLL of {key}": each.nll for key, each in scores.items()})
-        if "fused" in row["test"]:
-            fused = row["test"]["fused"]["top1_error"]
-            students = {name: each["top1_error"] for name, each in row["test"].items() if name.startswith("student")}
-            row["diversity"]["gap_to_fused"] = {name: error - fused for name, error in students.items()}
-        row["warnings"] = troubles(row, self.rows, settings.epochs)
+        self.step.sums.reset()
+        self.refuse_divergence(epoch, terms)
+        row: dict[str, Any] = {"epoch": epoch, "learning_rate": self.rate, "train": terms}
+        row |= self.evaluate_epoch(epoch)
+        row["warnings"] = troubles(row, self.rows, self.config.train.epochs)
         row |= {"seconds": seconds, "images_per_second": self.used / seconds}
         self.keep(row)
+        self.rows.append(row)
+
+    def evaluate_epoch(self, epoch: int) -> dict[str, Any]:
+        """Score all predictors on the held splits, and how the students differ on the last one, the test split."""
+        row: dict[str, Any] = {}
+        for name, images in self.held.items():
+            sums = DiversitySums(len(self.method.cohort), self.method.num_classes, images.labels.device)
+            scores = evaluate(self.method, images, self.config.train.precision, diversity=sums)
+            self.refuse_divergence(epoch, {f"{name} NLL of {key}": each.nll for key, each in scores.items()})
+            row[name] = {predictor: dataclasses.asdict(each) for predictor, each in scores.items()}
+            row["diversity"] = dataclasses.asdict(sums.read())
+        errors = {name: each["top1_error"] for name, each in row["test"].items()}
+        if "fused" in errors:
+            row["diversity"]["gap_to_fused"] = {
+                name: error - errors["fused"] for name, error in errors.items() if name.startswith("student")
+            }
         return row
 
-    def train_epoch(self, epoch: int) -> dict[str, float]:
-        """Run all steps of an epoch; give the mean loss terms."""
-        settings, device = self.config.train, self.step.images.labels.device
-        plan = epoch_plan(
-            len(self.step.images), settings.seed, epoch, self.step.augmentation, device, self.method.views
-        )
-        progress = torch.tensor(epoch / settings.epochs, device=device)
-        self.display.begin_epoch(epoch)
-        for number, start in enumerate(range(0, self.used, settings.batch_size), start=1):
-            self.step(plan.part(start, min(start + settings.batch_size, self.used)), progress)
-            if self.display.due():
-                # On a GPU a read would wait for all work in the queue; there terms are shown once an epoch.
-                self.display.step(epoch, number, self.step.sums.means() if device.type == "cpu" else {})
-        self.method.after_epoch()
-        means = self.step.sums.means()
-        self.step.sums.reset()
-        return means
+    def finish(self, seconds: float) -> None:
+        """Write summary and report, and show the table.
 
-    def refuse_divergence(self, epoch: int, rate: float, numbers: dict[str, float]) -> None:
+        Args:
+            seconds: From the first step to now.
+        """
+        summary = self.summarise(self.rows, seconds)
+        write_json(self.run.path / "summary.json", summary)
+        write_report(self.run)
+        self.display.console.print(summary_table(summary, self.rows[-1]["test"]))
+        self.display.console.print(f"run folder: {self.run.path}", soft_wrap=True)
+
+    def refuse_divergence(self, epoch: int, numbers: dict[str, float]) -> None:
         """Stop where a loss term or a score is no number.
 
         Raises:
@@ -146,7 +167,7 @@ class Loop:
         bad = [name for name, value in numbers.items() if name != "loss" and not math.isfinite(value)]
         if bad:
             raise DivergedError(
-                f"{', '.join(bad)} became NaN or infinite in epoch {epoch + 1} at learning rate {rate:g}: "
+                f"{', '.join(bad)} became NaN or infinite in epoch {epoch + 1} at learning rate {self.rate:g}: "
                 f"lower --learning-rate; {self.run.path} keeps the last whole checkpoint"
             )
 
@@ -206,3 +227,43 @@ def write_events(board: SummaryWriter, row: dict[str, Any]) -> None:
         board.add_scalar(f"diversity/{name}", row["diversity"][name], step)
     board.add_scalar("train/learning_rate", row["learning_rate"], step)
     board.add_scalar("train/images_per_second", row["images_per_second"], step)
+
+
+def run_epochs(loops: Sequence[Loop], diverged: Callable[[Loop, DivergedError], None]) -> None:
+    """Train runs side by side until their last epoch; each ends as it would have ended alone.
+
+    Args:
+        loops: Runs with the same number of images, batch size and epochs.
+        diverged: Called with a run that is dropped because a number of it is none any more; the others go on.
+    """
+    active = list(loops)
+    started = time.monotonic()
+    fleet: CapturedFleet | SequentialFleet | None = None
+    with contextlib.ExitStack() as shown:
+        for loop in loops[:1]:
+            shown.enter_context(loop.display)
+        for epoch in range(loops[0].config.train.epochs):
+            fleet = fleet or make_fleet([loop.step for loop in active])
+            began = time.monotonic()
+            train_epoch(active, fleet, epoch)
+            for loop in list(active):
+                try:
+                    loop.end_epoch(epoch, began)
+                except DivergedError as error:
+                    diverged(loop, error)
+                    active.remove(loop)
+                    fleet = None
+            if not active:
+                return
+    for loop in active:
+        loop.finish(time.monotonic() - started)
+
+
+def train_epoch(loops: Sequence[Loop], fleet: CapturedFleet | SequentialFleet, epoch: int) -> None:
+    """Run all steps of an epoch for all runs."""
+    settings = loops[0].config.train
+    plans = [loop.begin_epoch(epoch) for loop in loops]
+    progress = torch.tensor(epoch / settings.epochs, device=loops[0].step.images.labels.device)
+    for number, (start, stop) in enumerate(loops[0].steps, start=1):
+        fleet([plan.part(start, stop) for plan in plans], progress)
+        loops[0].after_step(epoch, number)

@@ -1,7 +1,6 @@
-"""One training step: plain PyTorch, and the same captured as a CUDA graph behind the same signature."""
+"""One training step: plain PyTorch, and the same captured as a CUDA graph, for one run or several at once."""
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -13,19 +12,6 @@ from codistill.methods import Method
 from codistill.metrics import TermSums
 
 WARM_UP_STEPS = 3
-
-
-class Step(Protocol):
-    """What the loop calls: train on a batch, add its loss terms to `sums`; the loop cannot tell steps apart."""
-
-    method: Method
-    images: DeviceImages
-    augmentation: Augmentation
-    optimizer: torch.optim.Optimizer
-    sums: TermSums
-
-    def __call__(self, batch: Batch, progress: Float[Tensor, ""]) -> None:
-        """Train on a batch."""
 
 
 class PlainStep:
@@ -76,58 +62,88 @@ class PlainStep:
         return self.method.losses(outputs, labels, progress)
 
 
-class CapturedStep:
-    """A plain step as one CUDA graph per batch size.
+class CapturedFleet:
+    """The plain steps of several independent runs as one CUDA graph per batch size, each run on a stream of its own.
 
     The first calls with a size run plainly, on the stream that is captured later: they are real training steps, and
-    make cuDNN, the compiler and the allocator ready. Then the step is captured, and from then on replayed.
+    make cuDNN and the allocator ready. Then the steps are captured together, and from then on replayed. Kernels and
+    their order within a run are those of the run alone.
 
     Args:
-        plain: The step; everything that it touches stays where it is in memory.
+        members: The steps, on one device; everything that they touch stays where it is in memory.
         warm_up: How many calls of a size run plainly.
     """
 
-    def __init__(self, plain: PlainStep, warm_up: int = WARM_UP_STEPS) -> None:
-        self.plain = plain
-        self.method, self.images, self.augmentation = plain.method, plain.images, plain.augmentation
-        self.optimizer, self.sums = plain.optimizer, plain.sums
+    def __init__(self, members: Sequence[PlainStep], warm_up: int = WARM_UP_STEPS) -> None:
+        self.members = list(members)
         self.warm_up = warm_up
-        self.device = plain.images.labels.device
-        if plain.method.parallel_branches:
-            plain.method.cohort.run_branches_on_streams(self.device)
+        self.device = members[0].images.labels.device
         self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._forks = [torch.cuda.Stream(self.device) for _ in members]  # type: ignore[no-untyped-call]
         self._progress = torch.zeros((), device=self.device)
         self._calls: dict[int, int] = {}
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Batch]] = {}
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, list[Batch]]] = {}
+        # Branches of one run fill a GPU that is otherwise idle; several runs fill it better.
+        if len(members) == 1 and members[0].method.parallel_branches:
+            members[0].method.cohort.run_branches_on_streams(self.device)
 
-    def __call__(self, batch: Batch, progress: Float[Tensor, ""]) -> None:
-        """Train on a batch and add its loss terms to `sums`."""
-        size = batch.image.shape[-1]
+    def __call__(self, batches: Sequence[Batch], progress: Float[Tensor, ""]) -> None:
+        """Train each run on its batch and add its loss terms to its `sums`."""
+        size = batches[0].image.shape[-1]
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             self._progress.copy_(progress)
             if size not in self._graphs and self._calls.get(size, 0) < self.warm_up:
                 self._calls[size] = self._calls.get(size, 0) + 1
-                self.plain(batch, self._progress)
+                self._run(batches)
             else:
                 if size not in self._graphs:
-                    self._graphs[size] = self._capture(batch)
+                    self._graphs[size] = self._capture(batches)
                 graph, static = self._graphs[size]
-                for target, source in zip(static, batch, strict=True):
-                    target.copy_(source)
+                for targets, sources in zip(static, batches, strict=True):
+                    for target, source in zip(targets, sources, strict=True):
+                        target.copy_(source)
                 graph.replay()
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
-    def _capture(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch]:
-        static = Batch(*(table.clone() for table in batch))
+    def _run(self, batches: Sequence[Batch]) -> None:
+        if len(self.members) == 1:
+            self.members[0](batches[0], self._progress)
+            return
+        for fork, member, batch in zip(self._forks, self.members, batches, strict=True):
+            fork.wait_stream(self.stream)
+            with torch.cuda.stream(fork):
+                member(batch, self._progress)
+        for fork in self._forks:
+            self.stream.wait_stream(fork)
+
+    def _capture(self, batches: Sequence[Batch]) -> tuple[torch.cuda.CUDAGraph, list[Batch]]:
+        static = [Batch(*(table.clone() for table in batch)) for batch in batches]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self.stream):
-            self.plain(static, self._progress)
+            self._run(static)
         return graph, static
 
 
-def make_step(plain: PlainStep) -> Step:
-    """Capture a step where it can be: on CUDA, and where the method allows it."""
-    if plain.images.labels.device.type == "cuda" and plain.method.capturable:
-        return CapturedStep(plain)
-    return plain
+class SequentialFleet:
+    """The plain steps of several independent runs, one after the other: a CPU's fleet.
+
+    Args:
+        members: The steps.
+    """
+
+    def __init__(self, members: Sequence[PlainStep]) -> None:
+        self.members = list(members)
+
+    def __call__(self, batches: Sequence[Batch], progress: Float[Tensor, ""]) -> None:
+        """Train each run on its batch and add its loss terms to its `sums`."""
+        for member, batch in zip(self.members, batches, strict=True):
+            member(batch, progress)
+
+
+def make_fleet(members: Sequence[PlainStep]) -> CapturedFleet | SequentialFleet:
+    """Capture steps where they can be: on CUDA, and where every method allows it."""
+    on_gpu = members[0].images.labels.device.type == "cuda"
+    if on_gpu and all(member.method.capturable for member in members):
+        return CapturedFleet(members)
+    return SequentialFleet(members)

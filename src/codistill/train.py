@@ -1,8 +1,11 @@
 """From a method and a data set to a finished run folder."""
 
+import contextlib
 import copy
 import dataclasses
 import itertools
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,12 @@ from codistill.config import RunConfig, TrainSettings
 from codistill.data.augment import DeviceImages, seeded_order
 from codistill.data.dataset import Dataset, Split, dataset
 from codistill.device import choose_device
-from codistill.errors import UsageError
-from codistill.loop import Loop, network_names, run_facts, status_of
+from codistill.errors import DivergedError, UsageError
+from codistill.loop import Loop, network_names, run_epochs, run_facts, status_of
 from codistill.methods import METHODS, Method
 from codistill.optim import make_optimizer
 from codistill.run import Run, build_method, dataset_record, environment
-from codistill.step import PlainStep, make_step
+from codistill.step import PlainStep
 from codistill.teacher import Taught, load_teacher
 
 
@@ -82,11 +85,11 @@ def check_shapes(method: Method, data: Dataset) -> None:
         )
 
 
-def free_folder(config: RunConfig) -> Path:
-    """Find a new folder name below runs/ for a run."""
+def free_folder(config: RunConfig, ending: str | None = None) -> Path:
+    """Find a new folder name below runs/ for a run, or for several that `ending` names."""
     names = [spec.partition(":")[0].replace("/", "-") for spec in config.networks]
     networks = "+".join(f"{name}x{len(list(same))}" for name, same in itertools.groupby(names))
-    stem = f"{config.data.partition(':')[0]}-{config.method_name}-{networks}-seed{config.train.seed}"
+    stem = f"{config.data.partition(':')[0]}-{config.method_name}-{networks}-{ending or f'seed{config.train.seed}'}"
     for number in itertools.count(1):
         path = Path("runs") / (stem if number == 1 else f"{stem}-{number}")
         if not path.exists():
@@ -96,18 +99,34 @@ def free_folder(config: RunConfig) -> Path:
 
 def train_from_config(config: RunConfig, out: Path | None = None, show: bool = True) -> Run:
     """Load the data set, build the networks and train; see `train`."""
+    device = choose_device(config.train.device, config.train.precision)
+    data = load_named_data(config)
+    return _train(build_taught(config, data), data, config, out or free_folder(config), device, show)
+
+
+def load_named_data(config: RunConfig) -> Dataset:
+    """Load the data set that a run names.
+
+    Raises:
+        UsageError: It names none.
+    """
     if not config.data:
         raise UsageError("no data set: name one with --data, for example --data digits")
+    return dataset(config.data, config.data_dir)
+
+
+def build_taught(config: RunConfig, data: Dataset) -> Method:
+    """Build a run's method, with its teacher if it names one.
+
+    Raises:
+        UsageError: Networks, method, teacher and settings do not go together.
+    """
     check_teacher(METHODS[config.method_name], config.teaching.teacher is not None)
-    device = choose_device(config.train.device, config.train.precision)
-    data = dataset(config.data, config.data_dir)
-    # The place in full: the run is used from other folders than it was started in.
-    config = dataclasses.replace(config, data_dir=data.root or None)
     method = build_method(config, data.num_classes, data.image_size)
-    if config.teaching.teacher is not None:
-        teacher = load_teacher(config.teaching, data.class_names, data.statistics)
-        method = Taught(method, teacher, config.teaching.teacher_weight, config.teaching.teacher_temperature)
-    return _train(method, data, config, out or free_folder(config), device, show)
+    if config.teaching.teacher is None:
+        return method
+    teacher = load_teacher(config.teaching, data.class_names, data.statistics)
+    return Taught(method, teacher, config.teaching.teacher_weight, config.teaching.teacher_temperature)
 
 
 def check_teacher(method: type[Method], given: bool) -> None:
@@ -168,12 +187,93 @@ def train(
 
 
 def _train(method: Method, data: Dataset, config: RunConfig, out: Path, device: torch.device, show: bool) -> Run:
+    with contextlib.ExitStack() as held:
+        loop = held.enter_context(prepared(method, data, config, out, device, show))
+
+        def diverged(_: Loop, error: DivergedError) -> None:
+            raise error
+
+        run_epochs([loop], diverged)
+    return loop.run
+
+
+def train_fleet(configs: Sequence[RunConfig], outs: Sequence[Path], show: bool = True) -> list[Run]:
+    """Train independent runs side by side on one device, each in its own run folder.
+
+    Each run ends as it would have ended alone; one that diverges is marked in its summary.json, and the others go on.
+
+    Args:
+        configs: Runs with the same data set, epochs, batch size, device and precision; they may differ in method,
+            networks and seed.
+        outs: A run folder for each.
+        show: Whether to print progress and the final tables.
+
+    Returns:
+        The runs, in order; `summary["status"]` says how each ended.
+
+    Raises:
+        UsageError: The runs do not go together, or one of them cannot work; nothing was written.
+    """
+    first = configs[0]
+    for config in configs[1:]:
+        for key in ("data", "data_dir"):
+            if getattr(config, key) != getattr(first, key):
+                raise UsageError(f"runs side by side must have one {key}: {getattr(first, key)!r} and another")
+        for key in ("epochs", "batch_size", "drop_last", "train_limit", "validation", "device", "precision", "threads"):
+            if getattr(config.train, key) != getattr(first.train, key):
+                raise UsageError(f"runs side by side must have one {key}: {getattr(first.train, key)!r} and another")
+    device = choose_device(first.train.device, first.train.precision)
+    data = load_named_data(first)
+    methods = [build_taught(config, data) for config in configs]
+    for method in methods:
+        check_shapes(method, data)
+    with contextlib.ExitStack() as held:
+        loops = [
+            held.enter_context(prepared(method, data, config, out, device, show, label=out.name))
+            for method, config, out in zip(methods, configs, outs, strict=True)
+        ]
+        run_epochs(loops, mark_diverged)
+    return [loop.run for loop in loops]
+
+
+def train_seeds(config: RunConfig, seeds: Sequence[int], out: Path | None = None, show: bool = True) -> list[Run]:
+    """Train one run for each seed, side by side; see `train_fleet`.
+
+    Raises:
+        UsageError: A seed twice; otherwise as `train_fleet`.
+    """
+    if len(set(seeds)) < len(seeds):
+        raise UsageError(f"seeds are {list(seeds)}: name each once")
+    configs = [dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed)) for seed in seeds]
+    folder = out or free_folder(config, "seeds")
+    return train_fleet(configs, [folder / f"seed{seed}" for seed in seeds], show)
+
+
+def mark_diverged(loop: Loop, error: DivergedError) -> None:
+    """Write how a run ended that is dropped from a fleet, and say so."""
+    write_summary_of_failure(loop.run.path, loop.config, loop.method, error)
+    print(f"codistill: warning: {loop.run.path.name} is dropped: {error}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def prepared(
+    method: Method,
+    data: Dataset,
+    config: RunConfig,
+    out: Path,
+    device: torch.device,
+    show: bool,
+    label: str = "",
+) -> Iterator[Loop]:
+    """Check everything, make the run folder and put the run on its device; close all at the end, however it comes."""
     settings = config.train
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     augmentation = settings.augmentation(data)
     training, validation = split_training(data, settings)
     check_shapes(method, data)
+    # The place of the data in full: the run is used from other folders than it was started in.
+    config = dataclasses.replace(config, data_dir=data.root or None)
     record = {**config.as_mapping(), "dataset": dataset_record(data), "environment": environment(device)}
     run, lock = Run.create(out, record, method, data)
     try:
@@ -183,13 +283,18 @@ def _train(method: Method, data: Dataset, config: RunConfig, out: Path, device: 
         )
         splits = {"validation": validation, "test": data.test}
         held = {name: DeviceImages(each, data.statistics, device) for name, each in splits.items() if each is not None}
-        resident = DeviceImages(training, data.statistics, device)
-        step = make_step(PlainStep(method, resident, augmentation, optimizer, settings.precision))
+        step = PlainStep(
+            method, DeviceImages(training, data.statistics, device), augmentation, optimizer, settings.precision
+        )
         with SummaryWriter(str(out / "tensorboard")) as board:
-            Loop(run, config, step, held, board, show).run_epochs()
+            yield Loop(run, config, step, held, board, show, label)
     except BaseException as error:
-        write_json(out / "summary.json", {"status": status_of(error), "error": str(error), **run_facts(config, method)})
+        write_summary_of_failure(out, config, method, error)
         raise
     finally:
         lock.release()
-    return run
+
+
+def write_summary_of_failure(out: Path, config: RunConfig, method: Method, error: BaseException) -> None:
+    """Write the summary.json of a run that did not finish."""
+    write_json(out / "summary.json", {"status": status_of(error), "error": str(error), **run_facts(config, method)})

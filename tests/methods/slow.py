@@ -35,9 +35,7 @@ def head_logits(student: Network, feature_map: Tensor) -> Tensor:
     return pooled(feature_map) @ student.head.linear.weight.T + student.head.linear.bias
 
 
-def run_students(
-    method: Method, images: Tensor, last_strides: Sequence[int]
-) -> tuple[list[list[Tensor]], list[Tensor]]:
+def run_students(method: Method, images: Tensor, strides: Sequence[int]) -> tuple[list[list[Tensor]], list[Tensor]]:
     """Maps of all stages and logits of each student, each computed from the images on; strides of the last stages."""
     maps = [stage_outputs(each, images, (1, 1, last)) for each, last in zip(method.cohort, strides, strict=True)]
     return maps, [head_logits(each, own[-1]) for each, own in zip(method.cohort, maps, strict=True)]

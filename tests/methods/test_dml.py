@@ -256,7 +256,9 @@ def test_turns_are_the_students_own_parameters(make):
 
 @pytest.mark.parametrize("shared", [1, None])
 def test_students_that_share_cannot_take_turns(make, shared):
-    with pytest.raises(UsageError, match=r"dml: .* cannot share [12] stages: set method.shared_stages to 0"):
+    with pytest.raises(
+        UsageError, match=r"dml: .* cannot share stages, but these share [12]: set method.shared_stages to 0"
+    ):
         make(update="alternating", shared_stages=shared)
 
 

@@ -87,7 +87,7 @@ class DML(Method):
         super().__init__(students, num_classes, settings, image_size)
         if self.settings.update == "alternating" and self.cohort.shared_stages:
             raise UsageError(
-                f"dml: students that take turns cannot share {self.cohort.shared_stages} stages: "
+                f"dml: students that take turns cannot share stages, but these share {self.cohort.shared_stages}: "
                 "set method.shared_stages to 0, or method.update to simultaneous"
             )
 
