@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from codistill.errors import UsageError
-from codistill.losses import soft_cross_entropy, squared_distance
 from codistill.methods.byot import BYOT, BYOTSettings, Exit
 from codistill.networks import Network, PooledLinear, network
 from codistill.networks.network import conv_bn, initialise, parameter_count
@@ -47,31 +46,6 @@ def test_terms(batch):
         *("ce/student1/exit1", "soft/student1/exit1"),
         *("ce/student1/exit2", "soft/student1/exit2", "hint/student1/exit2"),
     ]
-
-
-def test_soft_cross_entropy_by_hand():
-    # At T = 3 the target is (3/4, 1/4) and the prediction (9/10, 1/10); the second image has both at (1/2, 1/2).
-    target = torch.tensor([[3 * math.log(3), 0.0], [1.0, 1.0]], dtype=torch.float64, requires_grad=True)
-    logits = torch.tensor([[3 * math.log(9), 0.0], [4.0, 4.0]], dtype=torch.float64, requires_grad=True)
-    value = soft_cross_entropy(logits, target, 3.0)
-    expected = (-0.75 * math.log(0.9) - 0.25 * math.log(0.1) + math.log(2)) / 2
-    assert value.item() == pytest.approx(expected, abs=1e-12)
-    value.backward()
-    assert target.grad is None
-    # (softmax(logits / T) - target) / T, over two images
-    torch.testing.assert_close(logits.grad, torch.tensor([[0.15, -0.15], [0.0, 0.0]], dtype=torch.float64) / 6)
-
-
-def test_squared_distance_by_hand():
-    values = torch.tensor([[[1.0, 2.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 3.0]]], requires_grad=True)
-    target = torch.zeros(2, 2, 2, requires_grad=True)
-    assert squared_distance(values, target).item() == pytest.approx((5 + 9) / 2)
-    squared_distance(values, target).backward()
-    assert target.grad is None
-    assert torch.equal(values.grad, values.detach())
-    squared_distance(values, target, detach=False).backward()
-    assert torch.equal(target.grad, -values.detach())
-    assert squared_distance(values.bfloat16(), target.bfloat16()).dtype == torch.float32
 
 
 def adapted(leave: Exit, features: torch.Tensor) -> torch.Tensor:

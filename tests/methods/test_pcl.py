@@ -189,13 +189,13 @@ def test_the_decay_reaches_its_limit(make):
 
 
 def test_mean_teachers_have_statistics_of_their_own_passes(make, batch):
-    method = make(momentum := (8, 2), momentum)
+    method = make()
     norm, own = method.means[0].stages[2][1], method.cohort[0].stages[2][1]
     method(batch[0]), method.after_step()
     assert norm.num_batches_tracked == own.num_batches_tracked == 1
     assert not torch.equal(norm.running_mean, own.running_mean)
     # The new statistics: a tenth of those of the batch that the teacher saw.
-    fresh = make(momentum, momentum)
+    fresh = make()
     maps = slow.stage_outputs(fresh.means[0], batch[0], (1, 1, 2))
     raw = nn.functional.conv2d(maps[1], fresh.means[0].stages[2][0].weight, stride=2, padding=1)
     fresh(batch[0])
@@ -224,12 +224,11 @@ def test_the_means_start_as_the_students(tiny_network, batch):
 
 def test_who_learns_from_what(make, batch):
     method = make()
-    fusion = {"fusion": method.fusion, "means": method.means}
 
     def reached(term: str, method: PCL = method) -> set[str]:
         return slow.reached(method, batch, term, fusion=method.fusion)
 
-    assert not any(each.requires_grad for each in fusion["means"].parameters())
+    assert not any(each.requires_grad for each in method.means.parameters())
     own = {"trunk", "branch1", "head1"}
     assert reached("ce/student1") == reached("kl/fused->student1") == reached("kl/mean0->student1") == own
     assert reached("ce/fused") == {"trunk", "branch0", "branch1", "branch2", "fusion"}

@@ -73,7 +73,7 @@ class CLILR(Method):
     Source: Song, Chai, "Collaborative Learning for Deep Neural Networks", NeurIPS 2018, arXiv 1805.11761, which we
         could not read beyond its abstract; its authors published no code that we know of. Formula, T = 2, beta = 1/2
         and rescaling after three implementations by others, which docs/cl-ilr.md compares.
-    Differs: one branching point for all students, where the paper's pattern is a tree.
+    Differs: one fork for all students, where two of the three share as a tree.
     """
 
     name = "cl-ilr"

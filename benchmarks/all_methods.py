@@ -1,0 +1,105 @@
+"""Train every method on the same data with the same networks, and write a table.
+
+    python benchmarks/all_methods.py --data packed --data-dir cifar100.npz --network resnet20 --epochs 3 \
+        --train-limit 10000 --out runs/all-methods
+
+Each method gets two students (okddip three: two peers and the leader; rocket a light net and a booster; byot one).
+kd's teacher is the better student of a run of `independent` with --teacher-network, trained first.
+"""
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tyro
+
+from codistill.config import RunConfig, TeacherSettings, TrainSettings, default_config
+from codistill.methods import METHODS
+from codistill.run import Run
+from codistill.train import train_fleet, train_from_config
+
+STUDENTS = {"okddip": 3, "byot": 1}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to run."""
+
+    out: Path
+    data: str = "packed"
+    data_dir: str | None = None
+    network: str = "resnet20"
+    teacher_network: str = "resnet20"
+    epochs: int = 3
+    train_limit: int | None = None
+    precision: str = "float32"
+    device: str = "auto"
+    seed: int = 0
+    methods: tuple[str, ...] = ()
+    """Which methods; none named: all."""
+    side_by_side: int = 1
+    """How many runs share the device at a time."""
+
+
+def config_of(method: str, options: Options) -> RunConfig:
+    train = TrainSettings(
+        epochs=options.epochs,
+        train_limit=options.train_limit,
+        precision=options.precision,  # type: ignore[arg-type]
+        device=options.device,
+        seed=options.seed,
+    )
+    networks = (options.network,) * STUDENTS.get(method, 2)
+    config = replace(default_config(method), networks=networks, data=options.data, data_dir=options.data_dir)
+    return replace(config, train=train)
+
+
+def table(runs: list[Run]) -> str:
+    """Write Markdown: errors of the last epoch, loss terms of the last epoch, speed."""
+    heads = ("method", "better student", "other students", "ensemble", "fused", "loss terms of the last epoch")
+    lines = [
+        "| " + " | ".join((*heads, "train s", "wall s")) + " |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for run in runs:
+        summary, rows = run.summary, run.metrics()
+        if summary["status"] != "finished":
+            lines.append(f"| {summary['method']} | {summary['status']}: {summary['error']} | | | | | | |")
+            continue
+        errors = summary["top1_error"]
+        students = sorted(error for name, error in errors.items() if name.startswith("student"))
+        terms = {name: value for name, value in rows[-1]["train"].items() if name != "loss"}
+        cells = [
+            summary["method"],
+            f"{students[0]:.2f}",
+            " ".join(f"{error:.2f}" for error in students[1:]) or "-",
+            *(f"{errors[name]:.2f}" if name in errors else "-" for name in ("ensemble", "fused")),
+            " ".join(f"{name.replace('->', '→')} {value:.3f}" for name, value in terms.items()),
+            f"{summary['train_seconds']:.0f}",
+            f"{summary['wall_seconds']:.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(options: Options) -> None:
+    teacher = options.out / "teacher"
+    if not teacher.exists():
+        config = replace(config_of("independent", options), networks=(options.teacher_network,))
+        train_from_config(config, teacher)
+    wanted = [name for name in options.methods or METHODS if not (options.out / name).exists()]
+    configs = {name: config_of(name, options) for name in wanted}
+    if "kd" in configs:
+        configs["kd"] = replace(configs["kd"], teaching=TeacherSettings(teacher=str(teacher)))
+    for index in range(math.ceil(len(wanted) / options.side_by_side)):
+        part = wanted[index * options.side_by_side : (index + 1) * options.side_by_side]
+        train_fleet([configs[name] for name in part], [options.out / name for name in part])
+    text = table([Run(options.out / name) for name in ["teacher", *(options.methods or METHODS)]])
+    environment = json.dumps(Run(teacher).record["environment"])
+    (options.out / "table.md").write_text(f"{text}\n\n`{environment}`\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
