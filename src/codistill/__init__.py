@@ -11,26 +11,46 @@ run.export("student0", "student.onnx")
 from codistill.config import TrainSettings
 from codistill.data import DATASETS, Dataset, Split, dataset
 from codistill.methods import METHODS, Method
+from codistill.methods.byot import BYOT
+from codistill.methods.cl_ilr import CLILR
+from codistill.methods.dml import DML
 from codistill.methods.ffl import FFL
 from codistill.methods.independent import Independent
+from codistill.methods.kd import KD
+from codistill.methods.kdcl import KDCL
 from codistill.methods.mfef import MFEF
+from codistill.methods.okddip import OKDDip
+from codistill.methods.one import ONE
+from codistill.methods.pcl import PCL
+from codistill.methods.rocket import Rocket
 from codistill.networks import NETWORKS, Network, network
 from codistill.run import VERSION as __version__
 from codistill.run import Run
+from codistill.teacher import Taught
 from codistill.train import train
 
 __all__ = [
+    "BYOT",
+    "CLILR",
     "DATASETS",
+    "DML",
     "FFL",
+    "KD",
+    "KDCL",
     "METHODS",
     "MFEF",
     "NETWORKS",
+    "ONE",
+    "PCL",
     "Dataset",
     "Independent",
     "Method",
     "Network",
+    "OKDDip",
+    "Rocket",
     "Run",
     "Split",
+    "Taught",
     "TrainSettings",
     "__version__",
     "dataset",

@@ -45,7 +45,7 @@ class PeerAttention(nn.Module):
         widths: Channels of each peer's features.
         reduction: Of the smallest width, at least 1.
 
-    Source: DefangChen/OKDDip at c052f5b, models/model_cifar/resnet_GL.py (merged into OKDDip-AAAI2020).
+    Source: DefangChen/OKDDip at c052f5b, models/model_cifar/resnet_GL.py.
     Differs: their peers have one width.
     """
 
