@@ -93,9 +93,9 @@ def test_top5_error_with_six_classes():
 
 def test_certainty_has_a_bin_and_is_finite():
     logits = 1000.0 * F.one_hot(torch.tensor([0, 1]), 3)
-    assert scored(logits, torch.tensor([0, 1])) == Scores(0, 0, 0, 0)
+    assert scored(logits, torch.tensor([0, 1])) == Scores(0.0, 0.0, 0.0, 0.0)
     found = scored(logits, torch.tensor([0, 2]))
-    assert found == Scores(50, 0, 500, pytest.approx(50))
+    assert (found.top1_error, found.top5_error, found.nll, found.ece) == (50, 0, 500, pytest.approx(50))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

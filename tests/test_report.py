@@ -81,6 +81,8 @@ def test_the_curves_are_drawn_and_named(parsed, page):
     drawing = page[page.index("<svg") : page.index("</svg>")]
     for name in ("student0", "student1", "ensemble", "fused", "loss", "ce/student0", "kl/fused → student1"):
         assert f"<!-- {name} -->" in drawing, name
+    for label in ("top-1 error on the test set, %", "training loss and its terms, nats"):
+        assert f"<!-- {label} -->" in drawing, label
 
 
 def test_nothing_is_loaded_from_elsewhere(parsed, page):

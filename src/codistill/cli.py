@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from codistill.config import (
@@ -247,7 +248,7 @@ def list_command(arguments: Sequence[str]) -> None:
     for kind, members in entries.items():
         table = Table(title=kind, title_justify="left", show_header=False, box=None)
         for member in members:
-            table.add_row(member["name"], member["summary"])
+            table.add_row(member["name"], escape(member["summary"]))
         Console().print(table)
     for member in entries["methods"]:
         if "preset" in member:

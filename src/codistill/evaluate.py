@@ -71,5 +71,5 @@ def evaluate_run(run: Run, which: str = "last", data_dir: str | None = None, dev
     where = choose_device(device, config.train.precision)
     data = run.load_data(data_dir)
     method = run.load_method(which).to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = DeviceImages(data.test, (run.record["dataset"]["mean"], run.record["dataset"]["std"]), where)
+    images = DeviceImages(data.test, (tuple(run.record["dataset"]["mean"]), tuple(run.record["dataset"]["std"])), where)
     return evaluate(method, images, config.train.precision)

@@ -140,7 +140,7 @@ def compare(reference: Classifier, loaded: Classifier, data: Dataset) -> dict[st
     images = data.test.images[:COMPARED_IMAGES]
     wanted, got = reference.logits(images), loaded.logits(images)
     return {
-        "images": len(images),
+        "images": float(len(images)),
         "difference": float((wanted - got).abs().max()),
         "allowed": ALLOWED_DIFFERENCE * max(1.0, float(wanted.abs().max())),
         "agreement": float((wanted.argmax(dim=1) == got.argmax(dim=1)).double().mean()),

@@ -108,20 +108,24 @@ class Loop:
             readable = self.step.images.labels.device.type == "cpu"
             self.display.step(epoch, number, self.step.sums.means() if readable else {})
 
-    def end_epoch(self, epoch: int, started: float) -> None:
-        """Read the loss terms, evaluate, and keep what came out.
+    def read_terms(self) -> dict[str, float]:
+        """Read the mean loss terms of the epoch: the host waits here for all of its steps."""
+        self.method.after_epoch()
+        terms = self.step.sums.means()
+        self.step.sums.reset()
+        return terms
+
+    def end_epoch(self, epoch: int, terms: dict[str, float], seconds: float) -> None:
+        """Evaluate, and keep what came out.
 
         Args:
             epoch: Counted from 0.
-            started: When its training began, seconds of the monotonic clock.
+            terms: Mean loss terms of the epoch.
+            seconds: What its training took; side by side, that of all runs together.
 
         Raises:
             DivergedError: A term or a score is no number; nothing of the epoch is kept.
         """
-        self.method.after_epoch()
-        terms = self.step.sums.means()
-        seconds = time.monotonic() - started
-        self.step.sums.reset()
         self.refuse_divergence(epoch, terms)
         row: dict[str, Any] = {"epoch": epoch, "learning_rate": self.rate, "train": terms}
         row |= self.evaluate_epoch(epoch)
@@ -246,9 +250,11 @@ def run_epochs(loops: Sequence[Loop], diverged: Callable[[Loop, DivergedError], 
             fleet = fleet or make_fleet([loop.step for loop in active])
             began = time.monotonic()
             train_epoch(active, fleet, epoch)
-            for loop in list(active):
+            terms = [loop.read_terms() for loop in active]
+            seconds = time.monotonic() - began
+            for loop, read in zip(list(active), terms, strict=True):
                 try:
-                    loop.end_epoch(epoch, began)
+                    loop.end_epoch(epoch, read, seconds)
                 except DivergedError as error:
                     diverged(loop, error)
                     active.remove(loop)

@@ -161,7 +161,14 @@ def test_nothing_there_names_files_address_and_download(tmp_path, name):
         with pytest.raises(DataError) as error:
             dataset(name, root=root)
         text = str(error.value)
-        for part in (binary.archive, binary.folder, python.archive, python.folder, "www.cs.toronto.edu", "download=true"):
+        for part in (
+            binary.archive,
+            binary.folder,
+            python.archive,
+            python.folder,
+            "www.cs.toronto.edu",
+            "download=true",
+        ):
             assert part in text
         assert "\n" not in text and list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_bytes(b"")

@@ -154,7 +154,7 @@ def test_peers_get_no_gradient_unless_they_are_to(make, batch, target):
     assert students_reached(make(*shapes, target=target), batch, "ce/student0") == {0}
     assert students_reached(make(*shapes, target=target), batch, name) == {0}
     both = {0, 2} if target == "pairwise" else {0, 1, 2}
-    assert students_reached(make(*shapes, target=target, detach=False), batch, name) == both
+    assert students_reached(make(*shapes, target=target, detach_teachers=False), batch, name) == both
 
 
 @pytest.mark.parametrize("target", ["pairwise", "mean"])

@@ -1,6 +1,5 @@
 """DML: deep mutual learning."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,14 +9,15 @@ from torch import Tensor, nn
 
 from codistill.cohort import Outputs
 from codistill.errors import UsageError
-from codistill.losses import mean_logits, ramp_up, soft_target_kl
+from codistill.losses import mean_logits
+from codistill.methods.distillation import DistillationSettings, ramped_kl
 from codistill.methods.independent import cross_entropy_terms
-from codistill.methods.method import METHODS, Method, MethodSettings
+from codistill.methods.method import METHODS, Method
 from codistill.networks import Network
 
 
 @dataclass(frozen=True, kw_only=True)
-class DMLSettings(MethodSettings):
+class DMLSettings(DistillationSettings):
     """Settings of deep mutual learning."""
 
     shared_stages: int | None = 0
@@ -32,17 +32,8 @@ class DMLSettings(MethodSettings):
     update: Literal["simultaneous", "alternating"] = "simultaneous"
     """Whether all students take their step after one forward pass, or one after the other, each after a fresh one.
     Alternating needs n forward passes of n students a step, and students that share nothing."""
-    detach: bool = True
-    """Whether the peers' side of a distillation term gets no gradient."""
     ramp_up: float = 0.0
     """Share of the training over which the distillation terms grow to full weight; 0: at once, as in DML."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.temperature < math.inf:
-            raise UsageError(f"method.temperature is {self.temperature}; it must be a number above 0")
-        if not 0 <= self.ramp_up <= 1:
-            raise UsageError(f"method.ramp_up is {self.ramp_up}; it must be between 0 and 1, a share of the training")
 
 
 @METHODS.register("dml")
@@ -110,7 +101,6 @@ class DML(Method):
             else:
                 targets, share = peers, 1 / len(peers) if settings.divide_by_peers else 1.0
             for name, target in targets.items():
-                divergence = soft_target_kl(logits, target, settings.temperature, settings.detach)
-                weight = share * ramp_up(progress, settings.ramp_up).to(divergence.dtype)
-                terms[f"kl/{name}->student{index}"] = weight * divergence
+                divergence = ramped_kl(logits, target, progress, settings, settings.detach_teachers)
+                terms[f"kl/{name}->student{index}"] = share * divergence
         return terms

@@ -1,6 +1,5 @@
 """FFL: feature fusion learning."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,9 +9,10 @@ from torch import Tensor, nn
 
 from codistill.cohort import Outputs
 from codistill.errors import UsageError
-from codistill.losses import cross_entropy, mean_logits, mixture_logits, ramp_up, soft_target_kl
+from codistill.losses import cross_entropy, mean_logits, mixture_logits
+from codistill.methods.distillation import DistillationSettings, ramped_kl
 from codistill.methods.independent import cross_entropy_terms
-from codistill.methods.method import METHODS, GroupPredictor, Method, MethodSettings, ParameterGroup
+from codistill.methods.method import METHODS, GroupPredictor, Method, ParameterGroup
 from codistill.modules import FeatureFusion
 from codistill.modules.fusion import MapShape, Projection
 from codistill.networks import Network
@@ -20,21 +20,13 @@ from codistill.networks.network import probe_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
-class FusionSettings(MethodSettings):
+class FusionSettings(DistillationSettings):
     """Settings of the methods that teach their students by a fused classifier."""
 
-    temperature: float = 3.0
-    """T of all distillation terms, > 0; cross-entropy and prediction use 1."""
-    ramp_up: float = 80 / 300
-    """Share of the training over which the distillation terms grow to full weight (80 of 300 epochs); 0: at once."""
-    detach_teachers: bool = True
-    """Whether the teaching side of a distillation term gets no gradient."""
     detach_fusion_input: bool = False
     """Whether the fused classifier's loss stops at its input instead of training the students' backbones too."""
     ensemble_target: Literal["logits", "probabilities"] = "logits"
     """What the students' group is the mean of when it teaches: their logits, or their softened probabilities."""
-    target_epsilon: float = 0.0
-    """Added to the teaching probabilities; the code of FFL, ONE and OKDDip adds 1e-7."""
     fusion_projection: Projection = "pointwise"
     """How unlike widths meet the smallest one: after concatenation (pointwise), or each map before it (each)."""
     fusion_weight_decay: float = 1e-5
@@ -42,13 +34,10 @@ class FusionSettings(MethodSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.temperature < math.inf:
-            raise UsageError(f"method.temperature is {self.temperature}; it must be a number above 0")
-        if not 0 <= self.ramp_up <= 1:
-            raise UsageError(f"method.ramp_up is {self.ramp_up}; it must be between 0 and 1, a share of the training")
-        for name in ("target_epsilon", "fusion_weight_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UsageError(f"method.{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        if not 0 <= self.fusion_weight_decay < 1:
+            raise UsageError(
+                f"method.fusion_weight_decay is {self.fusion_weight_decay}; it must be at least 0 and below 1"
+            )
 
 
 def map_shapes(students: Sequence[Network], image_size: tuple[int, int]) -> list[MapShape]:
@@ -67,19 +56,6 @@ def group_logits(outputs: Outputs, settings: FusionSettings) -> Float[Tensor, "b
     return mean_logits(outputs.logits)
 
 
-def distillation_term(
-    logits: Float[Tensor, "batch class"],
-    target_logits: Float[Tensor, "batch class"],
-    progress: Float[Tensor, ""],
-    settings: FusionSettings,
-) -> Float[Tensor, ""]:
-    """One KL term with temperature, T^2 and ramp-up."""
-    divergence = soft_target_kl(
-        logits, target_logits, settings.temperature, settings.detach_teachers, settings.target_epsilon
-    )
-    return ramp_up(progress, settings.ramp_up).to(divergence.dtype) * divergence
-
-
 def fusion_terms(
     outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""], settings: FusionSettings
 ) -> dict[str, Float[Tensor, ""]]:
@@ -96,9 +72,11 @@ def fusion_terms(
     terms = cross_entropy_terms(outputs.logits, labels)
     terms["ce/fused"] = cross_entropy(outputs.fused_logits, labels)
     for index, logits in enumerate(outputs.logits):
-        terms[f"kl/fused->student{index}"] = distillation_term(logits, outputs.fused_logits, progress, settings)
+        terms[f"kl/fused->student{index}"] = ramped_kl(
+            logits, outputs.fused_logits, progress, settings, settings.detach_teachers
+        )
     group = group_logits(outputs, settings)
-    terms["kl/ensemble->fused"] = distillation_term(outputs.fused_logits, group, progress, settings)
+    terms["kl/ensemble->fused"] = ramped_kl(outputs.fused_logits, group, progress, settings, settings.detach_teachers)
     return terms
 
 

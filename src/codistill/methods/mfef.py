@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from codistill.cohort import Outputs
 from codistill.errors import UsageError
-from codistill.methods.ffl import FusionSettings, distillation_term, fusion_terms, group_logits, map_shapes
+from codistill.methods.distillation import ramped_kl
+from codistill.methods.ffl import FusionSettings, fusion_terms, group_logits, map_shapes
 from codistill.methods.independent import cross_entropy_terms
 from codistill.methods.method import METHODS, GroupPredictor, Method, ParameterGroup
 from codistill.modules import DualAttention, FeatureFusion, MultiScaleExtraction
@@ -181,7 +182,9 @@ class MFEF(Method):
         if self.settings.distillation == "ensemble":
             group = group_logits(outputs, self.settings)
             for index, logits in enumerate(outputs.logits):
-                terms[f"kl/ensemble->student{index}"] = distillation_term(logits, group, progress, self.settings)
+                terms[f"kl/ensemble->student{index}"] = ramped_kl(
+                    logits, group, progress, self.settings, self.settings.detach_teachers
+                )
         return terms
 
     def parameter_groups(self) -> list[ParameterGroup]:
