@@ -1,4 +1,4 @@
-"""The command line: `codistill train | evaluate | predict | export | list`; commands without logic."""
+"""The command line: `codistill train | resume | evaluate | predict | export | list`; commands without logic."""
 
 import dataclasses
 import errno
@@ -37,6 +37,7 @@ USAGE = """\
 usage: codistill COMMAND ...
 
   train [METHOD] --networks A B .. --data NAME   train students together, in a new run folder
+  resume RUN                                     go on with an interrupted run
   evaluate RUN                                   score every predictor of a run on its test set
   predict FILE_OR_RUN IMAGE ..                   name the classes of images
   export RUN --predictor student0 --format onnx  write one predictor as one file, and check it
@@ -46,6 +47,16 @@ codistill COMMAND --help says more. --debug before the command shows tracebacks.
 
 Checkpoint = Literal["last", "best"]
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ResumeOptions:
+    """Go on with an interrupted run from its last completed epoch; it ends as it would have ended without the break."""
+
+    run: tyro.conf.Positional[Path]
+    """The run folder."""
+    data_dir: str | None = None
+    """Where the data set is now, if not where it was."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +192,14 @@ def flag_value(arguments: Sequence[str], flag: str) -> str:
     return ""
 
 
+def resume_command(arguments: Sequence[str]) -> None:
+    """Run `codistill resume`."""
+    chosen = options(ResumeOptions, arguments, "codistill resume")
+    from codistill.train import resume
+
+    resume(chosen.run, chosen.data_dir)
+
+
 def evaluate_command(arguments: Sequence[str]) -> None:
     """Run `codistill evaluate`."""
     chosen = options(EvaluateOptions, arguments, "codistill evaluate")
@@ -274,6 +293,7 @@ def first_line(plugin: object) -> str:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train_command,
+    "resume": resume_command,
     "evaluate": evaluate_command,
     "predict": predict_command,
     "export": export_command,
@@ -344,9 +364,9 @@ def explain(error: BaseException) -> tuple[int, str]:
         case CodistillError():
             return error.exit_status, line
         case KeyboardInterrupt():
-            return 130, "interrupted; checkpoints up to the last completed epoch are kept"
+            return 130, "interrupted; the last completed epoch is kept: codistill resume RUN goes on"
         case Terminated():
-            return 143, "terminated; checkpoints up to the last completed epoch are kept"
+            return 143, "terminated; the last completed epoch is kept: codistill resume RUN goes on"
         case torch.OutOfMemoryError() | MemoryError():
             return 6, f"out of memory: use a smaller --batch-size or fewer or smaller --networks ({line[:200]})"
         case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

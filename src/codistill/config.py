@@ -62,6 +62,8 @@ class TrainSettings:
     """cpu, cuda, cuda:1, or auto: cuda where there is one."""
     precision: Precision = "float32"
     """float32, or bf16: autocast with float32 weights, batch statistics and losses."""
+    deterministic: bool = False
+    """On CUDA, use only algorithms that repeat to the last bit, which costs speed; a CPU always does."""
     threads: int | None = None
     """CPU threads. None: torch's choice. Results repeat to the last bit for one number of threads."""
 
@@ -74,7 +76,7 @@ class TrainSettings:
             ("padding", 0, math.inf),
             ("train_limit", 1, math.inf),
             ("validation", 0, math.inf),
-            ("seed", 0, 2**63 - 1),
+            ("seed", 0, 2**32 - 1),
             ("threads", 1, math.inf),
         ):
             value = getattr(self, name)

@@ -56,7 +56,7 @@ class TrainingDisplay:
         )
         self._task: TaskID = self._bar.add_task("", total=steps, epoch=1, status="")
         self._started = self._epoch_started = self._shown = time.monotonic()
-        self._trained_before = 0
+        self._before = 0
 
     def __enter__(self) -> "TrainingDisplay":
         self._bar.start()
@@ -64,6 +64,10 @@ class TrainingDisplay:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+    def resume(self, epochs: int) -> None:
+        """Count the time left from here, after so many epochs that were done before."""
+        self._before = epochs
 
     def begin_epoch(self, epoch: int) -> None:
         """Start the bar of an epoch, counted from 0."""
@@ -80,8 +84,8 @@ class TrainingDisplay:
         now = time.monotonic()
         self._shown = now
         rate = step * self.images / self.steps / (now - self._epoch_started)
-        done = epoch * self.steps + step
-        left = (now - self._started) / done * (self.epochs * self.steps - done)
+        done = (epoch - self._before) * self.steps + step
+        left = (now - self._started) / done * ((self.epochs - self._before) * self.steps - done)
         status = f"{rate:,.0f} images/s  {term_text(terms)}  {duration(left)} left"
         self._bar.update(self._task, completed=step, status=status)
         if self._bar.disable:
@@ -93,7 +97,7 @@ class TrainingDisplay:
         """Print the line of a finished epoch."""
         now = time.monotonic()
         epoch = row["epoch"] + 1
-        left = (now - self._started) / epoch * (self.epochs - epoch)
+        left = (now - self._started) / (epoch - self._before) * (self.epochs - epoch)
         errors = "  ".join(f"{name} {each['top1_error']:.2f}" for name, each in row["test"].items())
         self.console.print(
             f"{self.label}epoch {epoch}/{self.epochs}  {row['images_per_second']:,.0f} images/s  "

@@ -1,5 +1,7 @@
 """Where and in which precision is computed."""
 
+import os
+
 import torch
 
 from codistill.errors import UsageError
@@ -31,3 +33,19 @@ def choose_device(name: str, precision: str) -> torch.device:
         if precision == "bf16" and not torch.cuda.is_bf16_supported():
             raise UsageError(f"precision bf16: {torch.cuda.get_device_name(device)} cannot: use --precision float32")
     return device
+
+
+def choose_algorithms(device: torch.device, deterministic: bool) -> None:
+    """Choose between algorithms that repeat to the last bit and the fastest ones; for the whole process.
+
+    A CPU repeats in any case. On CUDA the fastest convolutions are found by trying them, and may differ from process to
+    process.
+
+    Args:
+        device: Where is computed.
+        deterministic: Whether results must repeat; needs to be known before the first matrix product on the device.
+    """
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(deterministic)
+        torch.backends.cudnn.benchmark = not deterministic

@@ -15,13 +15,13 @@ from codistill.cohort import Cohort
 from codistill.config import RunConfig
 from codistill.console import TrainingDisplay, summary_table
 from codistill.data.augment import Batch, DeviceImages, epoch_plan
-from codistill.errors import DivergedError
+from codistill.errors import CheckpointError, DivergedError
 from codistill.evaluate import evaluate
 from codistill.health import DiversitySums, troubles
 from codistill.methods import Method
 from codistill.metrics import Scores
 from codistill.networks.network import parameter_count
-from codistill.optim import learning_rate_at, set_learning_rate
+from codistill.optim import learning_rate_at, momentum_buffers, set_learning_rate
 from codistill.report import write_report
 from codistill.run import Run
 from codistill.step import CapturedFleet, PlainStep, SequentialFleet, make_fleet
@@ -82,6 +82,28 @@ class Loop:
         self.rate = config.train.learning_rate
         self.best: dict[str, Any] | None = None
         self.rows: list[dict[str, Any]] = []
+
+    def restore(self) -> None:
+        """Take the run up where its last whole checkpoint left it.
+
+        Randomness is a function of (seed, epoch), so that what follows is what would have followed without the break.
+
+        Raises:
+            CheckpointError: No whole checkpoint, or one that does not fit.
+        """
+        state = self.run.checkpoints.load("last")
+        try:
+            self.method.load_state_dict(state["method"])
+            buffers = momentum_buffers(self.step.optimizer)
+            for own, saved in zip(buffers, state["momentum"], strict=True):
+                own.copy_(saved)
+        except (RuntimeError, KeyError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"{self.run.path}: the last checkpoint does not fit the run: {reason}") from None
+        self.rows = self.run.keep_metrics(state["epoch"])
+        scores = [self.selection_error(row) for row in self.rows]
+        self.best = self.rows[scores.index(min(scores))]
+        self.display.resume(len(self.rows))
 
     @property
     def steps(self) -> list[tuple[int, int]]:
@@ -181,7 +203,7 @@ class Loop:
         best = self.best is None or score < self.selection_error(self.best)
         if best:
             self.best = row
-        state = {"method": self.method.state_dict(), "optimizer": self.step.optimizer.state_dict()}
+        state = {"method": self.method.state_dict(), "momentum": momentum_buffers(self.step.optimizer)}
         self.run.checkpoints.save({**state, "epoch": row["epoch"] + 1}, row["epoch"] + 1, best)
         self.run.append_metrics(row)
         self.display.end_epoch(row)
@@ -246,7 +268,7 @@ def run_epochs(loops: Sequence[Loop], diverged: Callable[[Loop, DivergedError], 
     with contextlib.ExitStack() as shown:
         for loop in loops[:1]:
             shown.enter_context(loop.display)
-        for epoch in range(loops[0].config.train.epochs):
+        for epoch in range(len(loops[0].rows), loops[0].config.train.epochs):
             fleet = fleet or make_fleet([loop.step for loop in active])
             began = time.monotonic()
             train_epoch(active, fleet, epoch)
@@ -262,6 +284,7 @@ def run_epochs(loops: Sequence[Loop], diverged: Callable[[Loop, DivergedError], 
             if not active:
                 return
     for loop in active:
+        loop.method.cohort.streams.clear()
         loop.finish(time.monotonic() - started)
 
 

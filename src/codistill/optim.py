@@ -58,3 +58,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
     """Write a learning rate into the tensors that a step reads."""
     for group in optimizer.param_groups:
         group["lr"].fill_(learning_rate)
+
+
+def momentum_buffers(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """List the optimiser's momentum in the order of its parameters; empty without momentum."""
+    parameters = (each for group in optimizer.param_groups for each in group["params"])
+    return [optimizer.state[each]["momentum_buffer"] for each in parameters if each in optimizer.state]

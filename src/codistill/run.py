@@ -1,5 +1,6 @@
 """A run folder: the whole truth of one training, and what can be done with it afterwards."""
 
+import copy
 import fcntl
 import json
 import os
@@ -11,7 +12,7 @@ from typing import IO, Any
 import numpy
 import torch
 
-from codistill.checkpoint import CheckpointStore, read_json, write_json
+from codistill.checkpoint import CheckpointStore, read_json, write_atomically, write_json
 from codistill.config import RunConfig, mapping_arguments, parse_config
 from codistill.data.augment import INIT_STREAM, generator
 from codistill.data.dataset import Dataset, dataset
@@ -119,22 +120,69 @@ class Run:
         Raises:
             UsageError: Something other than an empty folder is there, another process holds it, or it cannot be made.
         """
+        cls.refuse_taken(path, locked=True)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            taken = UsageError(f"run folder {path} is not empty: choose another --out; nothing was overwritten")
-            present = [entry.name for entry in path.iterdir()]
-            if present and ".lock" not in present:
-                raise taken
             lock = RunLock(path)
         except OSError as error:
             raise UsageError(f"run folder {path}: {error.strerror}: choose another --out") from None
-        if any(entry.name != ".lock" for entry in path.iterdir()):
+        try:
+            cls.refuse_taken(path)
+        except UsageError:
             lock.release()
-            raise taken
+            raise
         write_json(path / "config.json", record)
         run = cls(path)
         run._method, run._data = method, data
         return run, lock
+
+    def reopen(self, method: Method, data: Dataset) -> RunLock:
+        """Hold the folder again, to go on with an interrupted run.
+
+        Raises:
+            UsageError: The run is finished, or another process holds it.
+        """
+        lock = RunLock(self.path)
+        if (self.path / "summary.json").exists() and self.summary.get("status") == "finished":
+            lock.release()
+            raise UsageError(f"run {self.path} is finished: there is nothing to resume")
+        self._method, self._data = method, data
+        return lock
+
+    def keep_metrics(self, epochs: int) -> list[dict[str, Any]]:
+        """Cut metrics.jsonl back to the first epochs, dropping a last line that a crash left incomplete.
+
+        Raises:
+            CheckpointError: Fewer whole lines than epochs.
+        """
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        try:
+            rows: list[dict[str, Any]] = [json.loads(line) for line in lines[:epochs]]
+        except ValueError:
+            rows = []
+        if len(rows) < epochs:
+            raise CheckpointError(f"{path}: does not hold the {epochs} epochs of the last checkpoint: damaged")
+        write_atomically(path, "".join(lines[:epochs]).encode())
+        return rows
+
+    @staticmethod
+    def refuse_taken(path: Path, locked: bool = False) -> None:
+        """Refuse a run folder that holds anything.
+
+        Args:
+            path: The folder, which need not exist.
+            locked: Whether one with a lock file passes, to be looked at again under the lock.
+
+        Raises:
+            UsageError: Something other than an empty folder is there.
+        """
+        try:
+            present = {entry.name for entry in path.iterdir()} if path.exists() else set()
+        except OSError as error:
+            raise UsageError(f"run folder {path}: {error.strerror}: choose another --out") from None
+        if present - {".lock"} and not (locked and ".lock" in present):
+            raise UsageError(f"run folder {path} is not empty: choose another --out; nothing was overwritten")
 
     @property
     def config(self) -> RunConfig:
@@ -199,7 +247,10 @@ class Run:
                 to build them from.
         """
         state = self.checkpoints.load(which)["method"]
-        method = self._method or build_method(self.config, len(self.class_names), self.image_size)
+        if self._method is not None and "" in self.record["networks"]:
+            method = copy.deepcopy(self._method).cpu()
+        else:
+            method = build_method(self.config, len(self.class_names), self.image_size)
         try:
             method.load_state_dict(state)
         except RuntimeError as error:
@@ -225,9 +276,19 @@ class Run:
         return data
 
     def best_student(self) -> str:
-        """Name the student with the lowest top-1 error at the end of training."""
+        """Name the student with the lowest top-1 error at the end of training.
+
+        Raises:
+            UsageError: The training did not finish.
+            CheckpointError: summary.json is absent or damaged.
+        """
+        summary = self.summary
+        if "top1_error" not in summary:
+            raise UsageError(
+                f"{self.path} has no best student, for its training was {summary.get('status')}: name a predictor"
+            )
         errors: dict[str, float] = {
-            name: error for name, error in self.summary["top1_error"].items() if name.startswith("student")
+            name: error for name, error in summary["top1_error"].items() if name.startswith("student")
         }
         return min(sorted(errors), key=errors.__getitem__)
 

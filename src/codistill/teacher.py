@@ -201,7 +201,8 @@ def read_checkpoint(path: Path, spec: str, num_classes: int) -> Network:
     except FileNotFoundError:
         raise CheckpointError(f"teacher {path}: no such file") from None
     except Exception as error:  # torch.load answers damage with five different types
-        raise CheckpointError(f"teacher {path}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise CheckpointError(f"teacher {path}: cannot be read: {reason}") from None
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

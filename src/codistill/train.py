@@ -13,10 +13,10 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from codistill.checkpoint import write_json
-from codistill.config import RunConfig, TrainSettings
+from codistill.config import RunConfig, TeacherSettings, TrainSettings
 from codistill.data.augment import DeviceImages, seeded_order
 from codistill.data.dataset import Dataset, Split, dataset
-from codistill.device import choose_device
+from codistill.device import choose_algorithms, choose_device
 from codistill.errors import DivergedError, UsageError
 from codistill.loop import Loop, network_names, run_epochs, run_facts, status_of
 from codistill.methods import METHODS, Method
@@ -24,6 +24,18 @@ from codistill.optim import make_optimizer
 from codistill.run import Run, build_method, dataset_record, environment
 from codistill.step import PlainStep
 from codistill.teacher import Taught, load_teacher
+
+SHARED_IN_A_FLEET = (
+    "epochs",
+    "batch_size",
+    "drop_last",
+    "train_limit",
+    "validation",
+    "device",
+    "precision",
+    "deterministic",
+    "threads",
+)
 
 
 def split_training(data: Dataset, settings: TrainSettings) -> tuple[Split, Split | None]:
@@ -169,8 +181,11 @@ def train(
         UsageError: Settings, networks and data do not go together, or the folder is not empty; nothing was written.
         DivergedError: A loss became NaN or infinite; the last whole checkpoint is kept.
     """
-    inner, given = (method.method, True) if isinstance(method, Taught) else (method, False)
-    check_teacher(type(inner), given)
+    inner, teaching = method, TeacherSettings()
+    if isinstance(method, Taught):
+        inner = method.method
+        teaching = TeacherSettings(teacher_weight=method.weight, teacher_temperature=method.temperature)
+    check_teacher(type(inner), inner is not method)
     settings = settings or TrainSettings()
     if epochs is not None:
         settings = dataclasses.replace(settings, epochs=epochs)
@@ -180,6 +195,7 @@ def train(
         data=data.spec or data.name,
         data_dir=data.root or None,
         train=settings,
+        teaching=teaching,
         method=method.settings,
     )
     device = choose_device(settings.device, settings.precision)
@@ -219,14 +235,20 @@ def train_fleet(configs: Sequence[RunConfig], outs: Sequence[Path], show: bool =
         for key in ("data", "data_dir"):
             if getattr(config, key) != getattr(first, key):
                 raise UsageError(f"runs side by side must have one {key}: {getattr(first, key)!r} and another")
-        for key in ("epochs", "batch_size", "drop_last", "train_limit", "validation", "device", "precision", "threads"):
+        for key in SHARED_IN_A_FLEET:
             if getattr(config.train, key) != getattr(first.train, key):
                 raise UsageError(f"runs side by side must have one {key}: {getattr(first.train, key)!r} and another")
+    if len(set(outs)) < len(outs):
+        raise UsageError("runs side by side need a run folder each, but one is named twice")
     device = choose_device(first.train.device, first.train.precision)
     data = load_named_data(first)
     methods = [build_taught(config, data) for config in configs]
-    for method in methods:
+    # All of them before the first run folder is made.
+    for method, config, out in zip(methods, configs, outs, strict=True):
+        config.train.augmentation(data)
+        split_training(data, config.train)
         check_shapes(method, data)
+        Run.refuse_taken(out)
     with contextlib.ExitStack() as held:
         loops = [
             held.enter_context(prepared(method, data, config, out, device, show, label=out.name))
@@ -234,6 +256,36 @@ def train_fleet(configs: Sequence[RunConfig], outs: Sequence[Path], show: bool =
         ]
         run_epochs(loops, mark_diverged)
     return [loop.run for loop in loops]
+
+
+def resume(path: str | Path, data_dir: str | None = None, show: bool = True) -> Run:
+    """Go on with an interrupted run from its last whole checkpoint, which is that of the last completed epoch.
+
+    On a CPU, and on CUDA with `deterministic`, it ends as it would have ended without the break, to the last bit.
+
+    Args:
+        path: The run folder.
+        data_dir: Where the data set is now, if not where it was.
+        show: Whether to print progress and the final table.
+
+    Raises:
+        UsageError: The run is finished, or another process holds it.
+        CheckpointError: Not a run folder, no whole checkpoint, or networks that only your program can build.
+        DataError: The data set is missing, or not that of the run.
+    """
+    run = Run(path)
+    config = run.config
+    device = choose_device(config.train.device, config.train.precision)
+    data = run.load_data(data_dir)
+    method = build_taught(config, data)
+    with prepared(method, data, config, run.path, device, show, run=run) as loop:
+        loop.restore()
+
+        def diverged(_: Loop, error: DivergedError) -> None:
+            raise error
+
+        run_epochs([loop], diverged)
+    return run
 
 
 def train_seeds(config: RunConfig, seeds: Sequence[int], out: Path | None = None, show: bool = True) -> list[Run]:
@@ -264,18 +316,29 @@ def prepared(
     device: torch.device,
     show: bool,
     label: str = "",
+    run: Run | None = None,
 ) -> Iterator[Loop]:
-    """Check everything, make the run folder and put the run on its device; close all at the end, however it comes."""
+    """Check everything, make the run folder and put the run on its device; close all at the end, however it comes.
+
+    An interrupted `run` is opened again instead of made.
+    """
     settings = config.train
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    choose_algorithms(device, settings.deterministic)
     augmentation = settings.augmentation(data)
     training, validation = split_training(data, settings)
     check_shapes(method, data)
-    # The place of the data in full: the run is used from other folders than it was started in.
-    config = dataclasses.replace(config, data_dir=data.root or None)
+    # The places of data and teacher in full: the run is used from other folders than it was started in.
+    teaching = config.teaching
+    if teaching.teacher is not None:
+        teaching = dataclasses.replace(teaching, teacher=str(Path(teaching.teacher).absolute()))
+    config = dataclasses.replace(config, data_dir=data.root or None, teaching=teaching)
     record = {**config.as_mapping(), "dataset": dataset_record(data), "environment": environment(device)}
-    run, lock = Run.create(out, record, method, data)
+    if run is None:
+        run, lock = Run.create(out, record, method, data)
+    else:
+        lock = run.reopen(method, data)
     try:
         method.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         optimizer = make_optimizer(
