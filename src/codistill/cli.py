@@ -41,6 +41,7 @@ usage: codistill COMMAND ...
   evaluate RUN                                   score every predictor of a run on its test set
   predict FILE_OR_RUN IMAGE ..                   name the classes of images
   export RUN --predictor student0 --format onnx  write one predictor as one file, and check it
+  bench [METHOD] --networks A B .. [--compare]   time training steps here, also against a plain PyTorch loop
   list                                           methods, networks and data sets
 
 codistill COMMAND --help says more. --debug before the command shows tracebacks."""
@@ -145,6 +146,46 @@ class TrainOptions:
     """Settings of a paper as a whole: mfef, ffl, one, okddip, dml or kdcl; codistill list shows them."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """Time training steps on random images of CIFAR-100's shape; no data set is needed."""
+
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]
+    runs: int = 1
+    """How many independent runs train side by side."""
+    compare: bool = False
+    """Measure a plain PyTorch loop (DataLoader, eager, .item() each step) too, in turn in the same process."""
+    seconds: float = 20.0
+    """About how long to measure, seconds."""
+    json: bool = False
+    """Print JSON instead of text."""
+
+
+def bench_command(arguments: Sequence[str]) -> None:
+    """Run `codistill bench`."""
+    rest = list(arguments)
+    method = rest.pop(0) if rest and not rest[0].startswith("-") else "mfef"
+    command = f"codistill bench {method}"
+    parsed, unknown = parse_flags(BenchOptions, rest, BenchOptions(config=default_config(method)), command)
+    if unknown:
+        known = [*setting_names(method), "runs", "compare", "seconds", "json"]
+        raise UsageError(unknown_option(unknown[0], known, command))
+    if parsed.runs < 1 or not 0 < parsed.seconds < 3600:
+        raise UsageError(f"{command}: --runs must be at least 1, and --seconds above 0 and below 3600")
+    from codistill.bench import bench
+
+    result = bench(parsed.config, parsed.runs, parsed.compare, parsed.seconds)
+    if parsed.json:
+        print(json.dumps(result, indent=2))
+        return
+    print(f"{result['ms_per_step']:.2f} ms per step of a run, {result['images_per_second']:,.0f} images/s each")
+    if "ratio_to_plain" in result:
+        print(
+            f"plain loop: {result['plain_ms_per_step']:.2f} ms per step, "
+            f"{result['plain_images_per_second']:,.0f} images/s; ours is {result['ratio_to_plain']:.2f} times as fast"
+        )
+
+
 def train_command(arguments: Sequence[str]) -> None:
     """Run `codistill train`."""
     rest = list(arguments)
@@ -156,7 +197,8 @@ def train_command(arguments: Sequence[str]) -> None:
     if has_flag(rest, "--preset"):
         preset = find_preset(flag_value(rest, "--preset"), method)
         method = preset.method
-        epochs = flag_value(rest, "--epochs") if has_flag(rest, "--epochs") else None
+        written = [*from_recipe, *rest]
+        epochs = flag_value(written, "--epochs") if has_flag(written, "--epochs") else None
         from_preset = mapping_arguments(preset_run(preset, epochs), preset.settings, method, lambda key: "preset")
     method = method or "mfef"
     default = TrainOptions(config=default_config(method))
@@ -184,12 +226,13 @@ def has_flag(arguments: Sequence[str], flag: str) -> bool:
 
 
 def flag_value(arguments: Sequence[str], flag: str) -> str:
-    """Give the value of a flag that was given."""
+    """Give the value of a flag that was given; of the last one, if it was given twice."""
+    found = ""
     for index, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name == flag:
-            return value if equals else next(iter(arguments[index + 1 :]), "")
-    return ""
+            found = value if equals else next(iter(arguments[index + 1 :]), "")
+    return found
 
 
 def resume_command(arguments: Sequence[str]) -> None:
@@ -297,6 +340,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "evaluate": evaluate_command,
     "predict": predict_command,
     "export": export_command,
+    "bench": bench_command,
     "list": list_command,
 }
 

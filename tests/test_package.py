@@ -1,0 +1,26 @@
+"""What `import codistill` gives and does."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import codistill as cd
+
+
+def test_public_names_exist() -> None:
+    assert all(hasattr(cd, name) for name in cd.__all__)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active"), ({"GOMP_SPINCOUNT": "1000"}, "None")],
+)
+def test_threads_wait_passively_unless_the_user_says_otherwise(given: dict[str, str], wanted: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    program = "import codistill, os; print(os.environ.get('OMP_WAIT_POLICY'))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment | given, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == wanted
