@@ -1,0 +1,412 @@
+"""Runs side by side: each ends, to the last bit, as it would have ended alone."""
+
+import dataclasses
+import importlib
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import codistill as cd
+from codistill import loop
+from codistill.cli import main
+from codistill.config import RunConfig, TeacherSettings, default_config
+from codistill.data.augment import Augmentation, Batch, DeviceImages, epoch_plan
+from codistill.device import choose_algorithms
+from codistill.errors import DataError, UsageError
+from codistill.methods import METHODS
+from codistill.methods.kdcl import KDCLSettings
+from codistill.optim import make_optimizer
+from codistill.step import CapturedFleet, PlainStep, SequentialFleet, make_fleet
+from codistill.teacher import Taught
+from codistill.train import train_fleet, train_from_config, train_seeds
+
+from . import tiny
+
+train_module = importlib.import_module("codistill.train")
+CPU = torch.device("cpu")
+TINY = ["--networks", "tiny", "tiny", "--data", "packed", "--batch-size", "8", "--lr", "0.05", "--threads", "1"]
+STUDENTS = {"okddip": 3, "byot": 1}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    """Stand in an empty folder, draw no pages, and give SIGTERM back to pytest."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loop, "write_report", lambda run: None)
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="module")
+def colours(tiny_registered, tmp_path_factory) -> str:
+    # Seven test images to a class and 20 to train on: the last batch of an epoch is smaller.
+    return str(tiny.write_npz(tmp_path_factory.mktemp("fleet") / "colours.npz", tiny.data(train=20, test=21)))
+
+
+@pytest.fixture
+def config(colours):
+    """Describe a run of tiny students; `method` holds settings of the method."""
+
+    def describe(name: str = "mfef", method: Any = None, **changes: Any) -> RunConfig:
+        students = ("tiny",) * STUDENTS.get(name, 2)
+        base = dataclasses.replace(default_config(name), networks=students, data="packed", data_dir=colours)
+        return dataclasses.replace(base, train=tiny.settings(**changes), method=method or base.method)
+
+    return describe
+
+
+def bits(value: Any) -> Any:
+    """Turn every tensor of a checkpoint into its bytes."""
+    if isinstance(value, torch.Tensor):
+        return (str(value.dtype), tuple(value.shape), value.contiguous().numpy().tobytes())
+    if isinstance(value, dict):
+        return {key: bits(each) for key, each in value.items()}
+    return [bits(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def assert_equal(run: cd.Run, alone: cd.Run) -> None:
+    assert tiny.untimed(run.metrics()) == tiny.untimed(alone.metrics())
+    assert tiny.untimed(run.summary) == tiny.untimed(alone.summary)
+    assert run.record == alone.record
+    assert [entry["epoch"] for entry in run.checkpoints.entries()] == [
+        entry["epoch"] for entry in alone.checkpoints.entries()
+    ]
+    for which in ("last", "best"):
+        first, second = (bits(each.checkpoints.load(which)) for each in (run, alone))
+        assert first.keys() == second.keys() and first["method"].keys() == second["method"].keys()
+        assert first == second
+
+
+def folders(count: int) -> list[Path]:
+    return [Path("fleet") / f"member{index}" for index in range(count)]
+
+
+def test_members_equal_their_lone_runs(config):
+    configs = [config(seed=seed, validation=4) for seed in (0, 1, 2)]
+    runs = train_fleet(configs, folders(3), show=False)
+    assert [run.path for run in runs] == folders(3)
+    for index, each in enumerate(configs):
+        assert_equal(runs[index], train_from_config(each, Path(f"alone{index}"), show=False))
+    weights = [bits(run.checkpoints.load()["method"]) for run in runs]
+    assert weights[0] != weights[1] != weights[2]
+
+
+def test_a_fleet_may_mix_methods_and_settings(config):
+    configs = [
+        config("kdcl", seed=3),  # two views
+        config("mfef", learning_rate=0.02, weight_decay=0.01),
+        config("dml", method=METHODS["dml"].Settings(update="alternating"), nesterov=False, milestones=(1,)),
+        dataclasses.replace(config("independent", padding=2), networks=("tiny",)),
+        config("pcl"),
+        config("okddip", flip=True),
+        config("byot", momentum=0.5),
+        config("kdcl", method=KDCLSettings(views_per_student=False)),
+    ]
+    runs = train_fleet(configs, folders(8), show=False)
+    for index, each in enumerate(configs):
+        assert_equal(runs[index], train_from_config(each, Path(f"alone{index}"), show=False))
+
+
+def test_a_fleet_may_have_teachers(config):
+    train_from_config(config("independent"), Path("teacher"), show=False)
+    teaching = TeacherSettings(teacher="teacher", teacher_weight=0.5)
+    configs = [dataclasses.replace(config(name), teaching=teaching) for name in ("kd", "kdcl")] + [config()]
+    runs = train_fleet(configs, folders(3), show=False)
+    for index, each in enumerate(configs):
+        assert_equal(runs[index], train_from_config(each, Path(f"alone{index}"), show=False))
+
+
+def test_a_fleet_of_one(config):
+    (run,) = train_fleet([config()], folders(1), show=False)
+    assert_equal(run, train_from_config(config(), Path("alone"), show=False))
+
+
+def test_seeds_on_the_command_line(colours, capsys):
+    flags = ["train", "ffl", *TINY, "--data-dir", colours, "--epochs", "2"]
+    assert main([*flags, "--seeds", "0", "1", "2", "--out", "several"]) == 0
+    out, error = capsys.readouterr()
+    assert error == ""
+    assert sorted(each.name for each in Path("several").iterdir()) == ["seed0", "seed1", "seed2"]
+    for seed in (0, 1, 2):
+        assert f"seed{seed}: epoch 2/2" in out and f"run folder: several/seed{seed}" in out
+        assert main([*flags, "--seed", str(seed), "--out", f"alone{seed}"]) == 0
+        assert_equal(cd.Run(f"several/seed{seed}"), cd.Run(f"alone{seed}"))
+        assert cd.Run(f"several/seed{seed}").config.train.seed == seed
+
+
+def test_seeds_without_a_folder_have_one_below_runs(config):
+    runs = train_seeds(config(epochs=1), [4, 2], show=False)
+    assert [str(run.path) for run in runs] == [f"runs/packed-mfef-tinyx2-seeds/seed{seed}" for seed in (4, 2)]
+    again = train_seeds(config(epochs=1), [4], show=False)
+    assert str(again[0].path) == "runs/packed-mfef-tinyx2-seeds-2/seed4"
+
+
+# What diverges is dropped.
+
+
+def poison(monkeypatch, seed: int, step: int = 4, kind: type[cd.Method] = cd.MFEF) -> None:
+    """Make the loss of the run with this seed no number from a step on."""
+    counts: dict[int, int] = {}
+    losses = kind.losses
+
+    def poisoned(self, outputs, labels, progress):
+        terms = losses(self, outputs, labels, progress)
+        counts[id(self)] = counts.get(id(self), 0) + 1
+        if getattr(self, "poisoned", False) and counts[id(self)] >= step:
+            terms["ce/student0"] = terms["ce/student0"] * math.nan
+        return terms
+
+    build = train_module.build_taught
+
+    def built(config, data):
+        method = build(config, data)
+        method.poisoned = config.train.seed == seed
+        return method
+
+    monkeypatch.setattr(kind, "losses", poisoned)
+    monkeypatch.setattr(train_module, "build_taught", built)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2], ids=["first", "middle", "last"])
+def test_one_that_diverges_is_dropped_and_the_others_go_on(config, monkeypatch, capsys, seed):
+    configs = [config(seed=each, epochs=3) for each in (0, 1, 2)]
+    with monkeypatch.context() as patch:
+        poison(patch, seed)  # three steps an epoch: in the second one
+        runs = train_fleet(configs, folders(3))
+        out, error = capsys.readouterr()
+    words = "became NaN or infinite in epoch 2 at learning rate 0.05: lower --learning-rate"
+    assert error.startswith(f"codistill: warning: member{seed} is dropped: ce/student0, ") and error.count("\n") == 1
+    assert words in error and "epoch 3/3" in out
+    dropped = runs[seed]
+    assert dropped.summary["status"] == "diverged" and words in dropped.summary["error"]
+    assert str(dropped.path) in dropped.summary["error"]
+    assert [entry["epoch"] for entry in dropped.checkpoints.entries()] == [1] and len(dropped.metrics()) == 1
+    for index in {0, 1, 2} - {seed}:
+        assert_equal(runs[index], train_from_config(configs[index], Path(f"alone{index}"), show=False))
+
+
+def test_all_may_diverge(config, monkeypatch, capsys):
+    configs = [config(seed=0), config(seed=0, weight_decay=0.01)]
+    poison(monkeypatch, 0, step=1)
+    runs = train_fleet(configs, folders(2), show=False)
+    assert [run.summary["status"] for run in runs] == ["diverged", "diverged"]
+    assert [run.checkpoints.entries() for run in runs] == [[], []]
+    assert capsys.readouterr().err.count("is dropped") == 2
+
+
+def test_what_breaks_a_fleet_off_is_written_everywhere(config, monkeypatch):
+    count, call = iter(range(100)), PlainStep.__call__
+
+    def breaking(self, batch, progress):
+        if next(count) == 7:
+            raise KeyboardInterrupt
+        call(self, batch, progress)
+
+    monkeypatch.setattr(PlainStep, "__call__", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        train_fleet([config(seed=0), config(seed=1)], folders(2), show=False)
+    for path in folders(2):
+        run = cd.Run(path)
+        assert run.summary["status"] == "interrupted" and len(run.metrics()) == 1
+        cd.run.RunLock(path).release()  # nobody holds it
+
+
+# What does not go together.
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"epochs": 3}, "epochs: 2"),
+        ({"batch_size": 4}, "batch_size: 8"),
+        ({"drop_last": True}, "drop_last: False"),
+        ({"train_limit": 16}, "train_limit: None"),
+        ({"validation": 4}, "validation: 0"),
+        ({"precision": "bf16"}, "precision: 'float32'"),
+        ({"device": "cpu"}, "device: 'auto'"),
+        ({"threads": 2}, "threads: 1"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_unlike_runs_are_refused(config, tmp_path, changes, key):
+    with pytest.raises(UsageError, match=f"^runs side by side must have one {key} and another$"):
+        train_fleet([config(), config(seed=1), config(**changes)], folders(3), show=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unlike_data_are_refused(config, tmp_path):
+    for changes in ({"data": "digits"}, {"data_dir": "elsewhere.npz"}):
+        with pytest.raises(UsageError, match=f"runs side by side must have one {next(iter(changes))}: "):
+            train_fleet([config(), dataclasses.replace(config(), **changes)], folders(2), show=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_seed_twice_is_refused(config, colours, capsys, tmp_path):
+    with pytest.raises(UsageError, match=r"seeds are \[0, 1, 0\]: name each once"):
+        train_seeds(config(), [0, 1, 0], Path("out"), show=False)
+    assert main(["train", *TINY, "--data-dir", colours, "--seeds", "1", "1", "--out", "out"]) == 2
+    assert "seeds are [1, 1]: name each once" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("taken", [0, 1, 2])
+def test_a_folder_that_is_not_empty_is_refused_before_anything_is_written(config, tmp_path, taken):
+    other = Path("out") / f"seed{taken}"
+    other.mkdir(parents=True)
+    (other / "notes.txt").write_text("mine")
+    before = tiny.listing(tmp_path)
+    with pytest.raises(UsageError, match=rf"run folder out/seed{taken} is not empty: choose another --out"):
+        train_seeds(config(), [0, 1, 2], Path("out"), show=False)
+    assert tiny.listing(tmp_path) == before
+
+
+def test_a_finished_fleet_is_not_overwritten(config, tmp_path):
+    train_seeds(config(epochs=1), [1], Path("out"), show=False)
+    before = tiny.listing(tmp_path)
+    with pytest.raises(UsageError, match="run folder out/seed1 is not empty"):
+        train_seeds(config(epochs=1), [0, 1], Path("out"), show=False)
+    assert tiny.listing(tmp_path) == before
+
+
+def test_a_file_in_the_way_is_refused(config, tmp_path):
+    Path("out").write_text("mine")
+    with pytest.raises(UsageError, match=r"run folder out/seed0: .*choose another --out"):
+        train_seeds(config(), [0, 1], Path("out"), show=False)
+    assert Path("out").read_text() == "mine"
+
+
+def test_a_folder_twice_is_refused(config, tmp_path):
+    with pytest.raises(UsageError, match="need a run folder each, but one is named twice"):
+        train_fleet([config(), config(seed=1)], [Path("same"), Path("same")], show=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"padding": 8, "padding_mode": "reflect"}, "padding is 8, but reflection needs"),
+        ({"networks": ("tiny",)}, "mfef needs at least 2 students"),
+        ({"networks": ("tiny", "none")}, "unknown network 'none'"),
+        ({"teaching": TeacherSettings(teacher="none")}, "teacher none: no such run folder or file"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_one_that_cannot_work_is_found_before_anything_is_written(config, tmp_path, changes, message):
+    bad = config(**changes) if "padding" in changes else dataclasses.replace(config(), **changes)
+    with pytest.raises(cd.run.CheckpointError if "teaching" in changes else UsageError, match=message):
+        train_fleet([config(), bad], folders(2), show=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_data_are_found_before_anything_is_written(config, tmp_path):
+    gone = dataclasses.replace(config(), data_dir="none.npz")
+    with pytest.raises(DataError, match=r"none\.npz"):
+        train_fleet([gone, gone], folders(2), show=False)
+    with pytest.raises(UsageError, match="no data set: name one with --data"):
+        train_fleet([dataclasses.replace(config(), data="")], folders(1), show=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+# The steps.
+
+
+def test_a_step_of_several_calls_each_member_once():
+    seen = []
+
+    class Member:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __call__(self, batch: Any, progress: Any) -> None:
+            seen.append((self.name, batch, progress))
+
+    fleet = SequentialFleet([Member("a"), Member("b"), Member("c")])
+    fleet(["x", "y", "z"], 0.5)
+    assert seen == [("a", "x", 0.5), ("b", "y", 0.5), ("c", "z", 0.5)]
+    with pytest.raises(ValueError, match="zip"):
+        fleet(["x"], 0.5)
+
+
+def method_of(name: str, seed: int = 0, image_size: tuple[int, int] = (8, 8)) -> cd.Method:
+    torch.manual_seed(seed)
+    method = METHODS[name](tiny.own_students(STUDENTS.get(name, 2)), 3, image_size=image_size)
+    return Taught(method, tiny.own_students(1)[0]) if METHODS[name].teacher == "required" else method
+
+
+def member_of(name: str, seed: int, device: torch.device = CPU) -> PlainStep:
+    method = method_of(name, seed).to(device, memory_format=torch.channels_last).train()
+    data = tiny.data()
+    optimizer = make_optimizer(method, 0.05, 0.9, True, 1e-4)
+    return PlainStep(method, DeviceImages(data.train, data.statistics, device), Augmentation(), optimizer)
+
+
+def test_on_a_cpu_a_fleet_is_sequential():
+    members = [member_of("mfef", 0), member_of("kdcl", 1)]
+    fleet = make_fleet(members)
+    assert isinstance(fleet, SequentialFleet) and fleet.members == members
+
+
+def test_every_step_of_a_fleet_gets_its_own_batch(config, monkeypatch):
+    seen: list[tuple[PlainStep, Batch, float]] = []
+    call = PlainStep.__call__
+
+    def watched(self, batch, progress):
+        seen.append((self, batch, float(progress)))
+        call(self, batch, progress)
+
+    monkeypatch.setattr(PlainStep, "__call__", watched)
+    train_fleet([config("kdcl", seed=0), config("mfef", seed=1)], folders(2), show=False)
+    first, second = dict.fromkeys(member for member, *_ in seen)
+    assert [member for member, *_ in seen] == [first, second] * 6
+    assert [progress for *_, progress in seen] == [0.0] * 6 + [0.5] * 6
+    for member, views, seed in ((first, (2,), 0), (second, (), 1)):
+        batches = [batch for each, batch, _ in seen if each is member]
+        assert [tuple(batch.image.shape) for batch in batches] == [(*views, size) for size in (8, 8, 4)] * 2
+        for epoch in (0, 1):
+            plan = epoch_plan(20, seed, epoch, member.augmentation, CPU, member.method.views)
+            for number, (start, stop) in enumerate(((0, 8), (8, 16), (16, 20))):
+                taken, expected = batches[3 * epoch + number], plan.part(start, stop)
+                assert all(map(torch.equal, taken, expected))
+
+
+@pytest.fixture
+def repeatable(monkeypatch):
+    """Let CUDA use only algorithms that repeat to the last bit."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    choose_algorithms(torch.device("cuda"), deterministic=True)
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.backends.cudnn.benchmark = before[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_captured_fleet_equals_plain_steps(repeatable, name, members):
+    device = torch.device("cuda")
+    plain = [member_of(name, seed, device) for seed in range(members)]
+    fast = [member_of(name, seed, device) for seed in range(members)]
+    fleet = make_fleet(fast)
+    assert isinstance(fleet, CapturedFleet) or not fast[0].method.capturable
+    for number in range(10):
+        progress = torch.tensor(number / 10, device=device)
+        size = 6 if number % 3 == 2 else 8  # two sizes, so that two graphs take turns
+        batches = [
+            epoch_plan(24, seed, number, Augmentation(), device, member.method.views).part(0, size)
+            for seed, member in enumerate(fast)
+        ]
+        for member, batch in zip(plain, batches, strict=True):
+            member(batch, progress)
+        fleet(batches, progress)
+    for one, other in zip(plain, fast, strict=True):
+        assert one.sums.means() == other.sums.means()
+        state = other.method.state_dict()
+        for key, tensor in one.method.state_dict().items():
+            assert torch.equal(tensor, state[key]), key
