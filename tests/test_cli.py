@@ -330,8 +330,8 @@ def test_a_divergence_is_status_5(made, capsys, tmp_path):
         (cd.run.UsageError("wrong,\nin two lines"), 2, "wrong, in two lines$"),
         (ZeroDivisionError("division by zero\nsomewhere"), 1, "bug: ZeroDivisionError: .* report it .*--debug"),
         (OSError(5, "Input/output error"), 1, "bug: OSError"),
-        (KeyboardInterrupt(), 130, "interrupted; checkpoints up to the last completed epoch are kept"),
-        (cli.Terminated(), 143, "terminated; checkpoints"),
+        (KeyboardInterrupt(), 130, "interrupted; the last completed epoch is kept"),
+        (cli.Terminated(), 143, "terminated; the last completed epoch is kept"),
     ],
 )
 def test_every_kind_of_failure_has_its_status(capsys, monkeypatch, error, status, message):
@@ -390,7 +390,7 @@ def test_signals_end_a_training_in_order(made, tmp_path):
         for number, status, word in ((signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")):
             _, error = processes[number].communicate(timeout=60)
             assert processes[number].returncode == status
-            assert error == f"codistill: error: {word}; checkpoints up to the last completed epoch are kept\n"
+            assert error == f"codistill: error: {word}; the last completed epoch is kept: codistill resume RUN goes on\n"
             run = cd.Run(tmp_path / number.name)
             assert run.summary["status"] == "interrupted"
             assert run.checkpoints.load()["epoch"] >= len(run.metrics()) >= 1

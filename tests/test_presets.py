@@ -36,7 +36,7 @@ def chosen(monkeypatch):
     seen: list[RunConfig] = []
     train = importlib.import_module("codistill.train")
     monkeypatch.setattr(train, "train_from_config", lambda config, out: seen.append(config))
-    monkeypatch.setattr(train, "train_seeds", lambda config, seeds, out: seen.append(config))
+    monkeypatch.setattr(train, "train_seeds", lambda config, seeds, out: seen.append(config) or [])
 
     def parse(*arguments: str) -> RunConfig:
         assert main(["train", *arguments, *DATA]) == 0

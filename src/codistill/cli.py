@@ -27,7 +27,7 @@ from codistill.config import (
     unknown_option,
 )
 from codistill.data import DATASETS
-from codistill.errors import CodistillError, UsageError
+from codistill.errors import CodistillError, DivergedError, UsageError
 from codistill.methods import METHODS
 from codistill.networks import NETWORKS
 from codistill.presets import PRESETS, find_preset, preset_run, renamed
@@ -215,7 +215,10 @@ def train_command(arguments: Sequence[str]) -> None:
     from codistill.train import train_from_config, train_seeds
 
     if parsed.seeds:
-        train_seeds(config, parsed.seeds, parsed.out)
+        runs = train_seeds(config, parsed.seeds, parsed.out)
+        lost = [str(run.path) for run in runs if run.summary["status"] != "finished"]
+        if lost:
+            raise DivergedError(f"{len(lost)} of {len(runs)} runs diverged: {', '.join(lost)}; the others are finished")
     else:
         train_from_config(config, parsed.out)
 

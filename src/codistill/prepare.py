@@ -1,0 +1,181 @@
+"""What comes before the first step: data, networks, teacher, checks, run folder, device."""
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from codistill.checkpoint import write_json
+from codistill.config import RunConfig, TrainSettings
+from codistill.data.augment import DeviceImages, seeded_order
+from codistill.data.dataset import Dataset, Split, dataset
+from codistill.device import choose_algorithms
+from codistill.errors import UsageError
+from codistill.loop import Loop, network_names, run_facts, status_of
+from codistill.methods import METHODS, Method
+from codistill.optim import make_optimizer
+from codistill.run import Run, build_method, dataset_record, environment
+from codistill.step import PlainStep
+from codistill.teacher import Taught, load_teacher
+
+
+def split_training(data: Dataset, settings: TrainSettings) -> tuple[Split, Split | None]:
+    """Take the training images that are used, and the validation images if any, from the seeded order.
+
+    Raises:
+        UsageError: More images asked for than there are, or a last batch too small for batch statistics.
+    """
+    count, held_out = len(data.train), settings.validation
+    if held_out >= count:
+        raise UsageError(f"validation is {held_out}, but data set {data.name} has {count} training images")
+    wanted = count - held_out if settings.train_limit is None else settings.train_limit
+    if wanted > count - held_out:
+        raise UsageError(
+            f"train_limit {wanted} and validation {held_out} together exceed the {count} training images of {data.name}"
+        )
+    if wanted < settings.batch_size:
+        raise UsageError(
+            f"batch_size is {settings.batch_size}, but there are {wanted} training images: make it smaller"
+        )
+    if wanted % settings.batch_size == 1 and not settings.drop_last:
+        raise UsageError(
+            f"the last batch of {wanted} images would be a single image, which batch normalisation cannot use: "
+            f"set drop_last or another batch_size than {settings.batch_size}"
+        )
+    order = seeded_order(count, settings.seed).numpy()
+
+    def part(chosen: Any) -> Split:
+        return Split(data.train.images[chosen], data.train.labels[chosen])
+
+    training = data.train if wanted == count else part(order[:wanted])
+    return training, part(order[count - held_out :]) if held_out else None
+
+
+def check_shapes(method: Method, data: Dataset) -> None:
+    """Run the method once without data, on the meta device, to find what cannot work before anything is written.
+
+    Raises:
+        UsageError: The students' classes are not the data set's, or shapes do not match.
+    """
+    height, width = data.image_size
+    names = network_names(method.cohort)
+    probe = copy.deepcopy(method).to("meta").eval()
+    try:
+        outputs = probe(torch.empty(2, 3, height, width, device="meta"))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(
+            f"{method.name} with {' + '.join(names)} cannot take {height}x{width} images: {reason}"
+        ) from None
+    for name, logits in zip(names, outputs.logits, strict=True):
+        if logits.shape[1] != data.num_classes:
+            raise UsageError(
+                f"network {name} has {logits.shape[1]} classes, but data set {data.name} {data.num_classes}"
+            )
+    if method.num_classes != data.num_classes:
+        raise UsageError(
+            f"{method.name} was made for {method.num_classes} classes, but data set {data.name} has {data.num_classes}"
+        )
+
+
+def load_named_data(config: RunConfig) -> Dataset:
+    """Load the data set that a run names.
+
+    Raises:
+        UsageError: It names none.
+    """
+    if not config.data:
+        raise UsageError("no data set: name one with --data, for example --data digits")
+    return dataset(config.data, config.data_dir)
+
+
+def build_taught(config: RunConfig, data: Dataset) -> Method:
+    """Build a run's method, with its teacher if it names one.
+
+    Raises:
+        UsageError: Networks, method, teacher and settings do not go together.
+    """
+    check_teacher(METHODS[config.method_name], config.teaching.teacher is not None)
+    method = build_method(config, data.num_classes, data.image_size)
+    if config.teaching.teacher is None:
+        return method
+    teacher = load_teacher(config.teaching, data.class_names, data.statistics)
+    return Taught(method, teacher, config.teaching.teacher_weight, config.teaching.teacher_temperature)
+
+
+def check_teacher(method: type[Method], given: bool) -> None:
+    """Refuse a teacher where none is used, and none where one is needed.
+
+    Raises:
+        UsageError: Either of them.
+    """
+    if given and method.teacher == "refused":
+        raise UsageError(f"{method.name} has no use for a teacher: leave --teacher out, or choose kd")
+    if not given and method.teacher == "required":
+        raise UsageError(
+            f"{method.name} needs a teacher: give --teacher a run folder, an exported file or a checkpoint"
+        )
+
+
+@contextlib.contextmanager
+def prepared(
+    method: Method,
+    data: Dataset,
+    config: RunConfig,
+    out: Path,
+    device: torch.device,
+    show: bool,
+    label: str = "",
+    run: Run | None = None,
+) -> Iterator[Loop]:
+    """Check everything, make the run folder and put the run on its device; close all at the end, however it comes.
+
+    An interrupted `run` is opened again instead of made.
+    """
+    settings = config.train
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    choose_algorithms(device, settings.deterministic)
+    augmentation = settings.augmentation(data)
+    training, validation = split_training(data, settings)
+    check_shapes(method, data)
+    # The places of data and teacher in full: the run is used from other folders than it was started in.
+    teaching = config.teaching
+    if teaching.teacher is not None:
+        teaching = dataclasses.replace(teaching, teacher=str(Path(teaching.teacher).absolute()))
+    config = dataclasses.replace(config, data_dir=data.root or None, teaching=teaching)
+    record = {**config.as_mapping(), "dataset": dataset_record(data), "environment": environment(device)}
+    if run is None:
+        run, lock = Run.create(out, record, method, data)
+    else:
+        lock = run.reopen(method, data)
+    try:
+        method.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        optimizer = make_optimizer(
+            method, settings.learning_rate, settings.momentum, settings.nesterov, settings.weight_decay
+        )
+        splits = {"validation": validation, "test": data.test}
+        held = {name: DeviceImages(each, data.statistics, device) for name, each in splits.items() if each is not None}
+        step = PlainStep(
+            method, DeviceImages(training, data.statistics, device), augmentation, optimizer, settings.precision
+        )
+        with SummaryWriter(str(out / "tensorboard")) as board:
+            yield Loop(run, config, step, held, board, show, label)
+    except BaseException as error:
+        write_summary_of_failure(out, config, method, error)
+        raise
+    finally:
+        lock.release()
+
+
+def write_summary_of_failure(out: Path, config: RunConfig, method: Method, error: BaseException) -> None:
+    """Write the summary.json of a run that did not finish; one that already says how the run ended stays."""
+    path = out / "summary.json"
+    if path.exists() and Run(out).summary.get("status") in ("finished", "diverged"):
+        return
+    write_json(path, {"status": status_of(error), "error": str(error), **run_facts(config, method)})
