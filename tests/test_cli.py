@@ -390,7 +390,8 @@ def test_signals_end_a_training_in_order(made, tmp_path):
         for number, status, word in ((signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")):
             _, error = processes[number].communicate(timeout=60)
             assert processes[number].returncode == status
-            assert error == f"codistill: error: {word}; the last completed epoch is kept: codistill resume RUN goes on\n"
+            kept = "the last completed epoch is kept: codistill resume RUN goes on"
+            assert error == f"codistill: error: {word}; {kept}\n"
             run = cd.Run(tmp_path / number.name)
             assert run.summary["status"] == "interrupted"
             assert run.checkpoints.load()["epoch"] >= len(run.metrics()) >= 1
