@@ -24,6 +24,7 @@ from codistill.networks.network import parameter_count
 from codistill.optim import learning_rate_at, momentum_buffers, set_learning_rate
 from codistill.report import write_report
 from codistill.run import Run
+from codistill.signals import deferred
 from codistill.step import CapturedFleet, PlainStep, SequentialFleet, make_fleet
 
 
@@ -266,12 +267,13 @@ def run_epochs(loops: Sequence[Loop], diverged: Callable[[Loop, DivergedError], 
     started = time.monotonic()
     fleet: CapturedFleet | SequentialFleet | None = None
     with contextlib.ExitStack() as shown:
+        act_on_signals = shown.enter_context(deferred())
         for loop in loops[:1]:
             shown.enter_context(loop.display)
         for epoch in range(len(loops[0].rows), loops[0].config.train.epochs):
             fleet = fleet or make_fleet([loop.step for loop in active])
             began = time.monotonic()
-            train_epoch(active, fleet, epoch)
+            train_epoch(active, fleet, epoch, act_on_signals)
             terms = [loop.read_terms() for loop in active]
             seconds = time.monotonic() - began
             for loop, read in zip(list(active), terms, strict=True):
@@ -288,11 +290,14 @@ def run_epochs(loops: Sequence[Loop], diverged: Callable[[Loop, DivergedError], 
         loop.finish(time.monotonic() - started)
 
 
-def train_epoch(loops: Sequence[Loop], fleet: CapturedFleet | SequentialFleet, epoch: int) -> None:
-    """Run all steps of an epoch for all runs."""
+def train_epoch(
+    loops: Sequence[Loop], fleet: CapturedFleet | SequentialFleet, epoch: int, after_step: Callable[[], None]
+) -> None:
+    """Run all steps of an epoch for all runs, and call something after each."""
     settings = loops[0].config.train
     plans = [loop.begin_epoch(epoch) for loop in loops]
     progress = torch.tensor(epoch / settings.epochs, device=loops[0].step.images.labels.device)
     for number, (start, stop) in enumerate(loops[0].steps, start=1):
         fleet([plan.part(start, stop) for plan in plans], progress)
         loops[0].after_step(epoch, number)
+        after_step()
