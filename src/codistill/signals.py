@@ -14,8 +14,8 @@ def deferred() -> Iterator[Callable[[], None]]:
     """Hold SIGINT and SIGTERM back until the function that this gives is called; a second one acts at once.
 
     What then acts is the handler that was there before: KeyboardInterrupt for SIGINT as a rule, and whatever the
-    program has set for SIGTERM. A signal without a handler in Python keeps its effect, and outside the main thread, which alone
-    may set handlers, all do.
+    program has set for SIGTERM. A signal without a handler in Python keeps its effect, and outside the main thread,
+    which alone may set handlers, all do.
     """
     arrived: list[int] = []
     before: dict[int, Callable[[int, FrameType | None], object]] = {}
@@ -38,5 +38,5 @@ def deferred() -> Iterator[Callable[[], None]]:
     try:
         yield act
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for held, handler in before.items():
+            signal.signal(held, handler)
