@@ -362,8 +362,10 @@ def test_debug_shows_the_traceback_of_a_real_error(capsys):
         main(["train", "mfe", "--debug"])
 
 
+# A shell may have started the tests with SIGINT ignored, and children inherit that.
 TRAIN = """
-    import sys
+    import signal, sys
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from codistill.cli import main
     from tests import tiny
     with tiny.registered():

@@ -20,9 +20,12 @@ def stop(*_: object) -> None:
 
 @pytest.fixture(autouse=True)
 def handler():
-    before = signal.signal(signal.SIGTERM, stop)
+    # A shell may have started the tests with SIGINT ignored.
+    before = {signal.SIGTERM: stop, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, own) for number, own in before.items()}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, old in before.items():
+        signal.signal(number, old)
 
 
 @pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, Stopped), (signal.SIGINT, KeyboardInterrupt)])
