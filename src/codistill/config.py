@@ -159,8 +159,9 @@ class RunConfig:
         return plain
 
 
-# What config.json holds beside the run itself.
+# Settings that take several values.
 LISTS = ("networks", "milestones")
+# What config.json holds beside the run itself.
 RECORDED_KEYS = ("codistill", "environment", "dataset")
 
 
