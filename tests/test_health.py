@@ -22,7 +22,7 @@ def diversity(logits: list[np.ndarray], batch_size: int = 1000) -> Diversity:
     sums = DiversitySums(len(logits), logits[0].shape[1], CPU)
     for start in range(0, len(logits[0]), batch_size):
         sums.update([torch.from_numpy(each[start : start + batch_size]) for each in logits])
-    return sums.read()
+    return sums.diversity(sums.packed().tolist())
 
 
 def slow(logits: list[np.ndarray]) -> tuple[float, float, list[float]]:
@@ -86,7 +86,7 @@ def test_half_precision_and_large_logits():
     logits = [torch.tensor([[60.0, -60.0, 0.0]], dtype=torch.bfloat16), torch.tensor([[-60.0, 60.0, 0.0]])]
     sums = DiversitySums(2, 3, CPU)
     sums.update(logits)
-    found = sums.read()
+    found = sums.diversity(sums.packed().tolist())
     assert found.disagreement == 100 and found.kl == pytest.approx(120, rel=1e-3)
 
 
@@ -96,7 +96,7 @@ def test_the_host_reads_once():
         sums.update([torch.randn(5, 4) for _ in range(3)])
     assert reads.found == []
     with tiny.HostReads() as reads:
-        sums.read()
+        sums.diversity(sums.packed().tolist())
     assert reads.found == ["tolist"]
 
 

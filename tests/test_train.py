@@ -131,13 +131,13 @@ def test_train_limit_takes_the_first_of_the_seeded_order(train, steps):
 
 def test_validation_images_are_held_out_of_the_training(train, steps, monkeypatch):
     held = []
-    evaluate = loop.evaluate
 
-    def watched(method, images, *rest, **options):
-        held.append(images)
-        return evaluate(method, images, *rest, **options)
+    class Watched(loop.Evaluation):
+        def __init__(self, method, splits, *rest):
+            held.extend(splits.values())
+            super().__init__(method, splits, *rest)
 
-    monkeypatch.setattr(loop, "evaluate", watched)
+    monkeypatch.setattr(loop, "Evaluation", Watched)
     data = tiny.data(train=30)
     train(data=data, validation=10, seed=3, epochs=1)
     order = seeded_order(30, 3).numpy()
@@ -344,7 +344,10 @@ def poisoned(step: int, way: str) -> Poisoned:
 @pytest.mark.parametrize("way", ["loss", "inf"])
 def test_a_loss_that_is_no_number_ends_the_run(train, tmp_path, way):
     # Three steps an epoch: the fourth is in the second epoch.
-    with pytest.raises(DivergedError, match=r"^ce/student1 became NaN or infinite in epoch 2 at learning rate 0\.05: "):
+    with pytest.raises(
+        DivergedError,
+        match=r"^student1 \(loss ce/student1\) became NaN or infinite at step 1 of epoch 2 at learning rate 0\.05: ",
+    ):
         train(poisoned(4, way), epochs=4, milestones=())
     run = cd.Run(tmp_path / "run0")
     summary = run.summary
@@ -357,8 +360,9 @@ def test_a_loss_that_is_no_number_ends_the_run(train, tmp_path, way):
 
 @pytest.mark.parametrize("step", [4, 6], ids=["first step", "last step"])
 def test_a_gradient_that_is_no_number_ends_the_run(train, tmp_path, step):
-    # After the last step of the epoch no loss shows it: the evaluation does, and the weights are not kept.
-    with pytest.raises(DivergedError, match=r"student1\b.* became NaN or infinite in epoch 2"):
+    # No loss of the step shows it, and after the last step of the epoch none at all.
+    words = rf"^student1 \(gradient of cohort\.students\.1\..* became NaN or infinite at step {step - 3} of epoch 2"
+    with pytest.raises(DivergedError, match=words):
         train(poisoned(step, "gradient"), epochs=4)
     run = cd.Run(tmp_path / "run0")
     assert run.summary["status"] == "diverged"
@@ -369,7 +373,7 @@ def test_a_gradient_that_is_no_number_ends_the_run(train, tmp_path, step):
 
 @pytest.mark.parametrize("batch_size", [4, 24], ids=["within the epoch", "by the last step"])
 def test_too_large_a_learning_rate_diverges(train, tmp_path, batch_size):
-    with pytest.raises(DivergedError, match=r"in epoch 1 at learning rate 1e\+09: lower --learning-rate"):
+    with pytest.raises(DivergedError, match=r"epoch 1 at learning rate 1e\+09: lower --learning-rate"):
         train(learning_rate=1e9, batch_size=batch_size)
     run = cd.Run(tmp_path / "run0")
     assert run.summary["status"] == "diverged" and run.checkpoints.entries() == []
@@ -377,7 +381,7 @@ def test_too_large_a_learning_rate_diverges(train, tmp_path, batch_size):
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(KeyboardInterrupt(), "interrupted"), (RuntimeError("broken"), "failed"), (MemoryError("full"), "failed")],
+    [(KeyboardInterrupt(), "interrupted"), (RuntimeError("broken"), "failed")],
 )
 def test_a_run_that_is_broken_off_says_so(train, tmp_path, monkeypatch, error, status):
     call, count = PlainStep.__call__, iter(range(100))
@@ -396,22 +400,6 @@ def test_a_run_that_is_broken_off_says_so(train, tmp_path, monkeypatch, error, s
     assert [entry["epoch"] for entry in run.checkpoints.entries()] == [1] and len(run.metrics()) == 1
     with pytest.raises(UsageError, match="is not empty"):
         cd.train(tiny.method(), tiny.data(), out=run.path, settings=tiny.settings(), show=False)
-
-
-def test_a_full_disk_leaves_the_last_good_checkpoint(train, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    save = cd.run.CheckpointStore.save
-
-    def fail(self, content, epoch, best):
-        if epoch == 2:
-            raise OSError(28, "No space left on device")
-        save(self, content, epoch, best)
-
-    monkeypatch.setattr(cd.run.CheckpointStore, "save", fail)
-    with pytest.raises(OSError, match="No space left"):
-        train(epochs=3)
-    run = cd.Run(tmp_path / "run0")
-    assert run.summary["status"] == "failed" and run.checkpoints.load()["epoch"] == 1
 
 
 def test_errors_are_codistills_own():

@@ -1,10 +1,13 @@
 """Files that are whole or absent, and checkpoints whose every byte is checked before it is parsed."""
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import sys
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,8 @@ import torch
 
 from codistill.errors import CheckpointError
 
-FORMAT = 1
-ENTRY = {"file": str, "sha256": str, "epoch": int, "best": bool}
+FORMAT = 2
+ENTRY = {"file": str, "sha256": str, "epoch": int, "step": int, "best": bool}
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -67,64 +70,105 @@ class CheckpointStore:
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder = folder
         self.keep = keep
+        self._damaged: set[str] = set()
 
     @property
     def _index(self) -> Path:
         return self.folder / "index.json"
 
     def entries(self) -> list[dict[str, Any]]:
-        """List what the index holds, oldest first: file, sha256, epoch (of completed epochs) and best."""
-        if not self._index.exists():
-            return []
-        index = read_json(self._index)
-        if not isinstance(index, dict) or index.get("format") != FORMAT or not isinstance(index.get("files"), list):
-            raise CheckpointError(f"{self._index}: not an index of format {FORMAT}: made by another version")
-        for entry in index["files"]:
-            known = isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in ENTRY.items())
-            if not known or Path(entry["file"]).name != entry["file"]:
-                raise CheckpointError(f"{self._index}: damaged: no entry of an index: {str(entry)[:100]}")
-        return list(index["files"])
+        """List what the index holds, oldest first: file, sha256, epoch, step and best.
 
-    def save(self, state: dict[str, Any], epoch: int, best: bool) -> None:
+        An index that is missing or damaged is made anew from the files, with a warning.
+
+        Raises:
+            CheckpointError: The index is of a newer format.
+        """
+        try:
+            content = self._index.read_bytes()
+        except FileNotFoundError:
+            return self._scanned("is missing") if any(self.folder.glob("*.pt")) else []
+        except OSError as error:
+            raise CheckpointError(f"{self._index}: {error.strerror}") from None
+        try:
+            index = json.loads(content)
+            entries = [dict(entry) for entry in index["files"]]
+            number = index["format"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return self._scanned("is damaged")
+        if isinstance(number, int) and number != FORMAT:
+            raise CheckpointError(f"{self._index}: {other_format(number)}")
+        for entry in entries:
+            known = all(isinstance(entry.get(key), kind) for key, kind in ENTRY.items())
+            if number != FORMAT or not known or Path(entry["file"]).name != entry["file"]:
+                return self._scanned("is damaged")
+        return entries
+
+    def _scanned(self, trouble: str) -> list[dict[str, Any]]:
+        """Make the entries of an index from the files: zip's own checksums stand in for the SHA-256 that is lost."""
+        found = []
+        for path in sorted(self.folder.glob("*.pt")):
+            with contextlib.suppress(Exception):  # what is damaged is not listed
+                content = path.read_bytes()
+                with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                    whole = archive.testzip() is None
+                state = parsed(content, path)
+                if whole:
+                    entry = {"file": path.name, "sha256": hashlib.sha256(content).hexdigest()}
+                    found.append(entry | {key: state[key] for key in ("epoch", "step", "best")})
+        found.sort(key=position)
+        best = max((position(entry) for entry in found if entry["best"]), default=None)
+        found = [{**entry, "best": position(entry) == best} for entry in found]
+        warn(f"{self._index} {trouble}: {len(found)} whole checkpoints were found by looking at the files")
+        return found
+
+    def save(self, state: Mapping[str, Any], epoch: int, best: bool, step: int = 0) -> None:
         """Write a checkpoint, then the index, then delete what is no longer kept.
 
         Args:
             state: Tensors and plain JSON types only.
             epoch: Number of completed epochs.
             best: Whether it is the best one so far.
+            step: Steps that were done of the epoch after them.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
-        torch.save({"format": FORMAT, **state}, buffer)
+        torch.save({**state, "format": FORMAT, "epoch": epoch, "step": step, "best": best}, buffer)
         content = buffer.getvalue()
-        name = f"epoch-{epoch:06d}.pt"
+        name = f"epoch-{epoch:06d}.pt" if step == 0 else f"epoch-{epoch:06d}-step-{step:06d}.pt"
+        # Before anything is written: a missing index is made from the files that are there now.
+        old = [entry for entry in self.entries() if entry["file"] != name and entry["file"] not in self._damaged]
         write_atomically(self.folder / name, content)
-        old = [entry for entry in self.entries() if entry["file"] != name]
         if best:
             old = [{**entry, "best": False} for entry in old]
-        entries = [*old, {"file": name, "sha256": hashlib.sha256(content).hexdigest(), "epoch": epoch, "best": best}]
+        digest = hashlib.sha256(content).hexdigest()
+        entries = [*old, {"file": name, "sha256": digest, "epoch": epoch, "step": step, "best": best}]
         kept = [entry for entry in entries if entry["best"] or entry in entries[-self.keep :]]
         write_json(self._index, {"format": FORMAT, "files": kept})
-        for entry in entries:
-            if entry not in kept:
-                (self.folder / entry["file"]).unlink(missing_ok=True)
+        names = {entry["file"] for entry in kept}
+        for path in self.folder.glob("*.pt"):
+            if path.name not in names:
+                path.unlink(missing_ok=True)
 
     def load(self, which: str = "last") -> dict[str, Any]:
         """Read the last or the best checkpoint; a damaged last one is passed over for the one before, with a warning.
 
         Raises:
-            CheckpointError: There is none, or none that is whole.
+            CheckpointError: There is none, or none that is whole; names each file and what is wrong with it.
         """
         entries = self.entries()
         wanted = [entry for entry in entries if entry["best"]] if which == "best" else entries[::-1]
         reasons = []
         for entry in wanted:
             try:
-                return self._read(entry)
+                state = self._read(entry)
             except CheckpointError as error:
                 reasons.append(str(error))
-                if entry is not wanted[-1]:
-                    print(f"codistill: warning: {error}; using the one before", file=sys.stderr)
+                self._damaged.add(entry["file"])
+                continue
+            for reason in reasons:
+                warn(f"{reason}; using {entry['file']}, the one before")
+            return state
         if not reasons:
             raise CheckpointError(f"{self.folder}: no {which} checkpoint; the run did not complete an epoch")
         raise CheckpointError("; ".join(reasons))
@@ -138,10 +182,39 @@ class CheckpointStore:
         digest = hashlib.sha256(content).hexdigest()
         if digest != entry["sha256"]:
             raise CheckpointError(f"{path}: damaged: SHA-256 is {digest[:12]}.. instead of {entry['sha256'][:12]}..")
-        try:
-            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load answers damage with five different types
-            raise CheckpointError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from None
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
-            raise CheckpointError(f"{path}: not a checkpoint of format {FORMAT}: made by another version")
-        return state
+        return parsed(content, path)
+
+
+def parsed(content: bytes, path: Path) -> dict[str, Any]:
+    """Turn the bytes of a checkpoint into its state; tensors and plain types only, whatever the file asks for.
+
+    Raises:
+        CheckpointError: They are not a checkpoint, or one of another format.
+    """
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load answers damage with five different types
+        raise CheckpointError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
+        raise CheckpointError(f"{path}: not a checkpoint of codistill")
+    if state["format"] != FORMAT:
+        raise CheckpointError(f"{path}: {other_format(state['format'])}")
+    if not all(isinstance(state.get(key), kind) for key, kind in ENTRY.items() if key not in ("file", "sha256")):
+        raise CheckpointError(f"{path}: damaged: it does not say how far the training was")
+    return state
+
+
+def other_format(number: int) -> str:
+    """Say that a file is of another format than this version writes."""
+    sign, version = (">", "a newer") if number > FORMAT else ("<", "an older")
+    return f"format {number} {sign} {FORMAT}: made by {version} version of codistill: use that one"
+
+
+def position(entry: Mapping[str, Any]) -> tuple[int, int]:
+    """Say how far a training was: completed epochs, and steps of the one after them."""
+    return entry["epoch"], entry["step"]
+
+
+def warn(line: str) -> None:
+    """Print a warning of one line."""
+    print(f"codistill: warning: {line}", file=sys.stderr)

@@ -56,7 +56,7 @@ class TrainingDisplay:
         )
         self._task: TaskID = self._bar.add_task("", total=steps, epoch=1, status="")
         self._started = self._epoch_started = self._shown = time.monotonic()
-        self._before = 0
+        self._before = 0  # steps
 
     def __enter__(self) -> "TrainingDisplay":
         self._bar.start()
@@ -65,9 +65,9 @@ class TrainingDisplay:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def resume(self, epochs: int) -> None:
-        """Count the time left from here, after so many epochs that were done before."""
-        self._before = epochs
+    def resume(self, epochs: int, steps: int = 0) -> None:
+        """Count the time left from here, after so many epochs, and steps of the next, that were done before."""
+        self._before = epochs * self.steps + steps
 
     def begin_epoch(self, epoch: int) -> None:
         """Start the bar of an epoch, counted from 0."""
@@ -83,9 +83,10 @@ class TrainingDisplay:
         """Show the state after a step, counted from 1; `terms` may be empty where reading them would stall a GPU."""
         now = time.monotonic()
         self._shown = now
-        rate = step * self.images / self.steps / (now - self._epoch_started)
-        done = (epoch - self._before) * self.steps + step
-        left = (now - self._started) / done * ((self.epochs - self._before) * self.steps - done)
+        done = epoch * self.steps + step
+        here = min(step, done - self._before)
+        rate = here * self.images / self.steps / (now - self._epoch_started)
+        left = self._left(now, done)
         status = f"{rate:,.0f} images/s  {term_text(terms)}  {duration(left)} left"
         self._bar.update(self._task, completed=step, status=status)
         if self._bar.disable:
@@ -93,11 +94,15 @@ class TrainingDisplay:
                 f"{self.label}epoch {epoch + 1}/{self.epochs}  step {step}/{self.steps}  {status}", soft_wrap=True
             )
 
+    def _left(self, now: float, done: int) -> float:
+        """Estimate the seconds left, after so many steps of the whole run."""
+        return (now - self._started) / max(1, done - self._before) * (self.epochs * self.steps - done)
+
     def end_epoch(self, row: Mapping[str, Any]) -> None:
         """Print the line of a finished epoch."""
         now = time.monotonic()
         epoch = row["epoch"] + 1
-        left = (now - self._started) / (epoch - self._before) * (self.epochs - epoch)
+        left = self._left(now, epoch * self.steps)
         errors = "  ".join(f"{name} {each['top1_error']:.2f}" for name, each in row["test"].items())
         self.console.print(
             f"{self.label}epoch {epoch}/{self.epochs}  {row['images_per_second']:,.0f} images/s  "

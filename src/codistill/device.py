@@ -1,6 +1,7 @@
 """Where and in which precision is computed."""
 
 import os
+import time
 
 import torch
 
@@ -49,3 +50,36 @@ def choose_algorithms(device: torch.device, deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(deterministic)
         torch.backends.cudnn.benchmark = not deterministic
+
+
+class Stopwatch:
+    """Measure how long a device works on what is asked of it between two moments, without waiting for it.
+
+    Args:
+        device: The device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        if self._on_gpu:
+            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+        self._moments = [0.0, 0.0]
+
+    def start(self) -> None:
+        """Begin."""
+        self._mark(0)
+
+    def stop(self) -> None:
+        """End."""
+        self._mark(1)
+
+    def _mark(self, index: int) -> None:
+        self._moments[index] = time.perf_counter()
+        if self._on_gpu:
+            self._events[index].record()
+
+    def seconds(self) -> float:
+        """Give the time between; on a GPU the host must have waited for the end."""
+        if self._on_gpu:
+            return float(self._events[0].elapsed_time(self._events[1])) / 1000
+        return self._moments[1] - self._moments[0]

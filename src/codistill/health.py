@@ -57,10 +57,18 @@ class DiversitySums:
         for index, each in enumerate(named):
             self._classes[index].index_add_(0, each, torch.ones_like(each, dtype=torch.float64))
 
-    def read(self) -> Diversity:
-        """Read the sums; one host read."""
-        largest = self._classes.max(dim=1).values
-        differ, divergence, images, *shares = torch.cat([self._pairs, largest]).tolist()
+    def packed(self) -> Float[Tensor, " numbers"]:
+        """Give the sums as one vector; see `diversity`."""
+        return torch.cat([self._pairs, self._classes.max(dim=1).values])
+
+    def reset(self) -> None:
+        """Start anew."""
+        self._pairs.zero_()
+        self._classes.zero_()
+
+    def diversity(self, packed: Sequence[float]) -> Diversity:
+        """Turn the numbers of `packed` into what they say."""
+        differ, divergence, images, *shares = packed
         pairs = max(1, self.students * (self.students - 1) // 2)
         return Diversity(
             100 * differ / pairs / images,

@@ -2,30 +2,35 @@
 
 import contextlib
 import dataclasses
+import functools
+import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
+from torch import Tensor
 
-from codistill.checkpoint import write_json
+from codistill.checkpoint import warn, write_json
 from codistill.cohort import Cohort
 from codistill.config import RunConfig
 from codistill.console import TrainingDisplay, summary_table
 from codistill.data.augment import Batch, DeviceImages, epoch_plan
+from codistill.device import Stopwatch
 from codistill.errors import CheckpointError, DivergedError
-from codistill.evaluate import evaluate
-from codistill.health import DiversitySums, troubles
+from codistill.evaluate import Evaluation
+from codistill.health import troubles
 from codistill.methods import Method
-from codistill.metrics import Scores
+from codistill.metrics import read_together
 from codistill.networks.network import parameter_count
 from codistill.optim import learning_rate_at, momentum_buffers, set_learning_rate
 from codistill.report import write_report
 from codistill.run import Run
-from codistill.signals import deferred
+from codistill.saving import Saver
+from codistill.signals import Pending, deferred
 from codistill.step import CapturedFleet, PlainStep, SequentialFleet, make_fleet
+from codistill.watch import culprits, part_of, state_damage
 
 
 def network_names(cohort: Cohort) -> list[str]:
@@ -53,16 +58,19 @@ def run_facts(config: RunConfig, method: Method) -> dict[str, Any]:
 
 
 class Loop:
-    """The state of a training between epochs.
+    """The state of a training between steps.
 
     Args:
         run: Where results go.
         config: What is run.
         step: The training step, which holds method, images and optimiser.
         held: The splits that are evaluated each epoch; `test`, and `validation` where one is held out.
-        board: TensorBoard events.
+        saver: What writes.
         show: Whether to print.
         label: What its lines begin with, among those of other runs.
+
+    Attributes:
+        position: Completed epochs, and steps done of the one after them, when this process took the run up.
     """
 
     def __init__(
@@ -71,46 +79,50 @@ class Loop:
         config: RunConfig,
         step: PlainStep,
         held: dict[str, DeviceImages],
-        board: SummaryWriter,
+        saver: Saver,
         show: bool,
         label: str = "",
     ) -> None:
-        self.run, self.config, self.step, self.held, self.board = run, config, step, held, board
+        self.run, self.config, self.step, self.saver = run, config, step, saver
         self.method = step.method
+        self.evaluation = Evaluation(self.method, held, config.train.precision)
         size, images = config.train.batch_size, len(step.images)
         self.used = images // size * size if config.train.drop_last else images
-        self.display = TrainingDisplay(config.train.epochs, math.ceil(self.used / size), self.used, show, label)
+        self.steps = [(start, min(start + size, self.used)) for start in range(0, self.used, size)]
+        self.display = TrainingDisplay(config.train.epochs, len(self.steps), self.used, show, label)
+        self.watch = Stopwatch(step.images.labels.device)
         self.rate = config.train.learning_rate
+        self.position = (0, 0)
         self.best: dict[str, Any] | None = None
         self.rows: list[dict[str, Any]] = []
+        self._floating: list[str] = []
 
-    def restore(self) -> None:
-        """Take the run up where its last whole checkpoint left it.
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take the run up where a checkpoint left it.
 
         Randomness is a function of (seed, epoch), so that what follows is what would have followed without the break.
 
         Raises:
-            CheckpointError: No whole checkpoint, or one that does not fit.
+            CheckpointError: It does not fit the run.
         """
-        state = self.run.checkpoints.load("last")
         try:
             self.method.load_state_dict(state["method"])
-            buffers = momentum_buffers(self.step.optimizer)
-            for own, saved in zip(buffers, state["momentum"], strict=True):
+            for own, saved in zip(momentum_buffers(self.step.optimizer), state["momentum"], strict=True):
                 own.copy_(saved)
-        except (RuntimeError, KeyError, ValueError) as error:
+            if state["step"]:
+                self.step.sums.load(state["sums"])
+                self.step.watch.load(state["watch"])
+            self.rows = [json.loads(line) for line in state["rows"]]
+            if len(self.rows) != state["epoch"] or state["step"] > len(self.steps):
+                raise ValueError("its epochs and steps are not those of the run")
+            self.run.write_metrics(state["rows"])
+        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"{self.run.path}: the last checkpoint does not fit the run: {reason}") from None
-        self.rows = self.run.keep_metrics(state["epoch"])
-        scores = [self.selection_error(row) for row in self.rows]
-        self.best = self.rows[scores.index(min(scores))]
-        self.display.resume(len(self.rows))
-
-    @property
-    def steps(self) -> list[tuple[int, int]]:
-        """First and last (exclusive) place of each batch in the order of an epoch."""
-        size = self.config.train.batch_size
-        return [(start, min(start + size, self.used)) for start in range(0, self.used, size)]
+        self.saver.rows = list(state["rows"])
+        self.position = (state["epoch"], state["step"])
+        self.best = min(self.rows, key=self.selection_error, default=None)
+        self.display.resume(*self.position)
 
     def begin_epoch(self, epoch: int) -> Batch:
         """Set the learning rate and draw the order, crops and flips of an epoch."""
@@ -124,6 +136,10 @@ class Loop:
         count, augmentation = len(self.step.images), self.step.augmentation
         return epoch_plan(count, settings.seed, epoch, augmentation, device, self.method.views)
 
+    def first_step(self, epoch: int) -> int:
+        """Say how many steps of an epoch are done already, by the process before."""
+        return self.position[1] if epoch == self.position[0] else 0
+
     def after_step(self, epoch: int, number: int) -> None:
         """Show where the training is, now and then; steps are counted from 1."""
         if self.display.due():
@@ -131,41 +147,102 @@ class Loop:
             readable = self.step.images.labels.device.type == "cpu"
             self.display.step(epoch, number, self.step.sums.means() if readable else {})
 
-    def read_terms(self) -> dict[str, float]:
-        """Read the mean loss terms of the epoch: the host waits here for all of its steps."""
-        self.method.after_epoch()
-        terms = self.step.sums.means()
-        self.step.sums.reset()
-        return terms
+    def state(self, step: int = 0) -> dict[str, Any]:
+        """Give all that a resume needs, on the device; `step` steps into an epoch, what has been summed in it too."""
+        state = {
+            "config": self.config.as_mapping(),
+            "method": self.method.state_dict(),
+            "momentum": momentum_buffers(self.step.optimizer),
+        }
+        inside = {"sums": self.step.sums.state(), "watch": self.step.watch.state()} if step else {}
+        return {**state, **inside}
 
-    def end_epoch(self, epoch: int, terms: dict[str, float], seconds: float) -> None:
-        """Evaluate, and keep what came out.
+    def health(self) -> list[Tensor]:
+        """Give vectors that say, once read, whether terms, gradients and the whole state are finite."""
+        self._floating, damage = state_damage(self.method.state_dict())
+        return [self.step.watch.packed(), damage]
+
+    def refuse_divergence(self, epoch: int, watched: Sequence[float], damage: Sequence[float]) -> None:
+        """Stop where a term, a gradient or a tensor of the state is no number; nothing of it is saved.
 
         Args:
             epoch: Counted from 0.
-            terms: Mean loss terms of the epoch.
-            seconds: What its training took; side by side, that of all runs together.
+            watched: The first vector of `health`, read.
+            damage: The second one.
 
         Raises:
-            DivergedError: A term or a score is no number; nothing of the epoch is kept.
+            DivergedError: Names the student or module, epoch, step and learning rate.
         """
-        self.refuse_divergence(epoch, terms)
-        row: dict[str, Any] = {"epoch": epoch, "learning_rate": self.rate, "train": terms}
-        row |= self.evaluate_epoch(epoch)
+        found = self.step.watch.first_bad(watched)
+        shared = self.method.cohort.shared_stages
+        if found is not None:
+            where = f"at step {found[0]} of epoch {epoch + 1}"
+            who = culprits(found[1], shared)
+        else:
+            bad = [name for name, number in zip(self._floating, damage, strict=True) if number != 0]
+            if not bad:
+                return
+            where = f"in epoch {epoch + 1}"
+            who = f"{', '.join(dict.fromkeys(part_of(name, shared) for name in bad))} (weights {bad[0]})"
+        raise DivergedError(
+            f"{who} became NaN or infinite {where} at learning rate {self.rate:g}: "
+            f"lower --learning-rate; {self.run.path} keeps the last whole checkpoint"
+        )
+
+    def save_inside(self, epoch: int, step: int) -> None:
+        """Save between two steps, and wait for it; a diverged state is not saved.
+
+        Args:
+            epoch: Counted from 0.
+            step: Steps done of it; after none there is nothing to save.
+        """
+        if step == 0:
+            return
+        copy = self.saver.copy(self.state(step))
+        try:
+            self.refuse_divergence(epoch, *read_together(self.health()))
+        except DivergedError as error:
+            warn(f"not saved: {error}")
+            return
+        self.saver.save(copy, epoch, step)
+        self.saver.settle()
+
+    def end_epoch(self, epoch: int, numbers: Sequence[Sequence[float]], state: dict[str, Any]) -> None:
+        """Keep what came out of an epoch.
+
+        Args:
+            epoch: Counted from 0.
+            numbers: What was read: terms, health, scores.
+            state: What is saved, on the host.
+
+        Raises:
+            DivergedError: A number is none any more; nothing of the epoch is kept.
+        """
+        terms, watched, damage, *packed = numbers
+        self.refuse_divergence(epoch, watched, damage)
+        row: dict[str, Any] = {"epoch": epoch, "learning_rate": self.rate, "train": self.step.sums.means(terms)}
+        self.step.sums.reset()
+        self.step.watch.reset()
+        row |= self.scored(packed)
+        self.refuse_bad_scores(row)
         row["warnings"] = troubles(row, self.rows, self.config.train.epochs)
-        row |= {"seconds": seconds, "images_per_second": self.used / seconds}
-        self.keep(row)
+        seconds = self.watch.seconds()
+        trained = self.used - sum(stop - start for start, stop in self.steps[: self.first_step(epoch)])
+        row |= {"seconds": seconds, "images_per_second": trained / seconds}
+        score = self.selection_error(row)
+        best = self.best is None or score < self.selection_error(self.best)
+        if best:
+            self.best = row
+        self.saver.log(row, state, best)
+        self.display.end_epoch(row)
         self.rows.append(row)
 
-    def evaluate_epoch(self, epoch: int) -> dict[str, Any]:
-        """Score all predictors on the held splits, and how the students differ on the last one, the test split."""
+    def scored(self, packed: Sequence[Sequence[float]]) -> dict[str, Any]:
+        """Give scores of all predictors on the held splits, and how the students differ on the last one, the test."""
         row: dict[str, Any] = {}
-        for name, images in self.held.items():
-            sums = DiversitySums(len(self.method.cohort), self.method.num_classes, images.labels.device)
-            scores = evaluate(self.method, images, self.config.train.precision, diversity=sums)
-            self.refuse_divergence(epoch, {f"{name} NLL of {key}": each.nll for key, each in scores.items()})
+        for name, (scores, diversity) in self.evaluation.scored(packed).items():
             row[name] = {predictor: dataclasses.asdict(each) for predictor, each in scores.items()}
-            row["diversity"] = dataclasses.asdict(sums.read())
+            row["diversity"] = dataclasses.asdict(diversity)
         errors = {name: each["top1_error"] for name, each in row["test"].items()}
         if "fused" in errors:
             row["diversity"]["gap_to_fused"] = {
@@ -173,42 +250,37 @@ class Loop:
             }
         return row
 
+    def refuse_bad_scores(self, row: Mapping[str, Any]) -> None:
+        """Stop where finite weights give logits that are no numbers.
+
+        Raises:
+            DivergedError: Names predictors, epoch and learning rate.
+        """
+        for split in self.evaluation.splits:
+            bad = [name for name, each in row[split].items() if not math.isfinite(each["nll"])]
+            if bad:
+                raise DivergedError(
+                    f"{', '.join(bad)} ({split} NLL) became NaN or infinite in epoch {row['epoch'] + 1} at learning "
+                    f"rate {self.rate:g}: lower --learning-rate; {self.run.path} keeps the last whole checkpoint"
+                )
+
     def finish(self, seconds: float) -> None:
         """Write summary and report, and show the table.
 
         Args:
             seconds: From the first step to now.
+
+        Raises:
+            ResourceError: The last checkpoint or the metrics could not be written.
         """
+        lost = self.saver.finish()
         summary = self.summarise(self.rows, seconds)
         write_json(self.run.path / "summary.json", summary)
+        if lost is not None:
+            raise lost
         write_report(self.run)
         self.display.console.print(summary_table(summary, self.rows[-1]["test"]))
         self.display.console.print(f"run folder: {self.run.path}", soft_wrap=True)
-
-    def refuse_divergence(self, epoch: int, numbers: dict[str, float]) -> None:
-        """Stop where a loss term or a score is no number.
-
-        Raises:
-            DivergedError: Names the numbers, the epoch and the learning rate.
-        """
-        bad = [name for name, value in numbers.items() if name != "loss" and not math.isfinite(value)]
-        if bad:
-            raise DivergedError(
-                f"{', '.join(bad)} became NaN or infinite in epoch {epoch + 1} at learning rate {self.rate:g}: "
-                f"lower --learning-rate; {self.run.path} keeps the last whole checkpoint"
-            )
-
-    def keep(self, row: dict[str, Any]) -> None:
-        """Save a checkpoint, then the row; show it and write its events."""
-        score = self.selection_error(row)
-        best = self.best is None or score < self.selection_error(self.best)
-        if best:
-            self.best = row
-        state = {"method": self.method.state_dict(), "momentum": momentum_buffers(self.step.optimizer)}
-        self.run.checkpoints.save({**state, "epoch": row["epoch"] + 1}, row["epoch"] + 1, best)
-        self.run.append_metrics(row)
-        self.display.end_epoch(row)
-        write_events(self.board, row)
 
     @staticmethod
     def selection_error(row: dict[str, Any]) -> float:
@@ -230,55 +302,51 @@ class Loop:
             "top1_error": errors(rows[-1]),
             "best_epoch_top1_error": errors(best),
             "best_epoch": best["epoch"] + 1,
-            "best_epoch_chosen_on": "validation" if "validation" in self.held else "test",
+            "best_epoch_chosen_on": "validation" if "validation" in self.evaluation.splits else "test",
             "test": rows[-1]["test"],
             "diversity": rows[-1]["diversity"],
             "warnings": [f"epoch {row['epoch'] + 1}: {each}" for row in rows for each in row["warnings"]],
-            "images_per_second": self.used * len(rows) / trained,
+            "images_per_second": sum(row["images_per_second"] * row["seconds"] for row in rows) / trained,
             "train_seconds": trained,
             "wall_seconds": seconds,
             "environment": self.run.record["environment"],
         }
 
 
-def write_events(board: SummaryWriter, row: dict[str, Any]) -> None:
-    """Write a row of metrics.jsonl as TensorBoard scalars: train/<term>, test/<predictor>/<score>."""
-    step = row["epoch"] + 1
-    for name, value in row["train"].items():
-        board.add_scalar(f"train/{name.replace('->', '_to_')}", value, step)
-    for split in ("validation", "test"):
-        for predictor, scores in row.get(split, {}).items():
-            for name in (field.name for field in dataclasses.fields(Scores)):
-                board.add_scalar(f"{split}/{predictor}/{name}", scores[name], step)
-    for name in ("disagreement", "kl"):
-        board.add_scalar(f"diversity/{name}", row["diversity"][name], step)
-    board.add_scalar("train/learning_rate", row["learning_rate"], step)
-    board.add_scalar("train/images_per_second", row["images_per_second"], step)
-
-
-def run_epochs(loops: Sequence[Loop], diverged: Callable[[Loop, DivergedError], None]) -> None:
+def run_epochs(
+    loops: Sequence[Loop],
+    diverged: Callable[[Loop, DivergedError], None],
+    breaks: Collection[tuple[int, int]] = (),
+) -> None:
     """Train runs side by side until their last epoch; each ends as it would have ended alone.
 
+    The host waits for the device once an epoch: terms, scores and the state's copy come together. Writing goes on
+    beside the next epoch.
+
     Args:
-        loops: Runs with the same number of images, batch size and epochs.
+        loops: Runs with the same number of images, batch size and epochs, taken up at the same position.
         diverged: Called with a run that is dropped because a number of it is none any more; the others go on.
+        breaks: Epochs, counted from 0, and steps done of them, after which to stop as at Ctrl-C.
+
+    Raises:
+        Interrupted: A signal or a break; all runs were saved before.
     """
     active = list(loops)
     started = time.monotonic()
     fleet: CapturedFleet | SequentialFleet | None = None
     with contextlib.ExitStack() as shown:
-        act_on_signals = shown.enter_context(deferred())
+        pending = shown.enter_context(deferred())
+        pending.breaks = breaks
         for loop in loops[:1]:
             shown.enter_context(loop.display)
-        for epoch in range(len(loops[0].rows), loops[0].config.train.epochs):
+        for epoch in range(loops[0].position[0], loops[0].config.train.epochs):
             fleet = fleet or make_fleet([loop.step for loop in active])
-            began = time.monotonic()
-            train_epoch(active, fleet, epoch, act_on_signals)
-            terms = [loop.read_terms() for loop in active]
-            seconds = time.monotonic() - began
-            for loop, read in zip(list(active), terms, strict=True):
+            train_epoch(active, fleet, epoch, functools.partial(heed, pending, active, epoch))
+            for loop in active:
+                loop.evaluation.run(functools.partial(heed, pending, active, epoch, len(loop.steps)))
+            for loop, (numbers, state) in zip(list(active), completed(active), strict=True):
                 try:
-                    loop.end_epoch(epoch, read, seconds)
+                    loop.end_epoch(epoch, numbers, state)
                 except DivergedError as error:
                     diverged(loop, error)
                     active.remove(loop)
@@ -291,13 +359,47 @@ def run_epochs(loops: Sequence[Loop], diverged: Callable[[Loop, DivergedError], 
 
 
 def train_epoch(
-    loops: Sequence[Loop], fleet: CapturedFleet | SequentialFleet, epoch: int, after_step: Callable[[], None]
+    loops: Sequence[Loop], fleet: CapturedFleet | SequentialFleet, epoch: int, after_step: Callable[[int], None]
 ) -> None:
-    """Run all steps of an epoch for all runs, and call something after each."""
-    settings = loops[0].config.train
+    """Run the steps of an epoch that are still to do for all runs, and call something after each with its number."""
+    first = loops[0].first_step(epoch)
     plans = [loop.begin_epoch(epoch) for loop in loops]
-    progress = torch.tensor(epoch / settings.epochs, device=loops[0].step.images.labels.device)
-    for number, (start, stop) in enumerate(loops[0].steps, start=1):
+    progress = torch.full((), epoch / loops[0].config.train.epochs, device=loops[0].step.images.labels.device)
+    for loop in loops:
+        loop.watch.start()
+    for number, (start, stop) in enumerate(loops[0].steps[first:], start=first + 1):
         fleet([plan.part(start, stop) for plan in plans], progress)
         loops[0].after_step(epoch, number)
-        after_step()
+        after_step(number)
+    for loop in loops:
+        loop.watch.stop()
+
+
+def heed(pending: Pending, loops: Sequence[Loop], epoch: int, step: int) -> None:
+    """Do what signals have asked for: save the runs, and stop.
+
+    Args:
+        pending: The signals.
+        loops: The runs.
+        epoch: Counted from 0.
+        step: Steps done of it.
+    """
+    stopping = pending.stopping or (epoch, step) in pending.breaks
+    if pending.saving or stopping:
+        pending.saving = False
+        for loop in loops:
+            loop.save_inside(epoch, step)
+    if stopping:
+        runs = " ".join(str(loop.run.path) for loop in loops)
+        pending.act(f"after step {step} of epoch {epoch + 1} and saved: codistill resume {runs}")
+
+
+def completed(loops: Sequence[Loop]) -> list[tuple[list[list[float]], dict[str, Any]]]:
+    """Read the numbers of an epoch of all runs at once, and copy their states to the host on the way."""
+    vectors, states = [], []
+    for loop in loops:
+        vectors.append([loop.step.sums.packed(), *loop.health(), *loop.evaluation.packed()])
+        loop.method.after_epoch()
+        states.append(loop.saver.copy(loop.state()))
+    numbers = iter(read_together([vector for run in vectors for vector in run]))
+    return [([next(numbers) for _ in run], state) for run, state in zip(vectors, states, strict=True)]

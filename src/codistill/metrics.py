@@ -1,6 +1,8 @@
 """Sums that live on the device and are read by the host once."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -51,12 +53,17 @@ class ClassificationSums:
         self._bins[0].index_add_(0, bins, confidence.double())
         self._bins[1].index_add_(0, bins, correct.double())
 
+    def reset(self) -> None:
+        """Start anew."""
+        for sums in (self._counts, self._nll, self._bins):
+            sums.zero_()
+
     def packed(self) -> Float[Tensor, " numbers"]:
         """Give all sums as one vector, so that many predictors are read at once; see `scores`."""
         return torch.cat([self._counts, self._nll[None], self._bins.flatten()])
 
 
-def scores(packed: list[float]) -> Scores:
+def scores(packed: Sequence[float]) -> Scores:
     """Turn the numbers of `ClassificationSums.packed` into scores."""
     count, top1, top5, nll = packed[:4]
     confidence, accuracy = packed[4 : 4 + CALIBRATION_BINS], packed[4 + CALIBRATION_BINS :]
@@ -85,12 +92,39 @@ class TermSums:
         self.sums[:-1] += values * images
         self.sums[-1] += images
 
-    def means(self) -> dict[str, float]:
-        """Read the means over the images so far, with their total first, under `loss`."""
-        *sums, images = self.sums.tolist()
+    def packed(self) -> Float[Tensor, " numbers"]:
+        """Give the sums as one vector; see `means`."""
+        return self.sums
+
+    def means(self, packed: Sequence[float] | None = None) -> dict[str, float]:
+        """Give the means over the images so far, with their total first, under `loss`.
+
+        Args:
+            packed: The numbers of `packed`, where the host has them; None: read them.
+        """
+        *sums, images = self.sums.tolist() if packed is None else packed
         means = {name: value / images for name, value in zip(self.names, sums, strict=True)}
         return {"loss": sum(means.values()), **means}
 
     def reset(self) -> None:
         """Start anew."""
         self.sums.zero_()
+
+    def state(self) -> dict[str, Any]:
+        """Give what a checkpoint inside an epoch holds."""
+        return {"names": list(self.names), "sums": self.sums}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.names = tuple(state["names"])
+        self.sums = state["sums"].to(self._device)
+
+
+def read_together(vectors: Sequence[Float[Tensor, " numbers"]]) -> list[list[float]]:
+    """Bring vectors of one device to the host in one read: it waits for the device's work once."""
+    numbers = torch.cat([each.double() for each in vectors]).tolist()
+    lists, start = [], 0
+    for each in vectors:
+        lists.append(numbers[start : start + len(each)])
+        start += len(each)
+    return lists

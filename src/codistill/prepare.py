@@ -3,25 +3,28 @@
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
-from codistill.checkpoint import write_json
-from codistill.config import RunConfig, TrainSettings
+from codistill.checkpoint import position, write_json
+from codistill.config import RunConfig, TrainSettings, parse_flags
 from codistill.data.augment import DeviceImages, seeded_order
 from codistill.data.dataset import Dataset, Split, dataset
 from codistill.device import choose_algorithms
-from codistill.errors import UsageError
+from codistill.errors import DataError, ResourceError, UsageError
 from codistill.loop import Loop, network_names, run_facts, status_of
 from codistill.methods import METHODS, Method
 from codistill.optim import make_optimizer
 from codistill.run import Run, build_method, dataset_record, environment
+from codistill.saving import Saver
 from codistill.step import PlainStep
 from codistill.teacher import Taught, load_teacher
+
+# What a run may be resumed with otherwise than it was begun: places, not the experiment.
+OVERRIDABLE = ("data_dir", "device", "threads")
 
 
 def split_training(data: Dataset, settings: TrainSettings) -> tuple[Split, Split | None]:
@@ -164,8 +167,12 @@ def prepared(
         step = PlainStep(
             method, DeviceImages(training, data.statistics, device), augmentation, optimizer, settings.precision
         )
-        with SummaryWriter(str(out / "tensorboard")) as board:
-            yield Loop(run, config, step, held, board, show, label)
+        with contextlib.closing(Saver(run)) as saver:
+            yield Loop(run, config, step, held, saver, show, label)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        lack = out_of_memory(config, method, error)
+        write_summary_of_failure(out, config, method, lack)
+        raise lack from error
     except BaseException as error:
         write_summary_of_failure(out, config, method, error)
         raise
@@ -173,9 +180,97 @@ def prepared(
         lock.release()
 
 
+class InterruptedRun:
+    """A run that can go on: its settings, and what its last whole checkpoint holds.
+
+    Args:
+        run: The run.
+        override: New values of settings by name.
+
+    Raises:
+        UsageError: The run is finished, its settings are not those that it was started with, or an override of one
+            that belongs to the experiment.
+        CheckpointError: No whole checkpoint among those that are there.
+    """
+
+    def __init__(self, run: Run, override: Mapping[str, str]) -> None:
+        self.run = run
+        if run.finished:
+            raise UsageError(f"run {run.path} is finished: there is nothing to resume")
+        config = run.config
+        self.state = run.checkpoints.load() if run.checkpoints.entries() else None
+        if self.state is not None:
+            began, now = self.state["config"], config.as_mapping()
+            changed = [key for key in now if key not in OVERRIDABLE and now[key] != began.get(key)]
+            if changed:
+                listed = "; ".join(f"{key}: {began.get(key)!r} -> {now[key]!r}" for key in changed)
+                raise UsageError(
+                    f"{run.path}/config.json was changed since the run began: {listed}: put it back, or train anew"
+                )
+        self.config = overridden(config, override)
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """Completed epochs, and steps done of the one after them."""
+        return position(self.state) if self.state is not None else (0, 0)
+
+    def load_data(self) -> Dataset:
+        """Load the run's data set.
+
+        Raises:
+            DataError: It is missing, or not that of the run.
+        """
+        data = self.run.load_data(self.config.data_dir)
+        for split, found in (("train", len(data.train)), ("test", len(data.test))):
+            began = self.run.record["dataset"].get(f"{split}_images")
+            if found != began:
+                raise DataError(
+                    f"data set {self.config.data}: {found} {split} images, but {self.run.path} began with {began}"
+                )
+        return data
+
+    @contextlib.contextmanager
+    def taken_up(
+        self, method: Method, data: Dataset, device: torch.device, show: bool, label: bool = False
+    ) -> Iterator[Loop]:
+        """Put the run on its device as its checkpoint left it; see `prepared`."""
+        label_text = self.run.path.name if label else ""
+        with prepared(method, data, self.config, self.run.path, device, show, label_text, self.run) as loop:
+            if self.state is not None:
+                loop.restore(self.state)
+            yield loop
+
+
+def overridden(config: RunConfig, override: Mapping[str, str]) -> RunConfig:
+    """Change settings that do not belong to the experiment.
+
+    Raises:
+        UsageError: One that does, or a value that it does not take.
+    """
+    for key in override:
+        if key not in OVERRIDABLE:
+            raise UsageError(f"override of {key}: a run goes on as it began; only {', '.join(OVERRIDABLE)} can change")
+    flags = [part for key, value in override.items() for part in (f"--{key.replace('_', '-')}", value)]
+    changed, _ = parse_flags(RunConfig, flags, config, "codistill resume --override")
+    assert isinstance(changed, RunConfig)
+    return changed
+
+
+def out_of_memory(config: RunConfig, method: Method, error: BaseException) -> ResourceError:
+    """Say what did not fit into memory; the batch is never split, for that would change its statistics."""
+    names = " + ".join(network_names(method.cohort))
+    reason = " ".join(str(error).split())[:200]
+    return ResourceError(
+        f"out of memory: {config.method_name} with {names} at batch size {config.train.batch_size}: use a smaller "
+        f"--batch-size, or fewer or smaller --networks{f' ({reason})' if reason else ''}"
+    )
+
+
 def write_summary_of_failure(out: Path, config: RunConfig, method: Method, error: BaseException) -> None:
     """Write the summary.json of a run that did not finish; one that already says how the run ended stays."""
     path = out / "summary.json"
     if path.exists() and Run(out).summary.get("status") in ("finished", "diverged"):
         return
-    write_json(path, {"status": status_of(error), "error": str(error), **run_facts(config, method)})
+    facts = {"status": status_of(error), "error": " ".join(str(error).split()), **run_facts(config, method)}
+    with contextlib.suppress(OSError):  # a full disk is what the error says already
+        write_json(path, facts)

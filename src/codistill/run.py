@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -143,28 +144,13 @@ class Run:
             UsageError: The run is finished, or another process holds it.
         """
         lock = RunLock(self.path)
-        if (self.path / "summary.json").exists() and self.summary.get("status") == "finished":
+        if self.finished:
             lock.release()
             raise UsageError(f"run {self.path} is finished: there is nothing to resume")
+        for stray in (*self.path.glob("*.tmp-*"), *self.checkpoints.folder.glob("*.tmp-*")):
+            stray.unlink(missing_ok=True)
         self._method, self._data = method, data
         return lock
-
-    def keep_metrics(self, epochs: int) -> list[dict[str, Any]]:
-        """Cut metrics.jsonl back to the first epochs, dropping a last line that a crash left incomplete.
-
-        Raises:
-            CheckpointError: Fewer whole lines than epochs.
-        """
-        path = self.path / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        try:
-            rows: list[dict[str, Any]] = [json.loads(line) for line in lines[:epochs]]
-        except ValueError:
-            rows = []
-        if len(rows) < epochs:
-            raise CheckpointError(f"{path}: does not hold the {epochs} epochs of the last checkpoint: damaged")
-        write_atomically(path, "".join(lines[:epochs]).encode())
-        return rows
 
     @staticmethod
     def refuse_taken(path: Path, locked: bool = False) -> None:
@@ -206,6 +192,11 @@ class Run:
         return summary
 
     @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return (self.path / "summary.json").exists() and self.summary.get("status") == "finished"
+
+    @property
     def class_names(self) -> list[str]:
         """Names of the classes, in the order of the logits."""
         return list(self.record["dataset"]["class_names"])
@@ -216,10 +207,16 @@ class Run:
         height, width = self.record["dataset"]["image_size"]
         return int(height), int(width)
 
-    def append_metrics(self, row: dict[str, Any]) -> None:
-        """Add a line to metrics.jsonl."""
+    def append_metrics(self, rows: Sequence[str]) -> None:
+        """Add the last of the rows to metrics.jsonl, and see it on the disk."""
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+            file.write(rows[-1] + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def write_metrics(self, rows: Sequence[str]) -> None:
+        """Write metrics.jsonl as a whole, whatever is there."""
+        write_atomically(self.path / "metrics.jsonl", "".join(row + "\n" for row in rows).encode())
 
     def metrics(self) -> list[dict[str, Any]]:
         """Read metrics.jsonl, one entry an epoch.
@@ -246,14 +243,14 @@ class Run:
             CheckpointError: No whole checkpoint, one of other shapes, or networks of the user's own that have no name
                 to build them from.
         """
-        state = self.checkpoints.load(which)["method"]
+        state = self.checkpoints.load(which)
         if self._method is not None and "" in self.record["networks"]:
             method = copy.deepcopy(self._method).cpu()
         else:
             method = build_method(self.config, len(self.class_names), self.image_size)
         try:
-            method.load_state_dict(state)
-        except RuntimeError as error:
+            method.load_state_dict(state["method"])
+        except (RuntimeError, KeyError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"{self.path}: the {which} checkpoint does not fit the networks: {reason}") from None
         return method.eval()

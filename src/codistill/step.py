@@ -10,6 +10,7 @@ from codistill.data.augment import Augmentation, Batch, DeviceImages
 from codistill.device import autocast
 from codistill.methods import Method
 from codistill.metrics import TermSums
+from codistill.watch import GRADIENT, FiniteWatch, norms, parameter_names
 
 WARM_UP_STEPS = 3
 
@@ -39,21 +40,31 @@ class PlainStep:
         self.optimizer = optimizer
         self.precision = precision
         self.sums = TermSums(images.labels.device)
+        self.watch = FiniteWatch(images.labels.device)
+        self._names = parameter_names(method)
 
     def __call__(self, batch: Batch, progress: Float[Tensor, ""]) -> None:
-        """Train on a batch and add its loss terms to `sums`."""
+        """Train on a batch, add its loss terms to `sums` and let `watch` look at them and at all gradients."""
         count = batch.image.shape[-1]
         images, labels = self.images.augmented(Batch(*(table.flatten() for table in batch)), self.augmentation)
         images, labels = images.reshape(*batch.image.shape, *images.shape[1:]), labels[:count]
         turns: Sequence[Sequence[Tensor] | None] = self.method.turns() or [None]
+        names: list[str] = []
+        sizes: list[Tensor] = []
         for parameters in turns:
             terms = self.terms(images, labels, progress)
             total = torch.stack(list(terms.values())).sum()
             total.backward(inputs=parameters)  # type: ignore[no-untyped-call]
+            trained = [each for group in self.optimizer.param_groups for each in group["params"]]
+            gradients = [(GRADIENT + self._names[id(each)], each.grad) for each in trained if each.grad is not None]
+            names += [name for name, _ in gradients]
+            sizes += norms([gradient for _, gradient in gradients])
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.method.after_step()
         self.sums.update(terms, count)
+        values = [term.detach().float() for term in terms.values()] + [size.float() for size in sizes]
+        self.watch.update([*terms, *names], torch.stack(values))
 
     def terms(self, images: Tensor, labels: Tensor, progress: Tensor) -> dict[str, Tensor]:
         """Run the method and compute its losses."""

@@ -3,12 +3,14 @@
 import contextlib
 import dataclasses
 import itertools
-import sys
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from codistill.checkpoint import warn
 from codistill.config import RunConfig, TeacherSettings, TrainSettings
 from codistill.data.dataset import Dataset
 from codistill.device import choose_device
@@ -16,6 +18,7 @@ from codistill.errors import DivergedError, UsageError
 from codistill.loop import Loop, run_epochs
 from codistill.methods import Method
 from codistill.prepare import (
+    InterruptedRun,
     build_taught,
     check_shapes,
     check_teacher,
@@ -28,6 +31,8 @@ from codistill.run import Run
 from codistill.teacher import Taught
 
 SHARED_IN_A_FLEET = (
+    "data",
+    "data_dir",
     "epochs",
     "batch_size",
     "drop_last",
@@ -107,13 +112,8 @@ def train(
 
 
 def _train(method: Method, data: Dataset, config: RunConfig, out: Path, device: torch.device, show: bool) -> Run:
-    with contextlib.ExitStack() as held:
-        loop = held.enter_context(prepared(method, data, config, out, device, show))
-
-        def diverged(_: Loop, error: DivergedError) -> None:
-            raise error
-
-        run_epochs([loop], diverged)
+    with prepared(method, data, config, out, device, show) as loop:
+        run_epochs([loop], fail)
     return loop.run
 
 
@@ -136,12 +136,9 @@ def train_fleet(configs: Sequence[RunConfig], outs: Sequence[Path], show: bool =
     """
     first = configs[0]
     for config in configs[1:]:
-        for key in ("data", "data_dir"):
-            if getattr(config, key) != getattr(first, key):
-                raise UsageError(f"runs side by side must have one {key}: {getattr(first, key)!r} and another")
-        for key in SHARED_IN_A_FLEET:
-            if getattr(config.train, key) != getattr(first.train, key):
-                raise UsageError(f"runs side by side must have one {key}: {getattr(first.train, key)!r} and another")
+        for key, value in shared(config).items():
+            if value != shared(first)[key]:
+                raise UsageError(f"runs side by side must have one {key}: {shared(first)[key]!r} and another")
     if len(set(outs)) < len(outs):
         raise UsageError("runs side by side need a run folder each, but one is named twice")
     device = choose_device(first.train.device, first.train.precision)
@@ -162,34 +159,81 @@ def train_fleet(configs: Sequence[RunConfig], outs: Sequence[Path], show: bool =
     return [loop.run for loop in loops]
 
 
-def resume(path: str | Path, data_dir: str | None = None, show: bool = True) -> Run:
-    """Go on with an interrupted run from its last whole checkpoint, which is that of the last completed epoch.
+def shared(config: RunConfig) -> dict[str, Any]:
+    """Give the settings that runs side by side have in common."""
+    mapping = config.as_mapping()
+    return {key: mapping[key] for key in SHARED_IN_A_FLEET}
 
-    On a CPU, and on CUDA with `deterministic`, it ends as it would have ended without the break, to the last bit.
+
+def resume(
+    path: str | Path, data_dir: str | None = None, show: bool = True, override: Mapping[str, str] | None = None
+) -> Run:
+    """Go on with an interrupted run from its last whole checkpoint, which may lie inside an epoch.
+
+    On a CPU, and on CUDA with `deterministic`, it ends as it would have ended without the break, to the last bit. A run
+    that was stopped before its first checkpoint begins anew.
 
     Args:
         path: The run folder.
         data_dir: Where the data set is now, if not where it was.
         show: Whether to print progress and the final table.
+        override: New values of settings that do not belong to the experiment: data_dir, device, threads.
 
     Raises:
-        UsageError: The run is finished, or another process holds it.
+        UsageError: The run is finished, another process holds it, or its settings were changed.
         CheckpointError: Not a run folder, no whole checkpoint, or networks that only your program can build.
         DataError: The data set is missing, or not that of the run.
     """
-    run = Run(path)
-    config = run.config
-    device = choose_device(config.train.device, config.train.precision)
-    data = run.load_data(data_dir)
-    method = build_taught(config, data)
-    with prepared(method, data, config, run.path, device, show, run=run) as loop:
-        loop.restore()
+    return resume_together([Path(path)], data_dir, show, override)[0]
 
-        def diverged(_: Loop, error: DivergedError) -> None:
-            raise error
 
-        run_epochs([loop], diverged)
-    return run
+def resume_together(
+    paths: Sequence[Path], data_dir: str | None = None, show: bool = True, override: Mapping[str, str] | None = None
+) -> list[Run]:
+    """Go on with several runs: side by side where they stopped at the same step and share what a fleet shares.
+
+    Args:
+        paths: Run folders, or folders of them, whose unfinished runs are meant.
+        data_dir: Where the data set is now, if not where it was.
+        show: Whether to print progress and the final tables.
+        override: See `resume`.
+
+    Raises:
+        CodistillError: See `resume`.
+    """
+    overrides = {**(override or {}), **({"data_dir": data_dir} if data_dir else {})}
+    interrupted = [InterruptedRun(run, overrides) for path in paths for run in unfinished(path)]
+    groups: dict[str, list[InterruptedRun]] = {}
+    for each in interrupted:
+        groups.setdefault(json.dumps([each.position, shared(each.config)]), []).append(each)
+    for group in groups.values():
+        device = choose_device(group[0].config.train.device, group[0].config.train.precision)
+        data = group[0].load_data()
+        methods = [build_taught(each.config, data) for each in group]
+        with contextlib.ExitStack() as held:
+            loops = [
+                held.enter_context(each.taken_up(method, data, device, show, label=len(group) > 1))
+                for each, method in zip(group, methods, strict=True)
+            ]
+            run_epochs(loops, fail if len(loops) == 1 else mark_diverged)
+    return [each.run for each in interrupted]
+
+
+def unfinished(path: Path) -> list[Run]:
+    """Find the run in a folder, or those of its folders that are not finished.
+
+    Raises:
+        UsageError: All of them are finished.
+        CheckpointError: It is no run folder and holds none.
+    """
+    inner = sorted(each.parent for each in path.glob("*/config.json")) if not (path / "config.json").exists() else []
+    if not inner:
+        return [Run(path)]
+    runs = [Run(each) for each in inner]
+    left = [run for run in runs if not run.finished]
+    if not left:
+        raise UsageError(f"all {len(runs)} runs in {path} are finished: there is nothing to resume")
+    return left
 
 
 def train_seeds(config: RunConfig, seeds: Sequence[int], out: Path | None = None, show: bool = True) -> list[Run]:
@@ -205,7 +249,12 @@ def train_seeds(config: RunConfig, seeds: Sequence[int], out: Path | None = None
     return train_fleet(configs, [folder / f"seed{seed}" for seed in seeds], show)
 
 
+def fail(_: Loop, error: DivergedError) -> None:
+    """End with the one run that there is."""
+    raise error
+
+
 def mark_diverged(loop: Loop, error: DivergedError) -> None:
     """Write how a run ended that is dropped from a fleet, and say so."""
     write_summary_of_failure(loop.run.path, loop.config, loop.method, error)
-    print(f"codistill: warning: {loop.run.path.name} is dropped: {error}", file=sys.stderr)
+    warn(f"{loop.run.path.name} is dropped: {error}")

@@ -77,7 +77,12 @@ def epoch_plan(
     index = torch.randperm(count, generator=source).expand(shape).contiguous()
     offsets = torch.randint(0, 2 * augmentation.padding + 1, (2, *shape), generator=source)
     mirror = torch.rand(shape, generator=source) < 0.5 if augmentation.flip else torch.zeros(shape, dtype=torch.bool)
-    return Batch(*(table.to(device) for table in (index, offsets[0], offsets[1], mirror)))
+    return Batch(*(sent(table, device) for table in (index, offsets[0], offsets[1], mirror)))
+
+
+def sent(table: Tensor, device: torch.device) -> Tensor:
+    """Copy to a device without waiting for it."""
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
 
 
 class DeviceImages:
