@@ -1,115 +1,145 @@
-"""An interrupted run goes on from its last completed epoch and ends with the same bits."""
+"""Interrupted runs go on with the same bits; what kills and damages them is in tests/faults/test_resuming.py."""
 
-import hashlib
 import json
+import signal
+from pathlib import Path
 
 import pytest
-import torch
 
 import codistill as cd
+from codistill import loop
 from codistill.cli import main
-from codistill.errors import CheckpointError
-from codistill.step import PlainStep
-from codistill.train import resume
+from codistill.errors import CheckpointError, UsageError
+from codistill.train import resume, resume_together
 
-DATA = ["--data", "digits", "--train-limit", "96", "-b", "32"]
-ARGUMENTS = ["--networks", "tiny", "tiny", *DATA, "--epochs", "3", "--threads", "1"]
-TIMES = ("seconds", "images_per_second")
+from . import tiny
+from .faults.running import arguments, at_step, end_state, run_here
 
-
-def end_state(path):
-    """Digest of every tensor of the last checkpoint, and the metrics without times."""
-    state = cd.Run(path).checkpoints.load("last")
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state["method"].items()):
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    for tensor in state["momentum"]:
-        digest.update(tensor.contiguous().numpy().tobytes())
-    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return digest.hexdigest(), [{key: row[key] for key in row if key not in TIMES} for row in rows]
+pytestmark = pytest.mark.usefixtures("tiny_registered")
 
 
-def train(method, out):
-    return main(["train", method, *ARGUMENTS, "--out", str(out)])
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(loop, "write_report", lambda run: None)
 
 
-def interrupt(monkeypatch, at: int):
-    """Let the training stop at a step, as Ctrl-C does."""
-    call, count = PlainStep.__call__, iter(range(1000))
-
-    def stopping(self, *arguments):
-        if next(count) == at:
-            raise KeyboardInterrupt
-        call(self, *arguments)
-
-    monkeypatch.setattr(PlainStep, "__call__", stopping)
-    return call
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory) -> str:
+    return str(tiny.write_npz(tmp_path_factory.mktemp("resume") / "colours.npz", tiny.data(train=20, test=21)))
 
 
-@pytest.mark.parametrize(("method", "at"), [("mfef", 3), ("mfef", 4), ("mfef", 8), ("kdcl", 4), ("pcl", 7)])
-def test_same_bits_as_without_the_break(tiny_registered, tmp_path, monkeypatch, capsys, method, at):
-    assert train(method, tmp_path / "whole") == 0
-    with monkeypatch.context() as patched:
-        interrupt(patched, at)
-        assert train(method, tmp_path / "broken") == 130
-    assert json.loads((tmp_path / "broken" / "summary.json").read_text())["status"] == "interrupted"
-    assert main(["resume", str(tmp_path / "broken")]) == 0
+def stopped(colours: str, out: Path, step: int, *more: str, method: str = "mfef") -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, step, lambda _: signal.raise_signal(signal.SIGTERM))
+        assert run_here(arguments(colours, out, *more, method=method)) == 143
+    return out
+
+
+@pytest.mark.parametrize("method", ["mfef", "kdcl", "pcl", "dml", "rocket", "cl-ilr"])
+@pytest.mark.parametrize("step", [2, 6])
+def test_summary_and_metrics_are_those_of_an_undisturbed_run(colours, tmp_path, method, step):
+    assert run_here(arguments(colours, tmp_path / "whole", method=method)) == 0
+    broken = resume(stopped(colours, tmp_path / "broken", step, method=method), show=False)
     assert end_state(tmp_path / "broken") == end_state(tmp_path / "whole")
-    whole, broken = (cd.Run(tmp_path / name).summary for name in ("whole", "broken"))
-    for key in ("status", "top1_error", "best_epoch_top1_error", "best_epoch"):
-        assert broken[key] == whole[key]
+    whole = cd.Run(tmp_path / "whole").summary
+    assert tiny.untimed(broken.summary) == tiny.untimed(whole)
 
 
-def test_before_the_first_checkpoint_there_is_nothing_to_resume(tiny_registered, tmp_path, monkeypatch, capsys):
-    with monkeypatch.context() as patched:
-        interrupt(patched, 1)
-        assert train("mfef", tmp_path / "run") == 130
-    capsys.readouterr()
-    assert main(["resume", str(tmp_path / "run")]) == 4
-    assert "no last checkpoint" in capsys.readouterr().err
-
-
-def test_a_crash_may_cut_metrics_short_or_leave_more_than_the_checkpoint(tiny_registered, tmp_path, monkeypatch):
-    assert train("mfef", tmp_path / "whole") == 0
-    with monkeypatch.context() as patched:
-        interrupt(patched, 7)
-        assert train("mfef", tmp_path / "broken") == 130
-    with open(tmp_path / "broken" / "metrics.jsonl", "a") as file:
-        file.write('{"epoch": 2, "trai')
-    assert main(["resume", str(tmp_path / "broken")]) == 0
+def test_with_a_teacher_and_validation_images(colours, tmp_path):
+    assert run_here(arguments(colours, tmp_path / "teacher", method="independent")) == 0
+    more = ("--teacher", str(tmp_path / "teacher"), "--validation", "4")
+    assert run_here(arguments(colours, tmp_path / "whole", *more, method="kd")) == 0
+    resume(stopped(colours, tmp_path / "broken", 3, *more, method="kd"), show=False)
     assert end_state(tmp_path / "broken") == end_state(tmp_path / "whole")
 
 
-def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(tiny_registered, tmp_path, monkeypatch, capsys):
-    assert train("mfef", tmp_path / "whole") == 0
-    with monkeypatch.context() as patched:
-        interrupt(patched, 7)
-        assert train("mfef", tmp_path / "broken") == 130
-    last = tmp_path / "broken" / "checkpoints" / "epoch-000002.pt"
-    content = bytearray(last.read_bytes())
-    content[len(content) // 2] ^= 1
-    last.write_bytes(content)
+def test_runs_that_stopped_at_different_steps(colours, tmp_path):
+    outs = [stopped(colours, tmp_path / f"run{step}", step) for step in (2, 5)]
+    assert run_here(arguments(colours, tmp_path / "whole")) == 0
+    runs = resume_together(outs, show=False)
+    assert [run.path for run in runs] == outs
+    for out in outs:
+        assert end_state(out) == end_state(tmp_path / "whole")
+
+
+def test_what_is_printed_goes_on_where_it_stopped(colours, tmp_path, capsys):
+    out = stopped(colours, tmp_path / "run", 5)
     capsys.readouterr()
-    assert main(["resume", str(tmp_path / "broken")]) == 0
-    assert capsys.readouterr().err.count("warning") == 1
-    assert end_state(tmp_path / "broken") == end_state(tmp_path / "whole")
+    assert run_here(["resume", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("epoch 2/2") and f"run folder: {out}" in lines
 
 
-def test_refusals(tiny_registered, tmp_path, capsys):
-    assert train("mfef", tmp_path / "run") == 0
-    before = (tmp_path / "run" / "summary.json").read_bytes()
-    capsys.readouterr()
-    assert main(["resume", str(tmp_path / "run")]) == 2
-    assert "is finished" in capsys.readouterr().err
-    assert (tmp_path / "run" / "summary.json").read_bytes() == before
-    assert main(["resume", str(tmp_path / "nothing")]) == 4
-
-
-def test_missing_metrics_are_damage(tiny_registered, tmp_path, monkeypatch):
-    with monkeypatch.context() as patched:
-        interrupt(patched, 7)
-        assert train("mfef", tmp_path / "run") == 130
-    (tmp_path / "run" / "metrics.jsonl").unlink()
-    with pytest.raises(CheckpointError, match=r"metrics\.jsonl"):
+def test_refusals(colours, tmp_path, capsys):
+    assert run_here(arguments(colours, tmp_path / "run")) == 0
+    before = tiny.listing(tmp_path / "run")
+    with pytest.raises(UsageError, match="is finished"):
         resume(tmp_path / "run", show=False)
-    assert torch.get_num_threads() == 1
+    assert tiny.listing(tmp_path / "run") == before
+    with pytest.raises(CheckpointError, match=r"is .* a run folder"):
+        resume(tmp_path / "nothing", show=False)
+
+
+def test_the_host_waits_once_an_epoch(colours, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        # On a GPU terms are not shown inside an epoch.
+        patch.setattr(loop.TrainingDisplay, "due", lambda self: False)
+        counts = []
+        for epochs in (1, 4):
+            with tiny.HostReads() as reads:
+                out = tmp_path / str(epochs)
+                assert run_here([*arguments(colours, out), "--epochs", str(epochs), "--validation", "4"]) == 0
+            counts.append(len(reads.found))
+    assert counts[1] - counts[0] == 3
+
+
+def test_a_fleet_waits_once_an_epoch_for_all(colours, tmp_path):
+    counts = []
+    for epochs in (1, 4):
+        with tiny.HostReads() as reads:
+            line = arguments(colours, tmp_path / str(epochs), "--epochs", str(epochs), "--seeds", "0", "1", "2")
+            assert run_here(line) == 0
+        counts.append(len(reads.found))
+    assert counts[1] - counts[0] == 3
+
+
+# --- codistill train --verify-resume ---
+
+
+@pytest.mark.parametrize("method", ["mfef", "kdcl"])
+def test_verify_resume(colours, tmp_path, capsys, method):
+    out = tmp_path / "run"
+    assert run_here(arguments(colours, out, "--verify-resume", "--milestones", "1", method=method)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("resume verified: 3 breaks in 6 steps change no bit of ")
+    assert cd.Run(out).summary["status"] == "finished"
+
+
+def test_verify_resume_finds_what_is_not_restored(colours, tmp_path, capsys, monkeypatch):
+    restore = loop.Loop.restore
+
+    def forgetful(self, state):
+        restore(self, {**state, "momentum": [each * 0 for each in state["momentum"]]})
+
+    monkeypatch.setattr(loop.Loop, "restore", forgetful)
+    assert main(arguments(colours, tmp_path / "run", "--verify-resume")) == 4
+    error = capsys.readouterr().err
+    assert error.startswith("codistill: error: resume is not bit for bit here: ") and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_verify_resume_looks_at_the_metrics_too(colours, tmp_path, capsys, monkeypatch):
+    restore = loop.Loop.restore
+
+    def forgetful(self, state):
+        restore(self, state)
+        self.step.sums.sums[:1] += 1
+
+    monkeypatch.setattr(loop.Loop, "restore", forgetful)
+    assert main(arguments(colours, tmp_path / "run", "--verify-resume")) == 4
+    assert "metrics do" in capsys.readouterr().err
+
+
+def test_rows_are_in_the_checkpoint_too(colours, tmp_path):
+    run = resume(stopped(colours, tmp_path / "run", 4), show=False)
+    assert [json.loads(row) for row in run.checkpoints.load()["rows"]] == run.metrics()

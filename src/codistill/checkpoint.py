@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from codistill.errors import CheckpointError
 
@@ -71,6 +72,7 @@ class CheckpointStore:
         self.folder = folder
         self.keep = keep
         self._damaged: set[str] = set()
+        self._told = False
 
     @property
     def _index(self) -> Path:
@@ -119,7 +121,9 @@ class CheckpointStore:
         found.sort(key=position)
         best = max((position(entry) for entry in found if entry["best"]), default=None)
         found = [{**entry, "best": position(entry) == best} for entry in found]
-        warn(f"{self._index} {trouble}: {len(found)} whole checkpoints were found by looking at the files")
+        if not self._told:
+            warn(f"{self._index} {trouble}: {len(found)} whole checkpoints were found by looking at the files")
+        self._told = True
         return found
 
     def save(self, state: Mapping[str, Any], epoch: int, best: bool, step: int = 0) -> None:
@@ -202,6 +206,33 @@ def parsed(content: bytes, path: Path) -> dict[str, Any]:
     if not all(isinstance(state.get(key), kind) for key, kind in ENTRY.items() if key not in ("file", "sha256")):
         raise CheckpointError(f"{path}: damaged: it does not say how far the training was")
     return state
+
+
+def load_weights(module: nn.Module, weights: Any, what: str) -> None:
+    """Load a state that must fit a module exactly.
+
+    Args:
+        module: What is filled.
+        weights: Tensors by name.
+        what: Where they come from, for the error line.
+
+    Raises:
+        CheckpointError: They do not fit; names the first that does not, with both shapes, and counts them.
+    """
+    own = module.state_dict()
+    if not isinstance(weights, Mapping) or not all(isinstance(each, torch.Tensor) for each in weights.values()):
+        raise CheckpointError(f"{what} does not fit the networks: it holds no weights by name")
+    missing = [name for name in own if name not in weights]
+    strange = [name for name in weights if name not in own]
+    unlike = [name for name in own if name in weights and own[name].shape != weights[name].shape]
+    if missing or strange or unlike:
+        first = next(name for name in (*unlike, *missing, *strange))
+        shapes = (list(tensors[first].shape) if first in tensors else "nothing" for tensors in (weights, own))
+        raise CheckpointError(
+            "{} does not fit the networks: {} is {} there and {} here; of {} tensors, {} have another shape, {} are "
+            "missing, {} unexpected".format(what, first, *shapes, len(own), len(unlike), len(missing), len(strange))
+        )
+    module.load_state_dict(weights)
 
 
 def other_format(number: int) -> str:

@@ -27,6 +27,7 @@ class Evaluation:
         splits: What to score, on the method's device.
         precision: float32 or bf16, as in training.
         batch_size: Images per forward pass; no influence on the scores but rounding.
+        captured: Whether passes become a graph on CUDA.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Evaluation:
         splits: Mapping[str, DeviceImages],
         precision: str = "float32",
         batch_size: int = EVALUATION_BATCH,
+        captured: bool = True,
     ) -> None:
         self.method, self.splits, self.precision, self.batch_size = method, dict(splits), precision, batch_size
         self.device = next(iter(self.splits.values())).labels.device
@@ -42,6 +44,7 @@ class Evaluation:
         self._diversity = {
             name: DiversitySums(len(method.cohort), method.num_classes, self.device) for name in self.splits
         }
+        self._captured = captured
         self._passes = 0
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -59,7 +62,7 @@ class Evaluation:
         was_training = self.method.training
         self.method.eval()
         try:
-            if self.device.type != "cuda" or self._passes == 0:
+            if self.device.type != "cuda" or not self._captured or self._passes == 0:
                 self._pass(between)
             else:
                 if self._graph is None:

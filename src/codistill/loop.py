@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codistill.checkpoint import warn, write_json
+from codistill.checkpoint import load_weights, warn, write_json
 from codistill.cohort import Cohort
 from codistill.config import RunConfig
 from codistill.console import TrainingDisplay, summary_table
@@ -85,7 +85,7 @@ class Loop:
     ) -> None:
         self.run, self.config, self.step, self.saver = run, config, step, saver
         self.method = step.method
-        self.evaluation = Evaluation(self.method, held, config.train.precision)
+        self.evaluation = Evaluation(self.method, held, config.train.precision, captured=step.ranks.count == 1)
         size, images = config.train.batch_size, len(step.images)
         self.used = images // size * size if config.train.drop_last else images
         self.steps = [(start, min(start + size, self.used)) for start in range(0, self.used, size)]
@@ -105,8 +105,9 @@ class Loop:
         Raises:
             CheckpointError: It does not fit the run.
         """
+        what = f"{self.run.path}: the last checkpoint"
+        load_weights(self.method, state.get("method"), what)
         try:
-            self.method.load_state_dict(state["method"])
             for own, saved in zip(momentum_buffers(self.step.optimizer), state["momentum"], strict=True):
                 own.copy_(saved)
             if state["step"]:
@@ -115,10 +116,11 @@ class Loop:
             self.rows = [json.loads(line) for line in state["rows"]]
             if len(self.rows) != state["epoch"] or state["step"] > len(self.steps):
                 raise ValueError("its epochs and steps are not those of the run")
-            self.run.write_metrics(state["rows"])
+            if self.step.ranks.leads:
+                self.run.write_metrics(state["rows"])
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise CheckpointError(f"{self.run.path}: the last checkpoint does not fit the run: {reason}") from None
+            raise CheckpointError(f"{what} does not fit the run: {reason}") from None
         self.saver.rows = list(state["rows"])
         self.position = (state["epoch"], state["step"])
         self.best = min(self.rows, key=self.selection_error, default=None)
@@ -146,6 +148,19 @@ class Loop:
             # On a GPU a read would wait for all work in the queue; there terms are shown once an epoch.
             readable = self.step.images.labels.device.type == "cpu"
             self.display.step(epoch, number, self.step.sums.means() if readable else {})
+
+    def evaluate(self, between: Callable[[], None]) -> None:
+        """Score all predictors on the held splits.
+
+        Args:
+            between: Called between batches; where others wait for this process, which does not evaluate in step with
+                them, once at the end.
+        """
+        if self.step.ranks.count == 1:
+            self.evaluation.run(between)
+        else:
+            self.evaluation.run()
+            between()
 
     def state(self, step: int = 0) -> dict[str, Any]:
         """Give all that a resume needs, on the device; `step` steps into an epoch, what has been summed in it too."""
@@ -337,13 +352,15 @@ def run_epochs(
     with contextlib.ExitStack() as shown:
         pending = shown.enter_context(deferred())
         pending.breaks = breaks
+        # One signal may reach a rank from several sides.
+        pending.insistent = loops[0].step.ranks.count == 1
         for loop in loops[:1]:
             shown.enter_context(loop.display)
         for epoch in range(loops[0].position[0], loops[0].config.train.epochs):
             fleet = fleet or make_fleet([loop.step for loop in active])
             train_epoch(active, fleet, epoch, functools.partial(heed, pending, active, epoch))
             for loop in active:
-                loop.evaluation.run(functools.partial(heed, pending, active, epoch, len(loop.steps)))
+                loop.evaluate(functools.partial(heed, pending, active, epoch, len(loop.steps)))
             for loop, (numbers, state) in zip(list(active), completed(active), strict=True):
                 try:
                     loop.end_epoch(epoch, numbers, state)
@@ -384,8 +401,11 @@ def heed(pending: Pending, loops: Sequence[Loop], epoch: int, step: int) -> None
         epoch: Counted from 0.
         step: Steps done of it.
     """
-    stopping = pending.stopping or (epoch, step) in pending.breaks
-    if pending.saving or stopping:
+    # All ranks stop after the same step, whichever of them a signal has reached.
+    number, saving = loops[0].step.ranks.largest(pending.stopping or 0, pending.saving)
+    pending.stopping = number or pending.stopping
+    stopping = number or (epoch, step) in pending.breaks
+    if saving or stopping:
         pending.saving = False
         for loop in loops:
             loop.save_inside(epoch, step)

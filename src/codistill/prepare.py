@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,19 @@ from typing import Any
 import torch
 
 from codistill.checkpoint import position, write_json
+from codistill.compiling import compile_parts
 from codistill.config import RunConfig, TrainSettings, parse_flags
 from codistill.data.augment import DeviceImages, seeded_order
 from codistill.data.dataset import Dataset, Split, dataset
 from codistill.device import choose_algorithms
-from codistill.errors import DataError, ResourceError, UsageError
+from codistill.distributed import ALONE, Ranks
+from codistill.errors import CheckpointError, DataError, ResourceError, UsageError
+from codistill.follower import Follower
+from codistill.kernels import use_fused
 from codistill.loop import Loop, network_names, run_facts, status_of
 from codistill.methods import METHODS, Method
 from codistill.optim import make_optimizer
-from codistill.run import Run, build_method, dataset_record, environment
+from codistill.run import Run, RunLock, build_method, dataset_record, environment
 from codistill.saving import Saver
 from codistill.step import PlainStep
 from codistill.teacher import Taught, load_teacher
@@ -48,6 +53,12 @@ def split_training(data: Dataset, settings: TrainSettings) -> tuple[Split, Split
     if wanted % settings.batch_size == 1 and not settings.drop_last:
         raise UsageError(
             f"the last batch of {wanted} images would be a single image, which batch normalisation cannot use: "
+            f"set drop_last or another batch_size than {settings.batch_size}"
+        )
+    last = wanted % settings.batch_size
+    if 0 < last < 2 * settings.processes and not settings.drop_last:
+        raise UsageError(
+            f"the last batch of {wanted} images would have {last}, too few for {settings.processes} processes: "
             f"set drop_last or another batch_size than {settings.batch_size}"
         )
     order = seeded_order(count, settings.seed).numpy()
@@ -135,10 +146,11 @@ def prepared(
     show: bool,
     label: str = "",
     run: Run | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Loop]:
     """Check everything, make the run folder and put the run on its device; close all at the end, however it comes.
 
-    An interrupted `run` is opened again instead of made.
+    An interrupted `run` is opened again instead of made. Of the processes that share a run, rank 0 holds the folder.
     """
     settings = config.train
     if settings.threads is not None:
@@ -147,16 +159,16 @@ def prepared(
     augmentation = settings.augmentation(data)
     training, validation = split_training(data, settings)
     check_shapes(method, data)
+    if settings.kernels == "fused":
+        use_fused(method, device)
+    compile_parts(method, settings, device, settings.epochs * math.ceil(len(training) / settings.batch_size))
     # The places of data and teacher in full: the run is used from other folders than it was started in.
     teaching = config.teaching
     if teaching.teacher is not None:
         teaching = dataclasses.replace(teaching, teacher=str(Path(teaching.teacher).absolute()))
     config = dataclasses.replace(config, data_dir=data.root or None, teaching=teaching)
     record = {**config.as_mapping(), "dataset": dataset_record(data), "environment": environment(device)}
-    if run is None:
-        run, lock = Run.create(out, record, method, data)
-    else:
-        lock = run.reopen(method, data)
+    run, lock = taken(run, out, record, method, data, ranks)
     try:
         method.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         optimizer = make_optimizer(
@@ -165,19 +177,32 @@ def prepared(
         splits = {"validation": validation, "test": data.test}
         held = {name: DeviceImages(each, data.statistics, device) for name, each in splits.items() if each is not None}
         step = PlainStep(
-            method, DeviceImages(training, data.statistics, device), augmentation, optimizer, settings.precision
+            method, DeviceImages(training, data.statistics, device), augmentation, optimizer, settings.precision, ranks
         )
         with contextlib.closing(Saver(run)) as saver:
-            yield Loop(run, config, step, held, saver, show, label)
+            yield (Loop if ranks.leads else Follower)(run, config, step, held, saver, show, label)
     except (torch.OutOfMemoryError, MemoryError) as error:
         lack = out_of_memory(config, method, error)
-        write_summary_of_failure(out, config, method, lack)
+        if ranks.leads:
+            write_summary_of_failure(out, config, method, lack)
         raise lack from error
     except BaseException as error:
-        write_summary_of_failure(out, config, method, error)
+        if ranks.leads:
+            write_summary_of_failure(out, config, method, error)
         raise
     finally:
-        lock.release()
+        if lock is not None:
+            lock.release()
+
+
+def taken(
+    run: Run | None, out: Path, record: dict[str, Any], method: Method, data: Dataset, ranks: Ranks
+) -> tuple[Run, RunLock | None]:
+    """Make or open the run folder; rank 0 holds it for all."""
+    with ranks.leader_first():
+        if not ranks.leads:
+            return run or Run(out), None
+        return (run, run.reopen(method, data)) if run else Run.create(out, record, method, data)
 
 
 class InterruptedRun:
@@ -200,7 +225,9 @@ class InterruptedRun:
         config = run.config
         self.state = run.checkpoints.load() if run.checkpoints.entries() else None
         if self.state is not None:
-            began, now = self.state["config"], config.as_mapping()
+            began, now = self.state.get("config"), config.as_mapping()
+            if not isinstance(began, dict):
+                raise CheckpointError(f"{run.path}: the last checkpoint does not say what run it is of: damaged")
             changed = [key for key in now if key not in OVERRIDABLE and now[key] != began.get(key)]
             if changed:
                 listed = "; ".join(f"{key}: {began.get(key)!r} -> {now[key]!r}" for key in changed)
@@ -231,11 +258,17 @@ class InterruptedRun:
 
     @contextlib.contextmanager
     def taken_up(
-        self, method: Method, data: Dataset, device: torch.device, show: bool, label: bool = False
+        self,
+        method: Method,
+        data: Dataset,
+        device: torch.device,
+        show: bool,
+        label: bool = False,
+        ranks: Ranks = ALONE,
     ) -> Iterator[Loop]:
         """Put the run on its device as its checkpoint left it; see `prepared`."""
         label_text = self.run.path.name if label else ""
-        with prepared(method, data, self.config, self.run.path, device, show, label_text, self.run) as loop:
+        with prepared(method, data, self.config, self.run.path, device, show, label_text, self.run, ranks) as loop:
             if self.state is not None:
                 loop.restore(self.state)
             yield loop

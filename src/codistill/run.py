@@ -13,7 +13,7 @@ from typing import IO, Any
 import numpy
 import torch
 
-from codistill.checkpoint import CheckpointStore, read_json, write_atomically, write_json
+from codistill.checkpoint import CheckpointStore, load_weights, read_json, write_atomically, write_json
 from codistill.config import RunConfig, mapping_arguments, parse_config
 from codistill.data.augment import INIT_STREAM, generator
 from codistill.data.dataset import Dataset, dataset
@@ -25,7 +25,7 @@ VERSION = "0.1.0"
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Record what a result may depend on: versions, machine, device, threads."""
+    """Record what a result may depend on: versions, machine, device; and its speed: threads, cores, memory layout."""
     return {
         "codistill": VERSION,
         "python": platform.python_version(),
@@ -34,6 +34,9 @@ def environment(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU",
         "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "openmp": {name: value for name, value in sorted(os.environ.items()) if name.startswith(("OMP_", "GOMP_"))},
+        "memory_format": "channels_last",
     }
 
 
@@ -79,6 +82,12 @@ class RunLock:
     def release(self) -> None:
         """Let others have the folder."""
         self._file.close()
+
+
+def remove_strays(folder: Path) -> None:
+    """Remove temporary files that a killed process left; only for who holds the folder."""
+    for stray in folder.glob("*.tmp-*"):
+        stray.unlink(missing_ok=True)
 
 
 def checked_record(record: Any, path: Path) -> dict[str, Any]:
@@ -128,6 +137,7 @@ class Run:
         except OSError as error:
             raise UsageError(f"run folder {path}: {error.strerror}: choose another --out") from None
         try:
+            remove_strays(path)
             cls.refuse_taken(path)
         except UsageError:
             lock.release()
@@ -147,8 +157,8 @@ class Run:
         if self.finished:
             lock.release()
             raise UsageError(f"run {self.path} is finished: there is nothing to resume")
-        for stray in (*self.path.glob("*.tmp-*"), *self.checkpoints.folder.glob("*.tmp-*")):
-            stray.unlink(missing_ok=True)
+        remove_strays(self.path)
+        remove_strays(self.checkpoints.folder)
         self._method, self._data = method, data
         return lock
 
@@ -248,11 +258,7 @@ class Run:
             method = copy.deepcopy(self._method).cpu()
         else:
             method = build_method(self.config, len(self.class_names), self.image_size)
-        try:
-            method.load_state_dict(state["method"])
-        except (RuntimeError, KeyError, TypeError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise CheckpointError(f"{self.path}: the {which} checkpoint does not fit the networks: {reason}") from None
+        load_weights(method, state.get("method"), f"{self.path}: the {which} checkpoint")
         return method.eval()
 
     def load_data(self, data_dir: str | None = None) -> Dataset:

@@ -38,19 +38,21 @@ class Pending:
         stopping: SIGINT or SIGTERM, whichever came first; None: neither.
         saving: Whether SIGUSR1 or SIGUSR2 asked for a checkpoint.
         breaks: Epochs and steps after which to stop as at Ctrl-C.
+        insistent: Whether the same stopping signal for a second time acts at once.
     """
 
     def __init__(self) -> None:
         self.stopping: int | None = None
         self.saving = False
         self.breaks: Collection[tuple[int, int]] = ()
+        self.insistent = True
         self.before: dict[int, Any] = {}
 
     def hold(self, number: int, frame: FrameType | None) -> None:
-        """Note a signal; the same stopping one for a second time acts at once."""
+        """Note a signal, or act at once where it insists."""
         if number in SAVING:
             self.saving = True
-        elif self.stopping == number:
+        elif self.stopping == number and self.insistent:
             self.act("at once; what was saved before is kept", frame)
         else:
             self.stopping = self.stopping or number

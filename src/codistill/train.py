@@ -14,6 +14,7 @@ from codistill.checkpoint import warn
 from codistill.config import RunConfig, TeacherSettings, TrainSettings
 from codistill.data.dataset import Dataset
 from codistill.device import choose_device
+from codistill.distributed import MAX_RESTARTS, Ranks, launch, one_device_each
 from codistill.errors import DivergedError, UsageError
 from codistill.loop import Loop, run_epochs
 from codistill.methods import Method
@@ -57,8 +58,25 @@ def free_folder(config: RunConfig, ending: str | None = None) -> Path:
     raise AssertionError
 
 
-def train_from_config(config: RunConfig, out: Path | None = None, show: bool = True) -> Run:
-    """Load the data set, build the networks and train; see `train`."""
+def train_from_config(
+    config: RunConfig, out: Path | None = None, show: bool = True, max_restarts: int = MAX_RESTARTS
+) -> Run:
+    """Load the data set, build the networks and train, on several processes where the settings say so; see `train`.
+
+    Args:
+        config: The run.
+        out: Its folder; None: a new one below runs/.
+        show: Whether to print progress and the final table.
+        max_restarts: How often several processes start again from the last checkpoint because one was lost.
+
+    Raises:
+        CodistillError: See `train`.
+        WorkerError: One of several processes was lost once too often.
+    """
+    if config.train.processes > 1:
+        out = out or free_folder(config)
+        Run.refuse_taken(out)
+        return train_on_processes(config, out, {}, show, max_restarts)
     device = choose_device(config.train.device, config.train.precision)
     data = load_named_data(config)
     return _train(build_taught(config, data), data, config, out or free_folder(config), device, show)
@@ -107,6 +125,8 @@ def train(
         teaching=teaching,
         method=method.settings,
     )
+    if settings.processes > 1:
+        raise UsageError("processes: only a run that a recipe or a command line describes can be on several of them")
     device = choose_device(settings.device, settings.precision)
     return _train(method, data, config, Path(out) if out else free_folder(config), device, show)
 
@@ -115,6 +135,54 @@ def _train(method: Method, data: Dataset, config: RunConfig, out: Path, device: 
     with prepared(method, data, config, out, device, show) as loop:
         run_epochs([loop], fail)
     return loop.run
+
+
+def train_on_processes(config: RunConfig, out: Path, override: Mapping[str, str], show: bool, max_restarts: int) -> Run:
+    """Begin a run on several processes, or go on with the one that is in the folder; see `train_from_config`."""
+    settings = config.train
+    if max_restarts < 0:
+        raise UsageError(f"max_restarts is {max_restarts}; it must be at least 0")
+    if config.method.whole_batch:
+        raise UsageError(
+            f"{config.method_name} with {config.method.whole_batch} needs the whole batch in one process: "
+            "use --processes 1"
+        )
+    device = choose_device(settings.device, settings.precision)
+    one_device_each(device, settings.processes)
+    launch(train_as_rank, (config, out, override, show), out, device, settings.processes, max_restarts)
+    return Run(out)
+
+
+def train_as_rank(
+    ranks: Ranks, begun: bool, config: RunConfig, out: Path, override: Mapping[str, str], show: bool
+) -> None:
+    """Do one process's part of a run on several.
+
+    Args:
+        ranks: This process among them.
+        begun: Whether to go on with the run in the folder.
+        config: The run, where it is to begin.
+        out: Its folder.
+        override: See `resume`.
+        show: Whether rank 0 prints.
+    """
+    interrupted = InterruptedRun(Run(out), override) if begun else None
+    config = interrupted.config if interrupted else config
+    device = choose_device(config.train.device, config.train.precision)
+    if device.type == "cuda":
+        device = torch.device("cuda", ranks.number)
+    with ranks.leader_first():  # data may be downloaded, and cached
+        data = interrupted.load_data() if interrupted else load_named_data(config)
+    method = build_taught(config, data)
+    show = show and ranks.leads
+    with (
+        interrupted.taken_up(method, data, device, show, ranks=ranks)
+        if interrupted
+        else prepared(method, data, config, out, device, show, ranks=ranks)
+    ) as loop:
+        if device.type == "cuda":
+            loop.display.console.print("note: on several processes a step is not captured as a CUDA graph")
+        run_epochs([loop], fail)
 
 
 def train_fleet(configs: Sequence[RunConfig], outs: Sequence[Path], show: bool = True) -> list[Run]:
@@ -135,6 +203,8 @@ def train_fleet(configs: Sequence[RunConfig], outs: Sequence[Path], show: bool =
         UsageError: The runs do not go together, or one of them cannot work; nothing was written.
     """
     first = configs[0]
+    if any(config.train.processes > 1 for config in configs):
+        raise UsageError("runs side by side share one process: leave --processes out, or train one seed at a time")
     for config in configs[1:]:
         for key, value in shared(config).items():
             if value != shared(first)[key]:
@@ -166,7 +236,11 @@ def shared(config: RunConfig) -> dict[str, Any]:
 
 
 def resume(
-    path: str | Path, data_dir: str | None = None, show: bool = True, override: Mapping[str, str] | None = None
+    path: str | Path,
+    data_dir: str | None = None,
+    show: bool = True,
+    override: Mapping[str, str] | None = None,
+    max_restarts: int = MAX_RESTARTS,
 ) -> Run:
     """Go on with an interrupted run from its last whole checkpoint, which may lie inside an epoch.
 
@@ -178,17 +252,23 @@ def resume(
         data_dir: Where the data set is now, if not where it was.
         show: Whether to print progress and the final table.
         override: New values of settings that do not belong to the experiment: data_dir, device, threads.
+        max_restarts: How often the processes of a run on several start again because one was lost.
 
     Raises:
         UsageError: The run is finished, another process holds it, or its settings were changed.
         CheckpointError: Not a run folder, no whole checkpoint, or networks that only your program can build.
         DataError: The data set is missing, or not that of the run.
+        WorkerError: One of several processes was lost once too often.
     """
-    return resume_together([Path(path)], data_dir, show, override)[0]
+    return resume_together([Path(path)], data_dir, show, override, max_restarts)[0]
 
 
 def resume_together(
-    paths: Sequence[Path], data_dir: str | None = None, show: bool = True, override: Mapping[str, str] | None = None
+    paths: Sequence[Path],
+    data_dir: str | None = None,
+    show: bool = True,
+    override: Mapping[str, str] | None = None,
+    max_restarts: int = MAX_RESTARTS,
 ) -> list[Run]:
     """Go on with several runs: side by side where they stopped at the same step and share what a fleet shares.
 
@@ -197,12 +277,19 @@ def resume_together(
         data_dir: Where the data set is now, if not where it was.
         show: Whether to print progress and the final tables.
         override: See `resume`.
+        max_restarts: See `resume`.
 
     Raises:
         CodistillError: See `resume`.
     """
     overrides = {**(override or {}), **({"data_dir": data_dir} if data_dir else {})}
     interrupted = [InterruptedRun(run, overrides) for path in paths for run in unfinished(path)]
+    split = [each for each in interrupted if each.config.train.processes > 1]
+    if split:
+        if len(interrupted) > 1:
+            raise UsageError(f"{split[0].run.path} is a run on several processes: resume it alone")
+        run = split[0].run
+        return [train_on_processes(split[0].config, run.path, overrides, show, max_restarts)]
     groups: dict[str, list[InterruptedRun]] = {}
     for each in interrupted:
         groups.setdefault(json.dumps([each.position, shared(each.config)]), []).append(each)

@@ -12,7 +12,7 @@ import torch
 from codistill.config import RunConfig
 from codistill.data.dataset import Split
 from codistill.device import choose_device
-from codistill.errors import CheckpointError
+from codistill.errors import CheckpointError, UsageError
 from codistill.loop import run_epochs
 from codistill.prepare import InterruptedRun, build_taught, load_named_data, prepared
 from codistill.run import Run
@@ -35,8 +35,10 @@ def verify_resume(config: RunConfig) -> str:
 
     Raises:
         CheckpointError: The ends differ; names the first tensor.
-        CodistillError: The run cannot be trained at all.
+        CodistillError: The run cannot be trained at all, or is on several processes.
     """
+    if config.train.processes > 1:
+        raise UsageError("verify_resume looks at one process: leave --processes out")
     device = choose_device(config.train.device, config.train.precision)
     data = load_named_data(config)
     data = dataclasses.replace(data, test=Split(data.test.images[:TEST_IMAGES], data.test.labels[:TEST_IMAGES]))

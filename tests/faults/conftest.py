@@ -1,0 +1,40 @@
+"""A tiny data set and an undisturbed run of it, for all that goes wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from codistill import loop
+
+from .. import tiny
+from .running import arguments, end_state, run_here
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> str:
+    # The last batch of an epoch is smaller.
+    return str(tiny.write_npz(tmp_path_factory.mktemp("colours") / "colours.npz", tiny.data(train=20, test=21)))
+
+
+@pytest.fixture
+def no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no report: it takes longer than the training."""
+    monkeypatch.setattr(loop, "write_report", lambda run: None)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(colours: str, tmp_path_factory: pytest.TempPathFactory):
+    """What a run of a method ends with if nothing happens."""
+    found = {}
+
+    def state(method: str = "mfef", *more: str):
+        key = (method, *more)
+        if key not in found:
+            out: Path = tmp_path_factory.mktemp("undisturbed") / "run"
+            with tiny.registered(), pytest.MonkeyPatch.context() as patch:
+                patch.setattr(loop, "write_report", lambda run: None)
+                assert run_here(arguments(colours, out, *more, method=method)) == 0
+            found[key] = end_state(out)
+        return found[key]
+
+    return state

@@ -1,0 +1,86 @@
+"""Trainings of a fraction of a second that are killed, stopped and taken up again, here or in a child process."""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import codistill as cd
+from codistill.cli import main
+from codistill.step import PlainStep
+
+CLOCK = ("seconds", "images_per_second")
+# Two epochs of three steps, the last of them smaller.
+STEPS, EPOCHS = 3, 2
+
+
+def arguments(data: str, out: Path, *more: str, method: str = "mfef") -> list[str]:
+    """The command line of a tiny training."""
+    flags = ["--networks", "tiny", "tiny", "--data", "packed", "--data-dir", data, "--epochs", str(EPOCHS)]
+    return ["train", method, *flags, "-b", "8", "--lr", "0.05", "--threads", "1", "--out", str(out), *more]
+
+
+def end_state(path: Path) -> tuple[str, list[dict[str, Any]]]:
+    """Digest of every tensor of the last checkpoint (parameters, buffers, momentum), and the metrics without times."""
+    state = cd.Run(path).checkpoints.load("last")
+    digest = hashlib.sha256(repr((state["epoch"], state["step"])).encode())
+    for name, tensor in sorted(state["method"].items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    for tensor in state["momentum"]:
+        digest.update(tensor.contiguous().numpy().tobytes())
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return digest.hexdigest(), [{key: row[key] for key in row if key not in CLOCK} for row in rows]
+
+
+def run_here(line: list[str]) -> int:
+    """Run a command line in this process, and give the test's own signal handlers back afterwards."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    # A shell may have started the tests with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return main(line)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def in_child(work: Callable[[], int]) -> int:
+    """Run something in a fork of this process; its exit status, or minus the signal that killed it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # one thread computes; Python 3.12 warns of others
+        pid = os.fork()
+    if pid == 0:
+        status = 99
+        try:
+            status = work()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def at_step(patch: pytest.MonkeyPatch, number: int, act: Callable[[PlainStep], None]) -> None:
+    """Do something before a step of the training, counted from 1."""
+    call, count = PlainStep.__call__, iter(range(1, 1000))
+
+    def stepping(self: PlainStep, *arguments: Any) -> None:
+        if next(count) == number:
+            act(self)
+        call(self, *arguments)
+
+    patch.setattr(PlainStep, "__call__", stepping)
+
+
+def kill_at_step(patch: pytest.MonkeyPatch, number: int, what: int = signal.SIGKILL) -> None:
+    """Send this process a signal before a step."""
+    at_step(patch, number, lambda _: os.kill(os.getpid(), what))
