@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 import zipfile
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ from codistill.errors import CheckpointError
 
 FORMAT = 2
 ENTRY = {"file": str, "sha256": str, "epoch": int, "step": int, "best": bool}
+# A file of an index and its SHA-256: names that stay in the folder, and lines without breaks.
+NAMES = r"[0-9A-Za-z-]+\.pt [0-9a-f]{64}"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -102,7 +105,7 @@ class CheckpointStore:
             raise CheckpointError(f"{self._index}: {other_format(number)}")
         for entry in entries:
             known = all(isinstance(entry.get(key), kind) for key, kind in ENTRY.items())
-            if number != FORMAT or not known or Path(entry["file"]).name != entry["file"]:
+            if number != FORMAT or not known or not re.fullmatch(NAMES, f"{entry['file']} {entry['sha256']}"):
                 return self._scanned("is damaged")
         return entries
 

@@ -5,9 +5,17 @@ An error is one line that says what is wrong, where, and the mend.
 
 
 class CodistillError(Exception):
-    """Base of every error that codistill raises on purpose; `exit_status` is what the command line returns."""
+    """Base of every error that codistill raises on purpose; `exit_status` is what the command line returns.
+
+    Its text is one line of printable characters, also where it quotes names from hostile files: those could hold line
+    breaks and the control characters of a terminal.
+    """
 
     exit_status = 1
+
+    def __init__(self, message: str = "") -> None:
+        line = " ".join(message.split())
+        super().__init__("".join(each if each.isprintable() else ascii(each)[1:-1] for each in line))
 
 
 class UsageError(CodistillError):

@@ -14,7 +14,7 @@ import numpy
 import torch
 
 from codistill.checkpoint import CheckpointStore, load_weights, read_json, write_atomically, write_json
-from codistill.config import RunConfig, mapping_arguments, parse_config
+from codistill.config import RunConfig, mapping_arguments, parse_config, shown
 from codistill.data.augment import INIT_STREAM, generator
 from codistill.data.dataset import Dataset, dataset
 from codistill.errors import CheckpointError, DataError, UsageError
@@ -103,7 +103,25 @@ def checked_record(record: Any, path: Path) -> dict[str, Any]:
         missing = [key for key in keys if key not in record[part]] if isinstance(record.get(part), dict) else [part]
         if missing:
             raise CheckpointError(f"{path}/config.json: damaged: it says nothing of {part} {missing[0]}")
+    data = record["dataset"]
+    right = {
+        "class_names": is_list(data["class_names"], str),
+        "image_size": is_list(data["image_size"], int, 2) and min(data["image_size"]) > 0,
+        **{key: is_list(data[key], float, 3) for key in ("mean", "std")},
+    }
+    for key, whole in right.items():
+        if not whole:
+            raise CheckpointError(f"{path}/config.json: damaged: {key} of the dataset is {shown(data[key])}")
     return record
+
+
+def is_list(value: Any, kind: type, length: int | None = None) -> bool:
+    """Say whether a value from a JSON file is a list of one type, not empty, and of the length, if one is given."""
+    return (
+        isinstance(value, list)
+        and 0 < len(value) == (length or len(value))
+        and all(type(each) is kind for each in value)
+    )
 
 
 class Run:

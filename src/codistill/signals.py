@@ -14,7 +14,7 @@ SAVING = (signal.SIGUSR1, signal.SIGUSR2)
 class Terminated(SystemExit):
     """SIGTERM arrived; a program that does not catch it ends with status 143."""
 
-    def __init__(self, line: str = "terminated") -> None:
+    def __init__(self, line: str = "terminated; what was saved before is kept: codistill resume RUN goes on") -> None:
         super().__init__(128 + signal.SIGTERM)
         self.line = line
 

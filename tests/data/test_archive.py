@@ -77,6 +77,33 @@ def test_a_cut_last_byte_and_a_flipped_byte_are_noticed(tmp_path):
             read(path)
 
 
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.GNUTYPE_LONGNAME, b"Q"])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_negative_sizes_that_lead_back(tmp_path, kind, wanted):
+    path = tmp_path / "x.tar.gz"
+    path.write_bytes(gzip.compress(tar_info("evil", -512, kind).tobuf(tarfile.GNU_FORMAT) + bytes(4096)))
+    with pytest.raises(DataError, match=r"negative size|headers of a member|neither a file nor a folder"):
+        read(path, lambda name: wanted)
+
+
+def test_a_damaged_header_is_not_the_end(tmp_path):
+    first, second = (tar_info(name, 0).tobuf(tarfile.GNU_FORMAT) for name in "ab")
+    path = tmp_path / "x.tar.gz"
+    for content in (first + b"x" * 512 + second + bytes(1024), first + second[:100], first, first + second):
+        path.write_bytes(gzip.compress(content))
+        with pytest.raises(DataError, match=r"cannot be read \(.* header\): fetch it"):
+            read(path)
+    path.write_bytes(gzip.compress(first + second + bytes(1024)))
+    assert list(read(path)) == ["a", "b"]
+
+
+def test_the_headers_of_all_members_may_be_more_than_those_of_one(tmp_path):
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz", format=tarfile.PAX_FORMAT) as archive:
+        for index in range(1500):
+            archive.addfile(tar_info(f"{index}" + "x" * 200))
+    assert len(read(tmp_path / "x.tar.gz", total_limit=8 << 20)) == 1500
+
+
 def test_not_an_archive(tmp_path):
     path = tmp_path / "x.tar.gz"
     for content in (b"hello", gzip.compress(b"hello" * 500)):

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from codistill.data import unpickle
 from codistill.data.unpickle import read_pickle
 from codistill.errors import DataError
 
@@ -76,6 +77,29 @@ def test_arrays_of_objects_and_other_codecs_are_refused():
 def test_other_instructions_and_lengths_that_ask_for_memory_are_refused(content, complaint):
     with pytest.raises(DataError, match=complaint):
         read(content)
+
+
+@pytest.mark.parametrize("name", [b"c_codecs\nencode\n", b"cnumpy\ndtype\n", b"cnumpy\nndarray\n"])
+@pytest.mark.parametrize("state", [b"}U\x07__doc__K\x01s", b"N}U\x0b__module__K\x01s\x86"])
+def test_no_state_outlives_a_pickle(name, state):
+    before = [dict(vars(each)) for each in unpickle._STAND_INS.values()]
+    with pytest.raises(DataError):
+        read(b"\x80\x02" + name + state + b"b.")
+    assert [dict(vars(each)) for each in unpickle._STAND_INS.values()] == before
+
+
+def test_a_tuple_cannot_be_used_twice():
+    doubled = b"".join(b"h%ch%c\x86q%c" % (index, index, index + 1) for index in range(60))
+    with pytest.raises(DataError, match="forbidden use of memo 0"):
+        read(b"\x80\x02})q\x00" + doubled + b"Ns.")
+    text = "labels"
+    assert read(pickle.dumps({text: [text, text]})) == {text: [text, text]}
+
+
+def test_programs_without_end_are_refused(monkeypatch):
+    monkeypatch.setattr(unpickle, "_MOST_INSTRUCTIONS", 100)
+    with pytest.raises(DataError, match="has more than 100 instructions"):
+        read(b"\x80\x02(" + b"]" * 200 + b"l.")
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", pickle.dumps([1, 2]), pickle.dumps({"a": 1})[:-1]])

@@ -1,29 +1,34 @@
 """Read members of a .tar.gz in memory. Nothing is ever extracted to disk."""
 
 import gzip
+import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import Self
 
 from codistill.data.reading import reading
 from codistill.errors import DataError
+
+HEADER_LIMIT = 1 << 20  # bytes of one member's headers; long names and PAX records need some hundred
 
 
 class _CappedGzip(gzip.GzipFile):
     """A gzip stream that refuses to grow beyond limits, so that a bomb or a lying header costs no memory."""
 
-    def __init__(self, path: Path, read_limit: int, total_limit: int, mend: str) -> None:
+    def __init__(self, path: Path, total_limit: int, mend: str) -> None:
         super().__init__(path, mode="rb")
-        self.read_limit = read_limit
+        self.allowance = HEADER_LIMIT  # bytes that may still be asked for
         self.total_limit = total_limit
         self.mend = mend
 
     def read(self, size: int | None = -1) -> bytes:
-        # tarfile asks for as much as a header claims, also for long names and PAX records.
-        if size is None or not 0 <= size <= self.read_limit:
+        # tarfile asks for as much as a header claims, also for long names, PAX records and maps of sparse files.
+        if size is None or not 0 <= size <= self.allowance:
             raise DataError(
-                f"{self.name}: a part of {size} bytes is more than the {self.read_limit} that can be right: {self.mend}"
+                f"{self.name}: the headers of a member have more than the {HEADER_LIMIT} bytes possible: {self.mend}"
             )
+        self.allowance -= size
         content = super().read(size)
         self._check(self.tell())
         return content
@@ -38,6 +43,19 @@ class _CappedGzip(gzip.GzipFile):
             raise DataError(
                 f"{self.name}: unpacks to more than the {self.total_limit} bytes that can be right: {self.mend}"
             )
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+    """A member whose damaged header is an error, where tarfile takes it for the end of the archive."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if buf == bytes(tarfile.BLOCKSIZE):  # the true end
+                raise
+            raise tarfile.ReadError(str(error)) from error
 
 
 def members(
@@ -64,12 +82,13 @@ def members(
     seen: set[str] = set()
     with (
         reading(path, mend),
-        # A tar block of room: tarfile rounds what it asks for.
-        _CappedGzip(path, member_limit + tarfile.BLOCKSIZE, total_limit, mend) as stream,
-        tarfile.open(fileobj=stream, mode="r:") as archive,
+        _CappedGzip(path, total_limit, mend) as stream,
+        tarfile.open(fileobj=stream, mode="r:", tarinfo=_StrictTarInfo) as archive,
     ):
         while (member := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # all headers of CINIC-10 would be hundreds of MB
+            archive.pax_headers = {}  # nothing of them is used, and they would add up
+            stream.allowance = HEADER_LIMIT
             name = _safe_name(path, member, seen)
             if member.isdir() or not wanted(name):
                 continue
@@ -77,13 +96,15 @@ def members(
                 raise DataError(
                     f"{path}: {name} has {member.size} bytes, more than the {member_limit} possible: {mend}"
                 )
+            stream.allowance += member.size
             file = archive.extractfile(member)
             assert file is not None  # a regular file has content
             content = file.read()
             if len(content) != member.size:
                 raise DataError(f"{path}: {name} is cut at {len(content)} of {member.size} bytes: {mend}")
             yield name, content
-        while stream.read(min(1 << 20, member_limit)):
+        stream.allowance = sys.maxsize  # what is left is not kept: only the total counts
+        while stream.read(1 << 20):
             pass
 
 
@@ -93,6 +114,8 @@ def _safe_name(path: Path, member: tarfile.TarInfo, seen: set[str]) -> str:
         raise DataError(f"{path}: member {member.name!r} points outside the archive: do not use this archive")
     if not (member.isdir() or member.isreg()) or member.issparse():
         raise DataError(f"{path}: member {member.name!r} is {_kind(member)}: do not use this archive")
+    if member.size < 0:
+        raise DataError(f"{path}: member {member.name!r} has a negative size: do not use this archive")
     if str(name) in seen:
         raise DataError(f"{path}: member {member.name!r} is there twice: do not use this archive")
     if not member.isdir():

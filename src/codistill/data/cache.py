@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from codistill.data.reading import reading, reason
-from codistill.errors import DataError
+from codistill.errors import CodistillError, DataError
 
 FORMAT = 1
 Arrays = dict[str, npt.NDArray[Any]]
@@ -40,7 +40,7 @@ def cached(path: Path, source: str, names: Iterable[str], build: Callable[[], Ar
     """
     try:
         arrays = _read(path, source, names)
-    except DataError as error:
+    except CodistillError as error:  # a damaged header may ask for more memory than there is
         logger.warning("%s", error)
         arrays = None
     if arrays is None:

@@ -10,6 +10,7 @@ from codistill.data.unpickle import read_pickle
 from codistill.errors import DataError
 
 IMAGE_BYTES = 3 * 32 * 32
+NAMES_LIMIT = 1 << 16  # bytes of a file with class names
 
 
 def decode_records(content: bytes, where: str, mend: str, label_bytes: int) -> tuple[Pixels, Labels]:
@@ -66,8 +67,10 @@ def decode_lines(content: bytes, where: str, mend: str) -> tuple[str, ...]:
     """Read class names, one a line.
 
     Raises:
-        DataError: Not a text.
+        DataError: Not a text, or a long one.
     """
+    if len(content) > NAMES_LIMIT:
+        raise DataError(f"{where}: has {len(content)} bytes, more than class names can have: {mend}")
     try:
         return tuple(line.strip() for line in content.decode().splitlines() if line.strip())
     except UnicodeDecodeError as error:
@@ -88,7 +91,7 @@ def decode_meta(content: bytes, where: str, mend: str, key: str) -> tuple[str, .
 
 def _entry(batch: Mapping[str, Any], key: str, where: str, mend: str) -> Any:
     value = batch.get(key)
-    if not isinstance(value, list | tuple | np.ndarray):
+    if not isinstance(value, list | tuple | np.ndarray) or (isinstance(value, np.ndarray) and value.ndim == 0):
         raise DataError(f"{where}: has no list or array {key!r}: {mend}")
     return value
 

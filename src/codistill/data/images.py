@@ -19,6 +19,8 @@ MAX_FILE = 256 << 20  # bytes
 MAX_PIXELS = 64 << 20  # a bomb of a few kB can claim billions
 MEND = "repair or remove it"
 
+PNG_END = b"IEND\xaeB`\x82"  # name and checksum of the last chunk, which are always the same
+
 _opening = threading.Lock()
 
 
@@ -83,6 +85,8 @@ def _open(content: bytes, where: str, formats: tuple[str, ...]) -> Image.Image:
         image = Image.open(io.BytesIO(content), formats=formats)
         if image.format == "PNG":
             # Decoding skips the checksums of the pixel data: a flipped bit would become a wrong picture.
+            if PNG_END not in content:
+                raise ValueError("image file is truncated")
             image.verify()
             image = Image.open(io.BytesIO(content), formats=formats)
     except UnidentifiedImageError as error:

@@ -14,6 +14,8 @@ from codistill.data.reading import reading
 from codistill.errors import DataError
 
 NEEDED = ("train_images", "train_labels", "test_images", "test_labels")
+SMALL = 64 << 20  # bytes that any array may unpack to
+MOST_COMPRESSED = 200  # times; a file of zeros is a thousand times its compressed size
 MEND = (
     "make it with numpy.savez(path, train_images=, train_labels=, test_images=, test_labels=, class_names=), images "
     "uint8 [images, height, width, 3]"
@@ -45,6 +47,12 @@ def packed(root: Path) -> Dataset:
     class_names = _class_names(path, arrays, train, test)
     check_split(train, len(class_names), f"{path}, train")
     check_split(test, len(class_names), f"{path}, test")
+    absent = np.flatnonzero(np.bincount(train.labels, minlength=len(class_names)) == 0)
+    if len(absent):
+        raise DataError(
+            f"{path}, train: no image has label {absent[0]} (class {class_names[absent[0]]}): give every class "
+            "training images, and number the classes from 0"
+        )
     return Dataset("packed", train, test, class_names)
 
 
@@ -61,12 +69,17 @@ def _find(root: Path) -> Path:
 def _read_array(archive: zipfile.ZipFile, path: Path, name: str) -> npt.NDArray[Any]:
     """Read one array after a look at its header: nothing is unpickled, and nothing allocated that is not there."""
     member = f"{name}.npy"
+    about = archive.getinfo(member)
+    if about.file_size > SMALL and about.file_size > MOST_COMPRESSED * about.compress_size:
+        raise DataError(
+            f"{path}: {name} unpacks to {about.file_size} bytes from {about.compress_size}, which no images do: {MEND}"
+        )
     with archive.open(member) as file:
         read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(file)]
         shape, _, dtype = read_header(file)
-        if dtype.hasobject:
+        if dtype.hasobject or dtype.itemsize == 0:
             raise DataError(f"{path}: {name} is {dtype} {list(shape)}; it must be an array of numbers or texts: {MEND}")
-        size = archive.getinfo(member).file_size - file.tell()
+        size = about.file_size - file.tell()
         if size != math.prod(shape) * dtype.itemsize:
             raise DataError(f"{path}: {name} is {dtype} {list(shape)} but has {size} bytes: {MEND}")
     with archive.open(member) as file:

@@ -38,9 +38,12 @@ class _Type:
 
 
 class _Array:
-    """Stands in for numpy.ndarray while the pickle is read; `array` is the result."""
+    """Stands in for numpy.ndarray, and for the function that makes one; `array` is the result."""
 
     array: npt.NDArray[Any]
+
+    def __init__(self, *_arguments: Any) -> None:
+        pass
 
     def __setstate__(self, state: Any) -> None:
         _version, shape, kind, is_fortran, content = state
@@ -49,22 +52,25 @@ class _Array:
         self.array = flat.reshape(shape, order="F" if is_fortran else "C")
 
 
-def _reconstruct(_subtype: Any, _shape: Any, _code: Any) -> _Array:
-    return _Array()
+class _Bytes:
+    """Stands in for _codecs.encode; the result is plain bytes."""
+
+    def __new__(cls, text: str, encoding: str) -> bytes:  # type: ignore[misc]
+        if encoding not in ("latin1", "latin-1"):
+            raise DataError(f"forbidden encoding {encoding!r}")
+        return text.encode("latin1")
+
+    def __setstate__(self, state: Any) -> None:
+        raise TypeError("text has no state")
 
 
-def _encode(text: str, encoding: str) -> bytes:
-    if encoding not in ("latin1", "latin-1"):
-        raise DataError(f"forbidden encoding {encoding!r}")
-    return text.encode("latin1")
-
-
-_STAND_INS: dict[tuple[str, str], Any] = {
+# All have __setstate__: without it, BUILD could set attributes of the stand-in itself, for every pickle to come.
+_STAND_INS: dict[tuple[str, str], type] = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Type,
-    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,  # NumPy 1
-    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,  # NumPy 2
-    ("_codecs", "encode"): _encode,  # bytes, written by Python 3 in protocol 2
+    ("numpy.core.multiarray", "_reconstruct"): _Array,  # NumPy 1
+    ("numpy._core.multiarray", "_reconstruct"): _Array,  # NumPy 2
+    ("_codecs", "encode"): _Bytes,  # bytes, written by Python 3 in protocol 2
 }
 
 
@@ -78,13 +84,35 @@ _INSTRUCTIONS = frozenset(
 )
 
 
+# What may be used again from the memo. No tuples: one that holds a tuple twice, which holds a tuple twice, and so on,
+# is a short program, but to hash it, as a dictionary's key, would take for ever.
+_SHARED = frozenset(
+    """
+    STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8
+    EMPTY_LIST LIST EMPTY_DICT DICT GLOBAL STACK_GLOBAL REDUCE
+    """.split()  # noqa: SIM905 - fifteen lines else
+)
+_MOST_INSTRUCTIONS = 4_000_000  # CIFAR-100 needs 400,000: two labels and a file name for each image
+
+
 def _check_instructions(content: bytes) -> None:
-    """Read the program without running it: a bad length or memo index could ask for any amount of memory."""
+    """Read the program without running it: a few bytes could ask for any amount of memory or time."""
+    memo: dict[Any, bool] = {}  # index -> may be used again
+    before = ""
     for count, (instruction, argument, _) in enumerate(pickletools.genops(content)):
-        if instruction.name not in _INSTRUCTIONS:
-            raise DataError(f"forbidden instruction {instruction.name}")
-        if instruction.name.endswith("PUT") and isinstance(argument, int) and not 0 <= argument <= count:
-            raise DataError(f"impossible memo index {argument}")
+        name = instruction.name
+        if name not in _INSTRUCTIONS:
+            raise DataError(f"forbidden instruction {name}")
+        if count == _MOST_INSTRUCTIONS:
+            raise DataError(f"has more than {count} instructions")
+        if name in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"):
+            index = len(memo) if argument is None else int(argument)
+            if not 0 <= index <= count:
+                raise DataError(f"impossible memo index {index}")
+            memo[index] = before in _SHARED
+        elif name in ("GET", "BINGET", "LONG_BINGET") and not memo.get(argument, False):
+            raise DataError(f"forbidden use of memo {argument}")
+        before = name
 
 
 class _RestrictedUnpickler(pickle.Unpickler):

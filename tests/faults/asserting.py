@@ -1,0 +1,46 @@
+"""What each fault must look like from outside: one line, one exit status, and nothing changed on the disk."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from codistill.cli import main
+
+from .. import tiny
+
+
+def refused(
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    status: int,
+    *fragments: str,
+    unchanged: Path | None = None,
+) -> str:
+    """Run a command line that must be refused.
+
+    Args:
+        capsys: The fixture.
+        arguments: The command line without the program's name.
+        status: The exit status expected.
+        fragments: Text that the error line must hold, literally.
+        unchanged: A folder that must be, with all its contents, as it was before.
+
+    Returns:
+        The one line on stderr, without its line break.
+    """
+    before = None if unchanged is None else tiny.listing(unchanged)
+    capsys.readouterr()
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        got = main(arguments)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    error = capsys.readouterr().err
+    assert got == status, error
+    assert error.startswith("codistill: error: ") and error.endswith("\n") and error.count("\n") == 1, error
+    for fragment in fragments:
+        assert fragment in error, f"{fragment!r} is not in {error!r}"
+    if unchanged is not None:
+        assert tiny.listing(unchanged) == before
+    return error.removesuffix("\n")

@@ -1,0 +1,190 @@
+"""The forty faults that codistill promises to survive, or to refuse in one line."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Case:
+    """A fault, how the tests bring it about, and what is promised."""
+
+    fault: str
+    injection: str
+    promise: str
+
+
+CASES = dict(
+    enumerate(
+        (
+            Case(
+                "a setting that does not exist",
+                "misspelt in a recipe, in its [method] table, as a flag",
+                "status 2; names key, file and line, and the nearest key; no folder is made",
+            ),
+            Case(
+                "a value out of range or of the wrong type",
+                "every bound of every setting; words, lists, tables for numbers",
+                "status 2; names setting, value and what is allowed, and the line of a recipe",
+            ),
+            Case("milestones that do not rise, or past the end", "as flags and in a recipe", "status 2; says the rule"),
+            Case(
+                "a network, method or data set that does not exist",
+                "resnet21, depths that the family does not have",
+                "status 2; the nearest names, or all of them",
+            ),
+            Case(
+                "students that the method cannot use",
+                "one student for each online method; a shared trunk for unlike networks",
+                "status 2; says why, and what to change",
+            ),
+            Case(
+                "shapes that cannot work together",
+                "channel groups that do not go into the width; images too small for a network; unlike maps for one "
+                "shared component",
+                "status 2 before anything is written; names layer and shapes",
+            ),
+            Case(
+                "a device or precision that is not there",
+                "cuda without CUDA, a GPU index too high, a GPU without bf16",
+                "status 2; never a silent change to the CPU",
+            ),
+            Case(
+                "an output folder that cannot be used",
+                "a file, below a file, a read-only file system, another run",
+                "status 2; nothing is overwritten",
+            ),
+            Case(
+                "two processes on one run folder",
+                "a second process while the first one trains; the lock of a dead process",
+                "status 2 with pid and host for the second; the first is not touched; a dead lock does not hold",
+            ),
+            Case(
+                "a resumed run whose settings were changed",
+                "edited config.json; another data set",
+                "status 2; lists each changed key with both values",
+            ),
+            Case(
+                "no data", "a folder that is missing or empty", "status 3; names the files wanted and where to get them"
+            ),
+            Case("an archive cut short", "half of it, and all but the last byte", "status 3; both sizes"),
+            Case("an archive that is not the published one", "one byte changed", "status 3; both digests"),
+            Case("a data file of the wrong length", "cut, and with extra bytes", "status 3; names file and record"),
+            Case(
+                "labels that cannot be",
+                "out of range, a class without images, too few images",
+                "status 3; names place and value",
+            ),
+            Case(
+                "a data file that runs code when unpickled",
+                "a batch that would write a file",
+                "status 3; names what was forbidden; the file is not written",
+            ),
+            Case(
+                "an archive that writes elsewhere",
+                "members ../x and /x, links, devices, a name twice",
+                "status 3; nothing is written outside",
+            ),
+            Case(
+                "an archive that never ends",
+                "megabytes that unpack to gigabytes; a header that lies",
+                "status 3 at the limit; memory stays bounded",
+            ),
+            Case(
+                "an image that is not what it says",
+                "a huge header, another size, no image at all",
+                "status 3 before it is decoded; names the file",
+            ),
+            Case("a damaged image among many", "one file cut", "status 3; names the file; never a grey image"),
+            Case(
+                "arrays that are no images",
+                "object arrays, NaN, one channel, none",
+                "status 3; names array, type and shape; nothing is unpickled",
+            ),
+            Case(
+                "batches that batch normalisation cannot use",
+                "fewer images than a batch; a last batch of one image",
+                "status 2 before training; says what to set",
+            ),
+            Case(
+                "a damaged cache",
+                "one byte changed after it was built",
+                "built again from its source with a warning; status 3 without a source",
+            ),
+            Case(
+                "death at any moment of a save",
+                "the process ends at each system call of it",
+                "resume finds the old state or the new one, and ends bit for bit as it would have",
+            ),
+            Case(
+                "a damaged newest checkpoint",
+                "cut, empty, text",
+                "one warning; the one before is used, and the end is the same to the bit",
+            ),
+            Case("one flipped bit in the weights", "anywhere in a checkpoint", "found by SHA-256; then as case 25"),
+            Case("no checkpoint that is whole", "all damaged", "status 4; each file with its reason; none is deleted"),
+            Case(
+                "a checkpoint that runs code",
+                "pickles, bare and in an archive",
+                "status 4; nothing is executed; there is no unsafe second try",
+            ),
+            Case(
+                "a checkpoint of another network",
+                "other classes, missing and unexpected tensors",
+                "status 4; the first tensor that differs, with both shapes",
+            ),
+            Case(
+                "a checkpoint or index of another format",
+                "a higher number; an index that is missing or wrong",
+                "status 4 with both numbers; a missing index is made again from the files",
+            ),
+            Case(
+                "a full disk during a save",
+                "ENOSPC from write and fsync, a limit on file sizes",
+                "the old state stays; a warning and another try at the next epoch; status 6 if the last one fails",
+            ),
+            Case(
+                "a log that cannot be written",
+                "a full disk under metrics.jsonl; nobody reads stdout",
+                "training goes on; status 6 for lost metrics, 0 for a closed stdout",
+            ),
+            Case(
+                "a half-written last line of metrics.jsonl",
+                "cut, and lines beyond the checkpoint",
+                "resume drops them; no epoch twice, none missing",
+            ),
+            Case(
+                "SIGTERM at any moment",
+                "at random steps, in evaluation, during a save",
+                "status 143; resume ends bit for bit as without it",
+            ),
+            Case(
+                "SIGINT, once and twice; SIGUSR1 and SIGUSR2",
+                "sent to a training",
+                "130; a second one acts at once; the others save and go on",
+            ),
+            Case(
+                "NaN or infinity",
+                "in one student's loss, in a gradient only, in the fused classifier",
+                "status 5; names who, epoch and learning rate; the bad state is never kept",
+            ),
+            Case(
+                "memory that runs out", "at some step", "status 6; names what to make smaller; the batch is not split"
+            ),
+            Case(
+                "a rank that dies or raises",
+                "two processes on the CPU, one killed",
+                "all end within a minute; status 7; names the rank",
+            ),
+            Case(
+                "a sweep with losses",
+                "a killed worker, a run that diverges, one that cannot be",
+                "the others finish; each loss is a row with its reason; status 7",
+            ),
+            Case(
+                "a killed sweep; a clock set back",
+                "the driver killed and started again",
+                "finished runs are not repeated, half-done ones resumed; order never by the clock",
+            ),
+        ),
+        start=1,
+    )
+)

@@ -1,0 +1,37 @@
+"""`codistill` with a network named `tiny` and without pages: `python -m tests.faults.tiny_program`.
+
+`KILL` in the environment names a run whose process is killed after its first checkpoint, once; `KILL_DRIVER` one whose
+process kills the one that started it, too.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from codistill import loop
+from codistill.checkpoint import CheckpointStore
+from codistill.cli import main
+
+from .. import tiny
+
+save = CheckpointStore.save
+
+
+def killing(store: CheckpointStore, *arguments: Any, **named: Any) -> None:
+    save(store, *arguments, **named)
+    run = store.folder.parent
+    victims = [os.environ.get(name) for name in ("KILL", "KILL_DRIVER")]
+    mark = Path(f"{run}.killed")
+    if run.name in victims and not mark.exists():
+        mark.touch()
+        if run.name == victims[1]:
+            os.kill(os.getppid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+CheckpointStore.save = killing  # type: ignore[method-assign]
+loop.write_report = lambda run: None
+with tiny.registered():
+    sys.exit(main())
