@@ -1,7 +1,11 @@
 """The scripts of benchmarks/ do what their first lines say."""
 
+import contextlib
 import importlib.util
+import io
 import json
+import math
+import statistics
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -9,21 +13,27 @@ from types import ModuleType
 import pytest
 
 import codistill as cd
-from codistill import loop
+from codistill import bench, loop
+from codistill.cli import main
 from codistill.methods import METHODS
+from codistill.train import train_fleet
 
 from . import tiny
 
 
-@pytest.fixture
-def all_methods(monkeypatch) -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks" / "all_methods.py"
-    spec = importlib.util.spec_from_file_location("all_methods", path)
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "all_methods", module)
+    monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(loop, "write_report", lambda run: None)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def all_methods(monkeypatch) -> ModuleType:
+    return script("all_methods", monkeypatch)
 
 
 def cells(line: str) -> list[str]:
@@ -81,3 +91,160 @@ def test_a_run_that_did_not_finish_is_named(all_methods, tiny_registered, tmp_pa
     )
     head, _, row = all_methods.table([run]).splitlines()
     assert cells(row)[:2] == ["mfef", "diverged: ce/student0 became NaN"] and len(cells(row)) == len(cells(head))
+
+
+def in_this_process(written: list[str], environment: dict[str, str], limit: float) -> str:
+    """Stand in for a process of its own, which takes seconds to start."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        assert main(written) == 0
+    return output.getvalue()
+
+
+@pytest.fixture
+def speed(monkeypatch) -> ModuleType:
+    return script("speed", monkeypatch)
+
+
+def test_speed_measures_each_case_once(speed, tiny_registered, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(speed, "run", in_this_process)
+    options = speed.Options(
+        out=tmp_path,
+        networks=("tiny",),
+        runs=(2,),
+        students=(1, 3),
+        batch_size=8,
+        precision="float32",
+        compile=False,
+        device="cpu",
+        seconds=0.01,
+    )
+    speed.main(options)
+    names = ["tiny-captured", "tiny-float32", "tiny-captured-x2", "tiny-students1", "tiny-students3"]
+    results = {name: json.loads((tmp_path / f"{name}.json").read_text())["result"] for name in names}
+    head, rule, *rows = (tmp_path / "table.md").read_text().split("\n\n")[0].splitlines()
+    assert [cells(row)[0] for row in rows] == names
+    assert all(len(cells(row)) == len(cells(head)) == len(cells(rule)) for row in rows)
+    for row, result in zip(rows, results.values(), strict=True):
+        assert cells(row)[1] == f"{result['ms_per_step']:.2f}"
+        assert cells(row)[2] == f"{result['runs'] * result['images_per_second']:,.0f}"
+        assert cells(row)[6] == f"{result['operators_per_step']:,}"
+        assert (cells(row)[4] == "-") == ("ratio_to_plain" not in result)
+    assert results["tiny-captured-x2"]["runs"] == 2 and len(results["tiny-students3"]["networks"]) == 3
+    assert results["tiny-students1"]["operators_per_step"] < results["tiny-students3"]["operators_per_step"]
+    assert "aten::" in (tmp_path / "tiny-captured.txt").read_text()
+    # Another start measures what is missing, and nothing else.
+    (tmp_path / "tiny-float32.json").unlink()
+    capsys.readouterr()
+    monkeypatch.setattr(speed, "run", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory: use a smaller")))
+    speed.main(options)
+    assert capsys.readouterr().out.splitlines()[0].startswith("tiny-float32:")
+    assert "| tiny-float32 | out of memory: use a smaller |" in (tmp_path / "table.md").read_text()
+    for name in set(names) - {"tiny-float32"}:
+        assert json.loads((tmp_path / f"{name}.json").read_text())["result"] == results[name]
+
+
+def test_speed_says_why_a_case_failed(speed, tmp_path):
+    with pytest.raises(RuntimeError, match="unknown method 'mfeff': did you mean mfef"):
+        speed.run(["bench", "mfeff"], {}, 100.0)
+    with pytest.raises(RuntimeError, match=r"not done after 0.01 s"):
+        speed.run(["list"], {}, 0.01)
+
+
+def test_speed_has_all_that_is_asked_for(speed, tmp_path, monkeypatch):
+    options = speed.Options(out=tmp_path)
+    listed = {case.name: speed.arguments(case, options) for case in speed.cases(options)}
+    assert len(listed) == len(speed.cases(options))
+    for network in ("resnet32", "wrn-16-2", "resnet110"):
+        assert {"--compare", "--profile", "bf16"} <= set(listed[f"{network}-captured"])
+        assert {"--compare", "float32"} <= set(listed[f"{network}-float32"])
+        assert {f"{network}-{kind}-x{runs}" for kind in ("captured", "compiled") for runs in (2, 3, 6, 8)} <= set(
+            listed
+        )
+        first, again = (
+            next(case for case in speed.cases(options) if case.name == f"{network}-compiled-{which}")
+            for which in ("first", "again")
+        )
+        assert first.environment == again.environment and str(tmp_path) in first.environment["TORCHINDUCTOR_CACHE_DIR"]
+    assert [len(case.networks) for case in speed.cases(options) if "students" in case.name] == [1, 2, 3, 4, 5]
+    # `codistill bench` takes each of the commands.
+    asked = []
+    monkeypatch.setattr(bench, "bench", lambda config, runs, *_: asked.append((config, runs)) or {})
+    for name, written in listed.items():
+        assert main(written) == 0
+        config, runs = asked[-1]
+        assert config.train.compile == ("on" if "compiled" in name else "off"), name
+        assert runs == int(name.rpartition("-x")[2] if "-x" in name else 1) and config.train.batch_size == 128
+
+
+def test_precision_compares_the_arms(tiny_registered, tmp_path, monkeypatch, capsys):
+    precision = script("precision", monkeypatch)
+    data = tiny.write_npz(tmp_path / "colours.npz", tiny.data(24, 30))
+    monkeypatch.setattr(METHODS["mfef"], "capturable", True)
+    trained = []
+    monkeypatch.setattr(
+        precision,
+        "train_fleet",
+        lambda configs, outs: (
+            trained.append([(each.train.precision, METHODS["mfef"].capturable) for each in configs]),
+            train_fleet(configs, outs, show=False),
+        ),
+    )
+    options = precision.Options(
+        out=tmp_path / "out", data_dir=str(data), network="tiny", epochs=1, batch_size=8, device="cpu"
+    )
+    precision.main(options)
+    capsys.readouterr()
+    # float32 one after the other and never captured, bf16 side by side.
+    assert trained == [[("float32", False)]] * 3 + [[("bf16", True)] * 3]
+    head, _, *rows = (tmp_path / "out" / "table.md").read_text().split("\n\n")[0].splitlines()
+    assert [cells(row)[0] for row in rows] == ["student0", "student1", "ensemble", "fused"]
+    for row in rows:
+        name, plain, captured, difference, noise, p = cells(row)
+        arms = [
+            [cd.Run(tmp_path / "out" / arm / f"seed{seed}").summary["top1_error"][name] for seed in range(3)]
+            for arm in ("float32", "bf16")
+        ]
+        for cell, errors in zip((plain, captured), arms, strict=True):
+            assert cell == f"{statistics.mean(errors):.2f} ± {statistics.stdev(errors):.2f}"
+        assert float(difference) == pytest.approx(statistics.mean(arms[1]) - statistics.mean(arms[0]), abs=0.01)
+        assert float(noise) == pytest.approx(math.sqrt(sum(map(statistics.variance, arms)) / 3), abs=0.01)
+        # Without any noise there is nothing to test against.
+        assert math.isnan(float(p)) if noise == "0.00" else 0 <= float(p) <= 1
+        assert len(cells(row)) == len(cells(head))
+    # What is finished is not trained again.
+    precision.main(options)
+    assert len(trained) == 4
+
+
+def test_cpu_measures_layouts_and_waiting(tiny_registered, tmp_path, monkeypatch, capsys):
+    cpu = script("cpu", monkeypatch)
+    asked = []
+
+    def measured_bench(variables: dict[str, str], seconds: float, options: object) -> dict[str, float]:
+        asked.append(variables)
+        return {"images_per_second": 10.0 + len(asked), "plain_images_per_second": 10.0, "ratio_to_plain": 2.0}
+
+    monkeypatch.setattr(cpu, "bench", measured_bench)
+    cpu.main(
+        cpu.Options(out=tmp_path, network="tiny", batch_size=8, seconds=0.1, rounds=3, busy=(0, 1), compiled=False)
+    )
+    ways = list(cpu.WAITING.values())
+    assert asked == ways * 6
+    layouts, waiting = (part.splitlines()[2:] for part in (tmp_path / "table.md").read_text().split("\n\n")[:2])
+    assert [cells(row)[0].split(",")[0] for row in layouts[:2]] == ["channels_last", "contiguous"]
+    assert cells(layouts[-1])[0].startswith("plain loop") and float(cells(layouts[0])[2]) == 1
+    measured = json.loads((tmp_path / "measured.json").read_text())
+    assert set(measured["layouts"]["rounds"]) == {cells(row)[0] for row in layouts}
+    # The median of the three processes of the first way, alone and beside a busy one: 11, 16, 21 and 26, 31, 36.
+    assert cells(waiting[0]) == ["torch's default", "16", "10", "2.00", "31", "10", "2.00"]
+    assert len(measured["waiting"]) == 30 and {each["busy"] for each in measured["waiting"]} == {0, 1}
+
+
+def test_cpu_keeps_cores_busy_only_as_long_as_needed(monkeypatch):
+    cpu = script("cpu", monkeypatch)
+    started = []
+    start = cpu.subprocess.Popen
+    monkeypatch.setattr(cpu.subprocess, "Popen", lambda *given: started.append(start(*given)) or started[-1])
+    with cpu.busy_processes(2):
+        assert [each.poll() for each in started] == [None, None]
+    assert [each.poll() is None for each in started] == [False, False]

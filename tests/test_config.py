@@ -22,13 +22,14 @@ from codistill.optim import learning_rate_at
 from . import tiny
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.toml") if not path.stem.startswith("sweep-"))
 
 BAD_VALUES = [
     ("epochs", 0),
     ("epochs", -3),
     ("batch_size", 0),
     ("batch_size", -1),
+    ("batch_size", 1),
     ("learning_rate", 0.0),
     ("learning_rate", -0.1),
     ("learning_rate", float("nan")),
@@ -95,7 +96,7 @@ def test_bad_values_of_a_method_are_refused(key, value):
     "changes",
     [
         {"epochs": 1},
-        {"batch_size": 1},
+        {"batch_size": 2},
         {"momentum": 0.0},
         {"weight_decay": 0.0},
         {"learning_rate_decay": 1.0},
@@ -160,7 +161,7 @@ def configs(draw: st.DrawFn) -> RunConfig:
     settings = st.builds(
         TrainSettings,
         epochs=st.just(epochs),
-        batch_size=st.integers(1, 4096),
+        batch_size=st.integers(2, 4096),
         drop_last=st.booleans(),
         learning_rate=st.floats(0, 1e6, exclude_min=True),
         momentum=st.floats(0, 1, exclude_max=True),
@@ -309,25 +310,29 @@ def test_a_recipe_may_leave_the_method_to_the_command(parsed, recipe):
             '[method]\nname = "independent"\ntemperature = 3',
             "PATH:3: unknown key 'temperature': choose from shared_stages",
         ),
-        ('[method]\nname = "mfeff"\ntemperature = 3', "unknown method 'mfeff': did you mean mfef?"),
+        ('[method]\nname = "mfeff"\ntemperature = 3', "PATH:2: unknown method 'mfeff': did you mean mfef?"),
         ("epochs = 3\n[method]\ntemperature = 3", "PATH:2: settings of a method need its name"),
         ("method = 3", "PATH:1: method must be a name, or a table"),
         ("[method]\nname = 3", "PATH:1: method must be a name, or a table"),
-        ("[epochs]\nx = 1", "PATH:1: epochs must be a value, not a table"),
+        ("[epochs]\nx = 1", "PATH:1: epochs is {'x': 1}; it must be a whole number"),
         ('drop_last = "yes"', "PATH:1: drop_last is 'yes'; it must be true or false"),
         ("nesterov = 1", "PATH:1: nesterov is 1; it must be true or false"),
-        ("seed = [1, 2]", r"PATH:1: seed is \[1, 2\]; it must be one value"),
-        ('epochs = "ten"', "--epochs: .*'ten'"),
-        ("epochs = 1.5", "--epochs: .*'1.5'"),
-        ("epochs = true", "--epochs: .*'True'"),
-        ('learning_rate = "fast"', "--learning-rate: .*'fast'"),
-        ("milestones = [1.5]", "--milestones: .*1.5"),
-        ('flip = "maybe"', "'maybe' for argument '--flip'"),
-        ('padding_mode = "refect"', "'refect' for argument '--padding-mode'. Expected one of .*'zeros', 'reflect'"),
-        ('[method]\nname = "mfef"\nhead_input = "msef"', "'msef' for argument '--method.head-input'"),
-        ("epochs = 0", "epochs is 0; it must be at least 1"),
-        ("learning_rate = nan", "learning_rate is nan; "),
-        ("learning_rate = -inf", "learning_rate is -inf; "),
+        ("seed = [1, 2]", r"PATH:1: seed is \[1, 2\]; it must be a whole number"),
+        ('epochs = "ten"', "PATH:1: epochs is 'ten'; it must be a whole number"),
+        ("epochs = 1.5", "PATH:1: epochs is 1.5; it must be a whole number"),
+        ("epochs = true", "PATH:1: epochs is True; it must be a whole number"),
+        ('learning_rate = "fast"', "PATH:1: learning_rate is 'fast'; it must be a number"),
+        ("milestones = [1.5]", r"PATH:1: milestones is \[1.5\]; it must be a list of whole numbers"),
+        ('flip = "maybe"', "PATH:1: flip is 'maybe'; it must be true or false"),
+        ('padding_mode = "refect"', "PATH:1: padding_mode is 'refect'; it must be one of 'zeros', 'reflect'"),
+        (
+            '[method]\nname = "mfef"\nhead_input = "msef"',
+            "PATH:3: method.head_input is 'msef'; it must be one of 'raw'",
+        ),
+        ("seed = 1\nepochs = 0", "PATH:2: epochs is 0; it must be at least 1"),
+        ("learning_rate = nan", "PATH:1: learning_rate is nan; "),
+        ("learning_rate = -inf", "PATH:1: learning_rate is -inf; "),
+        ("seed = 3\nmilestones = [3, 2]", r"PATH:2: milestones are \[3, 2\]; "),
         ("epochs = 3\nepochs = 4", "PATH: .*line 2"),
         ("epochs = ", "PATH: .*line 1"),
         pytest.param("a = " + "[" * 100_000, "PATH: ", id="nested too deeply"),
@@ -411,4 +416,4 @@ def test_the_papers_row_is_its_section_4_1(parsed):
 
 def test_settings_of_a_file_are_flags():
     flags = mapping_arguments({"epochs": 3, "data_dir": None}, {"attention": False}, "mfef", lambda key: "here")
-    assert flags == ["--epochs", "3", "--data-dir", "None", "--method.no-attention"]
+    assert flags == ["--epochs=3", "--data-dir=None", "--method.no-attention"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import codistill as cd
-from codistill import loop
+from codistill import fleet, loop
 from codistill.cli import main
 from codistill.config import RunConfig, TeacherSettings, default_config
 from codistill.data.augment import Augmentation, Batch, DeviceImages, epoch_plan
@@ -23,7 +23,7 @@ from codistill.methods.kdcl import KDCLSettings
 from codistill.optim import make_optimizer
 from codistill.step import CapturedFleet, PlainStep, SequentialFleet, make_fleet
 from codistill.teacher import Taught
-from codistill.train import train_fleet, train_from_config, train_seeds
+from codistill.train import resume_together, train_fleet, train_from_config, train_seeds
 
 from . import tiny
 
@@ -182,7 +182,8 @@ def test_one_that_diverges_is_dropped_and_the_others_go_on(config, monkeypatch, 
         runs = train_fleet(configs, folders(3))
         out, error = capsys.readouterr()
     words = "became NaN or infinite at step 1 of epoch 2 at learning rate 0.05: lower --learning-rate"
-    assert error.startswith(f"codistill: warning: member{seed} is dropped: student0 (loss ce/student0) ") and error.count("\n") == 1
+    assert error.startswith(f"codistill: warning: member{seed} is dropped: student0 (loss ce/student0) ")
+    assert error.count("\n") == 1
     assert words in error and "epoch 3/3" in out
     dropped = runs[seed]
     assert dropped.summary["status"] == "diverged" and words in dropped.summary["error"]
@@ -199,6 +200,58 @@ def test_all_may_diverge(config, monkeypatch, capsys):
     assert [run.summary["status"] for run in runs] == ["diverged", "diverged"]
     assert [run.checkpoints.entries() for run in runs] == [[], []]
     assert capsys.readouterr().err.count("is dropped") == 2
+
+
+@pytest.mark.parametrize(
+    ("count", "free", "sizes"),
+    [(6, 99, [6]), (6, 5.5, [3, 3]), (7, 3.5, [3, 2, 2]), (5, 2.5, [2, 2, 1]), (3, 0.1, [1, 1, 1]), (1, 0.1, [1])],
+)
+def test_as_many_runs_at_a_time_as_memory_holds(config, monkeypatch, capsys, count, free, sizes):
+    monkeypatch.setattr(fleet, "memory_of_a_run", lambda *_: 2**30)
+    monkeypatch.setattr(fleet, "free_memory", lambda _: free * 2**30 * fleet.ALLOWANCE / fleet.USED_SHARE)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    configs = [config(seed=seed) for seed in range(count)]
+    assert fleet.side_by_side([tiny.method()] * count, configs, tiny.data(), torch.device("cuda")) == sizes
+    error = capsys.readouterr().err
+    assert error.count("\n") == (len(sizes) > 1)
+    if len(sizes) > 1:
+        assert f"{count} runs, but a GPU has" in error and f"in {len(sizes)} groups of at most {sizes[0]}" in error
+
+
+def test_groups_one_after_the_other(config, monkeypatch):
+    configs = [config(seed=seed) for seed in (0, 1, 2)]
+    monkeypatch.setattr(train_module, "side_by_side", lambda *_: [2, 1])
+    runs = train_fleet(configs, folders(3), show=False)
+    assert [run.path for run in runs] == folders(3)
+    for index, each in enumerate(configs):
+        assert_equal(runs[index], train_from_config(each, Path(f"alone{index}"), show=False))
+
+
+def test_groups_that_wait_are_resumed_too(config, monkeypatch):
+    configs = [config(seed=seed) for seed in (0, 1, 2)]
+    monkeypatch.setattr(train_module, "side_by_side", lambda *_: [2, 1])
+    call, count = PlainStep.__call__, iter(range(100))
+
+    def stopping(self, *arguments):
+        if next(count) == 5:
+            signal.raise_signal(signal.SIGTERM)
+        call(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PlainStep, "__call__", stopping)
+        with pytest.raises(SystemExit):
+            train_fleet(configs, folders(3), show=False)
+    resume_together([Path("fleet")], show=False)
+    for index, each in enumerate(configs):
+        assert_equal(cd.Run(folders(3)[index]), train_from_config(each, Path(f"alone{index}"), show=False))
+
+
+def test_runs_side_by_side_have_one_copy_of_their_images(config, monkeypatch):
+    made = []
+    build = DeviceImages.__init__
+    monkeypatch.setattr(DeviceImages, "__init__", lambda self, *rest: made.append(build(self, *rest)))
+    train_fleet([config(seed=seed) for seed in (0, 1, 2)], folders(3), show=False)
+    assert len(made) == 2  # training and test
 
 
 def test_what_breaks_a_fleet_off_is_written_everywhere(config, monkeypatch):

@@ -15,11 +15,15 @@ def test_public_names_exist() -> None:
 
 @pytest.mark.parametrize(
     ("given", "wanted"),
-    [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active"), ({"GOMP_SPINCOUNT": "1000"}, "None")],
+    [
+        ({}, "passive 1000"),
+        ({"OMP_WAIT_POLICY": "active"}, "active None"),
+        ({"GOMP_SPINCOUNT": "20"}, "None 20"),
+    ],
 )
-def test_threads_wait_passively_unless_the_user_says_otherwise(given: dict[str, str], wanted: str) -> None:
+def test_threads_spin_for_a_short_time_unless_the_user_says_otherwise(given: dict[str, str], wanted: str) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
-    program = "import codistill, os; print(os.environ.get('OMP_WAIT_POLICY'))"
+    program = "import codistill, os; print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'))"
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment | given, capture_output=True, text=True, check=True
     )

@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 import codistill as cd
 from codistill import loop
@@ -101,6 +102,31 @@ def test_a_fleet_waits_once_an_epoch_for_all(colours, tmp_path):
             assert run_here(line) == 0
         counts.append(len(reads.found))
     assert counts[1] - counts[0] == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("more", [(), ("--seeds", "0", "1")], ids=["one run", "fleet"])
+@pytest.mark.parametrize("step", [2, 8, 13])
+def test_captured_steps_go_on_with_the_same_bits(colours, tmp_path, step, more):
+    # Eight steps an epoch: three plain ones, then the graph; and a last batch of another size.
+    flags = ("--device", "cuda", "--deterministic", "-b", "3", "--epochs", "2", *more)
+    outs = [tmp_path / name for name in ("whole", "broken")]
+    assert run_here(arguments(colours, outs[0], *flags)) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        count = iter(range(1, 1000))
+        after = loop.Loop.after_step
+
+        def stopping(self, epoch, number):
+            after(self, epoch, number)
+            if next(count) == step:
+                signal.raise_signal(signal.SIGTERM)
+
+        patch.setattr(loop.Loop, "after_step", stopping)
+        assert run_here(arguments(colours, outs[1], *flags)) == 143
+    assert run_here(["resume", str(outs[1])]) == 0
+    for name in ("seed0", "seed1") if more else (".",):
+        assert end_state(outs[1] / name) == end_state(outs[0] / name)
 
 
 # --- codistill train --verify-resume ---

@@ -10,10 +10,11 @@ run.export("student0", "student.onnx")
 
 import os
 
-# Waiting threads of OpenMP spin unless told otherwise, and on a busy machine take the cores from those that work: two
-# ResNet-20 on two cores beside several other processes train five times slower. Read when torch is loaded.
+# Waiting threads of OpenMP spin for long unless told otherwise, and on a busy machine take the cores from those that
+# work; threads that sleep at once wake slowly on an idle one. libgomp, which torch has on Linux, knows a middle way,
+# others sleep. results/speed-cpu has the measurements. Read when torch is loaded.
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-    os.environ["OMP_WAIT_POLICY"] = "passive"
+    os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
 
 from codistill.config import TrainSettings
 from codistill.data import DATASETS, Dataset, Split, dataset

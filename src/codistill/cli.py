@@ -8,36 +8,46 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from codistill.config import (
-    RunConfig,
     default_config,
     mapping_arguments,
     parse_flags,
     read_recipe,
     setting_names,
     unknown_option,
+    with_place,
 )
 from codistill.data import DATASETS
-from codistill.errors import CodistillError, DivergedError, UsageError
+from codistill.errors import CodistillError, DivergedError, UsageError, WorkerError
 from codistill.methods import METHODS
 from codistill.networks import NETWORKS
+from codistill.options import (
+    BenchOptions,
+    EvaluateOptions,
+    ExportOptions,
+    ListOptions,
+    PredictOptions,
+    ResumeOptions,
+    SweepOptions,
+    TrainOptions,
+)
 from codistill.presets import PRESETS, find_preset, preset_run, renamed
 from codistill.registry import near_matches
+from codistill.signals import Terminated, terminate
 
 USAGE = """\
 usage: codistill COMMAND ...
 
   train [METHOD] --networks A B .. --data NAME   train students together, in a new run folder
   resume RUN                                     go on with an interrupted run
+  sweep SPEC.toml --out DIR                      train many runs, each in a process of its own; goes on if stopped
   evaluate RUN                                   score every predictor of a run on its test set
   predict FILE_OR_RUN IMAGE ..                   name the classes of images
   export RUN --predictor student0 --format onnx  write one predictor as one file, and check it
@@ -46,76 +56,8 @@ usage: codistill COMMAND ...
 
 codistill COMMAND --help says more. --debug before the command shows tracebacks."""
 
-Checkpoint = Literal["last", "best"]
+BENCH_FLAGS = ("runs", "compare", "seconds", "profile", "json")
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class ResumeOptions:
-    """Go on with an interrupted run from its last completed epoch; it ends as it would have ended without the break."""
-
-    run: tyro.conf.Positional[Path]
-    """The run folder."""
-    data_dir: str | None = None
-    """Where the data set is now, if not where it was."""
-
-
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """Score every predictor of a run on its test set."""
-
-    run: tyro.conf.Positional[Path]
-    """The run folder."""
-    checkpoint: Checkpoint = "last"
-    """Weights of the last epoch or of the best one."""
-    data_dir: str | None = None
-    """Where the data set is now, if not where it was in training."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1 or auto."""
-    json: bool = False
-    """Print JSON instead of a table."""
-
-
-@dataclass(frozen=True)
-class PredictOptions:
-    """Name the classes of images."""
-
-    model: tyro.conf.Positional[Path]
-    """A .safetensors or .onnx file that export wrote, or a run folder."""
-    images: tyro.conf.Positional[tuple[Path, ...]]
-    """Image files."""
-    predictor: str | None = None
-    """Which predictor of a run. None: the student with the lowest error."""
-    top: int = 3
-    """How many classes to name for each image."""
-    json: bool = False
-    """Print JSON instead of text."""
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """Write one predictor as one file, load it again and compare it with the run on test images."""
-
-    run: tyro.conf.Positional[Path]
-    """The run folder."""
-    predictor: str | None = None
-    """student0, student1, .., ensemble or fused. None: the student with the lowest error."""
-    format: Literal["safetensors", "onnx", "torch-export"] | None = None
-    """None: by the ending of --out."""
-    out: Path | None = None
-    """The file. None: RUN/exports/PREDICTOR with the format's ending."""
-    checkpoint: Checkpoint = "last"
-    """Weights of the last epoch or of the best one."""
-    data_dir: str | None = None
-    """Where the data set is now, if not where it was in training."""
-
-
-@dataclass(frozen=True)
-class ListOptions:
-    """Show methods, networks and data sets."""
-
-    json: bool = False
-    """Print JSON instead of a table."""
 
 
 def options(kind: type[T], arguments: Sequence[str], command: str) -> T:
@@ -131,36 +73,6 @@ def options(kind: type[T], arguments: Sequence[str], command: str) -> T:
     return parsed
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainOptions:
-    """Train students together. Defaults are the method's; a recipe changes them, flags change the recipe."""
-
-    config: Annotated[RunConfig, tyro.conf.arg(name="")]
-    out: Path | None = None
-    """The run folder. None: a new one below runs/."""
-    seeds: tuple[int, ...] = ()
-    """Train one run for each of these seeds, side by side on one device, in OUT/seed0, OUT/seed1, .."""
-    recipe: Path | None = None
-    """A TOML file of settings, or the config.json of a run to repeat."""
-    preset: str | None = None
-    """Settings of a paper as a whole: mfef, ffl, one, okddip, dml or kdcl; codistill list shows them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchOptions:
-    """Time training steps on random images of CIFAR-100's shape; no data set is needed."""
-
-    config: Annotated[RunConfig, tyro.conf.arg(name="")]
-    runs: int = 1
-    """How many independent runs train side by side."""
-    compare: bool = False
-    """Measure a plain PyTorch loop (DataLoader, eager, .item() each step) too, in turn in the same process."""
-    seconds: float = 20.0
-    """About how long to measure, seconds."""
-    json: bool = False
-    """Print JSON instead of text."""
-
-
 def bench_command(arguments: Sequence[str]) -> None:
     """Run `codistill bench`."""
     rest = list(arguments)
@@ -168,29 +80,24 @@ def bench_command(arguments: Sequence[str]) -> None:
     command = f"codistill bench {method}"
     parsed, unknown = parse_flags(BenchOptions, rest, BenchOptions(config=default_config(method)), command)
     if unknown:
-        known = [*setting_names(method), "runs", "compare", "seconds", "json"]
+        known = [*setting_names(method), *BENCH_FLAGS]
         raise UsageError(unknown_option(unknown[0], known, command))
     if parsed.runs < 1 or not 0 < parsed.seconds < 3600:
         raise UsageError(f"{command}: --runs must be at least 1, and --seconds above 0 and below 3600")
-    from codistill.bench import bench
+    if parsed.profile and not parsed.profile.parent.is_dir():
+        raise UsageError(f"{command}: --profile {parsed.profile}: there is no folder {parsed.profile.parent}")
+    from codistill.bench import bench, lines
 
-    result = bench(parsed.config, parsed.runs, parsed.compare, parsed.seconds)
-    if parsed.json:
-        print(json.dumps(result, indent=2))
-        return
-    print(f"{result['ms_per_step']:.2f} ms per step of a run, {result['images_per_second']:,.0f} images/s each")
-    if "ratio_to_plain" in result:
-        print(
-            f"plain loop: {result['plain_ms_per_step']:.2f} ms per step, "
-            f"{result['plain_images_per_second']:,.0f} images/s; ours is {result['ratio_to_plain']:.2f} times as fast"
-        )
+    result = bench(parsed.config, parsed.runs, parsed.compare, parsed.seconds, parsed.profile)
+    print(json.dumps(result, indent=2) if parsed.json else "\n".join(lines(result)))
 
 
 def train_command(arguments: Sequence[str]) -> None:
     """Run `codistill train`."""
     rest = list(arguments)
     named = rest.pop(0) if rest and not rest[0].startswith("-") else None
-    recipe, from_recipe = read_recipe(Path(flag_value(rest, "--recipe"))) if has_flag(rest, "--recipe") else (None, [])
+    path = Path(flag_value(rest, "--recipe")) if has_flag(rest, "--recipe") else None
+    recipe, from_recipe = read_recipe(path) if path else (None, [])
     if named and recipe and named != recipe:
         raise UsageError(f"the recipe is for {recipe}, not for {named}: name one of them only")
     method, from_preset, preset = named or recipe, [], None
@@ -204,23 +111,38 @@ def train_command(arguments: Sequence[str]) -> None:
     default = TrainOptions(config=default_config(method))
     command = f"codistill train {method}"
     # Later flags win: the method's defaults, then the preset, the recipe, and what was written by hand.
-    parsed, unknown = parse_flags(TrainOptions, [*from_preset, *from_recipe, *rest], default, command)
+    try:
+        parsed, unknown = parse_flags(TrainOptions, [*from_preset, *from_recipe, *rest], default, command)
+    except UsageError as error:
+        raise (with_place(error, path, method, from_recipe) if path else error) from None
     if unknown:
         raise UsageError(
-            unknown_option(unknown[0], [*setting_names(method), "out", "seeds", "recipe", "preset"], command)
+            unknown_option(
+                unknown[0],
+                [*setting_names(method), "out", "seeds", "verify_resume", "max_restarts", "recipe", "preset"],
+                command,
+            )
         )
     config = parsed.config
+    if "" in config.networks:
+        raise UsageError(
+            "a network without a name: only the program that built it can train it; name one with --networks"
+        )
     if preset is not None:
         config = dataclasses.replace(config, networks=renamed(preset, config.networks))
     from codistill.train import train_from_config, train_seeds
 
+    if parsed.verify_resume:
+        from codistill.verify import verify_resume
+
+        print(verify_resume(config))
     if parsed.seeds:
         runs = train_seeds(config, parsed.seeds, parsed.out)
         lost = [str(run.path) for run in runs if run.summary["status"] != "finished"]
         if lost:
             raise DivergedError(f"{len(lost)} of {len(runs)} runs diverged: {', '.join(lost)}; the others are finished")
     else:
-        train_from_config(config, parsed.out)
+        train_from_config(config, parsed.out, max_restarts=parsed.max_restarts)
 
 
 def has_flag(arguments: Sequence[str], flag: str) -> bool:
@@ -241,9 +163,23 @@ def flag_value(arguments: Sequence[str], flag: str) -> str:
 def resume_command(arguments: Sequence[str]) -> None:
     """Run `codistill resume`."""
     chosen = options(ResumeOptions, arguments, "codistill resume")
-    from codistill.train import resume
+    from codistill.train import resume_together
 
-    resume(chosen.run, chosen.data_dir)
+    resume_together(
+        chosen.runs, chosen.data_dir, override=key_values(chosen.override), max_restarts=chosen.max_restarts
+    )
+
+
+def key_values(written: Sequence[str]) -> dict[str, str]:
+    """Read `key=value` words.
+
+    Raises:
+        UsageError: One without an equals sign.
+    """
+    for each in written:
+        if "=" not in each:
+            raise UsageError(f"codistill resume --override {each}: write it as key=value, for example device=cpu")
+    return dict(each.split("=", 1) for each in written)
 
 
 def evaluate_command(arguments: Sequence[str]) -> None:
@@ -337,6 +273,19 @@ def first_line(plugin: object) -> str:
     return (inspect.getdoc(plugin) or "").partition("\n")[0]
 
 
+def sweep_command(arguments: Sequence[str]) -> None:
+    """Run `codistill sweep`."""
+    chosen = options(SweepOptions, arguments, "codistill sweep")
+    from codistill.sweep import own_program, sweep
+
+    program = own_program(["sweep", *arguments])
+    rows = sweep(chosen.spec, chosen.out, executor=chosen.executor, slots=chosen.slots, program=program)
+    failed = [row.name for row in rows if row.status == "FAILED"]
+    if failed:
+        some = ", ".join(failed[:5]) + (", .." if len(failed) > 5 else "")
+        raise WorkerError(f"{len(failed)} of {len(rows)} runs failed: {some}: {chosen.out}/table.md says why")
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train_command,
     "resume": resume_command,
@@ -344,17 +293,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "predict": predict_command,
     "export": export_command,
     "bench": bench_command,
+    "sweep": sweep_command,
     "list": list_command,
 }
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived."""
-
-
-def terminate(*_: object) -> None:
-    """Turn SIGTERM into an exception, so that what is open is closed."""
-    raise Terminated
 
 
 def run_command(arguments: Sequence[str]) -> None:
@@ -389,12 +330,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_command(given)
         sys.stdout.flush()
         return 0
-    except SystemExit as stop:  # --help of a command
-        return int(stop.code or 0)
     except BrokenPipeError:  # the reader has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except BaseException as error:
+        if type(error) is SystemExit:  # --help of a command
+            return int(error.code or 0)
         if debug:
             raise
         status, line = explain(error)
@@ -411,12 +352,12 @@ def explain(error: BaseException) -> tuple[int, str]:
         case CodistillError():
             return error.exit_status, line
         case KeyboardInterrupt():
-            return 130, "interrupted; the last completed epoch is kept: codistill resume RUN goes on"
+            return 130, line or "interrupted; what was saved before is kept: codistill resume RUN goes on"
         case Terminated():
-            return 143, "terminated; the last completed epoch is kept: codistill resume RUN goes on"
+            return 143, line
         case torch.OutOfMemoryError() | MemoryError():
             return 6, f"out of memory: use a smaller --batch-size or fewer or smaller --networks ({line[:200]})"
-        case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return 6, f"disk full: {line}: free some space; what was written before is kept"
+        case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            return 6, f"disk full or failing: {line}: mend that; what was written before is kept"
         case _:
             return 1, f"bug: {type(error).__name__}: {line}: please report it with the output of --debug"

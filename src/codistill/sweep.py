@@ -1,0 +1,290 @@
+"""Many runs, each a process and a folder of its own; a sweep that was stopped, in whatever way, goes on."""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import signal
+import sys
+from collections import Counter, deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from codistill.checkpoint import write_atomically
+from codistill.config import RunConfig
+from codistill.console import LastingConsole
+from codistill.errors import CodistillError, UsageError, WorkerError
+from codistill.executor import EXECUTORS, Job
+from codistill.registry import near_matches
+from codistill.run import Run, RunLock
+from codistill.signals import Interrupted, Terminated
+from codistill.sweep_plan import PlannedRun, digest, identity, read_spec
+from codistill.sweep_table import Row, shown_tables, write_tables
+
+# How often a run is tried whose process was killed, or lost a worker of its own: once, and two times again.
+ATTEMPTS = 3
+GOES_ON = "what the runs have saved is kept: the same command goes on"
+PROGRAM = (sys.executable, "-m", "codistill")
+
+
+def sweep(
+    spec: str | Path,
+    out: str | Path,
+    *,
+    executor: str = "local",
+    slots: int | None = None,
+    program: Sequence[str] = PROGRAM,
+    show: bool = True,
+) -> list[Row]:
+    """Train the runs of a spec, each in a folder below `out`, and write `table.json` and `table.md` there.
+
+    Runs that are finished or have diverged are not repeated, and interrupted ones go on from their last checkpoint. A
+    process that a signal killed, or that lost a worker, is started again, two times at most.
+
+    Args:
+        spec: A TOML file: settings of all runs, `[grid]` and `[[runs]]`; see docs/sweep.md.
+        out: The folder of the sweep; made where it does not exist.
+        executor: What runs the processes: local.
+        slots: How many processes at a time. None: one for each GPU, or one.
+        program: What is put before `train ..` and `resume ..` to make a command.
+        show: Whether to print progress and the final tables.
+
+    Returns:
+        A row for each run, in the order of the spec; a failed one says why.
+
+    Raises:
+        UsageError: The spec is wrong, or the folder cannot be used; no run was started.
+    """
+    if executor not in EXECUTORS:
+        raise UsageError(f"unknown executor {executor!r}: {near_matches(executor, EXECUTORS)}")
+    slots = max(1, torch.cuda.device_count()) if slots is None else slots
+    if slots < 1:
+        raise UsageError(f"slots is {slots}; it must be at least 1")
+    runs, folder = read_spec(Path(spec)), Path(out)
+    lock = held(folder)
+    try:
+        return Sweep(Path(spec), folder, runs, program, show).work(executor, slots)
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; {GOES_ON}") from None
+    except Terminated:
+        raise Terminated(f"terminated; {GOES_ON}") from None
+    finally:
+        lock.release()
+
+
+def held(folder: Path) -> RunLock:
+    """Make the folder of a sweep and hold it.
+
+    Raises:
+        UsageError: It cannot be made, is a run folder, or another process holds it.
+    """
+    if (folder / "config.json").exists():
+        raise UsageError(f"sweep folder {folder} is a run folder: choose another --out")
+    try:
+        for each in ("logs", "recipes"):
+            (folder / each).mkdir(parents=True, exist_ok=True)
+        return RunLock(folder)
+    except OSError as error:
+        raise UsageError(f"sweep folder {folder}: {error.strerror}: choose another --out") from None
+
+
+class Sweep:
+    """The state of a sweep.
+
+    Args:
+        spec: Where its runs were read.
+        folder: Its folder, which this process holds.
+        runs: What is to be done.
+        program: What is put before `train ..` and `resume ..` to make a command.
+        show: Whether to print.
+
+    Raises:
+        UsageError: The folder of a run holds another one.
+    """
+
+    def __init__(self, spec: Path, folder: Path, runs: Sequence[PlannedRun], program: Sequence[str], show: bool):
+        self.spec, self.folder, self.program = spec, folder, list(program)
+        self.console = LastingConsole(quiet=not show, highlight=False, markup=False)
+        self.runs = find_folders(folder, runs)
+        self.rows = {run.name: self.row(run) for run in self.runs}
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        self.console.print(line, soft_wrap=True)
+
+    def row(self, run: PlannedRun, reason: str = "") -> Row:
+        """Look at what there is of a run: its folder is the whole truth.
+
+        Args:
+            run: The run.
+            reason: Why it failed, where that is known and its folder does not say how it ended.
+        """
+        folder = self.folder / run.name
+        row = Row(name=run.name, group=run.group, folder=str(folder), status="unfinished")
+        if run.problem:
+            return dataclasses.replace(row, status="FAILED", reason=run.problem)
+        summary: dict[str, Any] = {}
+        with contextlib.suppress(CodistillError):  # no run folder, or not yet or no longer a whole one
+            summary = Run(folder).summary if folder.exists() else {}
+        if summary.get("status") == "finished":
+            errors = {key: summary[key] for key in ("top1_error", "best_epoch_top1_error")}
+            return dataclasses.replace(row, status="finished", **errors)
+        if summary.get("status") == "diverged":
+            reason = str(summary.get("error", "diverged"))
+        return dataclasses.replace(row, status="FAILED", reason=reason) if reason else row
+
+    def work(self, executor: str, slots: int) -> list[Row]:
+        """Do what is not done."""
+        left = [run for run in self.runs if self.rows[run.name].status == "unfinished"]
+        self.say(f"{len(self.runs)} runs in {self.folder}: {len(left)} to do, {slots} at a time")
+        for run in self.runs:
+            if run not in left:
+                self.show_end(self.rows[run.name])
+        write_tables(self.folder, self.spec, list(self.rows.values()))
+        jobs = {run.name: self.job(run) for run in left}
+        waiting, attempts = deque(jobs.values()), Counter[str]()
+        runs = {run.name: run for run in left}
+        with contextlib.closing(EXECUTORS[executor].run(waiting, slots)) as ends:
+            for job, status in ends:
+                attempts[job.name] += 1
+                reason, again = self.judge(job, status)
+                row = self.row(runs[job.name], reason)
+                if again and row.reason == reason:  # its folder does not say how it ended
+                    if attempts[job.name] < ATTEMPTS:
+                        self.say(f"{job.name}: {reason}: trying again, {attempts[job.name]} of {ATTEMPTS - 1}")
+                        waiting.appendleft(job)
+                        continue
+                    row = dataclasses.replace(row, reason=f"{reason}, the last of {ATTEMPTS} attempts")
+                self.rows[job.name] = row
+                self.show_end(row)
+                write_tables(self.folder, self.spec, list(self.rows.values()))
+        rows = list(self.rows.values())
+        for table in shown_tables(self.folder, rows):
+            self.console.print(table)
+        return rows
+
+    def show_end(self, row: Row) -> None:
+        """Print how a run ended."""
+        errors = "  ".join(f"{name} {error:.2f}" for name, error in row.top1_error.items())
+        self.say(f"{row.name}: {row.status}" + (f": {row.reason}" if row.reason else f"  error %: {errors}"))
+
+    def job(self, run: PlannedRun) -> Job:
+        """Say how a run is worked on."""
+        assert run.config is not None
+        return Job(
+            name=run.name,
+            command=lambda: self.command(run),
+            log=self.folder / "logs" / f"{run.name}.log",
+            say=self.say,
+            choose_gpu=run.config.train.device in ("auto", "cuda"),
+        )
+
+    def command(self, run: PlannedRun) -> list[str]:
+        """Give the command that begins a run, or goes on with it."""
+        folder = self.folder / run.name
+        if self.row(run).status != "unfinished":
+            return ["true"]  # a process of an earlier sweep has ended it while this one waited
+        if to_be_resumed(folder):
+            self.say(f"{run.name}: goes on")
+            data_dir = run.recipe.get("data_dir")
+            return [*self.program, "resume", str(folder), *(["--data-dir", data_dir] if data_dir else [])]
+        self.say(f"{run.name}: starts")
+        recipe = self.folder / "recipes" / f"{run.name}.json"
+        write_atomically(recipe, (json.dumps(run.recipe, indent=2) + "\n").encode())
+        return [*self.program, "train", "--recipe", str(recipe), "--out", str(folder)]
+
+    def judge(self, job: Job, status: int) -> tuple[str, bool]:
+        """Say why a process ended, and whether it is worth another attempt.
+
+        Args:
+            job: Its job.
+            status: Its exit status; negative, or above 128 as a shell has it, where a signal ended it.
+        """
+        number = -status if status < 0 else status - 128
+        if number > 0:
+            known = {each.value: each.name for each in signal.Signals}
+            return f"killed by {known.get(number, f'signal {number}')}", True
+        if status == 0:
+            try:
+                Run(self.folder / job.name).summary  # noqa: B018
+            except CodistillError as error:
+                return str(error), False
+        said = job.log.read_text(encoding="utf-8", errors="replace").rpartition("\n$ ")[2].splitlines()
+        errors = [line.partition("codistill: error: ")[2] for line in said if line.startswith("codistill: error: ")]
+        reason = errors[-1] if errors else f"ended with status {status}: {job.log} has what it said"
+        return reason, status == WorkerError.exit_status
+
+
+def find_folders(folder: Path, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """Name runs by the folders that they have, whatever the spec called them when they were begun.
+
+    Raises:
+        UsageError: The folder of one holds another run, or would be that of two.
+    """
+    found: dict[str, RunConfig] = {}
+    for path in sorted(folder.glob("*/config.json")):
+        with contextlib.suppress(CodistillError):  # a damaged one keeps its name, and its process says what is wrong
+            found[path.parent.name] = Run(path.parent).config
+    names = {digest(config): name for name, config in reversed(found.items())}
+    named: list[PlannedRun] = []
+    for run in runs:
+        name = run.name
+        if run.config is not None and (name not in found or digest(found[name]) != digest(run.config)):
+            name = names.get(digest(run.config), name)
+            if name in found and name == run.name:
+                raise UsageError(
+                    f"{folder / name} holds a run with other settings: {differences(found[name], run.config)}: "
+                    "choose another --out, or remove that folder"
+                )
+        if name in {each.name for each in named}:
+            raise UsageError(f"{folder / name} would be the folder of two runs of the spec: choose another --out")
+        named.append(dataclasses.replace(run, name=name))
+    return named
+
+
+def differences(before: RunConfig, after: RunConfig) -> str:
+    """Say in which settings two runs differ."""
+    old, new = identity(before), identity(after)
+    changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    if before.method_name != after.method_name:  # its settings are others then
+        changed = ["method.name", *(key for key in changed if not key.startswith("method."))]
+    return ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in changed)
+
+
+def to_be_resumed(folder: Path) -> bool:
+    """Say whether a run goes on, or begins; what was killed before its first checkpoint is removed.
+
+    Whatever is wrong with a folder, the process that resumes it says it.
+    """
+    if not folder.is_dir():
+        return False
+    present = {entry.name for entry in folder.iterdir()}
+    if "config.json" not in present and not all(name == ".lock" or ".tmp-" in name for name in present):
+        return False  # not ours: `train` refuses it
+    checkpoints = folder / "checkpoints"
+    if checkpoints.is_dir() and any(".tmp-" not in entry.name for entry in checkpoints.iterdir()):
+        return True
+    try:
+        lock = RunLock(folder)
+    except UsageError:
+        return True
+    shutil.rmtree(folder)
+    lock.release()
+    return False
+
+
+def own_program(arguments: Sequence[str]) -> list[str]:
+    """Give what this process was started with before the arguments of its command, so that its plug-ins are there too.
+
+    Args:
+        arguments: The command and its arguments.
+
+    Returns:
+        For example python and the path of a script; `python -m codistill` where the process was started otherwise.
+    """
+    given = [each for each in sys.orig_argv if each != "--debug"]
+    own = len(given) - len(arguments)
+    return [sys.executable, *given[1:own]] if own > 0 and given[own:] == list(arguments) else list(PROGRAM)
