@@ -3,8 +3,8 @@
     python benchmarks/saving.py --out runs/saving
 
 Two equal trainings of digits take turns, an epoch each. One is as users have it: terms, gradients and the state are
-checked for NaN, and each epoch ends with a checkpoint, metrics and events. In the other all of this is taken out. Prints
-the medians and the ratio, and writes OUT/saving.json and OUT/saving.md.
+checked for NaN, and each epoch ends with a checkpoint, metrics and events. In the other all of this is taken out.
+Prints the medians and the ratio, and writes OUT/saving.json and OUT/saving.md.
 """
 
 import argparse

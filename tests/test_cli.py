@@ -352,7 +352,7 @@ def test_memory_that_runs_out_in_training_is_status_6(made, capsys, monkeypatch,
 
     monkeypatch.setattr(importlib.import_module("codistill.step").PlainStep, "__call__", fail)
     flags = ["--data-dir", str(made / "colours.npz"), "--out", "out"]
-    words = "out of memory: mfef with tiny .* at batch size 8: use a smaller --batch-size, or fewer or smaller --networks"
+    words = "out of memory: mfef with tiny .* at batch size 8: use a smaller --batch-size, or fewer or smaller"
     refused(capsys, ["train", *TINY, *flags], 6, words)
     assert cd.Run(tmp_path / "out").summary["status"] == "failed"
 

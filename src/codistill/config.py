@@ -11,7 +11,8 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -22,6 +23,8 @@ from codistill.methods import METHODS, MethodSettings
 from codistill.registry import near_matches
 
 Precision = Literal["float32", "bf16"]
+# For counts without a bound of their own.
+LARGEST = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +34,7 @@ class TrainSettings:
     epochs: int = 300
     """How often each training image is seen."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=("-b",))] = 128
-    """Images per step."""
+    """Images per step, at least 2."""
     drop_last: bool = False
     """Leave out the last, smaller batch of an epoch (other images in each epoch)."""
     learning_rate: Annotated[float, tyro.conf.arg(aliases=("--lr",))] = 0.1
@@ -64,25 +67,45 @@ class TrainSettings:
     """float32, or bf16: autocast with float32 weights, batch statistics and losses."""
     deterministic: bool = False
     """On CUDA, use only algorithms that repeat to the last bit, which costs speed; a CPU always does."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Whether torch.compile compiles the students' stages, heads and modules (the first step then takes about a
+    minute, later runs less). auto: on CUDA in bf16, for networks for which it was measured faster and runs that are
+    long enough to pay it back."""
+    kernels: Literal["stock", "fused"] = "stock"
+    """What computes batch normalisation with the addition and the ReLU behind it: PyTorch, or on CUDA two own kernels
+    forward and two backward. Kept only if measured faster; not yet measured."""
     threads: int | None = None
     """CPU threads. None: torch's choice. Results repeat to the last bit for one number of threads."""
+    processes: int = 1
+    """Processes that share each batch, on CUDA with a GPU each; batch statistics are those of a process's part."""
 
     def __post_init__(self) -> None:
         for name, low, high in (
-            ("epochs", 1, math.inf),
-            ("batch_size", 1, math.inf),
+            ("epochs", 1, LARGEST),
+            ("batch_size", 2, LARGEST),
             ("learning_rate_decay", 0, 1),
             ("weight_decay", 0, 1),
-            ("padding", 0, math.inf),
-            ("train_limit", 1, math.inf),
-            ("validation", 0, math.inf),
+            ("padding", 0, LARGEST),
+            ("train_limit", 1, LARGEST),
+            ("validation", 0, LARGEST),
             ("seed", 0, 2**32 - 1),
-            ("threads", 1, math.inf),
+            ("threads", 1, 1024),
+            ("processes", 1, 1024),
         ):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                bound = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+                bound = f"at least {low}" if high == LARGEST and value < low else f"from {low} to {high}"
                 raise UsageError(f"{name} is {value}; it must be {bound}")
+        for name in ("compile", "kernels"):
+            value, choices = getattr(self, name), get_args(get_type_hints(type(self))[name])
+            if value not in choices:
+                raise UsageError(f"{name} is {value!r}: {near_matches(str(value), choices)}")
+        if self.compile == "on" and self.kernels == "fused":
+            raise UsageError("compile on and kernels fused: the compiler cannot look into own kernels: choose one")
+        if self.batch_size < 2 * self.processes:
+            raise UsageError(
+                f"batch_size is {self.batch_size}; {self.processes} processes need at least {2 * self.processes}"
+            )
         if not 0 < self.learning_rate < math.inf:
             raise UsageError(f"learning_rate is {self.learning_rate}; it must be a number above 0")
         if not 0 <= self.momentum < 1:
@@ -102,10 +125,13 @@ class TrainSettings:
         """Decide on crops and flips for a data set.
 
         Raises:
-            UsageError: Reflection needs more pixels than the images have.
+            UsageError: More padding than the images have pixels.
         """
-        if self.padding_mode == "reflect" and self.padding >= min(data.image_size):
-            raise UsageError(f"padding is {self.padding}, but reflection needs less than {min(data.image_size)} pixels")
+        smallest = min(data.image_size)
+        if self.padding_mode == "reflect" and self.padding >= smallest:
+            raise UsageError(f"padding is {self.padding}, but reflection needs less than {smallest} pixels")
+        if self.padding > smallest:
+            raise UsageError(f"padding is {self.padding}, but images of {smallest} pixels leave room for {smallest}")
         flip = data.flip if self.flip is None else self.flip
         return Augmentation(padding=self.padding, padding_mode=self.padding_mode, flip=flip)
 
@@ -126,10 +152,10 @@ class TeacherSettings:
     """T of the teacher's terms, > 0; they are multiplied by T^2."""
 
     def __post_init__(self) -> None:
-        if not self.teacher_temperature > 0:
-            raise UsageError(f"teacher_temperature is {self.teacher_temperature}; it must be above 0")
-        if not self.teacher_weight >= 0:
-            raise UsageError(f"teacher_weight is {self.teacher_weight}; it must be at least 0")
+        if not 0 < self.teacher_temperature < math.inf:
+            raise UsageError(f"teacher_temperature is {self.teacher_temperature}; it must be a number above 0")
+        if not 0 <= self.teacher_weight < math.inf:
+            raise UsageError(f"teacher_weight is {self.teacher_weight}; it must be a number, at least 0")
         if self.teacher is None and (self.teacher_network or self.teacher_predictor):
             raise UsageError("teacher_network and teacher_predictor say more of a teacher, but --teacher names none")
 
@@ -159,8 +185,6 @@ class RunConfig:
         return plain
 
 
-# Settings that take several values.
-LISTS = ("networks", "milestones")
 # What config.json holds beside the run itself.
 RECORDED_KEYS = ("codistill", "environment", "dataset")
 
@@ -182,24 +206,67 @@ def read_recipe(path: Path) -> tuple[str | None, list[str]]:
     Raises:
         UsageError: Unreadable, not TOML or JSON, or with an unknown key; names the line.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        mapping = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (OSError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise UsageError(f"recipe {path}: {' '.join(str(error).split())}") from None
-    if not isinstance(mapping, dict):
-        raise UsageError(f"recipe {path}: must be a table of settings")
+    mapping, text = read_table(path, "recipe")
 
     def where(key: str) -> str:
-        found = re.search(rf'^[ \t]*\[?"?{re.escape(key)}\b', text, flags=re.MULTILINE)
-        return f"recipe {path}:{text.count(chr(10), 0, found.start()) + 1}" if found else f"recipe {path}"
+        return place_in_recipe(path, text, key)
 
     method = mapping.pop("method", {})
+    key_of_name = "method" if isinstance(method, str) else "name"
     method = {"name": method} if isinstance(method, str) else method
     if not isinstance(method, dict) or not isinstance(method.get("name", ""), str):
         raise UsageError(f'{where("method")}: method must be a name, or a table with a name: [method] name = "mfef"')
     name = method.pop("name", None)
+    if name is not None and name not in METHODS:
+        raise UsageError(f"{where(key_of_name)}: unknown method {shown(name)}: {near_matches(name, METHODS)}")
     return name, mapping_arguments(mapping, method, name, where)
+
+
+def read_table(path: Path, kind: str) -> tuple[dict[str, Any], str]:
+    """Read a TOML or JSON file.
+
+    Args:
+        path: The file.
+        kind: What it is, for error lines.
+
+    Returns:
+        Its contents, parsed and as text.
+
+    Raises:
+        UsageError: Unreadable, not TOML or JSON, or JSON of something else than a table.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        mapping = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (OSError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise UsageError(f"{kind} {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(mapping, dict):
+        raise UsageError(f"{kind} {path}: must be a table of settings")
+    return mapping, text
+
+
+def place_in_recipe(path: Path, text: str, key: str) -> str:
+    """Say in which file and, where it can be found, in which line a key stands."""
+    found = re.search(rf'^[ \t{{]*\[?"?{re.escape(key)}\b', text, flags=re.MULTILINE)
+    return f"recipe {path}:{text.count(chr(10), 0, found.start()) + 1}" if found else f"recipe {path}"
+
+
+def with_place(error: UsageError, path: Path, method_name: str, arguments: Sequence[str]) -> UsageError:
+    """Add the line of a recipe to an error about a setting, if the recipe alone has the same one.
+
+    Args:
+        error: What was wrong with the whole command line.
+        path: The recipe.
+        method_name: The method.
+        arguments: The flags that the recipe stands for.
+    """
+    found = re.match(r"(?:method\.)?(\w+) (?:is|are) ", str(error))
+    try:
+        parse_config(method_name, arguments)
+    except UsageError as alone:
+        if found and str(alone) == str(error):
+            return UsageError(f"{place_in_recipe(path, path.read_text(encoding='utf-8'), found[1])}: {error}")
+    return error
 
 
 def mapping_arguments(
@@ -216,36 +283,69 @@ def mapping_arguments(
     Raises:
         UsageError: A key that no setting has.
     """
-    defaults = RunConfig().as_mapping()
-    defaults["milestones"] = ()
+    types = {**get_type_hints(TrainSettings), **get_type_hints(TeacherSettings)}
+    types |= {key: kind for key, kind in get_type_hints(RunConfig).items() if key in ("networks", "data", "data_dir")}
     arguments: list[str] = []
     for key, value in mapping.items():
         if key not in RECORDED_KEYS:
-            arguments += _flag(key, value, defaults, where(key))
+            arguments += _flag(key, value, types, where(key))
     if method:
         if name is None:
             raise UsageError(f'{where("method")}: settings of a method need its name: name = "mfef"')
-        defaults = dataclasses.asdict(METHODS[name].Settings())
+        types = get_type_hints(METHODS[name].Settings)
         for key, value in method.items():
-            arguments += _flag(key, value, defaults, where(key), "method.")
+            arguments += _flag(key, value, types, where(key), "method.")
     return arguments
 
 
-def _flag(key: str, value: Any, defaults: Mapping[str, Any], where: str, prefix: str = "") -> list[str]:
-    if key not in defaults:
-        raise UsageError(f"{where}: unknown key {key!r}: {near_matches(key, defaults)}")
-    if isinstance(value, Mapping):
-        raise UsageError(f"{where}: {key} must be a value, not a table")
-    flag = key.replace("_", "-")
-    if isinstance(defaults[key], bool):
-        if not isinstance(value, bool):
-            raise UsageError(f"{where}: {prefix}{key} is {value!r}; it must be true or false")
-        return [f"--{prefix}{'' if value else 'no-'}{flag}"]
-    if isinstance(value, list):
-        if key not in LISTS:
-            raise UsageError(f"{where}: {prefix}{key} is {value!r}; it must be one value")
-        return [f"--{prefix}{flag}", *(str(each) for each in value)]
-    return [f"--{prefix}{flag}", str(value)]
+def _flag(key: str, value: Any, types: Mapping[str, Any], where: str, prefix: str = "") -> list[str]:
+    if key not in types:
+        raise UsageError(f"{where}: unknown key {shown(key)}: {near_matches(key, types)}")
+    if not fits(value, types[key]):
+        raise UsageError(f"{where}: {prefix}{key} is {shown(value)}; it must be {describe(types[key])}")
+    flag = f"--{prefix}{key.replace('_', '-')}"
+    if isinstance(value, (list, tuple)):
+        return [flag, *map(str, value)]
+    if types[key] is bool:
+        return [flag if value else f"--{prefix}no-{key.replace('_', '-')}"]
+    return [f"{flag}={value}"]
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Say whether a value of a TOML or JSON file is one of a type; whole numbers are also numbers."""
+    if get_origin(kind) in (Union, UnionType):
+        return any(fits(value, each) for each in get_args(kind))
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        several = value if isinstance(value, (list, tuple)) else [value]
+        # A name with a dash in front would be read as a flag.
+        return all(fits(each, get_args(kind)[0]) and (type(each) is int or each[:1] != "-") for each in several)
+    if kind is str:  # what a command line and a file name can hold
+        return isinstance(value, str) and "\0" not in value and value.encode(errors="ignore").decode() == value
+    if kind in (int, float) and isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 2**63
+    return isinstance(value, kind)
+
+
+def describe(kind: Any) -> str:
+    """Say in words what values a type has."""
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(describe(each) for each in get_args(kind) if each is not type(None))
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(repr, get_args(kind)))}"
+    if get_origin(kind) is tuple:
+        return {int: "a list of whole numbers", str: "a list of names"}[get_args(kind)[0]]
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+
+
+def shown(value: Any) -> str:
+    """Write a value from a file for an error line: short, and without line breaks."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return "a number too large to write"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def parse_config(method_name: str, arguments: Sequence[str], prog: str = "codistill train METHOD") -> RunConfig:

@@ -80,8 +80,9 @@ def side_by_side(
     groups = -(-count // fit)
     sizes = [count // groups + (index < count % groups) for index in range(groups)]
     if groups > 1:
+        has, takes = (f"{bytes / 2**30:.2f} GiB" for bytes in (free, need * ALLOWANCE))
         warn(
-            f"{count} runs, but {torch.cuda.get_device_name(device)} has {free / 2**30:.1f} GiB to use and a run takes "
-            f"about {need * ALLOWANCE / 2**30:.2f}: they train in {groups} groups of at most {sizes[0]}, one after the other"
+            f"{count} runs, but {torch.cuda.get_device_name(device)} has {has} to use and a run takes about {takes}: "
+            f"they train in {groups} groups of at most {sizes[0]}, one after the other"
         )
     return sizes

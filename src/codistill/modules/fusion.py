@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from codistill.errors import UsageError
-from codistill.networks.network import PooledLinear, initialise
+from codistill.networks.network import Layers, PooledLinear, initialise
 
 Projection = Literal["pointwise", "each"]
 MapShape = tuple[int, int, int]
@@ -21,10 +21,10 @@ def conv_bn_relu(
     stride: int | tuple[int, int] = 1,
     padding: int | tuple[int, int] = 0,
     groups: int = 1,
-) -> nn.Sequential:
+) -> Layers:
     """Make convolution without bias, batch normalisation and ReLU."""
     conv = nn.Conv2d(width_in, width_out, kernel, stride, padding, groups=groups, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(width_out), nn.ReLU())
+    return Layers(conv, nn.BatchNorm2d(width_out), nn.ReLU())
 
 
 def convolutional_regressor(channels: int, size: tuple[int, int], target: tuple[int, int]) -> nn.Module:

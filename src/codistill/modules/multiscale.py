@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from codistill.errors import UsageError
-from codistill.networks.network import initialise
+from codistill.networks.network import Layers, initialise
 
 Half = Literal["second", "first"]
 
@@ -61,7 +61,7 @@ class MultiScaleExtraction(nn.Module):
                 carried = widths[-1] - self._exported_width(widths[-1])
         self.conv_widths = tuple(widths)
         self.transforms = nn.ModuleList(
-            nn.Sequential(
+            Layers(
                 nn.Conv2d(width, width, 3, padding=1, bias=False, groups=width if depthwise else 1),
                 nn.BatchNorm2d(width),
                 nn.ReLU(),

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from codistill.errors import UsageError
-from codistill.networks.network import NETWORKS, Network, PooledLinear, conv
+from codistill.networks.network import NETWORKS, Layers, Network, PooledLinear, conv
 
 DEPTH = 40
 GROWTH = 12
@@ -30,7 +30,7 @@ class DenseLayer(nn.Module):
         if bottleneck:
             layers += bn_relu_conv(in_channels, 4 * GROWTH, 1)
             in_channels = 4 * GROWTH
-        self.growth = nn.Sequential(*layers, *bn_relu_conv(in_channels, GROWTH, 3))
+        self.growth = Layers(*layers, *bn_relu_conv(in_channels, GROWTH, 3))
 
     def forward(
         self, features: Float[Tensor, "batch in_channels height width"]
@@ -70,7 +70,7 @@ def densenet(num_classes: int, initial_channels: int, compressed: bool) -> Netwo
             channels = kept
         else:
             modules += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
-        stages.append(nn.Sequential(*modules))
+        stages.append(Layers(*modules))
         widths.append(channels)
     return Network(stages, PooledLinear(widths[-1], num_classes), widths)
 

@@ -5,7 +5,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from codistill.networks.network import NETWORKS, Network, PooledLinear, conv_bn
+from codistill.networks.network import NETWORKS, Layers, Network, PooledLinear, conv_bn
 
 FeaturePoint = Literal["head", "last-block"]
 # Expansion, output channels, blocks, stride of the first block.
@@ -30,7 +30,7 @@ class InvertedResidual(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, expansion: int, stride: int) -> None:
         super().__init__()
         hidden = expansion * in_channels
-        self.residual = nn.Sequential(
+        self.residual = Layers(
             *conv_bn(in_channels, hidden, 1),
             nn.ReLU(inplace=True),
             *conv_bn(hidden, hidden, 3, stride, groups=hidden),
@@ -41,7 +41,7 @@ class InvertedResidual(nn.Module):
         if stride == 1 and in_channels == out_channels:
             self.shortcut = nn.Identity()
         elif stride == 1:
-            self.shortcut = nn.Sequential(*conv_bn(in_channels, out_channels, 1))
+            self.shortcut = Layers(*conv_bn(in_channels, out_channels, 1))
 
     def forward(
         self, features: Float[Tensor, "batch in_channels height width"]
@@ -81,12 +81,12 @@ def mobilenetv2(num_classes: int, feature_point: FeaturePoint = "head") -> Netwo
     Differs: from the paper, as that code does: stride 1 in the stem and in the group of 24 channels, ReLU instead of
         ReLU6, 1x1 shortcuts where only the width changes (59 152 parameters).
     """
-    stem = nn.Sequential(*conv_bn(3, 32, 3), nn.ReLU(inplace=True))
+    stem = Layers(*conv_bn(3, 32, 3), nn.ReLU(inplace=True))
     trunk = inverted_residuals(32, TRUNK)
     branch = inverted_residuals(TRUNK[-1][1], BRANCH)
     widths = [32, *(row[1] for row in TRUNK)]
     last_width = BRANCH[-1][1]
-    widening = nn.Sequential(*conv_bn(last_width, HEAD_WIDTH, 1), nn.ReLU(inplace=True))
+    widening = Layers(*conv_bn(last_width, HEAD_WIDTH, 1), nn.ReLU(inplace=True))
     head: nn.Module = PooledLinear(HEAD_WIDTH, num_classes)
     if feature_point == "head":
         last, last_width = nn.Sequential(*branch, widening), HEAD_WIDTH

@@ -2,9 +2,10 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -12,6 +13,63 @@ from codistill.errors import UsageError
 from codistill.registry import Registry, checked_options, parse_spec, write_spec
 
 NETWORKS: Registry[Callable[..., "Network"]] = Registry("network", "codistill.networks")
+
+
+class Normalise(Protocol):
+    """What computes a batch normalisation with what follows it; see `normalised`, the one of stock layers."""
+
+    def __call__(
+        self,
+        features: Float[Tensor, "batch channel height width"],
+        norm: nn.BatchNorm2d,
+        skipped: Float[Tensor, "batch channel height width"] | None,
+        activated: bool,
+    ) -> Float[Tensor, "batch channel height width"]:
+        """Compute it."""
+
+
+def normalised(
+    features: Float[Tensor, "batch channel height width"],
+    norm: nn.BatchNorm2d,
+    skipped: Float[Tensor, "batch channel height width"] | None,
+    activated: bool,
+) -> Float[Tensor, "batch channel height width"]:
+    """Normalise a map, add what skipped the layers before, if anything, and apply ReLU, if wanted."""
+    result: Tensor = norm(features)
+    if skipped is not None:
+        result = result + skipped
+    return F.relu(result, inplace=True) if activated else result
+
+
+class Layers(nn.Sequential):
+    """Layers in turn, where batch normalisation, the addition of a shortcut and ReLU are one operation.
+
+    Attributes:
+        normalise: Computes that operation in all `Layers`; `kernels.use_fused` puts another one here.
+    """
+
+    normalise: Normalise = staticmethod(normalised)
+
+    def forward(
+        self,
+        features: Float[Tensor, "batch in_channels height width"],
+        skipped: Float[Tensor, "batch out_channels out_height out_width"] | None = None,
+    ) -> Float[Tensor, "batch out_channels out_height out_width"]:
+        """Apply the layers.
+
+        Args:
+            features: Input of the first layer.
+            skipped: Added to the output of the last layer, a batch normalisation; ReLU follows. None: neither of them.
+        """
+        layers = list(self)
+        for index, layer in enumerate(layers):
+            if isinstance(layer, nn.BatchNorm2d):
+                last = index + 1 == len(layers)
+                activated = skipped is not None if last else isinstance(layers[index + 1], nn.ReLU)
+                features = self.normalise(features, layer, skipped if last else None, activated)
+            elif not (isinstance(layer, nn.ReLU) and index and isinstance(layers[index - 1], nn.BatchNorm2d)):
+                features = layer(features)
+        return features
 
 
 class PooledLinear(nn.Module):
@@ -94,7 +152,7 @@ def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1,
 
 
 def conv_bn(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
-    """Make a convolution as `conv` does and its batch normalisation, to be put into an `nn.Sequential`."""
+    """Make a convolution as `conv` does and its batch normalisation, to be put into `Layers`."""
     return [conv(in_channels, out_channels, kernel_size, stride, groups), nn.BatchNorm2d(out_channels)]
 
 

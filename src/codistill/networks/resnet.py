@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from codistill.networks.network import NETWORKS, Network, PooledLinear, conv_bn
+from codistill.networks.network import NETWORKS, Layers, Network, PooledLinear, conv_bn
 
 Shortcut = Literal["A", "B"]
 
@@ -50,7 +50,7 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: Shortcut) -> None:
         super().__init__()
-        self.residual = nn.Sequential(
+        self.residual = Layers(
             *conv_bn(in_channels, out_channels, 3, stride),
             nn.ReLU(inplace=True),
             *conv_bn(out_channels, out_channels, 3),
@@ -61,14 +61,13 @@ class BasicBlock(nn.Module):
         elif shortcut == "A":
             self.shortcut = PaddedShortcut(in_channels, out_channels, stride)
         else:
-            self.shortcut = nn.Sequential(*conv_bn(in_channels, out_channels, 1, stride))
-        self.relu = nn.ReLU(inplace=True)
+            self.shortcut = Layers(*conv_bn(in_channels, out_channels, 1, stride))
 
     def forward(
         self, features: Float[Tensor, "batch in_channels height width"]
     ) -> Float[Tensor, "batch out_channels out_height out_width"]:
         """Apply the block."""
-        activated: Tensor = self.relu(self.residual(features) + self.shortcut(features))
+        activated: Tensor = self.residual(features, self.shortcut(features))
         return activated
 
 
@@ -86,7 +85,7 @@ def basic_resnet(num_classes: int, widths: tuple[int, ...], blocks: int, shortcu
     Returns:
         Stages stem, stage 1, stage 2, ..; the feature map is the last stage's output, after its ReLU.
     """
-    stages: list[nn.Module] = [nn.Sequential(*conv_bn(3, widths[0], 3), nn.ReLU(inplace=True))]
+    stages: list[nn.Module] = [Layers(*conv_bn(3, widths[0], 3), nn.ReLU(inplace=True))]
     channels = widths[0]
     for index, width in enumerate(widths):
         first = BasicBlock(channels, width, 1 if index == 0 else 2, shortcut)

@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from codistill.networks.network import NETWORKS, Network, PooledLinear, conv_bn
+from codistill.networks.network import NETWORKS, Layers, Network, PooledLinear, conv_bn
 
 EXPANSION = 4
 
@@ -20,7 +20,7 @@ class Bottleneck(nn.Module):
     def __init__(self, in_channels: int, width: int, stride: int) -> None:
         super().__init__()
         out_channels = EXPANSION * width
-        self.residual = nn.Sequential(
+        self.residual = Layers(
             *conv_bn(in_channels, width, 1),
             nn.ReLU(inplace=True),
             *conv_bn(width, width, 3, stride),
@@ -28,14 +28,13 @@ class Bottleneck(nn.Module):
             *conv_bn(width, out_channels, 1),
         )
         alike = stride == 1 and in_channels == out_channels
-        self.shortcut = nn.Identity() if alike else nn.Sequential(*conv_bn(in_channels, out_channels, 1, stride))
-        self.relu = nn.ReLU(inplace=True)
+        self.shortcut = nn.Identity() if alike else Layers(*conv_bn(in_channels, out_channels, 1, stride))
 
     def forward(
         self, features: Float[Tensor, "batch in_channels height width"]
     ) -> Float[Tensor, "batch out_channels out_height out_width"]:
         """Apply the block."""
-        activated: Tensor = self.relu(self.residual(features) + self.shortcut(features))
+        activated: Tensor = self.residual(features, self.shortcut(features))
         return activated
 
 
@@ -45,7 +44,7 @@ def bottleneck_resnet(num_classes: int, blocks: int) -> Network:
     Source: the networks that the code of ONE (Lan1991Xu/ONE_NeurIPS2018) and OKDDip (DefangChen/OKDDip-AAAI2020 at
         c6a05de) builds from a depth of 44 on.
     """
-    stages: list[nn.Module] = [nn.Sequential(*conv_bn(3, 16, 3), nn.ReLU(inplace=True))]
+    stages: list[nn.Module] = [Layers(*conv_bn(3, 16, 3), nn.ReLU(inplace=True))]
     channels = 16
     for width in (16, 32, 64):
         first = Bottleneck(channels, width, 1 if width == 16 else 2)

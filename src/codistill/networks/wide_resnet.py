@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from codistill.networks.network import NETWORKS, Network, PooledLinear, conv, conv_bn
+from codistill.networks.network import NETWORKS, Layers, Network, PooledLinear, conv, conv_bn
 
 
 class PreActivationBlock(nn.Module):
@@ -20,8 +20,8 @@ class PreActivationBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
-        self.activation = nn.Sequential(nn.BatchNorm2d(in_channels), nn.ReLU(inplace=True))
-        self.residual = nn.Sequential(
+        self.activation = Layers(nn.BatchNorm2d(in_channels), nn.ReLU(inplace=True))
+        self.residual = Layers(
             *conv_bn(in_channels, out_channels, 3, stride),
             nn.ReLU(inplace=True),
             conv(out_channels, out_channels, 3),
@@ -61,7 +61,7 @@ def wide_resnet(num_classes: int, depth: int, widening: int) -> Network:
         first = PreActivationBlock(widths[-1], width, stride)
         stages.append(nn.Sequential(first, *(PreActivationBlock(width, width, 1) for _ in range(blocks - 1))))
         widths.append(width)
-    stages[-1] = nn.Sequential(stages[-1], nn.BatchNorm2d(widths[-1]), nn.ReLU(inplace=True))
+    stages[-1] = Layers(stages[-1], nn.BatchNorm2d(widths[-1]), nn.ReLU(inplace=True))
     return Network(stages, PooledLinear(widths[-1], num_classes), widths)
 
 

@@ -1,0 +1,180 @@
+"""Compile the parts of a method with torch.compile, in place: weights, their names, copies and files stay."""
+
+import functools
+import os
+import shutil
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from codistill.checkpoint import warn
+from codistill.cohort import Cohort
+from codistill.config import TrainSettings
+from codistill.errors import UsageError
+from codistill.methods import Method
+from codistill.networks import Network
+from codistill.registry import parse_spec
+
+Granularity = Literal["block", "stage", "whole"]
+GRANULARITY: Granularity = "stage"
+"""What is compiled as one: each residual block, each stage, or the whole forward pass.
+
+The branches' streams need parts. Equal parts have one code, which is compiled once; smaller parts compile faster.
+"""
+FASTER_ON_CUDA = frozenset({"resnet32"})
+"""Networks for which a captured step in bf16 was measured faster compiled, on one H100 (benchmarks/kernels.py)."""
+PAID_BACK_STEPS = 100_000
+"""Steps from which on the first compilation, about a minute, is less than what it saves, under 1 ms a step."""
+# The limit is per code object, and all blocks of all students, for each batch size, share one.
+RECOMPILE_LIMIT = 1024
+OLDEST_COMPUTE_CAPABILITY = (7, 0)
+
+
+def compile_parts(method: Method, settings: TrainSettings, device: torch.device, steps: int) -> bool:
+    """Compile a method's parts, if its settings say so; they are compiled in their first training step.
+
+    Only training is compiled: in evaluation mode the same modules run plainly, with the same weights. Compiled code is
+    kept in TORCHINDUCTOR_CACHE_DIR for later runs, by default codistill/inductor in the user's cache folder.
+
+    Args:
+        method: Already on its device.
+        settings: Their `compile` decides; auto: where it was measured faster and the run is long enough.
+        device: The method's device.
+        steps: Training steps of the run.
+
+    Returns:
+        Whether the parts are compiled.
+
+    Raises:
+        UsageError: Compilation is asked for, and this machine lacks what it needs.
+    """
+    if not _wanted(method, settings, device, steps):
+        return False
+    lack = missing_compiler(device)
+    if lack is not None:
+        if settings.compile == "on":
+            raise UsageError(f"compile on: {lack}, or leave --compile out")
+        _say_once(f"compile auto: {lack}; until then this trains without a compiler, more slowly")
+        return False
+    _keep_compiled_code()
+    compile_in_place(method, deterministic=settings.deterministic)
+    return True
+
+
+def _wanted(method: Method, settings: TrainSettings, device: torch.device, steps: int) -> bool:
+    if settings.compile != "auto":
+        return settings.compile == "on"
+    measured = all(student.spec and parse_spec(student.spec)[0] in FASTER_ON_CUDA for student in method.cohort)
+    as_measured = device.type == "cuda" and settings.precision == "bf16" and settings.kernels == "stock"
+    return measured and as_measured and not settings.deterministic and steps >= PAID_BACK_STEPS
+
+
+def missing_compiler(device: torch.device) -> str | None:
+    """Say what this machine lacks to compile for a device, as the first half of an error line; None: nothing."""
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) < OLDEST_COMPUTE_CAPABILITY:
+            return f"{torch.cuda.get_device_name(device)} is too old for Triton: use a GPU from 2017 or later"
+        if find_spec("triton") is None:
+            return "there is no Triton: pip install triton"
+        compilers: Sequence[str] = [os.environ["CC"]] if os.environ.get("CC") else ("gcc", "clang")
+    else:
+        compilers = [os.environ.get("CXX") or "g++"]
+    if not any(shutil.which(name) for name in compilers):
+        return f"there is no compiler {' or '.join(compilers)}: install one"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return "Python's header files are missing: install them (python3-dev)"
+    return None
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    warn(line)
+
+
+def _keep_compiled_code() -> None:
+    """Let compiled code outlive a restart; torch's own default is the folder for temporary files."""
+    # The compiler takes a second to import, which runs without it need not wait for.
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    # torch writes its default into the variable as soon as anything imports the compiler.
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) != default_cache_dir():
+        return
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "codistill" / "inductor"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:
+        _say_once(f"compiled code is not kept for later runs: {error}: set TORCHINDUCTOR_CACHE_DIR to a folder")
+    else:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+
+
+def compile_in_place(
+    method: Method,
+    granularity: Granularity = GRANULARITY,
+    *,
+    deterministic: bool = False,
+    backend: str = "inductor",
+    fullgraph: bool = False,
+) -> int:
+    """Let the parts of a method run compiled code in training mode.
+
+    Args:
+        method: Anything that may be captured or not.
+        granularity: What is a part.
+        deterministic: Whether code must not be chosen by timing it where results depend on the choice.
+        backend: Of torch.compile.
+        fullgraph: Whether Python that cannot be compiled is an error in the first step instead of left as it is.
+
+    Returns:
+        The number of parts.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    torch._dynamo.config.accumulated_recompile_limit = max(
+        torch._dynamo.config.accumulated_recompile_limit, RECOMPILE_LIMIT
+    )
+    options = {"deterministic": True} if deterministic else None
+    compiler = functools.partial(torch.compile, dynamic=False, backend=backend, fullgraph=fullgraph, options=options)
+    parts = {id(part): part for part in parts_of(method, granularity)}
+    for part in parts.values():
+        _compile(part, compiler)
+    return len(parts)
+
+
+def parts_of(module: nn.Module, granularity: Granularity) -> Iterator[nn.Module]:
+    """List what is compiled as one, in the order of registration; shared parts come more than once."""
+    if granularity == "whole":
+        yield module
+    elif isinstance(module, Network):
+        for stage in module.stages:
+            yield from blocks_of(stage) if granularity == "block" else [stage]
+        yield module.head
+    elif isinstance(module, (Method, Cohort, nn.ModuleList)):
+        for child in module.children():
+            yield from parts_of(child, granularity)
+    elif next(module.parameters(), None) is not None:
+        yield module
+
+
+def blocks_of(stage: nn.Module) -> Iterator[nn.Module]:
+    """List the blocks of a stage: what stands in its chain and has layers of its own, or the stage if nothing has."""
+    chained = [child for child in stage.children() if next(child.children(), None) is not None]
+    if not isinstance(stage, nn.Sequential) or not chained:
+        yield stage
+        return
+    for child in chained:
+        yield from blocks_of(child)
+
+
+def _compile(module: nn.Module, compiler: Callable[..., Any]) -> None:
+    compiled = compiler(module._call_impl)
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        return (compiled if module.training else module._call_impl)(*arguments, **named)
+
+    # As nn.Module.compile does it, which has no word for training only; copies and pickles leave it out.
+    module._compiled_call_impl = call

@@ -1,0 +1,266 @@
+"""The fused batch normalisation against stock layers, on a GPU where there is one, else in Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from codistill.errors import UsageError
+from codistill.kernels import install_fused, use_fused
+from codistill.networks import network
+from codistill.networks.network import Layers, conv_bn, initialise
+
+from .. import tiny
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+runs_kernels = pytest.mark.skipif(
+    DEVICE.type == "cpu" and not INTERPRETED, reason="runs in a process of its own, see the test of the interpreter"
+)
+SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 70), st.integers(1, 9), st.integers(1, 9)).filter(
+    lambda shape: shape[0] * shape[2] * shape[3] > 1
+)
+
+
+@pytest.mark.skipif(INTERPRETED or DEVICE.type == "cuda", reason="runs here")
+def test_in_the_interpreter():
+    # The interpreter has to be chosen before Triton is imported, and would be in the way of everything else.
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert " passed" in done.stdout
+
+
+class Case:
+    """Random activations, parameters and statistics of one shape, and a gradient for the result.
+
+    Values are about 10 with a deviation of 2: a mean far from 0 is where careless variances go wrong.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], skipped: bool, activated: bool, dtype: torch.dtype = torch.float32, seed: int = 0
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator)
+
+        channels = shape[1]
+        self.activated = activated
+        self.features = (random(*shape) * 2 + 10).to(dtype).contiguous(memory_format=torch.channels_last)
+        self.skipped = random(*shape).to(dtype).contiguous(memory_format=torch.channels_last) if skipped else None
+        self.gradient = random(*shape).to(dtype).contiguous(memory_format=torch.channels_last)
+        self.weight, self.bias = random(channels), random(channels)
+        self.mean, self.var, self.batches = random(channels), random(channels) ** 2, torch.tensor(4)
+
+    def inputs(self, dtype: torch.dtype | None = None) -> list[Tensor]:
+        given = (self.features, self.weight, self.bias, self.skipped)
+        return [each.to(DEVICE, dtype, copy=True).requires_grad_() for each in given if each is not None]
+
+    def fused(self) -> tuple[Tensor, ...]:
+        """Result, mean, variance, count, gradients of features, weight, bias and shortcut."""
+        from codistill.kernels.batch_norm import batch_norm_relu
+
+        inputs = self.inputs()
+        running = [each.to(DEVICE, copy=True) for each in (self.mean, self.var, self.batches)]
+        skipped = inputs[3] if self.skipped is not None else None
+        result = batch_norm_relu(*inputs[:3], *running, skipped, self.activated, momentum=0.3, eps=1e-3)
+        return (result.detach(), *running, *torch.autograd.grad(result, inputs, self.gradient.to(DEVICE)))
+
+    def stock(self) -> tuple[Tensor, ...]:
+        """The same in float64."""
+        inputs = self.inputs(torch.float64)
+        mean, var = (each.to(DEVICE, torch.float64) for each in (self.mean, self.var))
+        result = F.batch_norm(inputs[0], mean, var, inputs[1], inputs[2], True, momentum=0.3, eps=1e-3)
+        result = result + inputs[3] if self.skipped is not None else result
+        result = F.relu(result) if self.activated else result
+        count = self.batches.to(DEVICE) + 1
+        return (
+            result.detach(),
+            mean,
+            var,
+            count,
+            *torch.autograd.grad(result, inputs, self.gradient.to(DEVICE).double()),
+        )
+
+
+def assert_near(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolerance: float) -> None:
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape
+        size = other.abs().max().clamp_min(1.0)
+        assert float(((one.double() - other.double()).abs().max() / size).item()) < tolerance
+
+
+@runs_kernels
+@settings(deadline=None, max_examples=8, derandomize=True)
+@given(shape=SHAPES, skipped=st.booleans(), activated=st.booleans(), seed=st.integers(0, 99))
+def test_values_statistics_and_gradients_are_those_of_float64(shape, skipped, activated, seed):
+    case = Case(shape, skipped, activated, seed=seed)
+    assert_near(case.fused(), case.stock(), 2e-5)
+
+
+@runs_kernels
+@pytest.mark.parametrize(("skipped", "activated"), [(True, True), (False, True), (True, False), (False, False)])
+def test_several_parts_blocks_and_tiles(monkeypatch, skipped, activated):
+    from codistill.kernels import batch_norm
+
+    # Three parts of two tiles each, the last one not full; two blocks of channels, the last one not full.
+    monkeypatch.setattr(batch_norm, "MAX_PARTS", 3)
+    monkeypatch.setattr(batch_norm, "MIN_TILE", 64 * 8)
+    monkeypatch.setattr(batch_norm, "MAX_TILE", 64 * 8)
+    case = Case((5, 70, 3, 3), skipped, activated)
+    tiling = batch_norm.Tiling.of(case.features)
+    assert tiling.grid == (3, 2) and tiling.part_rows == 2 * tiling.block_rows == 16
+    assert_near(case.fused(), case.stock(), 2e-5)
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_short_floats_are_rounded_once(dtype):
+    case = Case((4, 16, 8, 8), skipped=True, activated=True, dtype=dtype)
+    found, expected = case.fused(), case.stock()
+    assert [each.dtype for each in found] == [
+        dtype,
+        *(torch.float32,) * 2,
+        torch.int64,
+        dtype,
+        *(torch.float32,) * 2,
+        dtype,
+    ]
+    torch.testing.assert_close(found[0], expected[0].to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-3)
+    # Where rounding makes 0 of a small value its gradient is lost, as in stock layers.
+    assert_near(found[1:4], expected[1:4], 1e-5)
+    assert_near(found[4:], expected[4:], 4 * torch.finfo(dtype).eps)
+
+
+@runs_kernels
+def test_bits_repeat():
+    case = Case((3, 40, 5, 5), skipped=True, activated=True)
+    first = case.fused()
+    for _ in range(2):
+        for one, other in zip(case.fused(), first, strict=True):
+            assert torch.equal(one, other)
+
+
+@runs_kernels
+def test_variance_survives_a_mean_ten_thousand_times_as_large():
+    case = Case((8, 4, 8, 8), skipped=False, activated=False)
+    case.features = case.features + 20_000
+    # The inputs themselves have a spacing of 2e-3 here.
+    assert_near(case.fused()[:1], case.stock()[:1], 2e-3)
+
+
+@runs_kernels
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_nan_and_infinity_stay_visible():
+    for bad in (float("nan"), float("inf")):
+        case = Case((4, 3, 4, 4), skipped=True, activated=True)
+        case.features[1, 2, 0, 0] = bad
+        result, mean, *_ = case.fused()
+        assert not result[:, 2].isfinite().any() and result[:, :2].isfinite().all()
+        assert mean.isfinite().tolist() == [True, True, False]
+
+
+@runs_kernels
+def test_any_layout_and_unlike_types_are_taken():
+    case = Case((3, 6, 5, 4), skipped=True, activated=True)
+    expected = case.fused()
+    case.features, case.gradient = case.features.contiguous(), case.gradient.contiguous()
+    case.skipped = case.skipped.double()
+    for one, other in zip(case.fused(), expected, strict=True):
+        assert torch.equal(one.to(other.dtype), other)
+
+
+@runs_kernels
+def test_what_the_kernels_do_not_know_is_refused():
+    from codistill.kernels.batch_norm import batch_norm_relu
+
+    case = Case((1, 5, 1, 1), skipped=False, activated=True)
+    running = (case.mean, case.var, case.batches)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        batch_norm_relu(case.features, case.weight, case.bias, *running)
+    with pytest.raises(TypeError, match=r"not torch.float64 with torch.float32"):
+        batch_norm_relu(case.features.double(), case.weight, case.bias, *running)
+    assert case.batches == 4
+
+
+@runs_kernels
+def test_a_network_trains_as_with_stock_layers_and_nothing_is_read_by_the_host():
+    def build() -> Layers:
+        torch.manual_seed(0)
+        block = Layers(*conv_bn(4, 4, 3), nn.ReLU(), *conv_bn(4, 4, 3))
+        initialise(block)
+        return block.to(DEVICE, memory_format=torch.channels_last).train()
+
+    stock, fused = build(), build()
+    names = list(fused.state_dict())
+    assert install_fused(fused) == 2
+    images = torch.randn(4, 4, 6, 6, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    images = images.contiguous(memory_format=torch.channels_last)
+    results = []
+    with tiny.HostReads() as reads:
+        for block in (stock, fused):
+            result = block(images, images)
+            result.square().mean().backward()
+            results.append(result.detach())
+    if not INTERPRETED:  # which reads everything
+        assert reads.found == []
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+    assert list(fused.state_dict()) == names
+    torch.testing.assert_close(fused.state_dict(), stock.state_dict(), rtol=1e-4, atol=1e-5)
+    for one, other in zip(fused.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-5)
+    # Evaluation is that of stock layers, to the bit.
+    fused.load_state_dict(stock.state_dict())
+    assert torch.equal(fused.eval()(images, images), stock.eval()(images, images))
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet83-bottleneck", "wrn-16-2", "densenet-40-12", "mobilenetv2"])
+def test_every_normalisation_of_a_network_is_within_reach(name):
+    built = network(name, 3)
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in built.modules())
+    assert install_fused(built) == norms
+
+
+def test_what_cannot_be_fused_is_said():
+    with pytest.raises(UsageError, match="kernels fused: they need a CUDA device, not cpu: use --kernels stock"):
+        use_fused(network("resnet20", 3), torch.device("cpu"))
+    with pytest.raises(UsageError, match="no layers that could be fused"):
+        install_fused(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    with pytest.raises(UsageError, match="needs momentum"):
+        install_fused(Layers(nn.BatchNorm2d(3, momentum=None)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA device")
+def test_a_captured_graph_repeats_the_bits_of_the_plain_calls():
+    from codistill.kernels.batch_norm import batch_norm_relu
+
+    case = Case((16, 16, 8, 8), skipped=True, activated=True)
+    expected = case.fused()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        inputs, gradient = case.inputs(), case.gradient.to(DEVICE)
+        running = [each.to(DEVICE, copy=True) for each in (case.mean, case.var, case.batches)]
+        start = [each.clone() for each in running]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            result = batch_norm_relu(*inputs[:3], *running, inputs[3], True, momentum=0.3, eps=1e-3)
+            gradients = torch.autograd.grad(result, inputs, gradient)
+        for _ in range(2):
+            for each, value in zip(running, start, strict=True):
+                each.copy_(value)
+            graph.replay()
+    torch.cuda.synchronize()
+    for one, other in zip((result, *running, *gradients), expected, strict=True):
+        assert torch.equal(one, other)
