@@ -4,7 +4,7 @@
 
 Each training is a process of its own (a fork of this one, which has imported everything). SIGKILL leaves it no time to
 do anything; every fourth time or so it gets SIGTERM or SIGINT instead, at which it saves. A moment is drawn between the
-start of a process and 2.5 times as long as an undisturbed one takes to its first line of metrics. Runs that finish are
+start of a process and twice as long as an undisturbed one takes to its first line of metrics. Runs that finish are
 compared, bit for bit: parameters, buffers, momentum and metrics. Then the next one begins, with another seed, until all
 kills are done and the last run has ended. Prints a line a run, and writes OUT/soak.json and OUT/soak.md.
 """
@@ -22,6 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import codistill as cd
 from codistill.cli import main as command
@@ -72,9 +74,22 @@ def end_state(path: Path) -> str:
     return digest.hexdigest()
 
 
-def arguments(out: Path, seed: int, options: argparse.Namespace) -> list[str]:
+def few_digits(path: Path, train: int, test: int) -> Path:
+    """Write some images of scikit-learn's digits as a packed data set: an epoch is to be short."""
+    whole = cd.dataset("digits")
+    np.savez(
+        path,
+        train_images=whole.train.images[:train],
+        train_labels=whole.train.labels[:train],
+        test_images=whole.test.images[:test],
+        test_labels=whole.test.labels[:test],
+    )
+    return path
+
+
+def arguments(data: Path, out: Path, seed: int, options: argparse.Namespace) -> list[str]:
     """The command line of a run."""
-    flags = ["--networks", *options.networks, "--data", "digits", "--train-limit", str(options.train_limit)]
+    flags = ["--networks", *options.networks, "--data", "packed", "--data-dir", str(data)]
     flags += ["-b", str(options.batch_size), "--epochs", str(options.epochs), "--seed", str(seed), "--threads", "1"]
     return ["train", options.method, *flags, "--out", str(out)]
 
@@ -83,6 +98,7 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Do all kills; the folder holds the runs."""
     moments = random.Random(options.seed)
     log = folder / "log.txt"
+    data = few_digits(folder / "digits.npz", options.train_images, options.test_images)
     counts = {"SIGKILL": 0, "SIGTERM": 0, "SIGINT": 0}
     facts = {"before_the_first_checkpoint": 0, "with_a_temporary_file_left": 0, "inside_an_epoch": 0}
     runs: list[dict[str, Any]] = []
@@ -90,18 +106,18 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     while counts["SIGKILL"] < options.kills:
         seed = len(runs)
         whole, broken = folder / f"whole{seed}", folder / f"broken{seed}"
-        began, pid, first = time.monotonic(), started(arguments(whole, seed, options), log), None
+        began, pid, first = time.monotonic(), started(arguments(data, whole, seed, options), log), None
         while (status := ended(pid, time.monotonic())) is None:
             if first is None and (whole / "metrics.jsonl").exists():
                 first = time.monotonic() - began
             time.sleep(0.001)
         assert status == 0 and first, f"the undisturbed run ended with {status}: see {log}"
-        lives, line = 0, arguments(broken, seed, options)
+        lives, line = 0, arguments(data, broken, seed, options)
         while True:
             lives += 1
             pid = started(line, log)
             spent = counts["SIGKILL"] >= options.kills
-            status = ended(pid, None if spent else time.monotonic() + moments.uniform(0, 2.5 * first))
+            status = ended(pid, None if spent else time.monotonic() + moments.uniform(0, 2 * first))
             if status is None:
                 kind = moments.choice(SOFT) if moments.random() < 0.25 else signal.SIGKILL
                 with contextlib.suppress(ProcessLookupError):
@@ -162,8 +178,9 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200, help="how often to send SIGKILL")
     parser.add_argument("--method", default="mfef")
     parser.add_argument("--networks", nargs="+", default=["resnet20", "resnet20"])
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--train-limit", type=int, default=64)
+    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--train-images", type=int, default=64)
+    parser.add_argument("--test-images", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=Path, default=Path("runs/soak"))

@@ -225,7 +225,7 @@ def parsed(monkeypatch):
         seen = []
         # By its full name, for `codistill.train` is the function.
         module = importlib.import_module("codistill.train")
-        monkeypatch.setattr(module, "train_from_config", lambda config, out: seen.append(config))
+        monkeypatch.setattr(module, "train_from_config", lambda config, *_, **__: seen.append(config))
         cli.train_command([*arguments])
         return seen[0]
 

@@ -35,7 +35,7 @@ def chosen(monkeypatch):
     """Give the run that a command line stands for, without training it."""
     seen: list[RunConfig] = []
     train = importlib.import_module("codistill.train")
-    monkeypatch.setattr(train, "train_from_config", lambda config, out: seen.append(config))
+    monkeypatch.setattr(train, "train_from_config", lambda config, *_, **__: seen.append(config))
     monkeypatch.setattr(train, "train_seeds", lambda config, seeds, out: seen.append(config) or [])
 
     def parse(*arguments: str) -> RunConfig:

@@ -280,8 +280,10 @@ def bench(
         `deterministic_ratio`, those of the deterministic setting over ours: medians over rounds of all in turn.
 
     Raises:
-        UsageError: The batch is larger than the images that are measured on.
+        UsageError: The batch is larger than the images that are measured on, or several processes are to share it.
     """
+    if config.train.processes > 1:
+        raise UsageError("bench measures one process: leave --processes out")
     device = choose_device(config.train.device, config.train.precision)
     choose_algorithms(device, config.train.deterministic)
     if config.train.threads is not None:

@@ -136,6 +136,41 @@ def check_teacher(method: type[Method], given: bool) -> None:
         )
 
 
+class Resident:
+    """Splits on a device; runs side by side have one copy of what they have in common.
+
+    Args:
+        statistics: Mean and standard deviation of the data set.
+        device: Where they lie.
+    """
+
+    def __init__(self, statistics: tuple[tuple[float, ...], tuple[float, ...]], device: torch.device) -> None:
+        self._statistics, self._device = statistics, device
+        self._placed: list[tuple[Split, DeviceImages]] = []
+
+    def images(self, split: Split) -> DeviceImages:
+        """Give a split on the device."""
+        for known, images in self._placed:
+            if known is split:
+                return images
+        images = DeviceImages(split, self._statistics, self._device)
+        self._placed.append((split, images))
+        return images
+
+
+def placed(config: RunConfig, data: Dataset) -> RunConfig:
+    """Write the places of data and teacher in full: a run is used from other folders than it was started in."""
+    teaching = config.teaching
+    if teaching.teacher is not None:
+        teaching = dataclasses.replace(teaching, teacher=str(Path(teaching.teacher).absolute()))
+    return dataclasses.replace(config, data_dir=data.root or None, teaching=teaching)
+
+
+def run_record(config: RunConfig, data: Dataset, device: torch.device) -> dict[str, Any]:
+    """Give what config.json holds."""
+    return {**config.as_mapping(), "dataset": dataset_record(data), "environment": environment(device)}
+
+
 @contextlib.contextmanager
 def prepared(
     method: Method,
@@ -147,10 +182,12 @@ def prepared(
     label: str = "",
     run: Run | None = None,
     ranks: Ranks = ALONE,
+    resident: Resident | None = None,
 ) -> Iterator[Loop]:
     """Check everything, make the run folder and put the run on its device; close all at the end, however it comes.
 
-    An interrupted `run` is opened again instead of made. Of the processes that share a run, rank 0 holds the folder.
+    A `run` that has a folder is opened again instead of made. Of the processes that share a run, rank 0 holds the
+    folder. Splits that are `resident` already are used as they are.
     """
     settings = config.train
     if settings.threads is not None:
@@ -162,23 +199,17 @@ def prepared(
     if settings.kernels == "fused":
         use_fused(method, device)
     compile_parts(method, settings, device, settings.epochs * math.ceil(len(training) / settings.batch_size))
-    # The places of data and teacher in full: the run is used from other folders than it was started in.
-    teaching = config.teaching
-    if teaching.teacher is not None:
-        teaching = dataclasses.replace(teaching, teacher=str(Path(teaching.teacher).absolute()))
-    config = dataclasses.replace(config, data_dir=data.root or None, teaching=teaching)
-    record = {**config.as_mapping(), "dataset": dataset_record(data), "environment": environment(device)}
-    run, lock = taken(run, out, record, method, data, ranks)
+    config = placed(config, data)
+    run, lock = taken(run, out, run_record(config, data, device), method, data, ranks)
+    resident = resident or Resident(data.statistics, device)
     try:
         method.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         optimizer = make_optimizer(
             method, settings.learning_rate, settings.momentum, settings.nesterov, settings.weight_decay
         )
         splits = {"validation": validation, "test": data.test}
-        held = {name: DeviceImages(each, data.statistics, device) for name, each in splits.items() if each is not None}
-        step = PlainStep(
-            method, DeviceImages(training, data.statistics, device), augmentation, optimizer, settings.precision, ranks
-        )
+        held = {name: resident.images(each) for name, each in splits.items() if each is not None}
+        step = PlainStep(method, resident.images(training), augmentation, optimizer, settings.precision, ranks)
         with contextlib.closing(Saver(run)) as saver:
             yield (Loop if ranks.leads else Follower)(run, config, step, held, saver, show, label)
     except (torch.OutOfMemoryError, MemoryError) as error:

@@ -6,8 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from codistill.checkpoint import warn
 from codistill.data.augment import Augmentation, Batch, DeviceImages
 from codistill.device import autocast
+from codistill.distributed import ALONE, Ranks
+from codistill.errors import UsageError
 from codistill.methods import Method
 from codistill.metrics import TermSums
 from codistill.watch import GRADIENT, FiniteWatch, norms, parameter_names
@@ -24,6 +27,8 @@ class PlainStep:
         augmentation: Crops and flips; the same as the batches were drawn with.
         optimizer: Over `Method.parameter_groups`.
         precision: float32, or bf16 for autocast in the forward pass; losses are computed in float32 in any case.
+        ranks: The processes that share the run. Each gets the whole batch, works on its part, and ends with the
+            gradients and terms of the whole batch; batch statistics are those of its part.
     """
 
     def __init__(
@@ -33,12 +38,14 @@ class PlainStep:
         augmentation: Augmentation,
         optimizer: torch.optim.Optimizer,
         precision: str = "float32",
+        ranks: Ranks = ALONE,
     ) -> None:
         self.method = method
         self.images = images
         self.augmentation = augmentation
         self.optimizer = optimizer
         self.precision = precision
+        self.ranks = ranks
         self.sums = TermSums(images.labels.device)
         self.watch = FiniteWatch(images.labels.device)
         self._names = parameter_names(method)
@@ -46,8 +53,10 @@ class PlainStep:
     def __call__(self, batch: Batch, progress: Float[Tensor, ""]) -> None:
         """Train on a batch, add its loss terms to `sums` and let `watch` look at them and at all gradients."""
         count = batch.image.shape[-1]
+        batch = self.ranks.part(batch)
+        own = batch.image.shape[-1]
         images, labels = self.images.augmented(Batch(*(table.flatten() for table in batch)), self.augmentation)
-        images, labels = images.reshape(*batch.image.shape, *images.shape[1:]), labels[:count]
+        images, labels = images.reshape(*batch.image.shape, *images.shape[1:]), labels[:own]
         turns: Sequence[Sequence[Tensor] | None] = self.method.turns() or [None]
         names: list[str] = []
         sizes: list[Tensor] = []
@@ -57,6 +66,7 @@ class PlainStep:
             total.backward(inputs=parameters)  # type: ignore[no-untyped-call]
             trained = [each for group in self.optimizer.param_groups for each in group["params"]]
             gradients = [(GRADIENT + self._names[id(each)], each.grad) for each in trained if each.grad is not None]
+            self.ranks.average([*(gradient for _, gradient in gradients), *terms.values()], own / count)
             names += [name for name, _ in gradients]
             sizes += norms([gradient for _, gradient in gradients])
             self.optimizer.step()
@@ -131,8 +141,18 @@ class CapturedFleet:
     def _capture(self, batches: Sequence[Batch]) -> tuple[torch.cuda.CUDAGraph, list[Batch]]:
         static = [Batch(*(table.clone() for table in batch)) for batch in batches]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
-            self._run(static)
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                self._run(static)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            names = ", ".join(sorted({member.method.name for member in self.members}))
+            reason = " ".join(str(error).split())[:200]
+            raise UsageError(
+                f"{names} cannot be captured as a CUDA graph: does its step read from the host? Set capturable = False "
+                f"in its class to run it plainly ({reason})"
+            ) from error
         return graph, static
 
 
@@ -153,8 +173,11 @@ class SequentialFleet:
 
 
 def make_fleet(members: Sequence[PlainStep]) -> CapturedFleet | SequentialFleet:
-    """Capture steps where they can be: on CUDA, and where every method allows it."""
-    on_gpu = members[0].images.labels.device.type == "cuda"
-    if on_gpu and all(member.method.capturable for member in members):
-        return CapturedFleet(members)
-    return SequentialFleet(members)
+    """Capture steps where they can be: on CUDA, in one process, and where every method allows it; else say why not."""
+    if members[0].images.labels.device.type != "cuda" or members[0].ranks.count > 1:
+        return SequentialFleet(members)
+    plain = sorted({member.method.name for member in members if not member.method.capturable})
+    if plain:
+        warn(f"{', '.join(plain)} cannot be captured as a CUDA graph: the steps run one by one, which is slower")
+        return SequentialFleet(members)
+    return CapturedFleet(members)

@@ -16,15 +16,19 @@ from codistill.data.dataset import Dataset
 from codistill.device import choose_device
 from codistill.distributed import MAX_RESTARTS, Ranks, launch, one_device_each
 from codistill.errors import DivergedError, UsageError
+from codistill.fleet import side_by_side
 from codistill.loop import Loop, run_epochs
 from codistill.methods import Method
 from codistill.prepare import (
     InterruptedRun,
+    Resident,
     build_taught,
     check_shapes,
     check_teacher,
     load_named_data,
+    placed,
     prepared,
+    run_record,
     split_training,
     write_summary_of_failure,
 )
@@ -220,13 +224,28 @@ def train_fleet(configs: Sequence[RunConfig], outs: Sequence[Path], show: bool =
         split_training(data, config.train)
         check_shapes(method, data)
         Run.refuse_taken(out)
-    with contextlib.ExitStack() as held:
-        loops = [
-            held.enter_context(prepared(method, data, config, out, device, show, label=out.name))
-            for method, config, out in zip(methods, configs, outs, strict=True)
-        ]
-        run_epochs(loops, mark_diverged)
-    return [loop.run for loop in loops]
+    sizes = side_by_side(methods, configs, data, device)
+    waiting: dict[Path, Run] = {}
+    # The runs of later groups have a folder from the beginning, so that `resume` knows them.
+    for method, config, out in list(zip(methods, configs, outs, strict=True))[sizes[0] :]:
+        waiting[out], lock = Run.create(out, run_record(placed(config, data), data, device), method, data)
+        lock.release()
+    runs: list[Run] = []
+    resident = Resident(data.statistics, device)
+    members = zip(methods, configs, outs, strict=True)
+    for size in sizes:
+        with contextlib.ExitStack() as held:
+            loops = [
+                held.enter_context(
+                    prepared(method, data, config, out, device, show, out.name, waiting.get(out), resident=resident)
+                )
+                for method, config, out in itertools.islice(members, size)
+            ]
+            run_epochs(loops, mark_diverged)
+            runs += [loop.run for loop in loops]
+            for loop in loops:
+                loop.method.cpu()
+    return runs
 
 
 def shared(config: RunConfig) -> dict[str, Any]:

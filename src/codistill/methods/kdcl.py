@@ -40,6 +40,11 @@ class KDCLSettings(MethodSettings):
     views_per_student: bool = True
     """Whether each student is trained on crops and flips of its own instead of the same ones for all."""
 
+    @property
+    def whole_batch(self) -> str:
+        """The weights of variants general and linear come from all images; see `MethodSettings.whole_batch`."""
+        return f"method.variant {self.variant}" if self.variant in ("general", "linear") else ""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.temperature < math.inf:

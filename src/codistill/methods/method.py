@@ -24,7 +24,14 @@ class MethodSettings:
     shared_stages: int | None = None
     """Low stages that the students share. None: all but the last where the students are equal, else none."""
 
+    @property
+    def whole_batch(self) -> str:
+        """What of the method needs the whole batch in one process; empty: nothing, it may be split over several."""
+        return ""
+
     def __post_init__(self) -> None:
+        if self.shared_stages is not None and self.shared_stages < 0:
+            raise UsageError(f"method.shared_stages is {self.shared_stages}; it must be at least 0")
         # Without this a misspelt choice would quietly be another experiment.
         for each in fields(self):
             value = getattr(self, each.name)
