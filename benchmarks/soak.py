@@ -97,7 +97,8 @@ def arguments(data: Path, out: Path, seed: int, options: argparse.Namespace) -> 
 def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Do all kills; the folder holds the runs."""
     moments = random.Random(options.seed)
-    log = folder / "log.txt"
+    log = options.out / "soak.log"
+    log.unlink(missing_ok=True)
     data = few_digits(folder / "digits.npz", options.train_images, options.test_images)
     counts = {"SIGKILL": 0, "SIGTERM": 0, "SIGINT": 0}
     facts = {"before_the_first_checkpoint": 0, "with_a_temporary_file_left": 0, "inside_an_epoch": 0}
@@ -135,6 +136,8 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             else:
                 assert status == 0, f"life {lives} of seed {seed} ended with {status}: see {log}"
                 break
+            if (broken / "summary.json").exists() and cd.Run(broken).finished:
+                break  # killed after its end, while it drew the report
             line = ["resume", str(broken)] if (broken / "config.json").exists() else line
         equal = end_state(whole) == end_state(broken)
         runs.append({"seed": seed, "lives": lives, "equal": equal, "end_state": end_state(broken)[:16]})
@@ -188,6 +191,7 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="codistill-soak-") as folder:
         result = soak(options, Path(folder))
+    (options.out / "soak.log").unlink()
     (options.out / "soak.json").write_text(json.dumps(result, indent=2) + "\n")
     (options.out / "soak.md").write_text(page(result))
     return 0 if result["all_equal"] else 1

@@ -169,3 +169,22 @@ def test_verify_resume_looks_at_the_metrics_too(colours, tmp_path, capsys, monke
 def test_rows_are_in_the_checkpoint_too(colours, tmp_path):
     run = resume(stopped(colours, tmp_path / "run", 4), show=False)
     assert [json.loads(row) for row in run.checkpoints.load()["rows"]] == run.metrics()
+
+
+def test_a_folder_of_runs_leaves_out_those_that_ended(colours, tmp_path):
+    outs = [stopped(colours, tmp_path / f"runs/{name}", 2) for name in ("a", "b")]
+    summary = json.loads((outs[0] / "summary.json").read_text())
+    (outs[0] / "summary.json").write_text(json.dumps({**summary, "status": "diverged"}))
+    assert [run.path for run in resume_together([tmp_path / "runs"], show=False)] == outs[1:]
+    with pytest.raises(UsageError, match=r"all 2 runs in .* are finished or diverged"):
+        resume_together([tmp_path / "runs"], show=False)
+
+
+def test_while_it_goes_on_a_run_does_not_say_how_it_ended(colours, tmp_path):
+    out = stopped(colours, tmp_path / "run", 2)
+    assert cd.Run(out).status == "interrupted"
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 1, lambda _: seen.append(cd.Run(out).status))
+        resume(out, show=False)
+    assert seen == [None] and cd.Run(out).status == "finished"

@@ -67,7 +67,7 @@ class Evaluation:
             else:
                 if self._graph is None:
                     self._graph = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(self._graph):
+                    with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                         self._pass(lambda: None)
                 self._graph.replay()
                 between()

@@ -177,6 +177,7 @@ class Run:
             raise UsageError(f"run {self.path} is finished: there is nothing to resume")
         remove_strays(self.path)
         remove_strays(self.checkpoints.folder)
+        (self.path / "summary.json").unlink(missing_ok=True)  # how it ended before it went on
         self._method, self._data = method, data
         return lock
 
@@ -220,9 +221,14 @@ class Run:
         return summary
 
     @property
+    def status(self) -> str | None:
+        """How the run ended: finished, diverged, interrupted or failed; None: it has not, or was killed."""
+        return str(self.summary.get("status")) if (self.path / "summary.json").exists() else None
+
+    @property
     def finished(self) -> bool:
         """Whether the run came to its end."""
-        return (self.path / "summary.json").exists() and self.summary.get("status") == "finished"
+        return self.status == "finished"
 
     @property
     def class_names(self) -> list[str]:

@@ -142,7 +142,7 @@ class CapturedFleet:
         static = [Batch(*(table.clone() for table in batch)) for batch in batches]
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self.stream):
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self._run(static)
         except torch.OutOfMemoryError:
             raise

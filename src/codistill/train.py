@@ -326,19 +326,19 @@ def resume_together(
 
 
 def unfinished(path: Path) -> list[Run]:
-    """Find the run in a folder, or those of its folders that are not finished.
+    """Find the run in a folder, or those of its folders that neither are finished nor have diverged.
 
     Raises:
-        UsageError: All of them are finished.
+        UsageError: All of them are or have.
         CheckpointError: It is no run folder and holds none.
     """
     inner = sorted(each.parent for each in path.glob("*/config.json")) if not (path / "config.json").exists() else []
     if not inner:
         return [Run(path)]
     runs = [Run(each) for each in inner]
-    left = [run for run in runs if not run.finished]
+    left = [run for run in runs if run.status not in ("finished", "diverged")]
     if not left:
-        raise UsageError(f"all {len(runs)} runs in {path} are finished: there is nothing to resume")
+        raise UsageError(f"all {len(runs)} runs in {path} are finished or diverged: there is nothing to resume")
     return left
 
 
