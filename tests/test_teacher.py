@@ -264,9 +264,9 @@ def test_a_step_reads_nothing_on_the_host():
 
 def test_settings_of_a_teacher():
     for changes, message in (
-        ({"teacher_temperature": 0.0}, "teacher_temperature is 0.0; it must be above 0"),
-        ({"teacher_temperature": math.nan}, "teacher_temperature is nan; it must be above 0"),
-        ({"teacher_weight": -1.0}, "teacher_weight is -1.0; it must be at least 0"),
+        ({"teacher_temperature": 0.0}, "teacher_temperature is 0.0; it must be a number above 0"),
+        ({"teacher_temperature": math.nan}, "teacher_temperature is nan; it must be a number above 0"),
+        ({"teacher_weight": -1.0}, "teacher_weight is -1.0; it must be a number, at least 0"),
         ({"teacher_network": "resnet20"}, "teacher_network and teacher_predictor say more of a teacher"),
         ({"teacher_predictor": "student0"}, "teacher_network and teacher_predictor say more of a teacher"),
     ):

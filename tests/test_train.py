@@ -133,9 +133,9 @@ def test_validation_images_are_held_out_of_the_training(train, steps, monkeypatc
     held = []
 
     class Watched(loop.Evaluation):
-        def __init__(self, method, splits, *rest):
+        def __init__(self, method, splits, *rest, **options):
             held.extend(splits.values())
-            super().__init__(method, splits, *rest)
+            super().__init__(method, splits, *rest, **options)
 
     monkeypatch.setattr(loop, "Evaluation", Watched)
     data = tiny.data(train=30)

@@ -68,8 +68,7 @@ def test_a_signal_within_the_evaluation(colours, undisturbed, tmp_path, capsys, 
 
     with monkeypatch.context() as patch:
         # 21 test images: three batches for an evaluation.
-        patch.setattr(evaluate, "EVALUATION_BATCH", 8)
-        patch.setattr(evaluate.Evaluation.__init__, "__defaults__", ("float32", 8))
+        patch.setattr(evaluate.Evaluation.__init__, "__defaults__", ("float32", 8, True))
         patch.setattr(DeviceImages, "plain", watched)
         assert run_here(arguments(colours, out)) == STATUS[number]
     epoch = (batch - 1) // 3
