@@ -1,6 +1,7 @@
 """A step against the same step written out by hand."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from torch import Tensor
 
 import codistill as cd
 from codistill.data.augment import Augmentation, Batch, DeviceImages, epoch_plan
+from codistill.distributed import ALONE
 from codistill.optim import make_optimizer
-from codistill.step import PlainStep
+from codistill.step import PlainStep, SequentialFleet, make_fleet
 
 from . import tiny
 
@@ -176,3 +178,16 @@ def test_a_plain_step_on_a_gpu_equals_the_cpu():
             step(Batch(*(table.to(device) for table in batch)), torch.tensor(0.5, device=device))
         states.append({name: tensor.cpu() for name, tensor in method.state_dict().items()})
     torch.testing.assert_close(states[1], states[0], rtol=1e-2, atol=1e-3)
+
+
+def test_a_method_that_cannot_be_captured_runs_plainly_and_is_named(capsys):
+    def member(name: str, capturable: bool) -> SimpleNamespace:
+        on_gpu = SimpleNamespace(labels=SimpleNamespace(device=torch.device("cuda")))
+        method = SimpleNamespace(name=name, capturable=capturable)
+        return SimpleNamespace(images=on_gpu, method=method, ranks=ALONE)
+
+    members = [member("mine", False), member("mfef", True), member("mine", False)]
+    fleet = make_fleet(members)
+    assert isinstance(fleet, SequentialFleet) and fleet.members == members
+    line = "codistill: warning: mine cannot be captured as a CUDA graph: the steps run one by one, which is slower\n"
+    assert capsys.readouterr().err == line
