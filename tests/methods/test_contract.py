@@ -11,9 +11,13 @@ from jaxtyping import TypeCheckError
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from codistill.data.augment import DeviceImages
 from codistill.errors import UsageError
+from codistill.evaluate import Evaluation
 from codistill.methods import METHODS, Method, MethodSettings
 from codistill.networks import Network
+
+from .. import tiny
 
 NAMES = list(METHODS)
 # Width of the feature map and stride of the last stage of each student.
@@ -288,6 +292,16 @@ def test_no_host_read_in_a_step(method, batch):
     with NoHostRead():
         sum(terms_of(method, batch, progress).values()).backward()
         method.after_step()
+
+
+def test_no_host_read_in_an_evaluation(method):
+    data = tiny.data(test=20)
+    images = DeviceImages(data.test, data.statistics, torch.device("cpu"))
+    evaluation = Evaluation(method.float(), {"test": images}, batch_size=8)
+    with NoHostRead():
+        evaluation.run()
+        evaluation.packed()
+        method.after_epoch()
 
 
 def test_a_step_needs_no_numbers(method, batch):
