@@ -1,5 +1,6 @@
-"""Stands in for `codistill train` and `codistill resume`: makes a run folder, and ends as `acts.json` says."""
+"""Stands in for `codistill train` and `codistill resume`: makes run folders, and ends as `acts.json` says."""
 
+import itertools
 import json
 import os
 import signal
@@ -10,14 +11,19 @@ from typing import NoReturn
 
 HERE = Path(__file__).parent
 COMMAND, *REST = sys.argv[1:]
-FOLDER = Path(REST[0] if COMMAND == "resume" else REST[REST.index("--out") + 1])
 CALLS = HERE / "calls.txt"
 # A number for each seed: what a run with it ends with.
 ERRORS = [10.0, 14.0, 12.0, 20.0]
 
 
-def summary(status: str, **more: object) -> None:
-    (FOLDER / "summary.json").write_text(json.dumps({"status": status, **more}))
+def paths(flag: str = "") -> list[Path]:
+    """Give the words behind a flag, or those before the first one."""
+    words = itertools.takewhile(lambda word: not word.startswith("--"), REST[REST.index(flag) + 1 if flag else 0 :])
+    return [Path(word) for word in words]
+
+
+def summary(folder: Path, status: str, **more: object) -> None:
+    (folder / "summary.json").write_text(json.dumps({"status": status, **more}))
 
 
 def fail(status: int, error: str = "") -> NoReturn:
@@ -26,44 +32,85 @@ def fail(status: int, error: str = "") -> NoReturn:
     sys.exit(status)
 
 
+def begin(folder: Path, recipe: Path) -> None:
+    if any(folder.glob("*")):
+        fail(2, f"run folder {folder} is not empty")
+    folder.mkdir(exist_ok=True)
+    known = {"name": "digits", "class_names": ["a"], "image_size": [8, 8], "mean": [0.5] * 3, "std": [0.2] * 3}
+    config = {**json.loads(recipe.read_text()), "dataset": known, "environment": {}}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def save(folder: Path) -> None:
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    (folder / "checkpoints" / "epoch-000001.pt").write_bytes(b"")
+
+
+def finish(folder: Path) -> None:
+    error = ERRORS[json.loads((folder / "config.json").read_text()).get("seed", 0)]
+    errors = {"student0": error, "ensemble": error - 5}
+    summary(folder, "finished", top1_error=errors, best_epoch_top1_error=errors)
+
+
 def terminated(*_: object) -> NoReturn:
-    summary("interrupted")
+    for folder in open_folders:
+        save(folder)
+        summary(folder, "interrupted")
     fail(143, "terminated")
 
 
-calls = CALLS.read_text().splitlines() if CALLS.exists() else []
-earlier = sum(line.split()[1] == FOLDER.name for line in calls)
+recipes: list[Path] = []
+if COMMAND == "resume":
+    folders = paths()
+elif "--recipes" in REST:
+    recipes = paths("--recipes")
+    folders = [paths("--out")[0] / recipe.stem for recipe in recipes]
+else:
+    recipes, folders = paths("--recipe"), paths("--out")
+
+calls = [line.split()[1].split("+") for line in CALLS.read_text().splitlines()] if CALLS.exists() else []
+earlier = {folder.name: sum(folder.name in names for names in calls) for folder in folders}
 gpu, threads = (os.environ.get(name, "-") for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"))
 with CALLS.open("a") as file:
-    file.write(f"{COMMAND} {FOLDER.name} gpu={gpu} threads={threads} {' '.join(REST[1:])}\n")
+    names = "+".join(folder.name for folder in folders)
+    file.write(f"{COMMAND} {names} gpu={gpu} threads={threads} {' '.join(REST)}\n")
 
-if COMMAND == "train":
-    recipe = json.loads(Path(REST[REST.index("--recipe") + 1]).read_text())
-    if any(FOLDER.glob("*")):
-        fail(2, f"run folder {FOLDER} is not empty")
-    FOLDER.mkdir(exist_ok=True)
-    known = {"name": "digits", "class_names": ["a"], "image_size": [8, 8], "mean": [0.5] * 3, "std": [0.2] * 3}
-    (FOLDER / "config.json").write_text(json.dumps({**recipe, "dataset": known, "environment": {}}))
-config = json.loads((FOLDER / "config.json").read_text())
+known_acts = json.loads((HERE / "acts.json").read_text())
+acts = {}
+for folder in folders:
+    own = known_acts.get(folder.name, [])
+    acts[folder] = (own[earlier[folder.name]] if earlier[folder.name] < len(own) else "finish").split(" ", 2)
 
-acts = json.loads((HERE / "acts.json").read_text()).get(FOLDER.name, [])
-act, *words = (acts[earlier] if earlier < len(acts) else "finish").split(" ", 2)
-if act == "kill":  # after the first checkpoint
-    (FOLDER / "checkpoints").mkdir(exist_ok=True)
-    (FOLDER / "checkpoints" / "epoch-000001.pt").write_bytes(b"")
-    os.kill(os.getpid(), int(words[0]))
-elif act == "kill-early":
-    os.kill(os.getpid(), signal.SIGKILL)
-elif act == "exit":
-    if words[0] == "5":
-        summary("diverged", error=words[1])
-    fail(int(words[0]), *words[1:])
-elif act == "wait":
-    (FOLDER / "checkpoints").mkdir()
-    (FOLDER / "checkpoints" / "epoch-000001.pt").write_bytes(b"")
-    signal.signal(signal.SIGTERM, terminated)
-    (FOLDER / "waiting").touch()
-    time.sleep(60)
-error = ERRORS[config.get("seed", 0)]
-errors = {"student0": error, "ensemble": error - 5}
-summary("finished", top1_error=errors, best_epoch_top1_error=errors)
+several = len(folders) > 1
+for act, *words in acts.values():
+    if several and act == "exit" and words[0] != "5":  # what is wrong with one of them is found before all
+        fail(int(words[0]), *words[1:])
+for folder, recipe in zip(folders, recipes, strict=False):
+    begin(folder, recipe)
+open_folders = list(folders)
+diverged = 0
+for folder, (act, *words) in acts.items():
+    if act == "done":  # as a run of an earlier group of the same process
+        finish(folder)
+        open_folders.remove(folder)
+    elif act == "kill":  # after the first checkpoint
+        save(folder)
+        os.kill(os.getpid(), int(words[0]))
+    elif act == "kill-early":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif act == "exit":
+        if words[0] == "5":
+            summary(folder, "diverged", error=words[1])
+        if not several:
+            fail(int(words[0]), *words[1:])
+        open_folders.remove(folder)
+        diverged += 1
+    elif act == "wait":
+        save(folder)
+        signal.signal(signal.SIGTERM, terminated)
+        (folder / "waiting").touch()
+        time.sleep(60)
+for folder in open_folders:
+    finish(folder)
+if diverged:
+    fail(5, f"{diverged} of {len(folders)} runs diverged")

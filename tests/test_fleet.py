@@ -26,6 +26,7 @@ from codistill.teacher import Taught
 from codistill.train import resume_together, train_fleet, train_from_config, train_seeds
 
 from . import tiny
+from .faults.asserting import refused
 
 train_module = importlib.import_module("codistill.train")
 CPU = torch.device("cpu")
@@ -148,6 +149,62 @@ def test_seeds_without_a_folder_have_one_below_runs(config):
     assert str(again[0].path) == "runs/packed-mfef-tinyx2-seeds-2/seed4"
 
 
+FLAGS = ["--networks", "tiny", "tiny", "--data", "packed", "--batch-size", "8", "--threads", "1", "--epochs", "2"]
+
+
+def recipes(**settings: dict[str, Any]) -> list[str]:
+    """Write recipes; give their names."""
+    for name, each in settings.items():
+        Path(f"{name}.json").write_text(json.dumps(each))
+    return [f"{name}.json" for name in settings]
+
+
+def test_recipes_on_the_command_line(colours):
+    files = recipes(
+        a={"method": "ffl", "seed": 3},
+        b={"method": {"name": "dml", "temperature": 2}, "learning_rate": 0.05},
+        c={"learning_rate": 0.02},
+    )
+    flags = [*FLAGS, "--data-dir", colours, "--weight-decay", "0.01"]
+    assert main(["train", "--recipes", *files, *flags, "--out", "several"]) == 0
+    for file in files:
+        alone = Path("alone") / Path(file).stem
+        assert main(["train", "--recipe", file, *flags, "--out", str(alone)]) == 0
+        assert_equal(cd.Run(Path("several") / alone.name), cd.Run(alone))
+    assert cd.Run("several/b").config.method.temperature == 2
+    assert main(["train", "ffl", "--recipes", "c.json", *flags]) == 0
+    assert cd.Run("runs/packed-ffl-tinyx2-recipes/c").finished
+
+
+def test_of_recipes_one_may_diverge(colours, capsys):
+    files = recipes(a={}, b={"learning_rate": 1e30})
+    assert main(["train", "--recipes", *files, *FLAGS, "--data-dir", colours, "--out", "several"]) == 5
+    line = "codistill: error: 1 of 2 runs diverged: several/b; the others are finished"
+    assert capsys.readouterr().err.splitlines()[-1] == line
+    assert [cd.Run(f"several/{name}").status for name in "ab"] == ["finished", "diverged"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--recipes", "a.json", "--recipe", "b.json"], "--recipes and --recipe: give one of them only"),
+        (["--recipes", "a.json", "--seeds", "0", "1"], "--recipes and --seeds: give one of them only"),
+        (["--recipes=a.json", "--preset=mfef"], "--recipes and --preset: give one of them only"),
+        (["--recipes"], "--recipes: name at least one file"),
+        (["--recipes", "a.json", "more/a.json"], "--recipes a.json and more/a.json: both runs would be in a"),
+        (["--recipes", "b.json", "none.json"], "recipe none.json: "),
+        (["--recipes", "b.json", "bad.json"], "bad.json:1: unknown key 'sed': did you mean seed"),
+        (["mfef", "--recipes", "b.json", "a.json"], "the recipe is for dml, not for mfef"),
+        (["--recipes", "b.json", "long.json"], "runs side by side must have one epochs: 300 and another"),
+        (["--recipes", "b.json", "--epoch", "3"], "unknown option --epoch: did you mean --epochs"),
+    ],
+)
+def test_recipes_that_cannot_be_are_status_2(colours, capsys, tmp_path, words, said):
+    recipes(a={"method": "dml"}, b={}, bad={"sed": 1}, long={"epochs": 3})
+    flags = FLAGS[: FLAGS.index("--epochs")]
+    refused(capsys, ["train", *words, *flags, "--data-dir", colours, "--out", "out"], 2, said, unchanged=tmp_path)
+
+
 # What diverges is dropped.
 
 
@@ -229,7 +286,8 @@ def test_groups_one_after_the_other(config, monkeypatch):
 
 def test_groups_that_wait_are_resumed_too(config, monkeypatch):
     configs = [config(seed=seed) for seed in (0, 1, 2)]
-    monkeypatch.setattr(train_module, "side_by_side", lambda *_: [2, 1])
+    sizes = {3: [2, 1], 2: [1, 1], 1: [1]}
+    monkeypatch.setattr(train_module, "side_by_side", lambda methods, *_: sizes[len(methods)])
     call, count = PlainStep.__call__, iter(range(100))
 
     def stopping(self, *arguments):

@@ -1,6 +1,7 @@
 """Interrupted runs go on with the same bits; what kills and damages them is in tests/faults/test_resuming.py."""
 
 import json
+import math
 import signal
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 import codistill as cd
 from codistill import loop
 from codistill.cli import main
+from codistill.data.augment import DeviceImages
 from codistill.errors import CheckpointError, UsageError
 from codistill.train import resume, resume_together
 
@@ -61,6 +63,32 @@ def test_runs_that_stopped_at_different_steps(colours, tmp_path):
     assert [run.path for run in runs] == outs
     for out in outs:
         assert end_state(out) == end_state(tmp_path / "whole")
+
+
+def test_runs_that_go_on_side_by_side_have_one_copy_of_their_images(colours, tmp_path, monkeypatch):
+    outs = [stopped(colours, tmp_path / f"seed{seed}", 2, "--seed", str(seed)) for seed in (0, 1)]
+    made, build = [], DeviceImages.__init__
+    monkeypatch.setattr(DeviceImages, "__init__", lambda self, *rest: made.append(build(self, *rest)))
+    resume_together(outs, show=False)
+    assert len(made) == 2  # training and test
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_one_that_diverges_does_not_cost_those_that_go_on_after_it(colours, tmp_path, monkeypatch, capsys, step):
+    outs = [stopped(colours, tmp_path / "bad", step), stopped(colours, tmp_path / "good", 2)]
+    assert run_here(arguments(colours, tmp_path / "whole")) == 0
+    bad, losses = [], cd.MFEF.losses
+
+    def poisoned(self, *arguments):
+        bad[:] = bad or [self]
+        return {name: term * (math.nan if self is bad[0] else 1) for name, term in losses(self, *arguments).items()}
+
+    monkeypatch.setattr(cd.MFEF, "losses", poisoned)
+    capsys.readouterr()
+    assert run_here(["resume", *map(str, outs)]) == 5
+    line = f"codistill: error: 1 of 2 runs diverged: {outs[0]}; the others are finished"
+    assert capsys.readouterr().err.splitlines()[-1] == line
+    assert cd.Run(outs[0]).status == "diverged" and end_state(outs[1]) == end_state(tmp_path / "whole")
 
 
 def test_what_is_printed_goes_on_where_it_stopped(colours, tmp_path, capsys):

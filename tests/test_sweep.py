@@ -68,6 +68,7 @@ def bench(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("codistill.executor.POLL_SECONDS", 0.01)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return Bench(tmp_path)
 
 
@@ -401,6 +402,157 @@ def test_slots_share_the_gpus(bench, monkeypatch):
     shutil.rmtree(bench.out)
     bench.sweep(SEEDS.replace("epochs", 'device = "cuda:1"\nepochs'))
     assert {line[2] for line in bench.words()} == {"gpu=4,7"}
+
+
+# Runs side by side in one process.
+
+ALL = "seed0+seed1+seed2"
+
+
+def test_runs_side_by_side_share_a_process(bench, capsys):
+    rows = bench.sweep(side_by_side=True)
+    assert bench.calls() == [f"train {ALL}"]
+    assert [row.status for row in rows.values()] == ["finished"] * 3
+    recipes = [str(bench.out / "recipes" / f"seed{seed}.json") for seed in (0, 1, 2)]
+    assert bench.words()[0][4:] == ["--recipes", *recipes, "--out", str(bench.out)]
+    assert "seed0, seed1, seed2: start side by side" in capsys.readouterr().out
+    logs = [(bench.out / "logs" / f"seed{seed}.log").read_text() for seed in (0, 1, 2)]
+    assert logs[1] == logs[2] == f"{logs[0]}{bench.out}/logs/seed0.log has what it says\n"
+    bench.act(**{f"seed{seed}": ["kill-early"] for seed in (0, 1, 2)})
+    assert bench.sweep(side_by_side=True) == rows and bench.calls() == []
+
+
+def test_what_can_train_side_by_side_is_dealt_out_to_the_slots(bench):
+    text = f"{SHARED.replace('epochs = 4', '')}[grid]\nepochs = [4, 5]\nseed = [0, 1, 2, 3]\n"
+    text += "[[runs]]\nmethod = 'dml'\n[[runs]]\nprocesses = 2\n"
+    rows = bench.sweep(text, side_by_side=True, slots=3)
+    assert all(row.status == "finished" for row in rows.values())
+    alone = [f"train {name}" for name in rows if "processes" in name]
+    shares = [(0, 3), (1,), (2,)]
+    together = [
+        "train " + "+".join(f"dml-epochs-{epochs}-seed{seed}" for seed in share)
+        for epochs in (4, 5)
+        for share in shares
+    ]
+    assert len(alone) == 8 and sorted(bench.calls()) == sorted(alone + together)
+
+
+def test_no_process_gets_too_many_runs(bench, monkeypatch):
+    monkeypatch.setattr(sweep_module, "LARGEST_SHARE", 2)
+    bench.sweep(side_by_side=True)
+    assert bench.calls() == ["train seed0+seed2", "train seed1"]
+
+
+@pytest.mark.parametrize(
+    ("device", "capturable", "calls"),
+    [("auto", True, 1), ("cuda:1", True, 1), ("cpu", True, 3), ("auto", False, 3)],
+)
+def test_by_default_runs_share_a_process_where_they_share_a_graph(bench, monkeypatch, device, capturable, calls):
+    text = SEEDS.replace("epochs", f'device = "{device}"\nepochs')
+    monkeypatch.setattr(cd.MFEF, "capturable", capturable)
+    bench.sweep(text)
+    assert len(bench.calls()) == 3
+    shutil.rmtree(bench.out)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert all(row.status == "finished" for row in bench.sweep(text).values())
+    assert len(bench.calls()) == calls
+    shutil.rmtree(bench.out)
+    bench.sweep(text, side_by_side=False)
+    assert len(bench.calls()) == 3
+
+
+def test_one_that_diverges_does_not_cost_those_beside_it(bench):
+    bench.act(seed1=["exit 5 student0 diverged"])
+    rows = bench.sweep(side_by_side=True)
+    assert [row.status for row in rows.values()] == ["finished", "FAILED", "finished"]
+    assert rows["seed1"].reason == "student0 diverged" and bench.calls() == [f"train {ALL}"]
+
+
+def test_after_a_kill_begun_runs_go_on_and_the_others_begin(bench, capsys):
+    bench.act(seed1=["kill 9"])
+    rows = bench.sweep(SEEDS.replace("epochs", 'data_dir = "here"\nepochs'), side_by_side=True)
+    assert [row.status for row in rows.values()] == ["finished"] * 3
+    assert bench.calls() == [f"train {ALL}", "resume seed1", "train seed0+seed2"]
+    assert bench.words()[1][-2:] == ["--data-dir", "here"]
+    assert "seed2: killed by SIGKILL: trying again, 1 of 2" in capsys.readouterr().out
+
+
+def test_the_last_attempt_is_alone(bench):
+    bench.act(seed1=["kill-early"] * 3)
+    rows = bench.sweep(side_by_side=True)
+    assert [row.status for row in rows.values()] == ["finished", "FAILED", "finished"]
+    assert rows["seed1"].reason == "killed by SIGKILL, the last of 3 attempts"
+    assert bench.calls() == [f"train {ALL}"] * 2 + ["train seed0", "train seed1", "train seed2"]
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 3, 4, 6])
+def test_after_other_errors_runs_are_tried_in_halves(bench, status):
+    bench.act(seed3=[f"exit {status} what, where and the mend"] * 4)
+    rows = bench.sweep(SEEDS.replace("2]", "2, 3]"), side_by_side=True)
+    assert [row.status for row in rows.values()] == ["finished"] * 3 + ["FAILED"]
+    assert ("summary.json" if status == 0 else "what, where and the mend") in rows["seed3"].reason
+    assert bench.calls() == [
+        f"train {ALL}+seed3",
+        "train seed0+seed1",
+        "train seed2+seed3",
+        "train seed2",
+        "train seed3",
+    ]
+
+
+def test_of_a_stopped_process_the_table_knows_what_had_ended_and_the_rest_goes_on_together(bench, capsys, monkeypatch):
+    monkeypatch.setattr(sweep_module, "own_program", lambda arguments: bench.program)
+    Path("spec.toml").write_text(SEEDS)
+    bench.act(seed0=["done"], seed1=["wait"])
+    held = []
+
+    def ended() -> list[object]:
+        return [row["status"] for row in bench.table()["runs"]]
+
+    def send():
+        late = time.monotonic() + 30
+        while not (bench.out / "seed1" / "waiting").exists() or ended()[0] != "finished":
+            if time.monotonic() > late:
+                break
+            time.sleep(0.01)
+        for seed in (0, 1, 2):
+            with open(bench.out / "logs" / f"seed{seed}.log") as log:
+                try:
+                    fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    held.append(seed)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        line = ["sweep", "spec.toml", "--out", "sweep", "--side-by-side", "True"]
+        refused(capsys, line, 143, "the same command goes on")
+    finally:
+        thread.join()
+    assert held == [0, 1, 2] and ended() == ["finished", "unfinished", "unfinished"]
+    bench.act()
+    assert all(row.status == "finished" for row in bench.sweep(side_by_side=True).values())
+    assert bench.calls() == ["resume seed1+seed2"]
+
+
+def test_a_process_that_works_on_one_of_several_is_waited_for(bench, monkeypatch):
+    (bench.out / "logs").mkdir(parents=True)
+    log = open(bench.out / "logs" / "seed1.log", "a")  # noqa: SIM115
+    fcntl.flock(log, fcntl.LOCK_EX)
+    said, say = [], sweep_module.Sweep.say
+
+    def listen(state, line):
+        say(state, line)
+        said.append(line)
+        if "waits for a process of an earlier sweep" in line:
+            assert bench.calls() == []
+            log.close()
+
+    monkeypatch.setattr(sweep_module.Sweep, "say", listen)
+    rows = bench.sweep(side_by_side=True)
+    assert [row.status for row in rows.values()] == ["finished"] * 3
+    assert bench.calls() == [f"train {ALL}"] and sum("waits" in line for line in said) == 1
 
 
 def test_workers_are_started_as_the_sweep_was(monkeypatch):

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -42,12 +42,15 @@ from codistill.presets import PRESETS, find_preset, preset_run, renamed
 from codistill.registry import near_matches
 from codistill.signals import Terminated, terminate
 
+if TYPE_CHECKING:
+    from codistill.run import Run
+
 USAGE = """\
 usage: codistill COMMAND ...
 
   train [METHOD] --networks A B .. --data NAME   train students together, in a new run folder
   resume RUN                                     go on with an interrupted run
-  sweep SPEC.toml --out DIR                      train many runs, each in a process of its own; goes on if stopped
+  sweep SPEC.toml --out DIR                      train many runs in processes of their own; goes on if stopped
   evaluate RUN                                   score every predictor of a run on its test set
   predict FILE_OR_RUN IMAGE ..                   name the classes of images
   export RUN --predictor student0 --format onnx  write one predictor as one file, and check it
@@ -56,6 +59,7 @@ usage: codistill COMMAND ...
 
 codistill COMMAND --help says more. --debug before the command shows tracebacks."""
 
+TRAIN_FLAGS = ("out", "seeds", "verify_resume", "max_restarts", "recipe", "recipes", "preset")
 BENCH_FLAGS = ("runs", "compare", "seconds", "profile", "json")
 T = TypeVar("T")
 
@@ -96,7 +100,62 @@ def train_command(arguments: Sequence[str]) -> None:
     """Run `codistill train`."""
     rest = list(arguments)
     named = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    paths = several_recipes(rest, named) if has_flag(rest, "--recipes") else ()
     path = Path(flag_value(rest, "--recipe")) if has_flag(rest, "--recipe") else None
+    each = [train_options(rest, named, one) for one in paths or (path,)]
+    parsed, configs = each[0], [options.config for options in each]
+    from codistill.train import free_folder, train_fleet, train_from_config, train_seeds
+
+    if parsed.verify_resume:
+        from codistill.verify import verify_resume
+
+        for config in configs:
+            print(verify_resume(config))
+    if paths:
+        out = parsed.out or free_folder(configs[0], "recipes")
+        refuse_diverged(train_fleet(configs, [out / one.stem for one in paths]))
+    elif parsed.seeds:
+        refuse_diverged(train_seeds(configs[0], parsed.seeds, parsed.out))
+    else:
+        train_from_config(configs[0], parsed.out, max_restarts=parsed.max_restarts)
+
+
+def several_recipes(arguments: Sequence[str], named: str | None) -> tuple[Path, ...]:
+    """Read `--recipes`.
+
+    Raises:
+        UsageError: No file, two whose runs would have one folder, or another flag that says what is trained.
+    """
+    command = f"codistill train {named or 'mfef'}"
+    for flag in ("--recipe", "--seeds", "--preset"):
+        if has_flag(arguments, flag):
+            raise UsageError(f"{command}: --recipes and {flag}: give one of them only")
+    parsed, _ = parse_flags(TrainOptions, arguments, TrainOptions(config=default_config(named or "mfef")), command)
+    assert isinstance(parsed, TrainOptions)
+    if not parsed.recipes:
+        raise UsageError(f"{command}: --recipes: name at least one file")
+    found: dict[str, Path] = {}
+    for path in parsed.recipes:
+        if path.stem in found:
+            raise UsageError(
+                f"{command}: --recipes {found[path.stem]} and {path}: both runs would be in {path.stem}: "
+                "rename one of the files"
+            )
+        found[path.stem] = path
+    return parsed.recipes
+
+
+def train_options(rest: Sequence[str], named: str | None, path: Path | None) -> TrainOptions:
+    """Parse what `codistill train` is given.
+
+    Args:
+        rest: The flags.
+        named: The method that stands before them, if any.
+        path: The recipe, if any.
+
+    Raises:
+        UsageError: In one line.
+    """
     recipe, from_recipe = read_recipe(path) if path else (None, [])
     if named and recipe and named != recipe:
         raise UsageError(f"the recipe is for {recipe}, not for {named}: name one of them only")
@@ -116,13 +175,8 @@ def train_command(arguments: Sequence[str]) -> None:
     except UsageError as error:
         raise (with_place(error, path, method, from_recipe) if path else error) from None
     if unknown:
-        raise UsageError(
-            unknown_option(
-                unknown[0],
-                [*setting_names(method), "out", "seeds", "verify_resume", "max_restarts", "recipe", "preset"],
-                command,
-            )
-        )
+        raise UsageError(unknown_option(unknown[0], [*setting_names(method), *TRAIN_FLAGS], command))
+    assert isinstance(parsed, TrainOptions)
     config = parsed.config
     if "" in config.networks:
         raise UsageError(
@@ -130,19 +184,18 @@ def train_command(arguments: Sequence[str]) -> None:
         )
     if preset is not None:
         config = dataclasses.replace(config, networks=renamed(preset, config.networks))
-    from codistill.train import train_from_config, train_seeds
+    return dataclasses.replace(parsed, config=config)
 
-    if parsed.verify_resume:
-        from codistill.verify import verify_resume
 
-        print(verify_resume(config))
-    if parsed.seeds:
-        runs = train_seeds(config, parsed.seeds, parsed.out)
-        lost = [str(run.path) for run in runs if run.summary["status"] != "finished"]
-        if lost:
-            raise DivergedError(f"{len(lost)} of {len(runs)} runs diverged: {', '.join(lost)}; the others are finished")
-    else:
-        train_from_config(config, parsed.out, max_restarts=parsed.max_restarts)
+def refuse_diverged(runs: "Sequence[Run]") -> None:
+    """Say which of several runs diverged.
+
+    Raises:
+        DivergedError: One did.
+    """
+    lost = [str(run.path) for run in runs if not run.finished]
+    if lost:
+        raise DivergedError(f"{len(lost)} of {len(runs)} runs diverged: {', '.join(lost)}; the others are finished")
 
 
 def has_flag(arguments: Sequence[str], flag: str) -> bool:
@@ -165,9 +218,10 @@ def resume_command(arguments: Sequence[str]) -> None:
     chosen = options(ResumeOptions, arguments, "codistill resume")
     from codistill.train import resume_together
 
-    resume_together(
+    runs = resume_together(
         chosen.runs, chosen.data_dir, override=key_values(chosen.override), max_restarts=chosen.max_restarts
     )
+    refuse_diverged(runs)
 
 
 def key_values(written: Sequence[str]) -> dict[str, str]:
@@ -279,7 +333,14 @@ def sweep_command(arguments: Sequence[str]) -> None:
     from codistill.sweep import own_program, sweep
 
     program = own_program(["sweep", *arguments])
-    rows = sweep(chosen.spec, chosen.out, executor=chosen.executor, slots=chosen.slots, program=program)
+    rows = sweep(
+        chosen.spec,
+        chosen.out,
+        executor=chosen.executor,
+        slots=chosen.slots,
+        side_by_side=chosen.side_by_side,
+        program=program,
+    )
     failed = [row.name for row in rows if row.status == "FAILED"]
     if failed:
         some = ", ".join(failed[:5]) + (", .." if len(failed) > 5 else "")

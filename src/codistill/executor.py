@@ -1,49 +1,70 @@
 """Engines that run the commands of a sweep; each has one method, `run`."""
 
+import contextlib
 import fcntl
 import os
 import shlex
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
 POLL_SECONDS = 0.1
 
 
-@dataclass(frozen=True, eq=False)
-class Job:
-    """A run that is to be worked on.
+class Job(Protocol):
+    """What one process works on: a run, or several side by side."""
 
-    Attributes:
-        name: For people.
-        command: Gives the command line; called when a process is about to start, so that it can look at what is there.
-        log: Where the process writes what it says. It is held locked as long as the process lives, whatever becomes of
-            the one that started it.
-        say: Shows a person a line.
-        choose_gpu: Whether the executor chooses the GPU.
-    """
+    @property
+    def name(self) -> str:
+        """For people."""
+        ...
 
-    name: str
-    command: Callable[[], list[str]]
-    log: Path
-    say: Callable[[str], None]
-    choose_gpu: bool = True
+    @property
+    def logs(self) -> list[Path]:
+        """A file for each run, held locked as long as the process lives, whatever becomes of the one that started it.
+
+        The process writes into the first one what it says, and the others name that one.
+        """
+        ...
+
+    @property
+    def choose_gpu(self) -> bool:
+        """Whether the executor chooses the GPU."""
+        ...
+
+    def command(self) -> list[str]:
+        """Give the command line.
+
+        Called with the logs held when a process is about to start, so that it can look at what is there; of runs that
+        it leaves to another job, `logs` has nothing afterwards.
+        """
+        ...
+
+    def look(self) -> None:
+        """See how the runs are getting on; called now and then while the process lives."""
+        ...
+
+    def say(self, line: str) -> None:
+        """Show a person a line."""
+        ...
+
+
+J = TypeVar("J", bound=Job)
 
 
 class Executor(Protocol):
     """What a sweep needs of an engine."""
 
-    def run(self, jobs: deque[Job], slots: int) -> Generator[tuple[Job, int]]:
+    def run(self, jobs: deque[J], slots: int) -> Generator[tuple[J, int]]:
         """Work on jobs.
 
         Args:
-            jobs: Taken from the left until none is left and none is running; the caller may add more meanwhile.
+            jobs: Taken from the left until none is left and none is running; more may be added meanwhile.
             slots: How many at a time.
 
         Yields:
@@ -56,10 +77,10 @@ class Executor(Protocol):
 class LocalExecutor:
     """Processes on this machine."""
 
-    def run(self, jobs: deque[Job], slots: int) -> Generator[tuple[Job, int]]:
+    def run(self, jobs: deque[J], slots: int) -> Generator[tuple[J, int]]:
         """Work on jobs; see `Executor.run`."""
-        held: dict[int, Job] = {}
-        running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
+        held: dict[int, J] = {}
+        running: dict[int, tuple[J, subprocess.Popen[bytes]]] = {}
         try:
             while jobs or held or running:
                 for slot in range(slots):
@@ -75,6 +96,7 @@ class LocalExecutor:
                         job.say(f"{job.name}: waits for a process of an earlier sweep that still works on it")
                 time.sleep(POLL_SECONDS)
                 for slot, (job, process) in list(running.items()):
+                    job.look()
                     status = process.poll()
                     if status is not None:
                         del running[slot]
@@ -87,22 +109,28 @@ def start(job: Job, slot: int, slots: int) -> subprocess.Popen[bytes] | None:
     """Start the process of a job in a session of its own, where a Ctrl-C does not reach it.
 
     Returns:
-        The process; None where one that was started before still holds the log.
+        The process; None where one that was started before still holds a log.
     """
-    with open(job.log, "ab") as log:
+    with contextlib.ExitStack() as opened:
+        files = {log: opened.enter_context(open(log, "ab")) for log in job.logs}
         try:
-            # The process gets the lock with the open file, and the kernel gives it back when the process ends.
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The process gets the locks with the open files, and the kernel gives them back when the process ends.
+            for file in files.values():
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return None
         command = job.command()
-        log.write(f"$ {shlex.join(command)}\n".encode())
-        log.flush()
+        first, *others = job.logs
+        for log in job.logs:
+            said = "" if log == first else f"{first} has what it says\n"
+            files[log].write(f"$ {shlex.join(command)}\n{said}".encode())
+            files[log].flush()
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=files[first],
             stderr=subprocess.STDOUT,
+            pass_fds=[files[log].fileno() for log in others],
             env=environment(job, slot, slots),
             start_new_session=True,
         )

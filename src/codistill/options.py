@@ -27,6 +27,8 @@ class TrainOptions:
     """How often all of several --processes start again from the last checkpoint because one was lost."""
     recipe: Path | None = None
     """A TOML file of settings, or the config.json of a run to repeat."""
+    recipes: tuple[Path, ...] = ()
+    """Train one run for each of these recipes, side by side on one device, in folders of OUT named like the files."""
     preset: str | None = None
     """Settings of a paper as a whole: mfef, ffl, one, okddip, dml or kdcl; codistill list shows them."""
 
@@ -97,7 +99,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """Train many runs, each in a process and a folder of its own; the same command again goes on where it stopped."""
+    """Train many runs, each in a folder of its own; the same command again goes on where it stopped."""
 
     spec: tyro.conf.Positional[Path]
     """A TOML file: settings of all runs, and what varies: [grid] of lists, [[runs]]."""
@@ -107,6 +109,8 @@ class SweepOptions:
     """What runs the processes: local is this machine."""
     slots: int | None = None
     """How many processes at a time. None: one for each GPU, or one."""
+    side_by_side: bool | None = None
+    """Whether runs that can train side by side share a process. None: on CUDA, where they share one graph."""
 
 
 @dataclass(frozen=True, kw_only=True)

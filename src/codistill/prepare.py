@@ -296,10 +296,11 @@ class InterruptedRun:
         show: bool,
         label: bool = False,
         ranks: Ranks = ALONE,
+        resident: Resident | None = None,
     ) -> Iterator[Loop]:
         """Put the run on its device as its checkpoint left it; see `prepared`."""
-        label_text = self.run.path.name if label else ""
-        with prepared(method, data, self.config, self.run.path, device, show, label_text, self.run, ranks) as loop:
+        out, name = self.run.path, self.run.path.name if label else ""
+        with prepared(method, data, self.config, out, device, show, name, self.run, ranks, resident) as loop:
             if self.state is not None:
                 loop.restore(self.state)
             yield loop

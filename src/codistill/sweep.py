@@ -1,8 +1,9 @@
-"""Many runs, each a process and a folder of its own; a sweep that was stopped, in whatever way, goes on."""
+"""Many runs in processes and folders of their own; a sweep that was stopped, in whatever way, goes on."""
 
 import contextlib
 import dataclasses
 import json
+import math
 import shutil
 import signal
 import sys
@@ -17,15 +18,19 @@ from codistill.checkpoint import write_atomically
 from codistill.config import RunConfig
 from codistill.console import LastingConsole
 from codistill.errors import CodistillError, UsageError, WorkerError
-from codistill.executor import EXECUTORS, Job
+from codistill.executor import EXECUTORS
+from codistill.methods import METHODS
 from codistill.registry import near_matches
 from codistill.run import Run, RunLock
 from codistill.signals import Interrupted, Terminated
 from codistill.sweep_plan import PlannedRun, digest, identity, read_spec
 from codistill.sweep_table import Row, shown_tables, write_tables
+from codistill.train import shared
 
 # How often a run is tried whose process was killed, or lost a worker of its own: once, and two times again.
 ATTEMPTS = 3
+# How many runs one process gets at most: each holds a file open, and has its networks on the host.
+LARGEST_SHARE = 64
 GOES_ON = "what the runs have saved is kept: the same command goes on"
 PROGRAM = (sys.executable, "-m", "codistill")
 
@@ -36,19 +41,22 @@ def sweep(
     *,
     executor: str = "local",
     slots: int | None = None,
+    side_by_side: bool | None = None,
     program: Sequence[str] = PROGRAM,
     show: bool = True,
 ) -> list[Row]:
     """Train the runs of a spec, each in a folder below `out`, and write `table.json` and `table.md` there.
 
     Runs that are finished or have diverged are not repeated, and interrupted ones go on from their last checkpoint. A
-    process that a signal killed, or that lost a worker, is started again, two times at most.
+    process that a signal killed, or that lost a worker, is started again, two times at most. Where one works on several
+    runs, what is wrong with one of them does not cost the others.
 
     Args:
         spec: A TOML file: settings of all runs, `[grid]` and `[[runs]]`; see docs/sweep.md.
         out: The folder of the sweep; made where it does not exist.
         executor: What runs the processes: local.
         slots: How many processes at a time. None: one for each GPU, or one.
+        side_by_side: Whether runs that can train side by side share a process. None: on CUDA, in one graph.
         program: What is put before `train ..` and `resume ..` to make a command.
         show: Whether to print progress and the final tables.
 
@@ -66,7 +74,7 @@ def sweep(
     runs, folder = read_spec(Path(spec)), Path(out)
     lock = held(folder)
     try:
-        return Sweep(Path(spec), folder, runs, program, show).work(executor, slots)
+        return Sweep(Path(spec), folder, runs, program, show).work(executor, slots, side_by_side)
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; {GOES_ON}") from None
     except Terminated:
@@ -110,6 +118,8 @@ class Sweep:
         self.console = LastingConsole(quiet=not show, highlight=False, markup=False)
         self.runs = find_folders(folder, runs)
         self.rows = {run.name: self.row(run) for run in self.runs}
+        self.waiting: deque[Work] = deque()
+        self.attempts = Counter[str]()
 
     def say(self, line: str) -> None:
         """Print a line."""
@@ -136,7 +146,7 @@ class Sweep:
             reason = str(summary.get("error", "diverged"))
         return dataclasses.replace(row, status="FAILED", reason=reason) if reason else row
 
-    def work(self, executor: str, slots: int) -> list[Row]:
+    def work(self, executor: str, slots: int, side_by_side: bool | None) -> list[Row]:
         """Do what is not done."""
         left = [run for run in self.runs if self.rows[run.name].status == "unfinished"]
         self.say(f"{len(self.runs)} runs in {self.folder}: {len(left)} to do, {slots} at a time")
@@ -144,63 +154,74 @@ class Sweep:
             if run not in left:
                 self.show_end(self.rows[run.name])
         write_tables(self.folder, self.spec, list(self.rows.values()))
-        jobs = {run.name: self.job(run) for run in left}
-        waiting, attempts = deque(jobs.values()), Counter[str]()
-        runs = {run.name: run for run in left}
-        with contextlib.closing(EXECUTORS[executor].run(waiting, slots)) as ends:
-            for job, status in ends:
-                attempts[job.name] += 1
-                reason, again = self.judge(job, status)
-                row = self.row(runs[job.name], reason)
-                if again and row.reason == reason:  # its folder does not say how it ended
-                    if attempts[job.name] < ATTEMPTS:
-                        self.say(f"{job.name}: {reason}: trying again, {attempts[job.name]} of {ATTEMPTS - 1}")
-                        waiting.appendleft(job)
-                        continue
-                    row = dataclasses.replace(row, reason=f"{reason}, the last of {ATTEMPTS} attempts")
-                self.rows[job.name] = row
-                self.show_end(row)
-                write_tables(self.folder, self.spec, list(self.rows.values()))
+        self.waiting.extend(Work(self, part) for part in shares(left, slots, side_by_side))
+        with contextlib.closing(EXECUTORS[executor].run(self.waiting, slots)) as ends:
+            for work, status in ends:
+                self.settle(work, status)
         rows = list(self.rows.values())
         for table in shown_tables(self.folder, rows):
             self.console.print(table)
         return rows
+
+    def settle(self, work: "Work", status: int) -> None:
+        """Note how the runs of a process ended, and put those that are worth it before all that wait.
+
+        Args:
+            work: What the process worked on.
+            status: Its exit status.
+        """
+        left = [run for run in work.runs if not self.noted(run)]
+        if not left:
+            return
+        reason, again = self.judge(work, left[0], status)
+        if again:
+            left = [run for run in left if self.may_try_again(run, reason)]
+            # What kills a process may be one of its runs: each has its last attempt alone.
+            alone = any(self.attempts[run.name] == ATTEMPTS - 1 for run in left)
+            parts = [[run] for run in left] if alone else [left]
+        elif len(work.runs) == 1:
+            self.note(self.row(left[0], reason))
+            return
+        else:
+            self.say(f"{work.name}: {reason}: trying them again in halves")
+            parts = [left[: len(left) // 2], left[len(left) // 2 :]]
+        self.waiting.extendleft(Work(self, part) for part in reversed(parts) if part)
+
+    def may_try_again(self, run: PlannedRun, reason: str) -> bool:
+        """Count an attempt, and say whether there is another one."""
+        self.attempts[run.name] += 1
+        count = self.attempts[run.name]
+        if count < ATTEMPTS:
+            self.say(f"{run.name}: {reason}: trying again, {count} of {ATTEMPTS - 1}")
+            return True
+        self.note(self.row(run, f"{reason}, the last of {ATTEMPTS} attempts"))
+        return False
+
+    def noted(self, run: PlannedRun) -> bool:
+        """Say whether a run has ended; where its folder says so for the first time, note it."""
+        if self.rows[run.name].status == "unfinished" and (self.folder / run.name / "summary.json").exists():
+            row = self.row(run)
+            if row.status != "unfinished":
+                self.note(row)
+        return self.rows[run.name].status != "unfinished"
+
+    def note(self, row: Row) -> None:
+        """Print how a run ended, and write the tables."""
+        self.rows[row.name] = row
+        self.show_end(row)
+        write_tables(self.folder, self.spec, list(self.rows.values()))
 
     def show_end(self, row: Row) -> None:
         """Print how a run ended."""
         errors = "  ".join(f"{name} {error:.2f}" for name, error in row.top1_error.items())
         self.say(f"{row.name}: {row.status}" + (f": {row.reason}" if row.reason else f"  error %: {errors}"))
 
-    def job(self, run: PlannedRun) -> Job:
-        """Say how a run is worked on."""
-        assert run.config is not None
-        return Job(
-            name=run.name,
-            command=lambda: self.command(run),
-            log=self.folder / "logs" / f"{run.name}.log",
-            say=self.say,
-            choose_gpu=run.config.train.device in ("auto", "cuda"),
-        )
-
-    def command(self, run: PlannedRun) -> list[str]:
-        """Give the command that begins a run, or goes on with it."""
-        folder = self.folder / run.name
-        if self.row(run).status != "unfinished":
-            return ["true"]  # a process of an earlier sweep has ended it while this one waited
-        if to_be_resumed(folder):
-            self.say(f"{run.name}: goes on")
-            data_dir = run.recipe.get("data_dir")
-            return [*self.program, "resume", str(folder), *(["--data-dir", data_dir] if data_dir else [])]
-        self.say(f"{run.name}: starts")
-        recipe = self.folder / "recipes" / f"{run.name}.json"
-        write_atomically(recipe, (json.dumps(run.recipe, indent=2) + "\n").encode())
-        return [*self.program, "train", "--recipe", str(recipe), "--out", str(folder)]
-
-    def judge(self, job: Job, status: int) -> tuple[str, bool]:
+    def judge(self, work: "Work", run: PlannedRun, status: int) -> tuple[str, bool]:
         """Say why a process ended, and whether it is worth another attempt.
 
         Args:
-            job: Its job.
+            work: What it worked on.
+            run: Of that, one whose folder does not say how it ended.
             status: Its exit status; negative, or above 128 as a shell has it, where a signal ended it.
         """
         number = -status if status < 0 else status - 128
@@ -209,13 +230,111 @@ class Sweep:
             return f"killed by {known.get(number, f'signal {number}')}", True
         if status == 0:
             try:
-                Run(self.folder / job.name).summary  # noqa: B018
+                Run(self.folder / run.name).summary  # noqa: B018
             except CodistillError as error:
                 return str(error), False
-        said = job.log.read_text(encoding="utf-8", errors="replace").rpartition("\n$ ")[2].splitlines()
+        log = work.logs[0]
+        said = log.read_text(encoding="utf-8", errors="replace").rpartition("\n$ ")[2].splitlines()
         errors = [line.partition("codistill: error: ")[2] for line in said if line.startswith("codistill: error: ")]
-        reason = errors[-1] if errors else f"ended with status {status}: {job.log} has what it said"
+        reason = errors[-1] if errors else f"ended with status {status}: {log} has what it said"
         return reason, status == WorkerError.exit_status
+
+
+class Work:
+    """What one process does of a sweep; a `codistill.executor.Job`.
+
+    Args:
+        sweep: The sweep.
+        runs: What is to be done: one run, or several that can train side by side.
+    """
+
+    def __init__(self, sweep: Sweep, runs: Sequence[PlannedRun]) -> None:
+        self.sweep, self.runs = sweep, list(runs)
+
+    @property
+    def name(self) -> str:
+        """The names of the runs, or of the first ones."""
+        names = [run.name for run in self.runs]
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+    @property
+    def logs(self) -> list[Path]:
+        """A log for each run."""
+        return [self.sweep.folder / "logs" / f"{run.name}.log" for run in self.runs]
+
+    @property
+    def choose_gpu(self) -> bool:
+        """Whether the spec leaves it open which GPU it is."""
+        config = self.runs[0].config
+        return config is not None and config.train.device in ("auto", "cuda")
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        self.sweep.say(line)
+
+    def look(self) -> None:
+        """Note runs that have ended while others of the process go on."""
+        for run in self.runs:
+            self.sweep.noted(run)
+
+    def command(self) -> list[str]:
+        """Give the command that begins the runs, or goes on with those that are begun and leaves the others."""
+        left = [run for run in self.runs if not self.sweep.noted(run)]
+        if not left:
+            return ["true"]  # a process of an earlier sweep has ended them while these waited
+        begun = [run for run in left if to_be_resumed(self.sweep.folder / run.name)]
+        self.runs = begun or left
+        others = [run for run in left if run not in self.runs]
+        if others:
+            self.sweep.waiting.appendleft(Work(self.sweep, others))
+        several = len(self.runs) > 1
+        if begun:
+            self.say(f"{self.name}: {'go on side by side' if several else 'goes on'}")
+            folders = [str(self.sweep.folder / run.name) for run in begun]
+            data_dir = begun[0].recipe.get("data_dir")
+            return [*self.sweep.program, "resume", *folders, *(["--data-dir", data_dir] if data_dir else [])]
+        self.say(f"{self.name}: {'start side by side' if several else 'starts'}")
+        recipes = [str(self.write_recipe(run)) for run in left]
+        flags = ["--recipes" if several else "--recipe", *recipes]
+        out = self.sweep.folder if several else self.sweep.folder / left[0].name
+        return [*self.sweep.program, "train", *flags, "--out", str(out)]
+
+    def write_recipe(self, run: PlannedRun) -> Path:
+        """Write a run as a recipe that has its name."""
+        path = self.sweep.folder / "recipes" / f"{run.name}.json"
+        write_atomically(path, (json.dumps(run.recipe, indent=2) + "\n").encode())
+        return path
+
+
+def shares(runs: Sequence[PlannedRun], slots: int, side_by_side: bool | None) -> list[list[PlannedRun]]:
+    """Put together what can train side by side, and deal it out to the slots.
+
+    Args:
+        runs: What is to be done.
+        slots: How many processes at a time.
+        side_by_side: See `sweep`.
+
+    Returns:
+        The runs of each process.
+    """
+    groups: dict[str, list[PlannedRun]] = {}
+    for run in runs:
+        groups.setdefault(company(run, side_by_side), []).append(run)
+    dealt: list[list[PlannedRun]] = []
+    for group in groups.values():
+        count = min(len(group), max(slots, math.ceil(len(group) / LARGEST_SHARE)))
+        dealt += [group[number::count] for number in range(count)]
+    return dealt
+
+
+def company(run: PlannedRun, side_by_side: bool | None) -> str:
+    """Say with which runs one can train side by side: a text that they have in common, or its name."""
+    assert run.config is not None
+    settings = run.config.train
+    if side_by_side is None:
+        cuda = settings.device.partition(":")[0] in ("auto", "cuda") and torch.cuda.is_available()
+        side_by_side = cuda and METHODS[run.config.method_name].capturable
+    return json.dumps(shared(run.config)) if side_by_side and settings.processes == 1 else run.name
 
 
 def find_folders(folder: Path, runs: Sequence[PlannedRun]) -> list[PlannedRun]:

@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ SHARED_IN_A_FLEET = (
     "deterministic",
     "threads",
 )
+# Puts a run on its device, and closes it at the end.
+Opening = Callable[[], contextlib.AbstractContextManager[Loop]]
 
 
 def free_folder(config: RunConfig, ending: str | None = None) -> Path:
@@ -230,22 +233,41 @@ def train_fleet(configs: Sequence[RunConfig], outs: Sequence[Path], show: bool =
     for method, config, out in list(zip(methods, configs, outs, strict=True))[sizes[0] :]:
         waiting[out], lock = Run.create(out, run_record(placed(config, data), data, device), method, data)
         lock.release()
-    runs: list[Run] = []
     resident = Resident(data.statistics, device)
-    members = zip(methods, configs, outs, strict=True)
-    for size in sizes:
-        with contextlib.ExitStack() as held:
-            loops = [
-                held.enter_context(
-                    prepared(method, data, config, out, device, show, out.name, waiting.get(out), resident=resident)
-                )
-                for method, config, out in itertools.islice(members, size)
-            ]
-            run_epochs(loops, mark_diverged)
-            runs += [loop.run for loop in loops]
-            for loop in loops:
-                loop.method.cpu()
-    return runs
+    openings = [
+        functools.partial(
+            prepared, method, data, config, out, device, show, out.name, waiting.get(out), resident=resident
+        )
+        for method, config, out in zip(methods, configs, outs, strict=True)
+    ]
+    return train_in_groups(openings, sizes, mark_diverged)
+
+
+def train_in_groups(
+    openings: Sequence[Opening], sizes: Sequence[int], diverged: Callable[[Loop, DivergedError], None]
+) -> list[Run]:
+    """Train runs side by side, one group after the other.
+
+    Args:
+        openings: What puts each run on its device.
+        sizes: How many runs each group has.
+        diverged: See `run_epochs`.
+
+    Returns:
+        The runs, in order.
+    """
+    waiting = iter(openings)
+    return [run for size in sizes for run in train_side_by_side(list(itertools.islice(waiting, size)), diverged)]
+
+
+def train_side_by_side(openings: Sequence[Opening], diverged: Callable[[Loop, DivergedError], None]) -> list[Run]:
+    """Train one group of runs, and leave its methods on the host; see `train_in_groups`."""
+    with contextlib.ExitStack() as held:
+        loops = [held.enter_context(opening()) for opening in openings]
+        run_epochs(loops, diverged)
+        for loop in loops:
+            loop.method.cpu()
+    return [loop.run for loop in loops]
 
 
 def shared(config: RunConfig) -> dict[str, Any]:
@@ -291,6 +313,8 @@ def resume_together(
 ) -> list[Run]:
     """Go on with several runs: side by side where they stopped at the same step and share what a fleet shares.
 
+    One of several that diverges is marked in its summary.json, and the others go on.
+
     Args:
         paths: Run folders, or folders of them, whose unfinished runs are meant.
         data_dir: Where the data set is now, if not where it was.
@@ -312,16 +336,19 @@ def resume_together(
     groups: dict[str, list[InterruptedRun]] = {}
     for each in interrupted:
         groups.setdefault(json.dumps([each.position, shared(each.config)]), []).append(each)
+    several = len(interrupted) > 1
     for group in groups.values():
-        device = choose_device(group[0].config.train.device, group[0].config.train.precision)
+        configs = [each.config for each in group]
+        device = choose_device(configs[0].train.device, configs[0].train.precision)
         data = group[0].load_data()
-        methods = [build_taught(each.config, data) for each in group]
-        with contextlib.ExitStack() as held:
-            loops = [
-                held.enter_context(each.taken_up(method, data, device, show, label=len(group) > 1))
-                for each, method in zip(group, methods, strict=True)
-            ]
-            run_epochs(loops, fail if len(loops) == 1 else mark_diverged)
+        methods = [build_taught(config, data) for config in configs]
+        sizes = side_by_side(methods, configs, data, device)
+        resident = Resident(data.statistics, device)
+        openings = [
+            functools.partial(each.taken_up, method, data, device, show, label=several, resident=resident)
+            for each, method in zip(group, methods, strict=True)
+        ]
+        train_in_groups(openings, sizes, mark_diverged if several else fail)
     return [each.run for each in interrupted]
 
 

@@ -124,7 +124,8 @@ def test_a_fleet_goes_on_side_by_side(colours, tmp_path, capsys):
     assert run_here(["resume", str(tmp_path / "broken")]) == 0
     for seed in (0, 1):
         assert end_state(tmp_path / "broken" / f"seed{seed}") == end_state(tmp_path / "whole" / f"seed{seed}")
-    refused(capsys, ["resume", str(tmp_path / "broken")], 2, "all 2 runs", "are finished or diverged", unchanged=tmp_path)
+    words = ("all 2 runs", "are finished or diverged")
+    refused(capsys, ["resume", str(tmp_path / "broken")], 2, *words, unchanged=tmp_path)
 
 
 @pytest.mark.fault(35)

@@ -20,13 +20,15 @@ ROOT = Path(__file__).parents[2]
 SHARED = 'networks = ["tiny", "tiny"]\ndata = "packed"\nepochs = 3\nbatch_size = 8\nlearning_rate = 0.05\nthreads = 1\n'
 
 
-def driven(folder: Path, text: str, slots: int = 2, **environment: str) -> subprocess.CompletedProcess[str]:
+def driven(
+    folder: Path, text: str, slots: int = 2, side_by_side: bool = False, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run `codistill sweep` in a process of its own."""
     tiny.write_npz(folder / "colours.npz", tiny.data())
     (folder / "spec.toml").write_text(f'{SHARED}data_dir = "{folder}/colours.npz"\n{text}')
     command = [sys.executable, "-m", "tests.faults.tiny_program", "sweep", str(folder / "spec.toml")]
     return subprocess.run(
-        [*command, "--out", str(folder / "sweep"), "--slots", str(slots)],
+        [*command, "--out", str(folder / "sweep"), "--slots", str(slots), "--side-by-side", str(side_by_side)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
@@ -80,6 +82,24 @@ def test_each_loss_is_a_row(tmp_path):
         config = next(run.config for run in read_spec(tmp_path / "spec.toml") if run.name == killed)
     assert config is not None
     assert_as_without_the_break(tmp_path, killed, config)
+
+
+@pytest.mark.fault(39)
+def test_runs_that_share_a_process_survive_its_death_and_each_other(tmp_path):
+    text = "[[runs]]\n[[runs]]\nseed = 1\n[[runs]]\nmethod = 'dml'\n[[runs]]\nlearning_rate = 1e30\n"
+    killed = "mfef-learning-rate-0.05-seed1"
+    done = driven(tmp_path, text, slots=1, side_by_side=True, KILL=killed)
+    assert done.returncode == 7, done.stderr
+    assert "start side by side" in done.stdout and "killed by SIGKILL: trying again, 1 of 2" in done.stdout
+    rows = {row["name"]: row for row in json.loads((tmp_path / "sweep" / "table.json").read_text())["runs"]}
+    (diverged,) = (name for name in rows if "1e+30" in name)
+    lost = {name: row["reason"] for name, row in rows.items() if row["status"] != "finished"}
+    assert len(rows) == 4 and list(lost) == [diverged] and "became NaN or infinite" in lost[diverged]
+    assert commands(tmp_path, killed) == ["train", "resume"]
+    with tiny.registered():
+        configs = {run.name: run.config for run in read_spec(tmp_path / "spec.toml")}
+    for name in rows.keys() - {diverged}:
+        assert_as_without_the_break(tmp_path, name, configs[name])
 
 
 @pytest.mark.fault(40)
