@@ -201,8 +201,15 @@ class Loop:
             who = f"{', '.join(dict.fromkeys(part_of(name, shared) for name in bad))} (weights {bad[0]})"
         raise DivergedError(
             f"{who} became NaN or infinite {where} at learning rate {self.rate:g}: "
-            f"lower --learning-rate; {self.run.path} keeps the last whole checkpoint"
+            f"lower --learning-rate; {self.kept}"
         )
+
+    @property
+    def kept(self) -> str:
+        """Say what a run that diverges leaves."""
+        self.saver.settle()
+        kept = "keeps the last whole checkpoint" if self.run.checkpoints.entries() else "has no checkpoint yet"
+        return f"{self.run.path} {kept}"
 
     def save_inside(self, epoch: int, step: int) -> None:
         """Save between two steps, and wait for it; a diverged state is not saved.
@@ -276,7 +283,7 @@ class Loop:
             if bad:
                 raise DivergedError(
                     f"{', '.join(bad)} ({split} NLL) became NaN or infinite in epoch {row['epoch'] + 1} at learning "
-                    f"rate {self.rate:g}: lower --learning-rate; {self.run.path} keeps the last whole checkpoint"
+                    f"rate {self.rate:g}: lower --learning-rate; {self.kept}"
                 )
 
     def finish(self, seconds: float) -> None:
