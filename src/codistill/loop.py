@@ -200,8 +200,7 @@ class Loop:
             where = f"in epoch {epoch + 1}"
             who = f"{', '.join(dict.fromkeys(part_of(name, shared) for name in bad))} (weights {bad[0]})"
         raise DivergedError(
-            f"{who} became NaN or infinite {where} at learning rate {self.rate:g}: "
-            f"lower --learning-rate; {self.kept}"
+            f"{who} became NaN or infinite {where} at learning rate {self.rate:g}: lower --learning-rate; {self.kept}"
         )
 
     @property
