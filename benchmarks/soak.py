@@ -11,7 +11,6 @@ kills are done and the last run has ended. Prints a line a run, and writes OUT/s
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import random
@@ -28,8 +27,8 @@ import numpy as np
 import codistill as cd
 from codistill.cli import main as command
 from codistill.run import environment
+from codistill.verify import end_state
 
-CLOCK = ("seconds", "images_per_second")
 SOFT = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -59,19 +58,6 @@ def ended(pid: int, deadline: float | None = None) -> int | None:
         if time.monotonic() >= (deadline or 0):
             return None
         time.sleep(0.0005)
-
-
-def end_state(path: Path) -> str:
-    """Digest of every tensor of the last checkpoint and of the metrics without times."""
-    state = cd.Run(path).checkpoints.load()
-    digest = hashlib.sha256(repr((state["epoch"], state["step"])).encode())
-    for name, tensor in sorted(state["method"].items()):
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    for tensor in state["momentum"]:
-        digest.update(tensor.contiguous().numpy().tobytes())
-    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    digest.update(json.dumps([{key: row[key] for key in row if key not in CLOCK} for row in rows]).encode())
-    return digest.hexdigest()
 
 
 def few_digits(path: Path, train: int, test: int) -> Path:
@@ -139,8 +125,8 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             if (broken / "summary.json").exists() and cd.Run(broken).finished:
                 break  # killed after its end, while it drew the report
             line = ["resume", str(broken)] if (broken / "config.json").exists() else line
-        equal = end_state(whole) == end_state(broken)
-        runs.append({"seed": seed, "lives": lives, "equal": equal, "end_state": end_state(broken)[:16]})
+        equal = end_state(cd.Run(whole)) == end_state(cd.Run(broken))
+        runs.append({"seed": seed, "lives": lives, "equal": equal, "end_state": end_state(cd.Run(broken))[:16]})
         print(f"seed {seed}: {lives} lives, {counts}: {'equal' if equal else 'DIFFERENT'}", flush=True)
         for path in (whole, broken):
             shutil.rmtree(path)

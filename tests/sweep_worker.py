@@ -33,7 +33,7 @@ def fail(status: int, error: str = "") -> NoReturn:
 
 
 def begin(folder: Path, recipe: Path) -> None:
-    if any(folder.glob("*")):
+    if any(path.name != ".lock" and ".tmp-" not in path.name for path in folder.glob("*")):
         fail(2, f"run folder {folder} is not empty")
     folder.mkdir(exist_ok=True)
     known = {"name": "digits", "class_names": ["a"], "image_size": [8, 8], "mean": [0.5] * 3, "std": [0.2] * 3}

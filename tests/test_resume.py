@@ -14,6 +14,7 @@ from codistill.cli import main
 from codistill.data.augment import DeviceImages
 from codistill.errors import CheckpointError, UsageError
 from codistill.train import resume, resume_together
+from codistill.verify import end_state as end_digest
 
 from . import tiny
 from .faults.running import arguments, at_step, end_state, run_here
@@ -97,6 +98,11 @@ def test_what_is_printed_goes_on_where_it_stopped(colours, tmp_path, capsys):
     assert run_here(["resume", str(out)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("epoch 2/2") and f"run folder: {out}" in lines
+
+
+def test_resume_of_nothing(capsys):
+    assert main(["resume"]) == 2
+    assert capsys.readouterr().err == "codistill: error: codistill resume: no run: name at least one run folder\n"
 
 
 def test_refusals(colours, tmp_path, capsys):
@@ -216,3 +222,24 @@ def test_while_it_goes_on_a_run_does_not_say_how_it_ended(colours, tmp_path):
         at_step(patch, 1, lambda _: seen.append(cd.Run(out).status))
         resume(out, show=False)
     assert seen == [None] and cd.Run(out).status == "finished"
+
+
+def test_the_digest_of_an_end_sees_each_part(colours, tmp_path):
+    assert run_here(arguments(colours, tmp_path / "run")) == 0
+    run = cd.Run(tmp_path / "run")
+    state, rows = run.checkpoints.load(), run.metrics()
+    found = {end_digest(run)}
+    for part in ({"epoch": 3}, {"step": 1}, {"momentum": [each + 1 for each in state["momentum"]]}):
+        place = {key: part.get(key, state[key]) for key in ("epoch", "step")}
+        run.checkpoints.save({**state, **part}, best=False, **place)
+        found.add(end_digest(run))
+    for name in ("cohort.students.0.head.linear.bias", "cohort.students.1.stages.2.1.running_mean"):
+        run.checkpoints.save({**state, "method": {**state["method"], name: state["method"][name] + 1}}, 9, False)
+        found.add(end_digest(run))
+    rows[0]["train"]["loss"] += 1
+    run.write_metrics([json.dumps(row) for row in rows])
+    found.add(end_digest(run))
+    assert len(found) == 7
+    rows[0]["seconds"] += 1
+    run.write_metrics([json.dumps(row) for row in rows])
+    assert end_digest(run) in found

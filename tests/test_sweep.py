@@ -239,10 +239,10 @@ def test_a_killed_run_is_tried_again_twice(bench, capsys, act, reason):
 def test_before_the_first_checkpoint_a_run_begins_anew(bench):
     bench.act(seed0=["kill-early"])
     assert bench.sweep()["seed0"].status == "finished"
-    assert bench.calls()[:2] == ["train seed0", "train seed0"]
+    assert bench.calls()[:2] == ["train seed0", "resume seed0"]
 
 
-def test_what_is_left_of_a_run_without_a_config_is_removed_but_nothing_else(bench):
+def test_what_is_left_of_a_run_without_a_config_begins_and_nothing_of_others_is_touched(bench):
     (bench.out / "seed0").mkdir(parents=True)
     (bench.out / "seed0" / "config.json.tmp-77").touch()
     (bench.out / "seed0" / ".lock").touch()
@@ -470,11 +470,18 @@ def test_one_that_diverges_does_not_cost_those_beside_it(bench):
 
 def test_after_a_kill_begun_runs_go_on_and_the_others_begin(bench, capsys):
     bench.act(seed1=["kill 9"])
-    rows = bench.sweep(SEEDS.replace("epochs", 'data_dir = "here"\nepochs'), side_by_side=True)
+    spec = SEEDS.replace("epochs", 'data_dir = "here"\nepochs')
+    rows = bench.sweep(spec, side_by_side=True)
     assert [row.status for row in rows.values()] == ["finished"] * 3
-    assert bench.calls() == [f"train {ALL}", "resume seed1", "train seed0+seed2"]
+    assert bench.calls() == [f"train {ALL}", f"resume {ALL}"]
     assert bench.words()[1][-2:] == ["--data-dir", "here"]
     assert "seed2: killed by SIGKILL: trying again, 1 of 2" in capsys.readouterr().out
+    for name in ("seed0", "seed2"):
+        shutil.rmtree(bench.out / name)
+    (bench.out / "seed1" / "summary.json").unlink()
+    bench.act()
+    assert [row.status for row in bench.sweep(spec, side_by_side=True).values()] == ["finished"] * 3
+    assert bench.calls() == ["resume seed1", "train seed0+seed2"]
 
 
 def test_the_last_attempt_is_alone(bench):
@@ -482,7 +489,7 @@ def test_the_last_attempt_is_alone(bench):
     rows = bench.sweep(side_by_side=True)
     assert [row.status for row in rows.values()] == ["finished", "FAILED", "finished"]
     assert rows["seed1"].reason == "killed by SIGKILL, the last of 3 attempts"
-    assert bench.calls() == [f"train {ALL}"] * 2 + ["train seed0", "train seed1", "train seed2"]
+    assert bench.calls() == [f"train {ALL}", f"resume {ALL}", "resume seed0", "resume seed1", "resume seed2"]
 
 
 @pytest.mark.parametrize("status", [0, 1, 2, 3, 4, 6])

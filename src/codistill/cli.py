@@ -216,6 +216,8 @@ def flag_value(arguments: Sequence[str], flag: str) -> str:
 def resume_command(arguments: Sequence[str]) -> None:
     """Run `codistill resume`."""
     chosen = options(ResumeOptions, arguments, "codistill resume")
+    if not chosen.runs:
+        raise UsageError("codistill resume: no run: name at least one run folder")
     from codistill.train import resume_together
 
     runs = resume_together(

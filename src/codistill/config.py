@@ -185,6 +185,8 @@ class RunConfig:
         return plain
 
 
+# Where a run finds things and what it computes on: they do not belong to the experiment, and may change on the way.
+PLACES = ("data_dir", "device", "threads")
 # What config.json holds beside the run itself.
 RECORDED_KEYS = ("codistill", "environment", "dataset")
 

@@ -4,20 +4,20 @@ import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from codistill.checkpoint import position, write_json
+from codistill.checkpoint import write_json
 from codistill.compiling import compile_parts
-from codistill.config import RunConfig, TrainSettings, parse_flags
+from codistill.config import RunConfig, TrainSettings
 from codistill.data.augment import DeviceImages, seeded_order
 from codistill.data.dataset import Dataset, Split, dataset
 from codistill.device import choose_algorithms
 from codistill.distributed import ALONE, Ranks
-from codistill.errors import CheckpointError, DataError, ResourceError, UsageError
+from codistill.errors import ResourceError, UsageError
 from codistill.follower import Follower
 from codistill.kernels import use_fused
 from codistill.loop import Loop, network_names, run_facts, status_of
@@ -27,9 +27,6 @@ from codistill.run import Run, RunLock, build_method, dataset_record, environmen
 from codistill.saving import Saver
 from codistill.step import PlainStep
 from codistill.teacher import Taught, load_teacher
-
-# What a run may be resumed with otherwise than it was begun: places, not the experiment.
-OVERRIDABLE = ("data_dir", "device", "threads")
 
 
 def split_training(data: Dataset, settings: TrainSettings) -> tuple[Split, Split | None]:
@@ -234,91 +231,6 @@ def taken(
         if not ranks.leads:
             return run or Run(out), None
         return (run, run.reopen(method, data)) if run else Run.create(out, record, method, data)
-
-
-class InterruptedRun:
-    """A run that can go on: its settings, and what its last whole checkpoint holds.
-
-    Args:
-        run: The run.
-        override: New values of settings by name.
-
-    Raises:
-        UsageError: The run is finished, its settings are not those that it was started with, or an override of one
-            that belongs to the experiment.
-        CheckpointError: No whole checkpoint among those that are there.
-    """
-
-    def __init__(self, run: Run, override: Mapping[str, str]) -> None:
-        self.run = run
-        if run.finished:
-            raise UsageError(f"run {run.path} is finished: there is nothing to resume")
-        config = run.config
-        self.state = run.checkpoints.load() if run.checkpoints.entries() else None
-        if self.state is not None:
-            began, now = self.state.get("config"), config.as_mapping()
-            if not isinstance(began, dict):
-                raise CheckpointError(f"{run.path}: the last checkpoint does not say what run it is of: damaged")
-            changed = [key for key in now if key not in OVERRIDABLE and now[key] != began.get(key)]
-            if changed:
-                listed = "; ".join(f"{key}: {began.get(key)!r} -> {now[key]!r}" for key in changed)
-                raise UsageError(
-                    f"{run.path}/config.json was changed since the run began: {listed}: put it back, or train anew"
-                )
-        self.config = overridden(config, override)
-
-    @property
-    def position(self) -> tuple[int, int]:
-        """Completed epochs, and steps done of the one after them."""
-        return position(self.state) if self.state is not None else (0, 0)
-
-    def load_data(self) -> Dataset:
-        """Load the run's data set.
-
-        Raises:
-            DataError: It is missing, or not that of the run.
-        """
-        data = self.run.load_data(self.config.data_dir)
-        for split, found in (("train", len(data.train)), ("test", len(data.test))):
-            began = self.run.record["dataset"].get(f"{split}_images")
-            if found != began:
-                raise DataError(
-                    f"data set {self.config.data}: {found} {split} images, but {self.run.path} began with {began}"
-                )
-        return data
-
-    @contextlib.contextmanager
-    def taken_up(
-        self,
-        method: Method,
-        data: Dataset,
-        device: torch.device,
-        show: bool,
-        label: bool = False,
-        ranks: Ranks = ALONE,
-        resident: Resident | None = None,
-    ) -> Iterator[Loop]:
-        """Put the run on its device as its checkpoint left it; see `prepared`."""
-        out, name = self.run.path, self.run.path.name if label else ""
-        with prepared(method, data, self.config, out, device, show, name, self.run, ranks, resident) as loop:
-            if self.state is not None:
-                loop.restore(self.state)
-            yield loop
-
-
-def overridden(config: RunConfig, override: Mapping[str, str]) -> RunConfig:
-    """Change settings that do not belong to the experiment.
-
-    Raises:
-        UsageError: One that does, or a value that it does not take.
-    """
-    for key in override:
-        if key not in OVERRIDABLE:
-            raise UsageError(f"override of {key}: a run goes on as it began; only {', '.join(OVERRIDABLE)} can change")
-    flags = [part for key, value in override.items() for part in (f"--{key.replace('_', '-')}", value)]
-    changed, _ = parse_flags(RunConfig, flags, config, "codistill resume --override")
-    assert isinstance(changed, RunConfig)
-    return changed
 
 
 def out_of_memory(config: RunConfig, method: Method, error: BaseException) -> ResourceError:

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import shutil
 import signal
 import sys
 from collections import Counter, deque
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 
 from codistill.checkpoint import write_atomically
-from codistill.config import RunConfig
 from codistill.console import LastingConsole
 from codistill.errors import CodistillError, UsageError, WorkerError
 from codistill.executor import EXECUTORS
@@ -23,7 +21,7 @@ from codistill.methods import METHODS
 from codistill.registry import near_matches
 from codistill.run import Run, RunLock
 from codistill.signals import Interrupted, Terminated
-from codistill.sweep_plan import PlannedRun, digest, identity, read_spec
+from codistill.sweep_plan import PlannedRun, find_folders, read_spec
 from codistill.sweep_table import Row, shown_tables, write_tables
 from codistill.train import shared
 
@@ -282,7 +280,7 @@ class Work:
         left = [run for run in self.runs if not self.sweep.noted(run)]
         if not left:
             return ["true"]  # a process of an earlier sweep has ended them while these waited
-        begun = [run for run in left if to_be_resumed(self.sweep.folder / run.name)]
+        begun = [run for run in left if (self.sweep.folder / run.name / "config.json").exists()]
         self.runs = begun or left
         others = [run for run in left if run not in self.runs]
         if others:
@@ -335,64 +333,6 @@ def company(run: PlannedRun, side_by_side: bool | None) -> str:
         cuda = settings.device.partition(":")[0] in ("auto", "cuda") and torch.cuda.is_available()
         side_by_side = cuda and METHODS[run.config.method_name].capturable
     return json.dumps(shared(run.config)) if side_by_side and settings.processes == 1 else run.name
-
-
-def find_folders(folder: Path, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
-    """Name runs by the folders that they have, whatever the spec called them when they were begun.
-
-    Raises:
-        UsageError: The folder of one holds another run, or would be that of two.
-    """
-    found: dict[str, RunConfig] = {}
-    for path in sorted(folder.glob("*/config.json")):
-        with contextlib.suppress(CodistillError):  # a damaged one keeps its name, and its process says what is wrong
-            found[path.parent.name] = Run(path.parent).config
-    names = {digest(config): name for name, config in reversed(found.items())}
-    named: list[PlannedRun] = []
-    for run in runs:
-        name = run.name
-        if run.config is not None and (name not in found or digest(found[name]) != digest(run.config)):
-            name = names.get(digest(run.config), name)
-            if name in found and name == run.name:
-                raise UsageError(
-                    f"{folder / name} holds a run with other settings: {differences(found[name], run.config)}: "
-                    "choose another --out, or remove that folder"
-                )
-        if name in {each.name for each in named}:
-            raise UsageError(f"{folder / name} would be the folder of two runs of the spec: choose another --out")
-        named.append(dataclasses.replace(run, name=name))
-    return named
-
-
-def differences(before: RunConfig, after: RunConfig) -> str:
-    """Say in which settings two runs differ."""
-    old, new = identity(before), identity(after)
-    changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-    if before.method_name != after.method_name:  # its settings are others then
-        changed = ["method.name", *(key for key in changed if not key.startswith("method."))]
-    return ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in changed)
-
-
-def to_be_resumed(folder: Path) -> bool:
-    """Say whether a run goes on, or begins; what was killed before its first checkpoint is removed.
-
-    Whatever is wrong with a folder, the process that resumes it says it.
-    """
-    if not folder.is_dir():
-        return False
-    present = {entry.name for entry in folder.iterdir()}
-    if "config.json" not in present and not all(name == ".lock" or ".tmp-" in name for name in present):
-        return False  # not ours: `train` refuses it
-    checkpoints = folder / "checkpoints"
-    if checkpoints.is_dir() and any(".tmp-" not in entry.name for entry in checkpoints.iterdir()):
-        return True
-    try:
-        lock = RunLock(folder)
-    except UsageError:
-        return True
-    shutil.rmtree(folder)
-    lock.release()
-    return False
 
 
 def own_program(arguments: Sequence[str]) -> list[str]:

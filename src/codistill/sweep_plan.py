@@ -1,6 +1,8 @@
 """From the spec of a sweep to its runs: each with a name, its settings and the group that differs in the seed only."""
 
 import collections
+import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -10,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from codistill.config import RunConfig, mapping_arguments, parse_config, read_table
-from codistill.errors import UsageError
+from codistill.config import PLACES, RunConfig, mapping_arguments, parse_config, read_table
+from codistill.errors import CodistillError, UsageError
 from codistill.methods import METHODS
 from codistill.registry import near_matches
+from codistill.run import Run
 
-# Where a run finds things and what it computes on: two runs that differ in these alone are the same run.
-PLACES = ("data_dir", "device", "threads")
 # Settings that are lists themselves, so that [grid] has lists of lists of them.
 LISTS = ("networks", "milestones")
 # What stands first in a name, and without the key in front of it.
@@ -205,6 +206,42 @@ def refuse_equals(runs: Iterable[PlannedRun], path: Path) -> None:
         if key in names:
             raise UsageError(f"sweep {path}: {names[key]} and {run.name} are the same run: leave one of them out")
         names[key] = run.name
+
+
+def find_folders(folder: Path, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """Name runs by the folders that they have, whatever the spec called them when they were begun.
+
+    Raises:
+        UsageError: The folder of one holds another run, or would be that of two.
+    """
+    found: dict[str, RunConfig] = {}
+    for path in sorted(folder.glob("*/config.json")):
+        with contextlib.suppress(CodistillError):  # a damaged one keeps its name, and its process says what is wrong
+            found[path.parent.name] = Run(path.parent).config
+    names = {digest(config): name for name, config in reversed(found.items())}
+    named: list[PlannedRun] = []
+    for run in runs:
+        name = run.name
+        if run.config is not None and (name not in found or digest(found[name]) != digest(run.config)):
+            name = names.get(digest(run.config), name)
+            if name in found and name == run.name:
+                raise UsageError(
+                    f"{folder / name} holds a run with other settings: {differences(found[name], run.config)}: "
+                    "choose another --out, or remove that folder"
+                )
+        if name in {each.name for each in named}:
+            raise UsageError(f"{folder / name} would be the folder of two runs of the spec: choose another --out")
+        named.append(dataclasses.replace(run, name=name))
+    return named
+
+
+def differences(before: RunConfig, after: RunConfig) -> str:
+    """Say in which settings two runs differ."""
+    old, new = identity(before), identity(after)
+    changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    if before.method_name != after.method_name:  # its settings are others then
+        changed = ["method.name", *(key for key in changed if not key.startswith("method."))]
+    return ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in changed)
 
 
 def unique_names(settings: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -18,10 +18,10 @@ from codistill.device import choose_device
 from codistill.distributed import MAX_RESTARTS, Ranks, launch, one_device_each
 from codistill.errors import DivergedError, UsageError
 from codistill.fleet import side_by_side
+from codistill.interrupted import InterruptedRun
 from codistill.loop import Loop, run_epochs
 from codistill.methods import Method
 from codistill.prepare import (
-    InterruptedRun,
     Resident,
     build_taught,
     check_shapes,
