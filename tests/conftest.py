@@ -1,12 +1,15 @@
 """What all tests share: one thread, a fixed seed, tiny networks and a batch for them."""
 
+import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import codistill as cd
+from codistill import loop
 from codistill.networks import Network, PooledLinear
 from codistill.networks.network import conv_bn, initialise
 
@@ -58,6 +61,21 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> cd.Run:
     method = cd.MFEF([cd.network("resnet20", 10), cd.network("resnet20", 10)], num_classes=10)
     cd.train(method, data, out=folder / "run", settings=settings, show=False)
     return cd.Run(folder / "run")
+
+
+@pytest.fixture
+def no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no report: it takes longer than a tiny training."""
+    monkeypatch.setattr(loop, "write_report", lambda run: None)
+
+
+@pytest.fixture
+def empty_folder(no_pages: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Stand in an empty folder, draw no pages, and give SIGTERM back to pytest."""
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="module")

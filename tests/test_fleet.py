@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import codistill as cd
-from codistill import fleet, loop
+from codistill import fleet
 from codistill.cli import main
 from codistill.config import RunConfig, TeacherSettings, default_config
 from codistill.data.augment import Augmentation, Batch, DeviceImages, epoch_plan
@@ -32,16 +32,7 @@ train_module = importlib.import_module("codistill.train")
 CPU = torch.device("cpu")
 TINY = ["--networks", "tiny", "tiny", "--data", "packed", "--batch-size", "8", "--lr", "0.05", "--threads", "1"]
 STUDENTS = {"okddip": 3, "byot": 1}
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch, tmp_path):
-    """Stand in an empty folder, draw no pages, and give SIGTERM back to pytest."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loop, "write_report", lambda run: None)
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 @pytest.fixture(scope="module")

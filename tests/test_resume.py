@@ -19,12 +19,7 @@ from codistill.verify import end_state as end_digest
 from . import tiny
 from .faults.running import arguments, at_step, end_state, run_here
 
-pytestmark = pytest.mark.usefixtures("tiny_registered")
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(loop, "write_report", lambda run: None)
+pytestmark = pytest.mark.usefixtures("tiny_registered", "no_pages")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import codistill as cd
-from codistill import loop
 from codistill.classifier import load_classifier
 from codistill.cli import main
 from codistill.cohort import Outputs
@@ -35,16 +33,7 @@ from . import tiny
 START = torch.tensor(0.0)
 STATISTICS = ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 TINY = ["--networks", "tiny", "tiny", "--data", "packed", "--batch-size", "8", "--lr", "0.05", "--threads", "1"]
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch, tmp_path):
-    """Stand in an empty folder, draw no pages, and give SIGTERM back to pytest."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loop, "write_report", lambda run: None)
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 def teacher_of(seed: int = 7, classes: int = 3) -> cd.Network:

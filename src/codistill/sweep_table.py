@@ -1,6 +1,7 @@
 """Tables of a sweep: a row for each run, and for each group of runs that differ in the seed only mean and deviation."""
 
 import statistics
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,6 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from codistill.checkpoint import write_atomically, write_json
+
+# Characters of a reason that a terminal shows; table.md has the whole.
+SHOWN_REASON = 60
 
 Status = Literal["finished", "FAILED", "unfinished"]
 
@@ -146,12 +150,13 @@ def markdown(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> list[st
 
 
 def rich_table(title: str, headings: Sequence[str], cells: Sequence[Sequence[str]]) -> Table:
-    """Make a table for a terminal; a last column without contents is left out."""
+    """Make a table for a terminal; a last column without contents is left out, and what is too long there is cut."""
     width = len(headings) - (not any(line[-1] for line in cells))
     table = Table(title=escape(title))
     for heading in headings[:width]:
         number = heading not in (headings[0], "status", "reason", "note")
-        table.add_column(heading, justify="right" if number else "left", no_wrap=number)
+        table.add_column(heading, justify="right" if number else "left", no_wrap=number, overflow="fold")
     for line in cells:
-        table.add_row(*map(escape, line[:width]))
+        shown = [*line[:-1], textwrap.shorten(line[-1], SHOWN_REASON, placeholder=" ..")]
+        table.add_row(*map(escape, shown[:width]))
     return table

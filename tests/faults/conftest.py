@@ -16,12 +16,6 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tiny.write_npz(tmp_path_factory.mktemp("colours") / "colours.npz", tiny.data(train=20, test=21)))
 
 
-@pytest.fixture
-def no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw no report: it takes longer than the training."""
-    monkeypatch.setattr(loop, "write_report", lambda run: None)
-
-
 @pytest.fixture(scope="session")
 def undisturbed(colours: str, tmp_path_factory: pytest.TempPathFactory):
     """What a run of a method ends with if nothing happens."""
