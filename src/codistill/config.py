@@ -75,7 +75,8 @@ class TrainSettings:
     """What computes batch normalisation with the addition and the ReLU behind it: PyTorch, or on CUDA two own kernels
     forward and two backward. Kept only if measured faster; not yet measured."""
     threads: int | None = None
-    """CPU threads. None: torch's choice. Results repeat to the last bit for one number of threads."""
+    """CPU threads. None: torch's choice, one for each core, or fewer in a container that may use less. Results repeat
+    to the last bit for one number of threads."""
     processes: int = 1
     """Processes that share each batch, on CUDA with a GPU each; batch statistics are those of a process's part."""
 

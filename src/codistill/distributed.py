@@ -24,6 +24,7 @@ from torch import Tensor
 from codistill.checkpoint import warn
 from codistill.data.augment import Batch
 from codistill.errors import CodistillError, UsageError, WorkerError
+from codistill.host import default_threads
 from codistill.signals import SAVING, Interrupted, Terminated, terminate
 
 MAX_RESTARTS = 3
@@ -304,7 +305,7 @@ def as_rank(work: Callable[..., None], device: str, begun: bool, *arguments: Any
     threading.Thread(target=end_with_launcher, daemon=True).start()
     ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // ranks.count))
+        torch.set_num_threads(max(1, default_threads() // ranks.count))
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if device == "cuda":

@@ -13,6 +13,8 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from codistill.host import default_threads
+
 POLL_SECONDS = 0.1
 
 
@@ -140,7 +142,7 @@ def environment(job: Job, slot: int, slots: int) -> dict[str, str]:
     """Share CPU threads and GPUs between the slots, unless the user has set the number of threads."""
     variables = dict(os.environ)
     if slots > 1:
-        variables.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // slots)))
+        variables.setdefault("OMP_NUM_THREADS", str(max(1, default_threads() // slots)))
     gpus = torch.cuda.device_count()
     if gpus > 1 and job.choose_gpu:
         visible = variables.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))

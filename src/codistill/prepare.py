@@ -19,6 +19,7 @@ from codistill.device import choose_algorithms
 from codistill.distributed import ALONE, Ranks
 from codistill.errors import ResourceError, UsageError
 from codistill.follower import Follower
+from codistill.host import set_up_cpu
 from codistill.kernels import use_fused
 from codistill.loop import Loop, network_names, run_facts, status_of
 from codistill.methods import METHODS, Method
@@ -187,8 +188,7 @@ def prepared(
     folder. Splits that are `resident` already are used as they are.
     """
     settings = config.train
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    set_up_cpu(settings.threads, device)
     choose_algorithms(device, settings.deterministic)
     augmentation = settings.augmentation(data)
     training, validation = split_training(data, settings)

@@ -18,6 +18,7 @@ from codistill.config import RunConfig, mapping_arguments, parse_config, shown
 from codistill.data.augment import INIT_STREAM, generator
 from codistill.data.dataset import Dataset, dataset
 from codistill.errors import CheckpointError, DataError, UsageError
+from codistill.host import keep_freed_memory
 from codistill.methods import METHODS, Method
 from codistill.networks import network
 
@@ -25,7 +26,7 @@ VERSION = "0.1.0"
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Record what a result may depend on: versions, machine, device; and its speed: threads, cores, memory layout."""
+    """Record what a result may depend on: versions, machine, device; and its speed: threads, cores, memory."""
     return {
         "codistill": VERSION,
         "python": platform.python_version(),
@@ -37,6 +38,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "openmp": {name: value for name, value in sorted(os.environ.items()) if name.startswith(("OMP_", "GOMP_"))},
         "memory_format": "channels_last",
+        "keeps_freed_memory": device.type == "cpu" and keep_freed_memory(),
     }
 
 
