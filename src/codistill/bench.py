@@ -204,7 +204,7 @@ def rounds_in_turn(
 
 
 class OperatorCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Count the operators that a step dispatches, backward and optimiser included, but for views, which do nothing."""
+    """Count the operators that a step dispatches, backward and optimiser included, but for views and allocations."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -213,7 +213,8 @@ class OperatorCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        self.operators += not func.is_view
+        allocates = func.name().split(".")[0] in ("aten::empty", "aten::empty_like", "aten::new_empty")
+        self.operators += not (func.is_view or allocates)
         return func(*args, **(kwargs or {}))
 
 

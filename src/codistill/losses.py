@@ -1,6 +1,7 @@
 """Losses of the online distillation literature as pure functions of tensors.
 
-All of them average over the batch, return nats and compute in float32 at least, also under autocast.
+All of them average over the batch, return nats and compute in float32 at least, also under autocast. Where logits may
+have axes before the batch, these are the losses of several heads at once, which costs as many launches as one.
 """
 
 import math
@@ -34,21 +35,22 @@ def ramp_up(progress: Float[Tensor, ""], length: float) -> Float[Tensor, ""]:
     return torch.exp(-5.0 * remaining * remaining)
 
 
-def cross_entropy(logits: Float[Tensor, "batch class"], labels: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
+def cross_entropy(logits: Float[Tensor, "*head batch class"], labels: Int[Tensor, " batch"]) -> Float[Tensor, " *head"]:
     """Cross-entropy with integer labels at temperature 1: mean over the batch of -log softmax(logits)[label].
 
     Source: MFEF (ICANN 2022), Eq. (2); as in all cited code the sum over images there is a mean here.
     """
-    return F.cross_entropy(at_least_float32(logits), labels)
+    log_probabilities = F.log_softmax(at_least_float32(logits), dim=-1)
+    return -log_probabilities.gather(-1, labels.expand(logits.shape[:-1]).unsqueeze(-1)).squeeze(-1).mean(dim=-1)
 
 
 def soft_target_kl(
-    logits: Float[Tensor, "batch class"],
-    target_logits: Float[Tensor, "batch class"],
+    logits: Float[Tensor, "*head batch class"],
+    target_logits: Float[Tensor, "*head batch class"],
     temperature: float,
     detach: bool = True,
     epsilon: float = 0.0,
-) -> Float[Tensor, ""]:
+) -> Float[Tensor, " *head"]:
     """Pull softened predictions towards a target prediction: T^2 KL(softmax(target / T) || softmax(logits / T)).
 
     Summed over classes, averaged over the batch.
@@ -64,13 +66,13 @@ def soft_target_kl(
     Differs: epsilon is 0 by default; 1e-7 changes the value by less than 1e-5.
     """
     target_logits = at_least_float32(target_logits.detach() if detach else target_logits)
-    log_probabilities = F.log_softmax(at_least_float32(logits) / temperature, dim=1)
-    log_targets = F.log_softmax(target_logits / temperature, dim=1)
+    log_probabilities = F.log_softmax(at_least_float32(logits) / temperature, dim=-1)
+    log_targets = F.log_softmax(target_logits / temperature, dim=-1)
     targets = log_targets.exp()
     if epsilon:
         targets = targets + epsilon
         log_targets = targets.log()
-    divergence = (targets * (log_targets - log_probabilities)).sum(dim=1).mean()
+    divergence = (targets * (log_targets - log_probabilities)).sum(dim=-1).mean(dim=-1)
     return temperature**2 * divergence
 
 

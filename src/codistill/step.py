@@ -8,9 +8,9 @@ from torch import Tensor
 
 from codistill.checkpoint import warn
 from codistill.data.augment import Augmentation, Batch, DeviceImages
-from codistill.device import autocast
 from codistill.distributed import ALONE, Ranks
 from codistill.errors import UsageError
+from codistill.forward import TrainingForward
 from codistill.methods import Method
 from codistill.metrics import TermSums
 from codistill.watch import GRADIENT, FiniteWatch, norms, parameter_names
@@ -44,7 +44,7 @@ class PlainStep:
         self.images = images
         self.augmentation = augmentation
         self.optimizer = optimizer
-        self.precision = precision
+        self.forward = TrainingForward(method, precision)
         self.ranks = ranks
         self.sums = TermSums(images.labels.device)
         self.watch = FiniteWatch(images.labels.device)
@@ -78,9 +78,7 @@ class PlainStep:
 
     def terms(self, images: Tensor, labels: Tensor, progress: Tensor) -> dict[str, Tensor]:
         """Run the method and compute its losses."""
-        with autocast(labels.device, self.precision):
-            outputs = self.method(images)
-        return self.method.losses(outputs, labels, progress)
+        return self.method.losses(self.forward(images), labels, progress)
 
 
 class CapturedFleet:

@@ -88,10 +88,9 @@ class Taught(Method):
         given = outputs.teacher_logits
         if given is None:
             raise ValueError("the outputs have no teacher logits: they were computed in evaluation mode")
-        for index, logits in enumerate(outputs.logits):
-            target = given if given.ndim == 2 else given[index]
-            terms[f"kl/teacher->student{index}"] = self.weight * soft_target_kl(logits, target, self.temperature)
-        return terms
+        learning = torch.stack(list(outputs.logits))
+        divergences = self.weight * soft_target_kl(learning, given.expand_as(learning), self.temperature)
+        return terms | {f"kl/teacher->student{index}": each for index, each in enumerate(divergences.unbind())}
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """See `Method.parameter_groups`."""

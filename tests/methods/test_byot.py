@@ -143,7 +143,7 @@ def test_students_do_not_learn_from_each_other(batch):
     for name, term in method.losses(method(batch[0]), batch[1], NOW).items():
         other = method.cohort[1 if "student0" in name else 0]
         gradients = torch.autograd.grad(term, list(other.parameters()), retain_graph=True, allow_unused=True)
-        assert all(each is None for each in gradients), name
+        assert all(each is None or not each.any() for each in gradients), name
 
 
 def test_a_student_alone_is_the_same_beside_another(batch):

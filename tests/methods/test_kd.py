@@ -70,7 +70,7 @@ def test_each_student_learns_alone(make):
     assert method.cohort.shared_stages == 0
     method.losses(method(torch.randn(4, 3, 8, 8)), torch.tensor([0, 1, 2, 0]), START)["kl/teacher->student0"].backward()
     assert all(each.grad is not None and each.grad.any() for each in method.cohort[0].head.parameters())
-    assert all(each.grad is None for each in method.cohort[1].parameters())
+    assert all(each.grad is None or not each.grad.any() for each in method.cohort[1].parameters())
 
 
 def test_no_weight_on_the_labels_leaves_the_teacher(make):

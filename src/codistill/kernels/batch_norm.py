@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from codistill.networks.network import normalised as stock_normalised
@@ -72,7 +72,6 @@ def _normalise(
     scale_out,
     running_mean,
     running_var,
-    batches,
     rows,
     channels,
     part_rows,
@@ -104,8 +103,6 @@ def _normalise(
         tl.store(running_mean + column, old_mean + momentum * (mean - old_mean), known)
         old_var = tl.load(running_var + column, known, 0.0)
         tl.store(running_var + column, old_var + momentum * (deviation / (rows - 1) - old_var), known)
-        if tl.program_id(1) == 0:
-            tl.store(batches, tl.load(batches) + 1)
     slope = scale * tl.load(weight + column, known, 0.0)
     shift = tl.load(bias + column, known, 0.0)
     first = part * part_rows
@@ -302,7 +299,7 @@ class _BatchNormReLU(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
         skipped: Tensor | None,
-        running: tuple[Tensor, Tensor, Tensor],
+        running: tuple[Tensor, Tensor],
         momentum: float,
         eps: float,
         activated: bool,
@@ -377,7 +374,6 @@ def batch_norm_relu(
     bias: Float[Tensor, " channel"],
     running_mean: Float[Tensor, " channel"],
     running_var: Float[Tensor, " channel"],
-    batches: Int[Tensor, ""],
     skipped: Float[Tensor, "batch channel height width"] | None = None,
     activated: bool = True,
     momentum: float = 0.1,
@@ -393,7 +389,6 @@ def batch_norm_relu(
         bias: Added behind the weight.
         running_mean: Moved in place by `momentum` towards the batch's mean.
         running_var: Moved in place by `momentum` towards the batch's unbiased variance.
-        batches: Counted up in place, int64.
         skipped: What is added before the ReLU, or nothing.
         activated: Whether there is a ReLU.
         momentum: Share of the batch in the running statistics.
@@ -417,7 +412,7 @@ def batch_norm_relu(
     features = features.contiguous(memory_format=torch.channels_last)
     if skipped is not None:
         skipped = skipped.to(features.dtype).contiguous(memory_format=torch.channels_last)
-    running = (running_mean, running_var, batches)
+    running = (running_mean, running_var)
     result: Tensor = _BatchNormReLU.apply(features, weight, bias, skipped, running, momentum, eps, activated)
     return result
 
@@ -431,8 +426,8 @@ def normalised(
     """Compute in training mode what `networks.network.normalised` computes, with `batch_norm_relu`; else call it."""
     if not norm.training:
         return stock_normalised(features, norm, skipped, activated)
-    mean, var, batches = norm.running_mean, norm.running_var, norm.num_batches_tracked
-    assert mean is not None and var is not None and batches is not None and norm.momentum is not None
-    return batch_norm_relu(
-        features, norm.weight, norm.bias, mean, var, batches, skipped, activated, norm.momentum, norm.eps
-    )
+    mean, var, momentum = norm.running_mean, norm.running_var, norm.momentum
+    assert mean is not None and var is not None and momentum is not None
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    return batch_norm_relu(features, norm.weight, norm.bias, mean, var, skipped, activated, momentum, norm.eps)

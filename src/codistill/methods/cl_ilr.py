@@ -100,11 +100,15 @@ class CLILR(Method):
         """Give `ce/student<j>` and `kl/peers->student<j>` of each student; see `Method.losses`."""
         weight = self.settings.label_weight
         terms = {name: weight * term for name, term in cross_entropy_terms(outputs.logits, labels).items()}
-        for index, logits in enumerate(outputs.logits):
-            target = self.consensus([*outputs.logits[:index], *outputs.logits[index + 1 :]])
-            divergence = ramped_kl(logits, target, progress, self.settings, self.settings.detach_teachers)
-            terms[f"kl/peers->student{index}"] = (1 - weight) * divergence
-        return terms
+        pairs = {
+            f"kl/peers->student{index}": (
+                logits,
+                self.consensus([*outputs.logits[:index], *outputs.logits[index + 1 :]]),
+            )
+            for index, logits in enumerate(outputs.logits)
+        }
+        divergences = ramped_kl(pairs, progress, self.settings, self.settings.detach_teachers)
+        return terms | {name: (1 - weight) * divergence for name, divergence in divergences.items()}
 
     def consensus(self, others: Sequence[Float[Tensor, "batch class"]]) -> Float[Tensor, "batch class"]:
         """Give what the other students agree on, as logits."""

@@ -1,8 +1,10 @@
-"""What the methods that teach by softened logits have in common: settings, and one term."""
+"""What the methods that teach by softened logits have in common: settings, and their terms."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -35,20 +37,20 @@ class DistillationSettings(MethodSettings):
 
 
 def ramped_kl(
-    logits: Float[Tensor, "batch class"],
-    target_logits: Float[Tensor, "batch class"],
+    pairs: Mapping[str, tuple[Float[Tensor, "batch class"], Float[Tensor, "batch class"]]],
     progress: Float[Tensor, ""],
     settings: DistillationSettings,
     detach: bool,
-) -> Float[Tensor, ""]:
-    """Give r(t) T^2 KL(softmax(target / T) || softmax(logits / T)).
+) -> dict[str, Float[Tensor, ""]]:
+    """Give r(t) T^2 KL(softmax(target / T) || softmax(logits / T)) of each pair under its name, all at once.
 
     Args:
-        logits: Scores of the one that learns.
-        target_logits: Scores of the one that teaches.
+        pairs: By the name of the term, scores of the one that learns, and of the one that teaches.
         progress: Share of the epochs that are done.
         settings: Temperature, ramp-up and epsilon.
-        detach: Whether the target gets no gradient; of the settings where the target has no parameters of its own.
+        detach: Whether the targets get no gradient; of the settings where a target has no parameters of its own.
     """
-    divergence = soft_target_kl(logits, target_logits, settings.temperature, detach, settings.target_epsilon)
-    return ramp_up(progress, settings.ramp_up).to(divergence.dtype) * divergence
+    logits, targets = (torch.stack(side) for side in zip(*pairs.values(), strict=True))
+    divergences = soft_target_kl(logits, targets, settings.temperature, detach, settings.target_epsilon)
+    ramped = ramp_up(progress, settings.ramp_up).to(divergences.dtype) * divergences
+    return dict(zip(pairs, ramped.unbind(), strict=True))

@@ -92,15 +92,14 @@ class DML(Method):
         self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
     ) -> dict[str, Float[Tensor, ""]]:
         """Give `ce/student<i>`, and `kl/student<j>->student<i>` or `kl/peers->student<i>`; see `Method.losses`."""
-        settings = self.settings
+        settings, count = self.settings, len(self.cohort)
         terms = cross_entropy_terms(outputs.logits, labels)
+        pairs: dict[str, tuple[Tensor, Tensor]] = {}
         for index, logits in enumerate(outputs.logits):
-            peers = {f"student{peer}": each for peer, each in enumerate(outputs.logits) if peer != index}
+            targets = {f"student{peer}": each for peer, each in enumerate(outputs.logits) if peer != index}
             if settings.target == "mean":
-                targets, share = {"peers": mean_logits(list(peers.values()))}, 1.0
-            else:
-                targets, share = peers, 1 / len(peers) if settings.divide_by_peers else 1.0
-            for name, target in targets.items():
-                divergence = ramped_kl(logits, target, progress, settings, settings.detach_teachers)
-                terms[f"kl/{name}->student{index}"] = share * divergence
-        return terms
+                targets = {"peers": mean_logits(list(targets.values()))}
+            pairs |= {f"kl/{name}->student{index}": (logits, target) for name, target in targets.items()}
+        share = 1 / (count - 1) if settings.divide_by_peers and settings.target != "mean" else 1.0
+        divergences = ramped_kl(pairs, progress, settings, settings.detach_teachers)
+        return terms | {name: share * divergence for name, divergence in divergences.items()}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from codistill.cohort import Outputs
 from codistill.errors import UsageError
-from codistill.losses import cross_entropy, mean_logits, mixture_logits
+from codistill.losses import mean_logits, mixture_logits
 from codistill.methods.distillation import DistillationSettings, ramped_kl
 from codistill.methods.independent import cross_entropy_terms
 from codistill.methods.method import METHODS, GroupPredictor, Method, ParameterGroup
@@ -69,15 +69,10 @@ def fusion_terms(
     """
     if outputs.fused_logits is None:
         raise ValueError("the outputs have no fused logits")
-    terms = cross_entropy_terms(outputs.logits, labels)
-    terms["ce/fused"] = cross_entropy(outputs.fused_logits, labels)
-    for index, logits in enumerate(outputs.logits):
-        terms[f"kl/fused->student{index}"] = ramped_kl(
-            logits, outputs.fused_logits, progress, settings, settings.detach_teachers
-        )
-    group = group_logits(outputs, settings)
-    terms["kl/ensemble->fused"] = ramped_kl(outputs.fused_logits, group, progress, settings, settings.detach_teachers)
-    return terms
+    terms = cross_entropy_terms(outputs.logits, labels, fused=outputs.fused_logits)
+    pairs = {f"kl/fused->student{index}": (logits, outputs.fused_logits) for index, logits in enumerate(outputs.logits)}
+    pairs["kl/ensemble->fused"] = (outputs.fused_logits, group_logits(outputs, settings))
+    return terms | ramped_kl(pairs, progress, settings, settings.detach_teachers)
 
 
 @METHODS.register("ffl")

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -20,10 +21,14 @@ class IndependentSettings(MethodSettings):
 
 
 def cross_entropy_terms(
-    logits: Sequence[Float[Tensor, "batch class"]], labels: Int[Tensor, " batch"]
+    logits: Sequence[Float[Tensor, "batch class"]],
+    labels: Int[Tensor, " batch"],
+    **others: Float[Tensor, "batch class"],
 ) -> dict[str, Float[Tensor, ""]]:
-    """Give the term `ce/student<j>` of each student."""
-    return {f"ce/student{index}": cross_entropy(each, labels) for index, each in enumerate(logits)}
+    """Give the term `ce/student<j>` of each student and `ce/<name>` of each other head, all at once."""
+    names = [*(f"student{index}" for index in range(len(logits))), *others]
+    losses = cross_entropy(torch.stack([*logits, *others.values()]), labels)
+    return {f"ce/{name}": loss for name, loss in zip(names, losses.unbind(), strict=True)}
 
 
 @METHODS.register("independent")

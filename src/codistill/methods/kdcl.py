@@ -248,9 +248,11 @@ class KDCL(Method):
         """
         terms = cross_entropy_terms(outputs.logits, labels)
         target = self.target_logits(outputs.logits, labels)
-        for index, logits in enumerate(outputs.logits):
-            divergence = soft_target_kl(logits, target, self.settings.temperature)
-            terms[f"kl/target->student{index}"] = self.settings.weight * divergence
+        learning = torch.stack(list(outputs.logits))
+        divergences = self.settings.weight * soft_target_kl(
+            learning, target.expand_as(learning), self.settings.temperature
+        )
+        terms |= {f"kl/target->student{index}": divergence for index, divergence in enumerate(divergences.unbind())}
         if self.ensemble is not None and self.training:
             with torch.no_grad():
                 stacked = torch.stack([at_least_float32(each) for each in outputs.logits])

@@ -181,10 +181,8 @@ class MFEF(Method):
         terms = cross_entropy_terms(outputs.logits, labels)
         if self.settings.distillation == "ensemble":
             group = group_logits(outputs, self.settings)
-            for index, logits in enumerate(outputs.logits):
-                terms[f"kl/ensemble->student{index}"] = ramped_kl(
-                    logits, group, progress, self.settings, self.settings.detach_teachers
-                )
+            pairs = {f"kl/ensemble->student{index}": (logits, group) for index, logits in enumerate(outputs.logits)}
+            terms |= ramped_kl(pairs, progress, self.settings, self.settings.detach_teachers)
         return terms
 
     def parameter_groups(self) -> list[ParameterGroup]:

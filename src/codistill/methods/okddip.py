@@ -117,11 +117,10 @@ class OKDDip(Method):
     ) -> dict[str, Float[Tensor, ""]]:
         """Give `ce/student<j>` and `kl/peers->student<j>` of each student; see `Method.losses`."""
         terms = cross_entropy_terms(outputs.logits, labels)
-        targets = self.targets(outputs)
-        for index, (logits, target) in enumerate(zip(outputs.logits, targets, strict=True)):
-            # What is to be held fixed already is: the attention must learn through its targets.
-            terms[f"kl/peers->student{index}"] = ramped_kl(logits, target, progress, self.settings, detach=False)
-        return terms
+        learning = enumerate(zip(outputs.logits, self.targets(outputs), strict=True))
+        pairs = {f"kl/peers->student{index}": pair for index, pair in learning}
+        # What is to be held fixed already is: the attention must learn through its targets.
+        return terms | ramped_kl(pairs, progress, self.settings, detach=False)
 
     def targets(self, outputs: Outputs) -> list[Float[Tensor, "batch class"]]:
         """Give the logits that each student learns from: a mixture for each peer, and the mean for the leader."""

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from codistill.cohort import Outputs
-from codistill.losses import cross_entropy, weighted_logits
+from codistill.losses import weighted_logits
 from codistill.methods.distillation import DistillationSettings, ramped_kl
 from codistill.methods.independent import cross_entropy_terms
 from codistill.methods.method import METHODS, GroupPredictor, Method
@@ -116,13 +116,9 @@ class ONE(Method):
         fused = outputs.fused_logits
         if fused is None:
             raise ValueError("the outputs have no fused logits")
-        terms = cross_entropy_terms(outputs.logits, labels)
-        terms["ce/fused"] = cross_entropy(fused, labels)
-        for index, logits in enumerate(outputs.logits):
-            terms[f"kl/fused->student{index}"] = ramped_kl(
-                logits, fused, progress, self.settings, self.settings.detach_teachers
-            )
-        return terms
+        terms = cross_entropy_terms(outputs.logits, labels, fused=fused)
+        pairs = {f"kl/fused->student{index}": (logits, fused) for index, logits in enumerate(outputs.logits)}
+        return terms | ramped_kl(pairs, progress, self.settings, self.settings.detach_teachers)
 
     def predictors(self) -> dict[str, nn.Module]:
         """Give the students, their ensemble and the gated ensemble; see `Method.predictors`."""

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from codistill.cohort import Outputs
 from codistill.errors import UsageError
-from codistill.losses import cross_entropy
 from codistill.methods.distillation import DistillationSettings, ramped_kl
 from codistill.methods.independent import cross_entropy_terms
 from codistill.methods.method import METHODS, GroupPredictor, Method, ParameterGroup
@@ -132,14 +131,15 @@ class PCL(Method):
         fused, chosen, count = outputs.fused_logits, self.settings, len(self.cohort)
         if fused is None:
             raise ValueError("the outputs have no fused logits")
-        terms = cross_entropy_terms(outputs.logits, labels)
-        terms["ce/fused"] = cross_entropy(fused, labels)
+        terms = cross_entropy_terms(outputs.logits, labels, fused=fused)
+        pairs: dict[str, tuple[Tensor, Tensor]] = {}
         for index, logits in enumerate(outputs.logits):
-            terms[f"kl/fused->student{index}"] = ramped_kl(logits, fused, progress, chosen, chosen.detach_teachers)
+            pairs[f"kl/fused->student{index}"] = (logits, fused)
             for peer in (each for each in range(count) if each != index):
-                divergence = ramped_kl(logits, outputs.extras[f"mean{peer}"], progress, chosen, detach=True)
-                terms[f"kl/mean{peer}->student{index}"] = divergence / (count - 1)
-        return terms
+                pairs[f"kl/mean{peer}->student{index}"] = (logits, outputs.extras[f"mean{peer}"].detach())
+        divergences = ramped_kl(pairs, progress, chosen, chosen.detach_teachers)
+        shares = {name: 1 / (count - 1) if name.startswith("kl/mean") else 1.0 for name in pairs}
+        return terms | {name: shares[name] * divergence for name, divergence in divergences.items()}
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Put students and classifier into one group; the mean teachers are not trained."""

@@ -59,9 +59,9 @@ class DualAttention(nn.Module):
         self, feature_map: Float[Tensor, "batch channel height width"]
     ) -> Float[Tensor, "batch channel 1 1"]:
         """Compute w_c, in (0, 1)."""
-        average = feature_map.mean(dim=(2, 3))
-        maximum = feature_map.flatten(2).max(dim=2).values
-        return torch.sigmoid(self.channel(average) + self.channel(maximum))[:, :, None, None]
+        pooled = torch.stack([feature_map.mean(dim=(2, 3)), feature_map.flatten(2).max(dim=2).values])
+        of_average, of_maximum = self.channel(pooled)
+        return torch.sigmoid(of_average + of_maximum)[:, :, None, None]
 
     def spatial_weights(
         self, feature_map: Float[Tensor, "batch channel height width"]
