@@ -23,7 +23,8 @@ import codistill  # noqa: F401  # isort: skip
 import torch
 import tyro
 
-from codistill.bench import CLASSES, SIDE, Contestant, plain_loop, ratio, resident_loop, rounds_in_turn, timed
+from codistill.bench_loop import CLASSES, SIDE, plain_loop, resident_loop
+from codistill.bench_measurement import Contestant, ratio, rounds_in_turn, timed
 from codistill.config import RunConfig, TrainSettings, default_config
 from codistill.methods import Method
 from codistill.run import build_method, environment

@@ -25,7 +25,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from codistill.bench import resident_loop
+from codistill.bench_loop import resident_loop
 from codistill.compiling import compile_in_place, parts_of
 from codistill.config import RunConfig, TrainSettings, default_config
 from codistill.device import choose_algorithms, choose_device

@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
-from codistill import bench as bench_module
-from codistill.bench import STATISTICS, Contestant, PlainImages, images, lines, rounds_in_turn
+from codistill import bench_measurement
+from codistill.bench_loop import STATISTICS, PlainImages, images
+from codistill.bench_measurement import Contestant, rounds_in_turn
+from codistill.bench_text import lines
 from codistill.cli import main
 
 ARGUMENTS = ["bench", "mfef", "--networks", "tiny", "tiny", "-b", "64", "--seconds", "0.5", "--device", "cpu"]
@@ -80,7 +82,7 @@ def test_refusals(tiny_registered, capsys, tmp_path):
 
 def test_rounds_take_turns_and_keep_the_time(monkeypatch):
     now, trained = [0.0], []
-    monkeypatch.setattr(bench_module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(bench_measurement.time, "perf_counter", lambda: now[0])
 
     def contestant(name: str, cost: float) -> Contestant:
         def train(steps: int) -> None:
