@@ -110,14 +110,14 @@ def test_values_statistics_and_gradients_are_those_of_float64(shape, skipped, ac
 @runs_kernels
 @pytest.mark.parametrize(("skipped", "activated"), [(True, True), (False, True), (True, False), (False, False)])
 def test_several_parts_blocks_and_tiles(monkeypatch, skipped, activated):
-    from codistill.kernels import batch_norm
+    from codistill.kernels import batch_norm_tiling
 
     # Three parts of two tiles each, the last one not full; two blocks of channels, the last one not full.
-    monkeypatch.setattr(batch_norm, "MAX_PARTS", 3)
-    monkeypatch.setattr(batch_norm, "MIN_TILE", 64 * 8)
-    monkeypatch.setattr(batch_norm, "MAX_TILE", 64 * 8)
+    monkeypatch.setattr(batch_norm_tiling, "MAX_PARTS", 3)
+    monkeypatch.setattr(batch_norm_tiling, "MIN_TILE", 64 * 8)
+    monkeypatch.setattr(batch_norm_tiling, "MAX_TILE", 64 * 8)
     case = Case((5, 70, 3, 3), skipped, activated)
-    tiling = batch_norm.Tiling.of(case.features)
+    tiling = batch_norm_tiling.Tiling.of(case.features)
     assert tiling.grid == (3, 2) and tiling.part_rows == 2 * tiling.block_rows == 16
     assert_near(case.fused(), case.stock(), 2e-5)
 
