@@ -1,5 +1,6 @@
 """What all tests share: one thread, a fixed seed, tiny networks and a batch for them."""
 
+import importlib
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import codistill as cd
-from codistill import loop
+from codistill import cli, loop
+from codistill.config import RunConfig
 from codistill.networks import Network, PooledLinear
 from codistill.networks.network import conv_bn, initialise
 
@@ -61,6 +63,21 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> cd.Run:
     method = cd.MFEF([cd.network("resnet20", 10), cd.network("resnet20", 10)], num_classes=10)
     cd.train(method, data, out=folder / "run", settings=settings, show=False)
     return cd.Run(folder / "run")
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunConfig]:
+    """Parse a whole command line as `codistill train` does, without training."""
+
+    def parse(*arguments: str) -> RunConfig:
+        seen: list[RunConfig] = []
+        # By its full name, for `codistill.train` is the function.
+        module = importlib.import_module("codistill.train")
+        monkeypatch.setattr(module, "train_from_config", lambda config, *_, **__: seen.append(config))
+        cli.train_command([*arguments])
+        return seen[0]
+
+    return parse
 
 
 @pytest.fixture

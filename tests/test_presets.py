@@ -10,8 +10,9 @@ import pytest
 
 from codistill import cli
 from codistill.cli import main
-from codistill.config import RunConfig, default_config, mapping_arguments, parse_config
+from codistill.config import RunConfig, default_config
 from codistill.errors import UsageError
+from codistill.flags import mapping_arguments, parse_config
 from codistill.methods import METHODS
 from codistill.networks import NETWORKS
 from codistill.presets import PRESETS, find_preset, preset_run, renamed

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from codistill.config import mapping_arguments, parse_config
 from codistill.data.dataset import Pixels
 from codistill.errors import CheckpointError, CodistillError, UsageError
+from codistill.flags import mapping_arguments, parse_config
 from codistill.run import Run, build_method
 
 CARD_KEY = "codistill"

@@ -15,17 +15,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from codistill.config import (
-    default_config,
-    mapping_arguments,
-    parse_flags,
-    read_recipe,
-    setting_names,
-    unknown_option,
-    with_place,
-)
+from codistill.config import default_config
 from codistill.data import DATASETS
 from codistill.errors import CodistillError, DivergedError, UsageError, WorkerError
+from codistill.flags import mapping_arguments, parse_flags, setting_names, unknown_option
 from codistill.methods import METHODS
 from codistill.networks import NETWORKS
 from codistill.options import (
@@ -39,6 +32,7 @@ from codistill.options import (
     TrainOptions,
 )
 from codistill.presets import PRESETS, find_preset, preset_run, renamed
+from codistill.recipe import read_recipe, with_place
 from codistill.registry import near_matches
 from codistill.signals import Terminated, terminate
 

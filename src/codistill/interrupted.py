@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from codistill.checkpoint import position
-from codistill.config import PLACES, RunConfig, parse_flags
+from codistill.config import PLACES, RunConfig
 from codistill.data.dataset import Dataset
 from codistill.distributed import ALONE, Ranks
 from codistill.errors import CheckpointError, DataError, UsageError
+from codistill.flags import parse_flags
 from codistill.loop import Loop
 from codistill.methods import Method
 from codistill.prepare import Resident, prepared

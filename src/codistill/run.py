@@ -14,10 +14,11 @@ import numpy
 import torch
 
 from codistill.checkpoint import CheckpointStore, load_weights, read_json, write_atomically, write_json
-from codistill.config import RunConfig, mapping_arguments, parse_config, shown
+from codistill.config import RunConfig
 from codistill.data.augment import INIT_STREAM, generator
 from codistill.data.dataset import Dataset, dataset
 from codistill.errors import CheckpointError, DataError, UsageError
+from codistill.flags import mapping_arguments, parse_config, shown
 from codistill.host import keep_freed_memory
 from codistill.methods import METHODS, Method
 from codistill.networks import network

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from codistill.config import PLACES, RunConfig, mapping_arguments, parse_config, read_table
+from codistill.config import PLACES, RunConfig
 from codistill.errors import CodistillError, UsageError
+from codistill.flags import mapping_arguments, parse_config
 from codistill.methods import METHODS
+from codistill.recipe import read_table
 from codistill.registry import near_matches
 from codistill.run import Run
 
