@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import codistill as cd
-from codistill import cli, loop
+from codistill import commands, loop
 from codistill.config import RunConfig
 from codistill.networks import Network, PooledLinear
 from codistill.networks.network import conv_bn, initialise
@@ -74,7 +74,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunConfig]:
         # By its full name, for `codistill.train` is the function.
         module = importlib.import_module("codistill.train")
         monkeypatch.setattr(module, "train_from_config", lambda config, *_, **__: seen.append(config))
-        cli.train_command([*arguments])
+        commands.train_command([*arguments])
         return seen[0]
 
     return parse

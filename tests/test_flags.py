@@ -3,7 +3,7 @@
 import pytest
 
 from codistill.errors import UsageError
-from codistill.flags import mapping_arguments
+from codistill.flags import flag_value, has_flag, mapping_arguments
 
 
 def test_unknown_flags_name_their_neighbours(parsed):
@@ -24,3 +24,8 @@ def test_short_names_of_flags(parsed):
 def test_settings_of_a_file_are_flags():
     flags = mapping_arguments({"epochs": 3, "data_dir": None}, {"attention": False}, "mfef", lambda key: "here")
     assert flags == ["--epochs=3", "--data-dir=None", "--method.no-attention"]
+
+
+def test_the_last_flag_counts():
+    assert flag_value(["--a", "1", "--a=2", "--b", "3"], "--a") == "2"
+    assert flag_value(["--a"], "--a") == "" and not has_flag(["--ab"], "--a")

@@ -8,7 +8,6 @@ import signal
 
 import pytest
 
-from codistill import cli
 from codistill.cli import main
 from codistill.config import RunConfig, default_config
 from codistill.errors import UsageError
@@ -250,8 +249,3 @@ def test_the_help_names_every_preset(capsys):
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     said = re.search(r"Settings of a paper as a whole: (.*?); codistill list", text)
     assert set(re.split(r", | or ", said[1])) == set(PRESETS)
-
-
-def test_the_last_flag_counts():
-    assert cli.flag_value(["--a", "1", "--a=2", "--b", "3"], "--a") == "2"
-    assert cli.flag_value(["--a"], "--a") == "" and not cli.has_flag(["--ab"], "--a")

@@ -7,7 +7,7 @@ import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -15,6 +15,8 @@ from codistill.config import RECORDED_KEYS, RunConfig, TeacherSettings, TrainSet
 from codistill.errors import UsageError
 from codistill.methods import METHODS
 from codistill.registry import near_matches
+
+T = TypeVar("T")
 
 
 def mapping_arguments(
@@ -109,6 +111,19 @@ def parse_config(method_name: str, arguments: Sequence[str], prog: str = "codist
     return parsed
 
 
+def options(kind: type[T], arguments: Sequence[str], command: str) -> T:
+    """Parse the flags of a command.
+
+    Raises:
+        UsageError: In one line.
+    """
+    parsed, unknown = parse_flags(kind, arguments, None, command)
+    if unknown:
+        raise UsageError(unknown_option(unknown[0], (field.name for field in dataclasses.fields(kind)), command))  # type: ignore[arg-type]
+    assert isinstance(parsed, kind)
+    return parsed
+
+
 def setting_names(method_name: str) -> list[str]:
     """List the settings of a run with a method, as their flags are named."""
     names = [name for name in RunConfig().as_mapping() if name != "method"]
@@ -141,3 +156,18 @@ def parse_flags(kind: Any, arguments: Sequence[str], default: Any, prog: str) ->
         said = " ".join(line for line in lines if line and not line.startswith("For full helptext"))
         raise UsageError(f"{prog}: {said.partition('Argument helptext')[0].strip()}") from None
     return parsed, list(unknown)
+
+
+def has_flag(arguments: Sequence[str], flag: str) -> bool:
+    """Say whether a flag that takes a value was given, as `--flag value` or `--flag=value`."""
+    return any(argument.partition("=")[0] == flag for argument in arguments)
+
+
+def flag_value(arguments: Sequence[str], flag: str) -> str:
+    """Give the value of a flag that was given; of the last one, if it was given twice."""
+    found = ""
+    for index, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == flag:
+            found = value if equals else next(iter(arguments[index + 1 :]), "")
+    return found
