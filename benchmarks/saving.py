@@ -26,7 +26,8 @@ import codistill as cd  # isort: skip
 import torch
 
 from codistill.config import default_config
-from codistill.loop import Loop, completed, heed
+from codistill.epochs import completed, heed
+from codistill.loop import Loop
 from codistill.prepare import build_taught, load_named_data, prepared
 from codistill.run import environment
 from codistill.saving import Saver
@@ -40,7 +41,7 @@ def unsafe() -> Iterator[None]:
     with (
         mock.patch("codistill.step.norms", lambda gradients: []),
         mock.patch.object(cd.watch.FiniteWatch, "update", lambda self, names, values: None),
-        mock.patch("codistill.loop.state_damage", lambda state: ([], torch.zeros(0))),
+        mock.patch("codistill.divergence.state_damage", lambda state: ([], torch.zeros(0))),
         mock.patch.object(Saver, "copy", lambda self, state: {}),
         mock.patch.object(Saver, "log", lambda self, row, state, best: None),
     ):

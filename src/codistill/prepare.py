@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from codistill.checkpoint import write_json
 from codistill.compiling import compile_parts
 from codistill.config import RunConfig, TrainSettings
 from codistill.data.augment import DeviceImages, seeded_order
@@ -21,12 +20,13 @@ from codistill.errors import ResourceError, UsageError
 from codistill.follower import Follower
 from codistill.host import set_up_cpu
 from codistill.kernels import use_fused
-from codistill.loop import Loop, network_names, run_facts, status_of
+from codistill.loop import Loop
 from codistill.methods import METHODS, Method
 from codistill.optim import make_optimizer
 from codistill.run import Run, RunLock, build_method, dataset_record, environment
 from codistill.saving import Saver
 from codistill.step import PlainStep
+from codistill.summary import network_names, write_summary_of_failure
 from codistill.teacher import Taught, load_teacher
 
 
@@ -241,13 +241,3 @@ def out_of_memory(config: RunConfig, method: Method, error: BaseException) -> Re
         f"out of memory: {config.method_name} with {names} at batch size {config.train.batch_size}: use a smaller "
         f"--batch-size, or fewer or smaller --networks{f' ({reason})' if reason else ''}"
     )
-
-
-def write_summary_of_failure(out: Path, config: RunConfig, method: Method, error: BaseException) -> None:
-    """Write the summary.json of a run that did not finish; one that already says how the run ended stays."""
-    path = out / "summary.json"
-    if path.exists() and Run(out).summary.get("status") in ("finished", "diverged"):
-        return
-    facts = {"status": status_of(error), "error": " ".join(str(error).split()), **run_facts(config, method)}
-    with contextlib.suppress(OSError):  # a full disk is what the error says already
-        write_json(path, facts)

@@ -16,10 +16,11 @@ from codistill.config import RunConfig, TeacherSettings, TrainSettings
 from codistill.data.dataset import Dataset
 from codistill.device import choose_device
 from codistill.distributed import MAX_RESTARTS, Ranks, launch, one_device_each
+from codistill.epochs import run_epochs
 from codistill.errors import DivergedError, UsageError
 from codistill.fleet import side_by_side
 from codistill.interrupted import InterruptedRun
-from codistill.loop import Loop, run_epochs
+from codistill.loop import Loop
 from codistill.methods import Method
 from codistill.prepare import (
     Resident,
@@ -31,9 +32,9 @@ from codistill.prepare import (
     prepared,
     run_record,
     split_training,
-    write_summary_of_failure,
 )
 from codistill.run import Run
+from codistill.summary import write_summary_of_failure
 from codistill.teacher import Taught
 
 SHARED_IN_A_FLEET = (

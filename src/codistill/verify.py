@@ -14,9 +14,9 @@ import torch
 from codistill.config import RunConfig
 from codistill.data.dataset import Split
 from codistill.device import choose_device
+from codistill.epochs import run_epochs
 from codistill.errors import CheckpointError, UsageError
 from codistill.interrupted import InterruptedRun
-from codistill.loop import run_epochs
 from codistill.prepare import build_taught, load_named_data, prepared
 from codistill.run import Run
 from codistill.signals import Interrupted
