@@ -15,9 +15,10 @@ from pathlib import Path
 import tyro
 
 from codistill.config import RunConfig, TeacherSettings, TrainSettings, default_config
+from codistill.fleet import train_fleet
 from codistill.methods import METHODS
 from codistill.run import Run
-from codistill.train import train_fleet, train_from_config
+from codistill.train import train_from_config
 
 STUDENTS = {"okddip": 3, "byot": 1}
 

@@ -16,9 +16,10 @@ import tyro
 from scipy import stats
 
 from codistill.config import Precision, RunConfig, TrainSettings, default_config
+from codistill.fleet import train_fleet
 from codistill.methods import METHODS
+from codistill.resume import resume
 from codistill.run import Run
-from codistill.train import resume, train_fleet
 
 ARMS: tuple[Precision, ...] = ("float32", "bf16")
 

@@ -15,8 +15,8 @@ import pytest
 import codistill as cd
 from codistill import bench, loop
 from codistill.cli import main
+from codistill.fleet import train_fleet
 from codistill.methods import METHODS
-from codistill.train import train_fleet
 
 from . import tiny
 

@@ -12,10 +12,11 @@ from codistill.config import default_config
 from codistill.data.augment import Augmentation, DeviceImages, epoch_plan
 from codistill.distributed import ALONE, Ranks, launch
 from codistill.errors import UsageError
+from codistill.fleet import train_fleet
 from codistill.networks import Network, PooledLinear
 from codistill.optim import make_optimizer, momentum_buffers
 from codistill.step import PlainStep
-from codistill.train import train_fleet, train_from_config, train_on_processes
+from codistill.train import train_from_config, train_on_processes
 
 from . import tiny
 

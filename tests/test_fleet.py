@@ -1,7 +1,6 @@
 """Runs side by side: each ends, to the last bit, as it would have ended alone."""
 
 import dataclasses
-import importlib
 import json
 import math
 import signal
@@ -12,23 +11,24 @@ import pytest
 import torch
 
 import codistill as cd
-from codistill import fleet
+from codistill import fleet, resume
 from codistill.cli import main
 from codistill.config import RunConfig, TeacherSettings, default_config
 from codistill.data.augment import Augmentation, Batch, DeviceImages, epoch_plan
 from codistill.device import choose_algorithms
 from codistill.errors import DataError, UsageError
+from codistill.fleet import train_fleet, train_seeds
 from codistill.methods import METHODS
 from codistill.methods.kdcl import KDCLSettings
 from codistill.optim import make_optimizer
+from codistill.resume import resume_together
 from codistill.step import CapturedFleet, PlainStep, SequentialFleet, make_fleet
 from codistill.teacher import Taught
-from codistill.train import resume_together, train_fleet, train_from_config, train_seeds
+from codistill.train import train_from_config
 
 from . import tiny
 from .faults.asserting import refused
 
-train_module = importlib.import_module("codistill.train")
 CPU = torch.device("cpu")
 TINY = ["--networks", "tiny", "tiny", "--data", "packed", "--batch-size", "8", "--lr", "0.05", "--threads", "1"]
 STUDENTS = {"okddip": 3, "byot": 1}
@@ -211,7 +211,7 @@ def poison(monkeypatch, seed: int, step: int = 4, kind: type[cd.Method] = cd.MFE
             terms["ce/student0"] = terms["ce/student0"] * math.nan
         return terms
 
-    build = train_module.build_taught
+    build = fleet.build_taught
 
     def built(config, data):
         method = build(config, data)
@@ -219,7 +219,7 @@ def poison(monkeypatch, seed: int, step: int = 4, kind: type[cd.Method] = cd.MFE
         return method
 
     monkeypatch.setattr(kind, "losses", poisoned)
-    monkeypatch.setattr(train_module, "build_taught", built)
+    monkeypatch.setattr(fleet, "build_taught", built)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2], ids=["first", "middle", "last"])
@@ -268,7 +268,7 @@ def test_as_many_runs_at_a_time_as_memory_holds(config, monkeypatch, capsys, cou
 
 def test_groups_one_after_the_other(config, monkeypatch):
     configs = [config(seed=seed) for seed in (0, 1, 2)]
-    monkeypatch.setattr(train_module, "side_by_side", lambda *_: [2, 1])
+    monkeypatch.setattr(fleet, "side_by_side", lambda *_: [2, 1])
     runs = train_fleet(configs, folders(3), show=False)
     assert [run.path for run in runs] == folders(3)
     for index, each in enumerate(configs):
@@ -278,7 +278,8 @@ def test_groups_one_after_the_other(config, monkeypatch):
 def test_groups_that_wait_are_resumed_too(config, monkeypatch):
     configs = [config(seed=seed) for seed in (0, 1, 2)]
     sizes = {3: [2, 1], 2: [1, 1], 1: [1]}
-    monkeypatch.setattr(train_module, "side_by_side", lambda methods, *_: sizes[len(methods)])
+    for module in (fleet, resume):
+        monkeypatch.setattr(module, "side_by_side", lambda methods, *_: sizes[len(methods)])
     call, count = PlainStep.__call__, iter(range(100))
 
     def stopping(self, *arguments):

@@ -8,6 +8,7 @@ import signal
 
 import pytest
 
+from codistill import fleet
 from codistill.cli import main
 from codistill.config import RunConfig, default_config
 from codistill.errors import UsageError
@@ -36,7 +37,7 @@ def chosen(monkeypatch):
     seen: list[RunConfig] = []
     train = importlib.import_module("codistill.train")
     monkeypatch.setattr(train, "train_from_config", lambda config, *_, **__: seen.append(config))
-    monkeypatch.setattr(train, "train_seeds", lambda config, seeds, out: seen.append(config) or [])
+    monkeypatch.setattr(fleet, "train_seeds", lambda config, seeds, out: seen.append(config) or [])
 
     def parse(*arguments: str) -> RunConfig:
         assert main(["train", *arguments, *DATA]) == 0

@@ -13,7 +13,7 @@ from codistill import loop
 from codistill.cli import main
 from codistill.data.augment import DeviceImages
 from codistill.errors import CheckpointError, UsageError
-from codistill.train import resume, resume_together
+from codistill.resume import resume, resume_together
 from codistill.verify import end_state as end_digest
 
 from . import tiny

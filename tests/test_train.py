@@ -1,7 +1,6 @@
 """The epoch loop: what is trained on what, what is kept, and how it ends."""
 
 import dataclasses
-import importlib
 import json
 import math
 
@@ -16,9 +15,6 @@ from codistill.errors import CodistillError, DivergedError, UsageError
 from codistill.step import PlainStep
 
 from . import tiny
-
-# By its full name, for `codistill.train` is the function.
-train_module = importlib.import_module("codistill.train")
 
 
 @pytest.fixture

@@ -63,7 +63,8 @@ def train_command(arguments: Sequence[str]) -> None:
     path = Path(flag_value(rest, "--recipe")) if has_flag(rest, "--recipe") else None
     each = [train_options(rest, named, one) for one in paths or (path,)]
     parsed, configs = each[0], [options.config for options in each]
-    from codistill.train import free_folder, train_fleet, train_from_config, train_seeds
+    from codistill.fleet import train_fleet, train_seeds
+    from codistill.train import free_folder, train_from_config
 
     if parsed.verify_resume:
         from codistill.verify import verify_resume
@@ -95,7 +96,7 @@ def resume_command(arguments: Sequence[str]) -> None:
     chosen = options(ResumeOptions, arguments, "codistill resume")
     if not chosen.runs:
         raise UsageError("codistill resume: no run: name at least one run folder")
-    from codistill.train import resume_together
+    from codistill.resume import resume_together
 
     runs = resume_together(
         chosen.runs, chosen.data_dir, override=key_values(chosen.override), max_restarts=chosen.max_restarts

@@ -1,7 +1,13 @@
-"""How many runs train side by side on one GPU: as many as its memory holds."""
+"""Runs that train side by side on one device: how many at a time its memory holds, and their training."""
 
+import contextlib
 import copy
-from collections.abc import Sequence
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -9,11 +15,43 @@ from codistill.checkpoint import warn
 from codistill.config import RunConfig
 from codistill.data.augment import DeviceImages, epoch_plan
 from codistill.data.dataset import Dataset, Split
+from codistill.device import choose_device
+from codistill.epochs import run_epochs
+from codistill.errors import DivergedError, UsageError
 from codistill.evaluate import EVALUATION_BATCH, evaluate
+from codistill.loop import Loop
 from codistill.methods import Method
 from codistill.optim import make_optimizer
+from codistill.prepare import (
+    Resident,
+    build_taught,
+    check_shapes,
+    load_named_data,
+    placed,
+    prepared,
+    run_record,
+    split_training,
+)
+from codistill.run import Run
 from codistill.step import PlainStep
+from codistill.summary import write_summary_of_failure
+from codistill.train import free_folder
 
+SHARED_IN_A_FLEET = (
+    "data",
+    "data_dir",
+    "epochs",
+    "batch_size",
+    "drop_last",
+    "train_limit",
+    "validation",
+    "device",
+    "precision",
+    "deterministic",
+    "threads",
+)
+# Puts a run on its device, and closes it at the end.
+Opening = Callable[[], contextlib.AbstractContextManager[Loop]]
 # Captured graphs keep their memory apart from that of the steps before them, and allocators leave gaps.
 ALLOWANCE = 1.3
 USED_SHARE = 0.9
@@ -86,3 +124,106 @@ def side_by_side(
             f"they train in {groups} groups of at most {sizes[0]}, one after the other"
         )
     return sizes
+
+
+def train_seeds(config: RunConfig, seeds: Sequence[int], out: Path | None = None, show: bool = True) -> list[Run]:
+    """Train one run for each seed, side by side; see `train_fleet`.
+
+    Raises:
+        UsageError: A seed twice; otherwise as `train_fleet`.
+    """
+    if len(set(seeds)) < len(seeds):
+        raise UsageError(f"seeds are {list(seeds)}: name each once")
+    configs = [dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed)) for seed in seeds]
+    folder = out or free_folder(config, "seeds")
+    return train_fleet(configs, [folder / f"seed{seed}" for seed in seeds], show)
+
+
+def train_fleet(configs: Sequence[RunConfig], outs: Sequence[Path], show: bool = True) -> list[Run]:
+    """Train independent runs side by side on one device, each in its own run folder.
+
+    Each run ends as it would have ended alone; one that diverges is marked in its summary.json, and the others go on.
+
+    Args:
+        configs: Runs with the same data set, epochs, batch size, device and precision; they may differ in method,
+            networks and seed.
+        outs: A run folder for each.
+        show: Whether to print progress and the final tables.
+
+    Returns:
+        The runs, in order; `summary["status"]` says how each ended.
+
+    Raises:
+        UsageError: The runs do not go together, or one of them cannot work; nothing was written.
+    """
+    first = configs[0]
+    if any(config.train.processes > 1 for config in configs):
+        raise UsageError("runs side by side share one process: leave --processes out, or train one seed at a time")
+    for config in configs[1:]:
+        for key, value in shared(config).items():
+            if value != shared(first)[key]:
+                raise UsageError(f"runs side by side must have one {key}: {shared(first)[key]!r} and another")
+    if len(set(outs)) < len(outs):
+        raise UsageError("runs side by side need a run folder each, but one is named twice")
+    device = choose_device(first.train.device, first.train.precision)
+    data = load_named_data(first)
+    methods = [build_taught(config, data) for config in configs]
+    # All of them before the first run folder is made.
+    for method, config, out in zip(methods, configs, outs, strict=True):
+        config.train.augmentation(data)
+        split_training(data, config.train)
+        check_shapes(method, data)
+        Run.refuse_taken(out)
+    sizes = side_by_side(methods, configs, data, device)
+    waiting: dict[Path, Run] = {}
+    # The runs of later groups have a folder from the beginning, so that `resume` knows them.
+    for method, config, out in list(zip(methods, configs, outs, strict=True))[sizes[0] :]:
+        waiting[out], lock = Run.create(out, run_record(placed(config, data), data, device), method, data)
+        lock.release()
+    resident = Resident(data.statistics, device)
+    openings = [
+        functools.partial(
+            prepared, method, data, config, out, device, show, out.name, waiting.get(out), resident=resident
+        )
+        for method, config, out in zip(methods, configs, outs, strict=True)
+    ]
+    return train_in_groups(openings, sizes, mark_diverged)
+
+
+def train_in_groups(
+    openings: Sequence[Opening], sizes: Sequence[int], diverged: Callable[[Loop, DivergedError], None]
+) -> list[Run]:
+    """Train runs side by side, one group after the other.
+
+    Args:
+        openings: What puts each run on its device.
+        sizes: How many runs each group has.
+        diverged: See `run_epochs`.
+
+    Returns:
+        The runs, in order.
+    """
+    waiting = iter(openings)
+    return [run for size in sizes for run in train_side_by_side(list(itertools.islice(waiting, size)), diverged)]
+
+
+def train_side_by_side(openings: Sequence[Opening], diverged: Callable[[Loop, DivergedError], None]) -> list[Run]:
+    """Train one group of runs, and leave its methods on the host; see `train_in_groups`."""
+    with contextlib.ExitStack() as held:
+        loops = [held.enter_context(opening()) for opening in openings]
+        run_epochs(loops, diverged)
+        for loop in loops:
+            loop.method.cpu()
+    return [loop.run for loop in loops]
+
+
+def shared(config: RunConfig) -> dict[str, Any]:
+    """Give the settings that runs side by side have in common."""
+    mapping = config.as_mapping()
+    return {key: mapping[key] for key in SHARED_IN_A_FLEET}
+
+
+def mark_diverged(loop: Loop, error: DivergedError) -> None:
+    """Write how a run ended that is dropped from a fleet, and say so."""
+    write_summary_of_failure(loop.run.path, loop.config, loop.method, error)
+    warn(f"{loop.run.path.name} is dropped: {error}")

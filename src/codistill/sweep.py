@@ -17,13 +17,13 @@ from codistill.checkpoint import write_atomically
 from codistill.console import LastingConsole
 from codistill.errors import CodistillError, UsageError, WorkerError
 from codistill.executor import EXECUTORS
+from codistill.fleet import shared
 from codistill.methods import METHODS
 from codistill.registry import near_matches
 from codistill.run import Run, RunLock
 from codistill.signals import Interrupted, Terminated
 from codistill.sweep_plan import PlannedRun, find_folders, read_spec
 from codistill.sweep_table import Row, shown_tables, write_tables
-from codistill.train import shared
 
 # How often a run is tried whose process was killed, or lost a worker of its own: once, and two times again.
 ATTEMPTS = 3
