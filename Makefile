@@ -11,8 +11,9 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -
 train: $(VENV)/.core
 	$(BIN)/codistill train mfef --networks resnet20 resnet20 --data digits --epochs 10 --batch-size 64
 
+# A worker for each core, and one thread in each: more would wait for each other.
 test: check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 # Style and types.
 check: $(VENV)/.dev

@@ -1,4 +1,4 @@
-"""The command line: `codistill train | resume | evaluate | predict | export | list`; its help, dispatch and errors."""
+"""The command line `codistill`: its help, dispatch and errors."""
 
 import errno
 import os
