@@ -1,10 +1,10 @@
-"""Measure on a CPU what the fixed choices rest on: memory layout, threads, compiler, and how waiting threads wait.
+"""Measure on a CPU what the fixed choices rest on: layout, threads, compiler, how threads wait, whether memory stays.
 
     python benchmarks/cpu.py --out results/speed-cpu            # on a machine that is otherwise idle: about 10 minutes
 
 MFEF on two ResNet-20, float32. Layouts, threads and the plain loop are measured in turn in one process; ways of
-waiting, which must be chosen before torch is loaded, in a process each, in turn, alone and beside processes that keep a
-core busy. The load of the machine before each measurement is written beside it.
+waiting and of giving memory back, which hold for a whole process, in a process each, in turn, alone and beside
+processes that keep a core busy. The load of the machine before each measurement is written beside it.
 """
 
 import contextlib
@@ -29,13 +29,15 @@ from codistill.config import RunConfig, TrainSettings, default_config
 from codistill.methods import Method
 from codistill.run import build_method, environment
 
-# What torch does by default is libgomp's own count, which it uses where nothing is set.
+# What torch does by default is libgomp's own count, which it uses where nothing is set. A tunable with its default
+# value leaves the C library as it is, and keeps codistill from changing how it gives memory back.
 WAITING = {
     "torch's default": {"GOMP_SPINCOUNT": "300000"},
     "passive": {"OMP_WAIT_POLICY": "passive"},
     "spin 1000": {"GOMP_SPINCOUNT": "1000"},
     "spin 10000": {"GOMP_SPINCOUNT": "10000"},
     "one thread": {"OMP_NUM_THREADS": "1"},
+    "spin 1000, memory given back": {"GOMP_SPINCOUNT": "1000", "GLIBC_TUNABLES": "glibc.malloc.tcache_count=7"},
 }
 
 

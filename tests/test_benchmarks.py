@@ -235,9 +235,9 @@ def test_cpu_measures_layouts_and_waiting(tiny_registered, tmp_path, monkeypatch
     assert cells(layouts[-1])[0].startswith("plain loop") and float(cells(layouts[0])[2]) == 1
     measured = json.loads((tmp_path / "measured.json").read_text())
     assert set(measured["layouts"]["rounds"]) == {cells(row)[0] for row in layouts}
-    # The median of the three processes of the first way, alone and beside a busy one: 11, 16, 21 and 26, 31, 36.
-    assert cells(waiting[0]) == ["torch's default", "16", "10", "2.00", "31", "10", "2.00"]
-    assert len(measured["waiting"]) == 30 and {each["busy"] for each in measured["waiting"]} == {0, 1}
+    # The median of the three processes of the first way, alone and beside a busy one: 11, 17, 23 and 29, 35, 41.
+    assert cells(waiting[0]) == ["torch's default", "17", "10", "2.00", "35", "10", "2.00"]
+    assert len(measured["waiting"]) == 36 and {each["busy"] for each in measured["waiting"]} == {0, 1}
 
 
 def test_cpu_keeps_cores_busy_only_as_long_as_needed(monkeypatch):
