@@ -21,7 +21,7 @@ def set_up_cpu(threads: int | None, device: torch.device) -> None:
     """Choose the number of threads, and on a CPU keep the memory that a training step frees for the next one.
 
     A step frees and takes back hundreds of megabytes. By default the C library gives much of it to the kernel, which
-    hands it out again page by page, cleared: some 15,000 page faults in a step of two ResNet-20.
+    hands it out again page by page, cleared; results/speed-cpu has what that costs.
 
     Args:
         threads: As in `TrainSettings.threads`; None: the smaller of torch's choice, one for each core, and the
