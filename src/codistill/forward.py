@@ -64,7 +64,7 @@ class TrainingForward:
             for norm, counter in zip(self._norms, counters, strict=True):
                 norm.num_batches_tracked = counter
         counting = [
-            norm.num_batches_tracked for norm in self._norms if norm.training and norm.num_batches_tracked is not None
+            each for norm, each in zip(self._norms, counters, strict=True) if norm.training and each is not None
         ]
         if counting:
             torch._foreach_add_(counting, 1)

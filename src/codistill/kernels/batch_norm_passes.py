@@ -20,6 +20,22 @@ def _tile(start, stop, column, channels, BLOCK_ROWS: tl.constexpr):
 
 
 @triton.jit
+def _of_parts(parts, channels, column, BLOCK_PARTS: tl.constexpr):
+    """Give the numbers of all parts, and offsets of their sums for some channels with which of them exist."""
+    each = tl.arange(0, BLOCK_PARTS)
+    where = each[:, None] * channels + column[None, :]
+    return each, where, (each < parts)[:, None] & (column < channels)[None, :]
+
+
+@triton.jit
+def _normalisation(mean_in, scale_in, weight, bias, column, known):
+    """Load the mean and scale of some channels, and what they are multiplied by and raised by in all."""
+    scale = tl.load(scale_in + column, known, 0.0)
+    slope = scale * tl.load(weight + column, known, 0.0)
+    return tl.load(mean_in + column, known, 0.0), scale, slope, tl.load(bias + column, known, 0.0)
+
+
+@triton.jit
 def part_statistics(
     features, partial, rows, channels, part_rows, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr
 ):
@@ -71,9 +87,7 @@ def normalise(
     part, parts = tl.program_id(0), tl.num_programs(0)
     column = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     known = column < channels
-    each = tl.arange(0, BLOCK_PARTS)
-    present = (each < parts)[:, None] & known[None, :]
-    where = each[:, None] * channels + column[None, :]
+    each, where, present = _of_parts(parts, channels, column, BLOCK_PARTS)
     count = tl.maximum(tl.minimum(rows - each * part_rows, part_rows), 0).to(tl.float32)[:, None]
     part_mean = tl.load(partial + where, present, 0.0)
     mean = tl.sum(part_mean * count, 0) / rows
@@ -141,10 +155,7 @@ def part_gradients(
     part, parts = tl.program_id(0), tl.num_programs(0)
     column = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     known = column < channels
-    mean = tl.load(mean_in + column, known, 0.0)
-    scale = tl.load(scale_in + column, known, 0.0)
-    slope = scale * tl.load(weight + column, known, 0.0)
-    shift = tl.load(bias + column, known, 0.0)
+    mean, scale, slope, shift = _normalisation(mean_in, scale_in, weight, bias, column, known)
     total = tl.zeros((BLOCK_CHANNELS,), tl.float32)
     along = tl.zeros((BLOCK_CHANNELS,), tl.float32)
     first = part * part_rows
@@ -191,18 +202,13 @@ def input_gradient(
     part, parts = tl.program_id(0), tl.num_programs(0)
     column = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     known = column < channels
-    each = tl.arange(0, BLOCK_PARTS)
-    present = (each < parts)[:, None] & known[None, :]
-    where = each[:, None] * channels + column[None, :]
+    _, where, present = _of_parts(parts, channels, column, BLOCK_PARTS)
     total = tl.sum(tl.load(partial + where, present, 0.0), 0)
     along = tl.sum(tl.load(partial + parts * channels + where, present, 0.0), 0)
     if part == 0:
         tl.store(bias_gradient + column, total, known)
         tl.store(weight_gradient + column, along, known)
-    mean = tl.load(mean_in + column, known, 0.0)
-    scale = tl.load(scale_in + column, known, 0.0)
-    slope = scale * tl.load(weight + column, known, 0.0)
-    shift = tl.load(bias + column, known, 0.0)
+    mean, scale, slope, shift = _normalisation(mean_in, scale_in, weight, bias, column, known)
     constant, linear = total / rows, along * scale / rows
     first = part * part_rows
     stop = tl.minimum(first + part_rows, rows)

@@ -255,8 +255,8 @@ class KDCL(Method):
         terms |= {f"kl/target->student{index}": divergence for index, divergence in enumerate(divergences.unbind())}
         if self.ensemble is not None and self.training:
             with torch.no_grad():
-                stacked = torch.stack([at_least_float32(each) for each in outputs.logits])
-                self.ensemble.gather((stacked / self.settings.temperature).softmax(dim=2), labels)
+                softened = at_least_float32(learning) / self.settings.temperature
+                self.ensemble.gather(softened.softmax(dim=2), labels)
         return terms
 
     def after_epoch(self) -> None:
