@@ -262,3 +262,30 @@ def test_a_captured_graph_repeats_the_bits_of_the_plain_calls():
     torch.cuda.synchronize()
     for one, other in zip((result, *running, *gradients), expected, strict=True):
         assert torch.equal(one, other)
+
+
+COMPILED_FOR_AN_H100 = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from codistill.kernels import batch_norm_passes
+
+NUMBERS = {"rows": "i32", "channels": "i32", "part_rows": "i32", "momentum": "fp32", "eps": "fp32"}
+MAPS = ("features", "skipped", "result", "gradient", "skipped_gradient", "feature_gradient")
+for name in ("part_statistics", "normalise", "part_gradients", "input_gradient"):
+    kernel = getattr(batch_norm_passes, name)
+    constants = {each: {"BLOCK_PARTS": 128, "BLOCK_ROWS": 64, "BLOCK_CHANNELS": 16}.get(each, True)
+                 for each in kernel.arg_names if each.isupper()}
+    types = {each: "constexpr" if each in constants else NUMBERS.get(each, "*bf16" if each in MAPS else "*fp32")
+             for each in kernel.arg_names}
+    print(len(compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", 90, 32)).asm["cubin"]))
+"""
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles, outside the interpreter")
+def test_the_kernels_compile_for_an_h100_where_there_is_none(tmp_path):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", COMPILED_FOR_AN_H100]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.split()) == 4 and all(int(size) > 1000 for size in done.stdout.split())
