@@ -57,7 +57,9 @@ def read_table(path: Path, kind: str) -> tuple[dict[str, Any], str]:
     try:
         text = path.read_text(encoding="utf-8")
         mapping = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (OSError, UnicodeDecodeError, RecursionError, ValueError) as error:
+    except OSError as error:
+        raise UsageError(f"{kind} {path}: {error.strerror}: name a file that can be read") from None
+    except (UnicodeDecodeError, RecursionError, ValueError) as error:
         raise UsageError(f"{kind} {path}: {' '.join(str(error).split())}") from None
     if not isinstance(mapping, dict):
         raise UsageError(f"{kind} {path}: must be a table of settings")
