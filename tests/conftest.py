@@ -16,6 +16,7 @@ from codistill.networks import Network, PooledLinear
 from codistill.networks.network import conv_bn, initialise
 
 from . import tiny
+from .pretended_gpu import pretended
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +25,19 @@ def seeded() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture(autouse=True)
+def gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let tests marked `gpu` run without one, too."""
+    marker = request.node.get_closest_marker("gpu")
+    if marker is None or torch.cuda.is_available():
+        yield
+    elif marker.kwargs.get("real"):
+        pytest.skip("no CUDA device")
+    else:
+        with pretended():
+            yield
 
 
 @pytest.fixture

@@ -443,11 +443,12 @@ def method_of(name: str, seed: int = 0, image_size: tuple[int, int] = (8, 8)) ->
     return Taught(method, tiny.own_students(1)[0]) if METHODS[name].teacher == "required" else method
 
 
-def member_of(name: str, seed: int, device: torch.device = CPU) -> PlainStep:
+def member_of(name: str, seed: int, device: torch.device = CPU, precision: str = "float32") -> PlainStep:
     method = method_of(name, seed).to(device, memory_format=torch.channels_last).train()
     data = tiny.data()
     optimizer = make_optimizer(method, 0.05, 0.9, True, 1e-4)
-    return PlainStep(method, DeviceImages(data.train, data.statistics, device), Augmentation(), optimizer)
+    images = DeviceImages(data.train, data.statistics, device)
+    return PlainStep(method, images, Augmentation(), optimizer, precision)
 
 
 def test_on_a_cpu_a_fleet_is_sequential():
@@ -491,13 +492,13 @@ def repeatable(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_captured_fleet_equals_plain_steps(repeatable, name, members):
+def test_a_captured_fleet_equals_plain_steps(repeatable, name, precision, members):
     device = torch.device("cuda")
-    plain = [member_of(name, seed, device) for seed in range(members)]
-    fast = [member_of(name, seed, device) for seed in range(members)]
+    plain = [member_of(name, seed, device, precision) for seed in range(members)]
+    fast = [member_of(name, seed, device, precision) for seed in range(members)]
     fleet = make_fleet(fast)
     assert isinstance(fleet, CapturedFleet) or not fast[0].method.capturable
     for number in range(10):

@@ -6,7 +6,6 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
 
 import codistill as cd
 from codistill import loop
@@ -134,7 +133,6 @@ def test_a_fleet_waits_once_an_epoch_for_all(colours, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("more", [(), ("--seeds", "0", "1")], ids=["one run", "fleet"])
 @pytest.mark.parametrize("step", [2, 8, 13])
 def test_captured_steps_go_on_with_the_same_bits(colours, tmp_path, step, more):

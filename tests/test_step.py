@@ -166,7 +166,6 @@ def test_after_step_follows_the_update():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_plain_step_on_a_gpu_equals_the_cpu():
     states = []
     for device in (CPU, torch.device("cuda")):

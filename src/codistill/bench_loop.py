@@ -1,5 +1,6 @@
 """The training loops that `codistill bench` measures, ours and that of papers' code, and the images they train on."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -72,7 +73,7 @@ def plain_loop(method: Method, config: RunConfig, device: torch.device) -> Calla
         momentum=settings.momentum,
         nesterov=settings.nesterov,
     )
-    workers = WORKERS_BESIDE_A_GPU if on_gpu else 0
+    workers = min(WORKERS_BESIDE_A_GPU, os.cpu_count() or 1) if on_gpu else 0
     loader = DataLoader(
         PlainImages(images()),
         batch_size=settings.batch_size,

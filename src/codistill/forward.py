@@ -36,6 +36,7 @@ class TrainingForward:
         # What is cast together is differentiated together: not with what has a turn of its own, or is not trained.
         frozen = [each for each in self._weights.values() if not each.requires_grad]
         self._groups = _grouped(self._weights.values(), [*method.turns(), frozen])
+        self._kept: list[Tensor] = []
         self._norms = [module for module in method.modules() if isinstance(module, _BatchNorm) and _counts(module)]
 
     def __call__(self, images: Float[Tensor, "*view batch channel height width"]) -> Outputs:
@@ -48,6 +49,9 @@ class TrainingForward:
             copies: dict[int, Tensor] = {}
             for group in self._groups:
                 copies |= zip(map(id, group), _Cast.apply(torch.bfloat16, *group), strict=True)
+            # Kept until the next pass: branches read them on their own streams in the backward pass, and memory that
+            # is freed meanwhile would be this stream's to write to at once.
+            self._kept = [copy.detach() for copy in copies.values()]
             named = {name: copies[id(weight)] for name, weight in self._weights.items()}
             called: Outputs = functional_call(self.method, named, (images,), tie_weights=False)
             return called

@@ -236,7 +236,6 @@ def test_a_generator_depends_on_the_seed_and_on_every_part_of_its_stream():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("mode", MODES)
 def test_a_gpu_gives_the_same_images(mode):
     split = random_split(50, 9, 7)

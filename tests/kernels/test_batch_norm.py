@@ -239,7 +239,7 @@ def test_what_cannot_be_fused_is_said():
         install_fused(Layers(nn.BatchNorm2d(3, momentum=None)))
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(real=True)
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA device")
 def test_a_captured_graph_repeats_the_bits_of_the_plain_calls():
     from codistill.kernels.batch_norm import batch_norm_relu
