@@ -32,6 +32,7 @@ from .faults.asserting import refused
 CPU = torch.device("cpu")
 TINY = ["--networks", "tiny", "tiny", "--data", "packed", "--batch-size", "8", "--lr", "0.05", "--threads", "1"]
 STUDENTS = {"okddip": 3, "byot": 1}
+on_every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
@@ -51,6 +52,11 @@ def config(colours):
         return dataclasses.replace(base, train=tiny.settings(**changes), method=method or base.method)
 
     return describe
+
+
+def repeatable_on(device: str, config: RunConfig) -> RunConfig:
+    """Let a run take place on a device, and to the last bit as any other there."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, device=device, deterministic=True))
 
 
 def bits(value: Any) -> Any:
@@ -80,8 +86,9 @@ def folders(count: int) -> list[Path]:
     return [Path("fleet") / f"member{index}" for index in range(count)]
 
 
-def test_members_equal_their_lone_runs(config):
-    configs = [config(seed=seed, validation=4) for seed in (0, 1, 2)]
+@on_every_device
+def test_members_equal_their_lone_runs(config, device):
+    configs = [repeatable_on(device, config(seed=seed, validation=4)) for seed in (0, 1, 2)]
     runs = train_fleet(configs, folders(3), show=False)
     assert [run.path for run in runs] == folders(3)
     for index, each in enumerate(configs):
@@ -90,7 +97,8 @@ def test_members_equal_their_lone_runs(config):
     assert weights[0] != weights[1] != weights[2]
 
 
-def test_a_fleet_may_mix_methods_and_settings(config):
+@on_every_device
+def test_a_fleet_may_mix_methods_and_settings(config, device):
     configs = [
         config("kdcl", seed=3),  # two views
         config("mfef", learning_rate=0.02, weight_decay=0.01),
@@ -101,15 +109,18 @@ def test_a_fleet_may_mix_methods_and_settings(config):
         config("byot", momentum=0.5),
         config("kdcl", method=KDCLSettings(views_per_student=False)),
     ]
+    configs = [repeatable_on(device, each) for each in configs]
     runs = train_fleet(configs, folders(8), show=False)
     for index, each in enumerate(configs):
         assert_equal(runs[index], train_from_config(each, Path(f"alone{index}"), show=False))
 
 
-def test_a_fleet_may_have_teachers(config):
+@on_every_device
+def test_a_fleet_may_have_teachers(config, device):
     train_from_config(config("independent"), Path("teacher"), show=False)
     teaching = TeacherSettings(teacher="teacher", teacher_weight=0.5)
     configs = [dataclasses.replace(config(name), teaching=teaching) for name in ("kd", "kdcl")] + [config()]
+    configs = [repeatable_on(device, each) for each in configs]
     runs = train_fleet(configs, folders(3), show=False)
     for index, each in enumerate(configs):
         assert_equal(runs[index], train_from_config(each, Path(f"alone{index}"), show=False))
@@ -167,9 +178,11 @@ def test_recipes_on_the_command_line(colours):
     assert cd.Run("runs/packed-ffl-tinyx2-recipes/c").finished
 
 
-def test_of_recipes_one_may_diverge(colours, capsys):
+@on_every_device
+def test_of_recipes_one_may_diverge(colours, capsys, device):
     files = recipes(a={}, b={"learning_rate": 1e30})
-    assert main(["train", "--recipes", *files, *FLAGS, "--data-dir", colours, "--out", "several"]) == 5
+    flags = [*FLAGS, "--data-dir", colours, "--device", device]
+    assert main(["train", "--recipes", *files, *flags, "--out", "several"]) == 5
     line = "codistill: error: 1 of 2 runs diverged: several/b; the others are finished"
     assert capsys.readouterr().err.splitlines()[-1] == line
     assert [cd.Run(f"several/{name}").status for name in "ab"] == ["finished", "diverged"]

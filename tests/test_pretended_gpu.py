@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import codistill as cd
 from codistill import bench_measurement
 from codistill.cli import main
 
@@ -254,3 +255,24 @@ def test_bench(gpu, monkeypatch, tiny_registered, capsys, networks, runs):
     result = json.loads(capsys.readouterr().out)
     assert result["kernels_per_step"] * int(runs) == 6
     assert result["peak_memory_mib"] > 0 and result["environment"]["device"] == "Pretended GPU"
+
+
+def test_runs_that_memory_does_not_hold_train_in_groups(gpu, colours, tmp_path, monkeypatch, capsys):
+    # Two steps are said to take 15 MiB, and what a graph needs beside them a third of that.
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (45 * 2**20, 2**30))
+    flags = ("--device", "cuda", "--epochs", "1", "--seeds", "0", "1", "2")
+    assert run_here(arguments(colours, tmp_path / "several", *flags)) == 0
+    assert "they train in 2 groups of at most 2, one after the other" in capsys.readouterr().err
+    assert all(cd.Run(tmp_path / "several" / f"seed{seed}").finished for seed in range(3))
+
+
+def test_a_run_s_models_work_there_and_on_a_cpu(gpu, colours, tmp_path, capsys):
+    out = str(tmp_path / "run")
+    assert run_here(arguments(colours, tmp_path / "run", "--device", "cuda", "--epochs", "1")) == 0
+    scores = []
+    for device in ("cuda", "cpu"):
+        capsys.readouterr()
+        assert run_here(["evaluate", out, "--device", device, "--json"]) == 0
+        scores.append(json.loads(capsys.readouterr().out))
+    assert scores[0] == scores[1]
+    assert run_here(["export", out, "--format", "torch-export"]) == 0
