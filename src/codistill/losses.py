@@ -118,12 +118,12 @@ def mean_logits(logits: Sequence[Float[Tensor, "batch class"]]) -> Float[Tensor,
 
     Source: MFEF (ICANN 2022), section 3.3; authors' code Jangho-Kim/FFL-pytorch at 546d478, train_FFL.py.
     """
-    return torch.stack([at_least_float32(each) for each in logits]).mean(dim=0)
+    return at_least_float32(torch.stack(list(logits))).mean(dim=0)
 
 
 def mixture_logits(logits: Sequence[Float[Tensor, "batch class"]], temperature: float) -> Float[Tensor, "batch class"]:
     """Scores whose softmax at the temperature is the mean of the members' softened probabilities."""
-    log_members = torch.stack([F.log_softmax(at_least_float32(each) / temperature, dim=1) for each in logits])
+    log_members = F.log_softmax(at_least_float32(torch.stack(list(logits))) / temperature, dim=-1)
     return temperature * (torch.logsumexp(log_members, dim=0) - math.log(len(logits)))
 
 
@@ -134,7 +134,7 @@ def weighted_logits(
 
     Source: the gated ensemble of ONE, arXiv 1806.04606; the targets of OKDDip, arXiv 1912.00350.
     """
-    members = torch.stack([at_least_float32(each) for each in logits], dim=1)
+    members = at_least_float32(torch.stack(list(logits), dim=1))
     return (at_least_float32(weights).unsqueeze(2) * members).sum(dim=1)
 
 
@@ -148,5 +148,5 @@ def weighted_mixture_logits(
         log_weights: Logarithms of weights that add up to 1 for each image.
         temperature: T > 0.
     """
-    log_members = torch.stack([F.log_softmax(at_least_float32(each) / temperature, dim=1) for each in logits], dim=1)
+    log_members = F.log_softmax(at_least_float32(torch.stack(list(logits), dim=1)) / temperature, dim=-1)
     return temperature * torch.logsumexp(at_least_float32(log_weights).unsqueeze(2) + log_members, dim=1)

@@ -88,9 +88,9 @@ class TermSums:
         if not self.names:
             self.names = tuple(terms)
             self.sums = torch.zeros(len(terms) + 1, dtype=torch.float64, device=self._device)
-        values = torch.stack([term.detach().double() for term in terms.values()])
-        self.sums[:-1] += values * images
-        self.sums[-1] += images
+        # In float64, although the terms are not: what is added in place is widened to what it is added to.
+        self.sums[:-1].add_(torch.stack([term.detach() for term in terms.values()]), alpha=images)
+        self.sums[-1:].add_(images)
 
     def packed(self) -> Float[Tensor, " numbers"]:
         """Give the sums as one vector; see `means`."""

@@ -43,6 +43,7 @@ class PlainStep:
         self.method = method
         self.images = images
         self.augmentation = augmentation
+        images.crops(augmentation)  # here and not on the stream of whichever run comes first
         self.optimizer = optimizer
         self.forward = TrainingForward(method, precision)
         self.ranks = ranks
@@ -73,8 +74,7 @@ class PlainStep:
             self.optimizer.zero_grad(set_to_none=True)
         self.method.after_step()
         self.sums.update(terms, count)
-        values = [term.detach().float() for term in terms.values()] + [size.float() for size in sizes]
-        self.watch.update([*terms, *names], torch.stack(values))
+        self.watch.update([*terms, *names], torch.stack([term.detach().float() for term in terms.values()] + sizes))
 
     def terms(self, images: Tensor, labels: Tensor, progress: Tensor) -> dict[str, Tensor]:
         """Run the method and compute its losses."""
@@ -119,9 +119,8 @@ class CapturedFleet:
                 if size not in self._graphs:
                     self._graphs[size] = self._capture(batches)
                 graph, static = self._graphs[size]
-                for targets, sources in zip(static, batches, strict=True):
-                    for target, source in zip(targets, sources, strict=True):
-                        target.copy_(source)
+                for targets, sources in zip(zip(*static, strict=True), zip(*batches, strict=True), strict=True):
+                    torch._foreach_copy_(targets, sources)
                 graph.replay()
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
 

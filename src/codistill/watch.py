@@ -21,7 +21,7 @@ class FiniteWatch:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.names: tuple[str, ...] = ()
-        # Zero while all was well and NaN ever after: 0 * NaN and 0 * infinity are NaN.
+        # Zero while all was well and NaN ever after: zero times NaN or infinity is NaN.
         self._damage = torch.zeros(0, device=device)
         self._good_steps = torch.zeros(0, dtype=torch.int32, device=device)
 
@@ -31,7 +31,7 @@ class FiniteWatch:
             self.names = tuple(names)
             self._damage = torch.zeros(len(names), device=self._device)
             self._good_steps = torch.zeros(len(names), dtype=torch.int32, device=self._device)
-        self._damage.add_(values.float() * 0)
+        self._damage.add_(values, alpha=0)
         self._good_steps.add_(self._damage == 0)
 
     def packed(self) -> Float[Tensor, " number"]:

@@ -102,16 +102,14 @@ class DeviceImages:
         mean, std = (torch.tensor(each, dtype=torch.float64) for each in statistics)
         self.scale = (1 / (255 * std)).float().to(device)
         self.shift = (-mean / std).float().to(device)
-        height, width = self.images.shape[1:3]
-        self._rows = torch.arange(height, device=device)
-        self._columns = torch.arange(width, device=device)
+        self._crops: dict[Augmentation, Crops] = {}
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def normalised(self, pixels: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch 3 height width"]:
         """Compute (pixels / 255 - mean) / std; the result is in channels_last memory format."""
-        return (pixels.float() * self.scale + self.shift).permute(0, 3, 1, 2)
+        return (pixels * self.scale + self.shift).permute(0, 3, 1, 2)
 
     def plain(self, start: int, stop: int) -> tuple[Float[Tensor, "batch 3 height width"], Int[Tensor, " batch"]]:
         """Give images in order, normalised and otherwise as they are, and their labels."""
@@ -125,20 +123,61 @@ class DeviceImages:
         Equal to padding each image (before normalisation), cropping at (top, left) to the old size, then mirroring.
         Only static shapes and gathers: nothing is read back by the host.
         """
-        height, width = len(self._rows), len(self._columns)
-        columns = torch.where(batch.mirror[:, None], width - 1 - self._columns, self._columns)
-        rows, row_inside = _source(self._rows + batch.top[:, None] - augmentation.padding, height, augmentation)
-        columns, column_inside = _source(columns + batch.left[:, None] - augmentation.padding, width, augmentation)
+        crops = self.crops(augmentation)
+        place = torch.add(batch.left, batch.mirror, alpha=crops.offsets)
+        rows, columns = crops.rows[batch.top], crops.columns[place]
         pixels = self.images[batch.image[:, None, None], rows[:, :, None], columns[:, None, :]]
-        if augmentation.padding_mode == "zeros":
-            inside = row_inside[:, :, None] & column_inside[:, None, :]
+        if crops.row_inside is not None and crops.column_inside is not None:
+            inside = crops.row_inside[batch.top][:, :, None] & crops.column_inside[place][:, None, :]
             pixels = pixels * inside[..., None]
         return self.normalised(pixels), self.labels[batch.image]
 
+    def crops(self, augmentation: Augmentation) -> "Crops":
+        """Give the tables of an augmentation, which are made once, on the stream that is current then."""
+        if augmentation not in self._crops:
+            height, width = self.images.shape[1:3]
+            self._crops[augmentation] = Crops.tables(height, width, augmentation, self.images.device)
+        return self._crops[augmentation]
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Where each pixel of a crop comes from, for each offset of the crop; two lookups instead of their arithmetic.
+
+    Attributes:
+        offsets: How many there are in a direction, 2 * padding + 1.
+        rows: For each offset, the image's row of each row of the crop.
+        columns: The same of columns; then once more, for mirrored crops.
+        row_inside: Whether that row is the image's own and not padding; None: all of them are to be shown.
+        column_inside: The same of columns.
+    """
+
+    offsets: int
+    rows: Int[Tensor, "offset height"]
+    columns: Int[Tensor, "mirrored_offset width"]
+    row_inside: Bool[Tensor, "offset height"] | None
+    column_inside: Bool[Tensor, "mirrored_offset width"] | None
+
+    @classmethod
+    def tables(cls, height: int, width: int, augmentation: Augmentation, device: torch.device) -> "Crops":
+        """Work the tables out for images of a size."""
+        offsets = torch.arange(2 * augmentation.padding + 1)[:, None] - augmentation.padding
+        columns = torch.arange(width)
+        rows, row_inside = _source(torch.arange(height) + offsets, height, augmentation)
+        columns, column_inside = _source(torch.cat([columns + offsets, columns.flip(0) + offsets]), width, augmentation)
+        black = augmentation.padding > 0 and augmentation.padding_mode == "zeros"
+        return cls(
+            len(offsets),
+            rows.to(device),
+            columns.to(device),
+            row_inside.to(device) if black else None,
+            column_inside.to(device) if black else None,
+        )
+
 
 def _source(
-    place: Int[Tensor, "batch length"], length: int, augmentation: Augmentation
-) -> tuple[Int[Tensor, "batch length"], Bool[Tensor, "batch length"]]:
+    place: Int[Tensor, "offset length"], length: int, augmentation: Augmentation
+) -> tuple[Int[Tensor, "offset length"], Bool[Tensor, "offset length"]]:
     """Turn places relative to the unpadded image into places in it, and say which lay inside."""
     if augmentation.padding_mode == "reflect":
         place = (length - 1) - ((length - 1) - place.abs()).abs()
