@@ -97,7 +97,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunConfig]:
 @pytest.fixture
 def no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw no report: it takes longer than a tiny training."""
-    monkeypatch.setattr(loop, "write_report", lambda run: None)
+    monkeypatch.setattr(loop, "write_report", lambda run, summary: None)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(loop, "write_report", lambda run: None)
+    monkeypatch.setattr(loop, "write_report", lambda run, summary: None)
     spec.loader.exec_module(module)
     return module
 

@@ -184,7 +184,7 @@ def test_who_has_collapsed_is_not_named_twice():
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(loop, "write_report", lambda run: None)
+    monkeypatch.setattr(loop, "write_report", lambda run, summary: None)
 
 
 @pytest.mark.parametrize("kind", [cd.MFEF, cd.Independent], ids=lambda kind: kind.name)

@@ -112,7 +112,7 @@ def test_it_says_what_the_best_epoch_was_chosen_on(run, parsed):
 
 def test_it_can_be_written_again_from_the_folder_alone(run, tmp_path):
     before = (run.path / "report.html").read_text()
-    write_report(cd.Run(run.path))
+    write_report(cd.Run(run.path), cd.Run(run.path).summary)
 
     def without_ids(text: str) -> str:
         return re.sub(r"(#|id=\"|<dc:date>)[^\")<]*", "", text)

@@ -12,6 +12,7 @@ from codistill import loop
 from codistill.cli import main
 from codistill.data.augment import DeviceImages
 from codistill.errors import CheckpointError, UsageError
+from codistill.report import write_report
 from codistill.resume import resume, resume_together
 from codistill.verify import end_state as end_digest
 
@@ -92,6 +93,21 @@ def test_what_is_printed_goes_on_where_it_stopped(colours, tmp_path, capsys):
     assert run_here(["resume", str(out)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("epoch 2/2") and f"run folder: {out}" in lines
+
+
+def test_a_run_that_is_stopped_before_its_page_is_written_gets_it(colours, tmp_path, monkeypatch):
+    def stopping(run, summary):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "write_report", stopping)
+    assert run_here(arguments(colours, tmp_path / "run")) == 130
+    run = cd.Run(tmp_path / "run")
+    assert not run.finished
+    monkeypatch.setattr(loop, "write_report", write_report)
+    assert run_here(["resume", str(run.path)]) == 0
+    assert cd.Run(run.path).finished and "</html>" in (run.path / "report.html").read_text()
+    assert run_here(arguments(colours, tmp_path / "whole")) == 0
+    assert end_state(run.path) == end_state(tmp_path / "whole")
 
 
 def test_resume_of_nothing(capsys):

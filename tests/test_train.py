@@ -22,7 +22,7 @@ def train(tmp_path, monkeypatch):
     """Train tiny students into folders run0, run1, .. of an empty folder, in which the process stands."""
     monkeypatch.chdir(tmp_path)
     # Drawing the page takes three times as long as all the rest.
-    monkeypatch.setattr(loop, "write_report", lambda run: None)
+    monkeypatch.setattr(loop, "write_report", lambda run, summary: None)
     count = iter(range(100))
 
     def run(method: cd.Method | None = None, data: cd.Dataset | None = None, **changes: object) -> cd.Run:

@@ -200,7 +200,7 @@ class Loop:
         return row
 
     def finish(self, seconds: float) -> None:
-        """Write summary and report, and show the table.
+        """Write report and summary, and show the table.
 
         Args:
             seconds: From the first step to now.
@@ -211,10 +211,12 @@ class Loop:
         lost = self.saver.finish()
         best = self.best or self.rows[-1]
         summary = summarise(self.run, self.config, self.method, self.rows, best, seconds)
+        if lost is None:
+            write_report(self.run, summary)
+        # Last, for a run is finished once it is there.
         write_json(self.run.path / "summary.json", summary)
         if lost is not None:
             raise lost
-        write_report(self.run)
         self.display.console.print(summary_table(summary, self.rows[-1]["test"]))
         self.display.console.print(f"run folder: {self.run.path}", soft_wrap=True)
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import jinja2
@@ -12,12 +13,16 @@ from codistill.console import duration
 from codistill.run import Run
 
 
-def write_report(run: Run) -> None:
-    """Write `report.html` of a finished run: scores, curves and settings in one file that loads nothing else."""
+def write_report(run: Run, summary: Mapping[str, Any]) -> None:
+    """Write `report.html` of a run: scores, curves and settings in one file that loads nothing else.
+
+    Args:
+        run: Where metrics.jsonl and config.json are, and the page will be.
+        summary: What summary.json of a finished run says.
+    """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("codistill", ""), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    summary = run.summary
     page = environment.get_template("report.html").render(
         title=f"{summary['method']} on {summary['data']}, {summary['epochs']} epochs, seed {summary['seed']}",
         summary=summary,

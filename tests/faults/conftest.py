@@ -26,7 +26,7 @@ def undisturbed(colours: str, tmp_path_factory: pytest.TempPathFactory):
         if key not in found:
             out: Path = tmp_path_factory.mktemp("undisturbed") / "run"
             with tiny.registered(), pytest.MonkeyPatch.context() as patch:
-                patch.setattr(loop, "write_report", lambda run: None)
+                patch.setattr(loop, "write_report", lambda run, summary: None)
                 assert run_here(arguments(colours, out, *more, method=method)) == 0
             found[key] = end_state(out)
         return found[key]
