@@ -12,12 +12,12 @@ from codistill import host
 CPU = torch.device("cpu")
 
 
-def groups(root, entries: str, **limits: str):
-    """Lay out control groups below a root; underscores in names of limits stand for slashes."""
+def groups(root, entries: str, limits: dict[str, str]):
+    """Lay out control groups below a root."""
     (root / "proc/self").mkdir(parents=True)
     (root / "proc/self/cgroup").write_text(entries)
     for place, text in limits.items():
-        file = root / "sys/fs/cgroup" / place.replace("__", "/").replace("DOT", ".")
+        file = root / "sys/fs/cgroup" / place
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
     return root
@@ -26,26 +26,26 @@ def groups(root, entries: str, **limits: str):
 @pytest.mark.parametrize(
     ("entries", "limits", "quota"),
     [
-        ("0::/\n", {"cpuDOTmax": "150000 100000\n"}, 1.5),
-        ("0::/\n", {"cpuDOTmax": "max 100000\n"}, None),
-        ("0::/a/b\n", {"a__b__cpuDOTmax": "max 100000\n", "a__cpuDOTmax": "400000 100000\n"}, 4),
-        ("0::/a/b\n", {"a__b__cpuDOTmax": "200000 100000\n", "a__cpuDOTmax": "400000 100000\n"}, 2),
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 1.5),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, None),
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "400000 100000\n"}, 4),
+        ("0::/a/b\n", {"a/b/cpu.max": "200000 100000\n", "a/cpu.max": "400000 100000\n"}, 2),
         (
             "3:cpu,cpuacct:/x\n0::/\n",
-            {"cpu__x__cpuDOTcfs_quota_us": "300000\n", "cpu__x__cpuDOTcfs_period_us": "100000\n"},
+            {"cpu/x/cpu.cfs_quota_us": "300000\n", "cpu/x/cpu.cfs_period_us": "100000\n"},
             3,
         ),
         (
             "3:cpu:/\n0::/\n",
-            {"cpu__cpuDOTcfs_quota_us": "-1\n", "cpu__cpuDOTcfs_period_us": "100000\n"},
+            {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"},
             None,
         ),
-        ("2:cpuset:/\n", {"cpuDOTmax": "100000 100000\n"}, None),
-        ("0::/\n", {"cpuDOTmax": "what\n"}, None),
+        ("2:cpuset:/\n", {"cpu.max": "100000 100000\n"}, None),
+        ("0::/\n", {"cpu.max": "what\n"}, None),
     ],
 )
 def test_the_quota_of_a_container_is_the_smallest_above_it(tmp_path, entries, limits, quota):
-    assert host.processor_quota(groups(tmp_path, entries, **limits)) == quota
+    assert host.processor_quota(groups(tmp_path, entries, limits)) == quota
 
 
 def test_without_control_groups_there_is_no_quota(tmp_path):
