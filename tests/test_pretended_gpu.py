@@ -212,8 +212,11 @@ def test_a_copy_that_does_not_wait_is_there_after_an_event(gpu):
 
 
 @pytest.mark.parametrize("more", [(), ("--seeds", "0", "1")], ids=["one run", "fleet"])
-@pytest.mark.parametrize("method", ["mfef", "kdcl"])
+@pytest.mark.parametrize("method", ["mfef", "kdcl", "kd"])
 def test_a_captured_training_ends_as_that_of_a_cpu(colours, tmp_path, method, more):
+    if method == "kd":
+        assert run_here(arguments(colours, tmp_path / "teacher", method="independent")) == 0
+        more = (*more, "--teacher", str(tmp_path / "teacher"))
     # Three plain steps, then a graph for each of two sizes; evaluation is a graph from the second epoch on.
     flags = ("-b", "5", "--epochs", "3", "--validation", "4", *more)
     outs = [tmp_path / device for device in ("cpu", "cuda")]
@@ -222,7 +225,7 @@ def test_a_captured_training_ends_as_that_of_a_cpu(colours, tmp_path, method, mo
         assert run_here(arguments(colours, outs[1], *flags, "--device", "cuda", method=method)) == 0
         # Of twelve steps four are plain: three of the first size and one of the second, which comes three times.
         assert gpu.replays >= 8
-    for name in ("seed0", "seed1") if more else (".",):
+    for name in ("seed0", "seed1") if "--seeds" in more else (".",):
         assert end_state(outs[1] / name) == end_state(outs[0] / name)
 
 
