@@ -22,7 +22,8 @@ from codistill.methods import METHODS
 from codistill.registry import near_matches
 from codistill.run import Run, RunLock
 from codistill.signals import Interrupted, Terminated
-from codistill.sweep_plan import PlannedRun, find_folders, read_spec
+from codistill.sweep_folder import find_folders
+from codistill.sweep_plan import PlannedRun, read_spec
 from codistill.sweep_table import Row, shown_tables, write_tables
 
 # How often a run is tried whose process was killed, or lost a worker of its own: once, and two times again.

@@ -1,31 +1,23 @@
 """From the spec of a sweep to its runs: each with a name, its settings and the group that differs in the seed only."""
 
-import collections
-import contextlib
-import dataclasses
-import hashlib
 import itertools
-import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from codistill.config import PLACES, RunConfig
-from codistill.errors import CodistillError, UsageError
+from codistill.config import RunConfig
+from codistill.errors import UsageError
 from codistill.flags import mapping_arguments, parse_config
 from codistill.methods import METHODS
 from codistill.recipe import read_table
 from codistill.registry import near_matches
-from codistill.run import Run
+from codistill.sweep_identity import canonical, digest
+from codistill.sweep_names import unique_names
 
 # Settings that are lists themselves, so that [grid] has lists of lists of them.
 LISTS = ("networks", "milestones")
-# What stands first in a name, and without the key in front of it.
-NAMED_BY_VALUE = ("method.name", "networks", "data")
-# What a sweep folder holds beside its runs, in lower case.
-TAKEN = ("logs", "recipes", "table.json", "table.md")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,26 +168,6 @@ def planned(settings: Mapping[str, Any], name: str, group: str, where: Callable[
     return PlannedRun(name=name, group=group, recipe=recipe, config=config)
 
 
-def identity(config: RunConfig) -> dict[str, Any]:
-    """Give what makes a run the run that it is: all settings by key, but places and devices."""
-    mapping = config.as_mapping()
-    method = {f"method.{key}": value for key, value in mapping.pop("method").items()}
-    settings = {**method, **{key: value for key, value in mapping.items() if key not in PLACES}}
-    if settings["teacher"] is not None:
-        settings["teacher"] = str(Path(settings["teacher"]).absolute())
-    return settings
-
-
-def digest(config: RunConfig) -> str:
-    """Give the SHA-256 of a run's identity."""
-    return hashlib.sha256(canonical(identity(config)).encode()).hexdigest()
-
-
-def canonical(settings: Mapping[str, Any]) -> str:
-    """Write settings so that equal ones are equal text."""
-    return json.dumps(settings, sort_keys=True, default=str)
-
-
 def refuse_equals(runs: Iterable[PlannedRun], path: Path) -> None:
     """Refuse the same run twice, also where it is written in two ways, as with a default that only one of them names.
 
@@ -208,74 +180,3 @@ def refuse_equals(runs: Iterable[PlannedRun], path: Path) -> None:
         if key in names:
             raise UsageError(f"sweep {path}: {names[key]} and {run.name} are the same run: leave one of them out")
         names[key] = run.name
-
-
-def find_folders(folder: Path, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
-    """Name runs by the folders that they have, whatever the spec called them when they were begun.
-
-    Raises:
-        UsageError: The folder of one holds another run, or would be that of two.
-    """
-    found: dict[str, RunConfig] = {}
-    for path in sorted(folder.glob("*/config.json")):
-        with contextlib.suppress(CodistillError):  # a damaged one keeps its name, and its process says what is wrong
-            found[path.parent.name] = Run(path.parent).config
-    names = {digest(config): name for name, config in reversed(found.items())}
-    named: list[PlannedRun] = []
-    for run in runs:
-        name = run.name
-        if run.config is not None and (name not in found or digest(found[name]) != digest(run.config)):
-            name = names.get(digest(run.config), name)
-            if name in found and name == run.name:
-                raise UsageError(
-                    f"{folder / name} holds a run with other settings: {differences(found[name], run.config)}: "
-                    "choose another --out, or remove that folder"
-                )
-        if name in {each.name for each in named}:
-            raise UsageError(f"{folder / name} would be the folder of two runs of the spec: choose another --out")
-        named.append(dataclasses.replace(run, name=name))
-    return named
-
-
-def differences(before: RunConfig, after: RunConfig) -> str:
-    """Say in which settings two runs differ."""
-    old, new = identity(before), identity(after)
-    changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-    if before.method_name != after.method_name:  # its settings are others then
-        changed = ["method.name", *(key for key in changed if not key.startswith("method."))]
-    return ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in changed)
-
-
-def unique_names(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Name settings by the values in which they differ; where two names would be one, a part of a hash is added.
-
-    Args:
-        settings: Equal ones get equal names.
-    """
-    keys = {key for each in settings for key in each}
-    differing = {key for key in keys if len({canonical({"": each.get(key)}) for each in settings}) > 1}
-    ordered = [key for key in NAMED_BY_VALUE if key in differing]
-    ordered += sorted(differing - {*NAMED_BY_VALUE, "seed"}) + ["seed"] * ("seed" in differing)
-    names = []
-    for each in settings:
-        parts = [part(key, each[key]) for key in ordered if key in each]
-        names.append("-".join(parts)[:100] or str(each["method.name"]))
-    counts = collections.Counter(name.lower() for name in names)
-    return [
-        f"{name}-{hashlib.sha256(canonical(each).encode()).hexdigest()[:8]}"
-        if counts[name.lower()] > 1 or name.lower() in TAKEN
-        else name
-        for name, each in zip(names, settings, strict=True)
-    ]
-
-
-def part(key: str, value: Any) -> str:
-    """Write a setting as a part of a folder name."""
-    if isinstance(value, list):
-        same = [(each, len(list(group))) for each, group in itertools.groupby(map(str, value))]
-        text = "+".join(f"{each}x{count}" if count > 1 and key == "networks" else each for each, count in same)
-    else:
-        text = str(value)
-    if key not in NAMED_BY_VALUE:
-        text = f"seed{text}" if key == "seed" else f"{key.removeprefix('method.')}-{text}"
-    return re.sub(r"[^A-Za-z0-9.+-]+", "-", text).strip("-.")

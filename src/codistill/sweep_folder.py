@@ -1,0 +1,39 @@
+"""The folder of a sweep, searched for the folders that its runs have."""
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from codistill.config import RunConfig
+from codistill.errors import CodistillError, UsageError
+from codistill.run import Run
+from codistill.sweep_identity import differences, digest
+from codistill.sweep_plan import PlannedRun
+
+
+def find_folders(folder: Path, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """Name runs by the folders that they have, whatever the spec called them when they were begun.
+
+    Raises:
+        UsageError: The folder of one holds another run, or would be that of two.
+    """
+    found: dict[str, RunConfig] = {}
+    for path in sorted(folder.glob("*/config.json")):
+        with contextlib.suppress(CodistillError):  # a damaged one keeps its name, and its process says what is wrong
+            found[path.parent.name] = Run(path.parent).config
+    names = {digest(config): name for name, config in reversed(found.items())}
+    named: list[PlannedRun] = []
+    for run in runs:
+        name = run.name
+        if run.config is not None and (name not in found or digest(found[name]) != digest(run.config)):
+            name = names.get(digest(run.config), name)
+            if name in found and name == run.name:
+                raise UsageError(
+                    f"{folder / name} holds a run with other settings: {differences(found[name], run.config)}: "
+                    "choose another --out, or remove that folder"
+                )
+        if name in {each.name for each in named}:
+            raise UsageError(f"{folder / name} would be the folder of two runs of the spec: choose another --out")
+        named.append(dataclasses.replace(run, name=name))
+    return named
