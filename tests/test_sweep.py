@@ -438,7 +438,7 @@ def test_what_can_train_side_by_side_is_dealt_out_to_the_slots(bench):
 
 
 def test_no_process_gets_too_many_runs(bench, monkeypatch):
-    monkeypatch.setattr(sweep_module, "LARGEST_SHARE", 2)
+    monkeypatch.setattr("codistill.sweep_work.LARGEST_SHARE", 2)
     bench.sweep(side_by_side=True)
     assert bench.calls() == ["train seed0+seed2", "train seed1"]
 

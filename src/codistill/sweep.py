@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
-import math
 import signal
 import sys
 from collections import Counter, deque
@@ -13,23 +11,19 @@ from typing import Any
 
 import torch
 
-from codistill.checkpoint import write_atomically
 from codistill.console import LastingConsole
 from codistill.errors import CodistillError, UsageError, WorkerError
 from codistill.executor import EXECUTORS
-from codistill.fleet import shared
-from codistill.methods import METHODS
 from codistill.registry import near_matches
-from codistill.run import Run, RunLock
+from codistill.run import Run
 from codistill.signals import Interrupted, Terminated
-from codistill.sweep_folder import find_folders
+from codistill.sweep_folder import find_folders, held
 from codistill.sweep_plan import PlannedRun, read_spec
 from codistill.sweep_table import Row, shown_tables, write_tables
+from codistill.sweep_work import Work, shares
 
 # How often a run is tried whose process was killed, or lost a worker of its own: once, and two times again.
 ATTEMPTS = 3
-# How many runs one process gets at most: each holds a file open, and has its networks on the host.
-LARGEST_SHARE = 64
 GOES_ON = "what the runs have saved is kept: the same command goes on"
 PROGRAM = (sys.executable, "-m", "codistill")
 
@@ -80,22 +74,6 @@ def sweep(
         raise Terminated(f"terminated; {GOES_ON}") from None
     finally:
         lock.release()
-
-
-def held(folder: Path) -> RunLock:
-    """Make the folder of a sweep and hold it.
-
-    Raises:
-        UsageError: It cannot be made, is a run folder, or another process holds it.
-    """
-    if (folder / "config.json").exists():
-        raise UsageError(f"sweep folder {folder} is a run folder: choose another --out")
-    try:
-        for each in ("logs", "recipes"):
-            (folder / each).mkdir(parents=True, exist_ok=True)
-        return RunLock(folder)
-    except OSError as error:
-        raise UsageError(f"sweep folder {folder}: {error.strerror}: choose another --out") from None
 
 
 class Sweep:
@@ -162,7 +140,7 @@ class Sweep:
             self.console.print(table)
         return rows
 
-    def settle(self, work: "Work", status: int) -> None:
+    def settle(self, work: Work, status: int) -> None:
         """Note how the runs of a process ended, and put those that are worth it before all that wait.
 
         Args:
@@ -215,7 +193,7 @@ class Sweep:
         errors = "  ".join(f"{name} {error:.2f}" for name, error in row.top1_error.items())
         self.say(f"{row.name}: {row.status}" + (f": {row.reason}" if row.reason else f"  error %: {errors}"))
 
-    def judge(self, work: "Work", run: PlannedRun, status: int) -> tuple[str, bool]:
+    def judge(self, work: Work, run: PlannedRun, status: int) -> tuple[str, bool]:
         """Say why a process ended, and whether it is worth another attempt.
 
         Args:
@@ -237,103 +215,6 @@ class Sweep:
         errors = [line.partition("codistill: error: ")[2] for line in said if line.startswith("codistill: error: ")]
         reason = errors[-1] if errors else f"ended with status {status}: {log} has what it said"
         return reason, status == WorkerError.exit_status
-
-
-class Work:
-    """What one process does of a sweep; a `codistill.executor.Job`.
-
-    Args:
-        sweep: The sweep.
-        runs: What is to be done: one run, or several that can train side by side.
-    """
-
-    def __init__(self, sweep: Sweep, runs: Sequence[PlannedRun]) -> None:
-        self.sweep, self.runs = sweep, list(runs)
-
-    @property
-    def name(self) -> str:
-        """The names of the runs, or of the first ones."""
-        names = [run.name for run in self.runs]
-        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-    @property
-    def logs(self) -> list[Path]:
-        """A log for each run."""
-        return [self.sweep.folder / "logs" / f"{run.name}.log" for run in self.runs]
-
-    @property
-    def choose_gpu(self) -> bool:
-        """Whether the spec leaves it open which GPU it is."""
-        config = self.runs[0].config
-        return config is not None and config.train.device in ("auto", "cuda")
-
-    def say(self, line: str) -> None:
-        """Print a line."""
-        self.sweep.say(line)
-
-    def look(self) -> None:
-        """Note runs that have ended while others of the process go on."""
-        for run in self.runs:
-            self.sweep.noted(run)
-
-    def command(self) -> list[str]:
-        """Give the command that begins the runs, or goes on with those that are begun and leaves the others."""
-        left = [run for run in self.runs if not self.sweep.noted(run)]
-        if not left:
-            return ["true"]  # a process of an earlier sweep has ended them while these waited
-        begun = [run for run in left if (self.sweep.folder / run.name / "config.json").exists()]
-        self.runs = begun or left
-        others = [run for run in left if run not in self.runs]
-        if others:
-            self.sweep.waiting.appendleft(Work(self.sweep, others))
-        several = len(self.runs) > 1
-        if begun:
-            self.say(f"{self.name}: {'go on side by side' if several else 'goes on'}")
-            folders = [str(self.sweep.folder / run.name) for run in begun]
-            data_dir = begun[0].recipe.get("data_dir")
-            return [*self.sweep.program, "resume", *folders, *(["--data-dir", data_dir] if data_dir else [])]
-        self.say(f"{self.name}: {'start side by side' if several else 'starts'}")
-        recipes = [str(self.write_recipe(run)) for run in left]
-        flags = ["--recipes" if several else "--recipe", *recipes]
-        out = self.sweep.folder if several else self.sweep.folder / left[0].name
-        return [*self.sweep.program, "train", *flags, "--out", str(out)]
-
-    def write_recipe(self, run: PlannedRun) -> Path:
-        """Write a run as a recipe that has its name."""
-        path = self.sweep.folder / "recipes" / f"{run.name}.json"
-        write_atomically(path, (json.dumps(run.recipe, indent=2) + "\n").encode())
-        return path
-
-
-def shares(runs: Sequence[PlannedRun], slots: int, side_by_side: bool | None) -> list[list[PlannedRun]]:
-    """Put together what can train side by side, and deal it out to the slots.
-
-    Args:
-        runs: What is to be done.
-        slots: How many processes at a time.
-        side_by_side: See `sweep`.
-
-    Returns:
-        The runs of each process.
-    """
-    groups: dict[str, list[PlannedRun]] = {}
-    for run in runs:
-        groups.setdefault(company(run, side_by_side), []).append(run)
-    dealt: list[list[PlannedRun]] = []
-    for group in groups.values():
-        count = min(len(group), max(slots, math.ceil(len(group) / LARGEST_SHARE)))
-        dealt += [group[number::count] for number in range(count)]
-    return dealt
-
-
-def company(run: PlannedRun, side_by_side: bool | None) -> str:
-    """Say with which runs one can train side by side: a text that they have in common, or its name."""
-    assert run.config is not None
-    settings = run.config.train
-    if side_by_side is None:
-        cuda = settings.device.partition(":")[0] in ("auto", "cuda") and torch.cuda.is_available()
-        side_by_side = cuda and METHODS[run.config.method_name].capturable
-    return json.dumps(shared(run.config)) if side_by_side and settings.processes == 1 else run.name
 
 
 def own_program(arguments: Sequence[str]) -> list[str]:

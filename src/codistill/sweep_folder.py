@@ -1,4 +1,4 @@
-"""The folder of a sweep, searched for the folders that its runs have."""
+"""The folder of a sweep: held by one process at a time, and searched for the folders that its runs have."""
 
 import contextlib
 import dataclasses
@@ -7,9 +7,25 @@ from pathlib import Path
 
 from codistill.config import RunConfig
 from codistill.errors import CodistillError, UsageError
-from codistill.run import Run
+from codistill.run import Run, RunLock
 from codistill.sweep_identity import differences, digest
 from codistill.sweep_plan import PlannedRun
+
+
+def held(folder: Path) -> RunLock:
+    """Make the folder of a sweep and hold it.
+
+    Raises:
+        UsageError: It cannot be made, is a run folder, or another process holds it.
+    """
+    if (folder / "config.json").exists():
+        raise UsageError(f"sweep folder {folder} is a run folder: choose another --out")
+    try:
+        for each in ("logs", "recipes"):
+            (folder / each).mkdir(parents=True, exist_ok=True)
+        return RunLock(folder)
+    except OSError as error:
+        raise UsageError(f"sweep folder {folder}: {error.strerror}: choose another --out") from None
 
 
 def find_folders(folder: Path, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
