@@ -13,8 +13,7 @@ from codistill.flags import mapping_arguments, parse_config
 from codistill.methods import METHODS
 from codistill.recipe import read_table
 from codistill.registry import near_matches
-from codistill.sweep_identity import canonical, digest
-from codistill.sweep_names import unique_names
+from codistill.sweep_identity import canonical, digest, unique_names
 
 # Settings that are lists themselves, so that [grid] has lists of lists of them.
 LISTS = ("networks", "milestones")
