@@ -27,7 +27,8 @@ from codistill.bench_loop import CLASSES, SIDE, plain_loop, resident_loop
 from codistill.bench_measurement import Contestant, ratio, rounds_in_turn, timed
 from codistill.config import RunConfig, TrainSettings, default_config
 from codistill.methods import Method
-from codistill.run import build_method, environment
+from codistill.record import environment
+from codistill.run import build_method
 
 # What torch does by default is libgomp's own count, which it uses where nothing is set. A tunable with its default
 # value leaves the C library as it is, and keeps codistill from changing how it gives memory back.

@@ -32,7 +32,8 @@ from codistill.device import choose_algorithms, choose_device
 from codistill.kernels import use_fused
 from codistill.methods import Method
 from codistill.networks.network import Normalise, normalised
-from codistill.run import build_method, environment
+from codistill.record import environment
+from codistill.run import build_method
 
 Variant = Literal["stock", "block", "stage", "branch", "whole", "fused"]
 VARIANTS: tuple[Variant, ...] = ("stock", "block", "stage", "branch", "whole", "fused")

@@ -29,7 +29,7 @@ from codistill.config import default_config
 from codistill.epochs import completed, heed
 from codistill.loop import Loop
 from codistill.prepare import build_taught, load_named_data, prepared
-from codistill.run import environment
+from codistill.record import environment
 from codistill.saving import Saver
 from codistill.signals import Pending
 from codistill.step import make_fleet

@@ -26,7 +26,7 @@ import numpy as np
 
 import codistill as cd
 from codistill.cli import main as command
-from codistill.run import environment
+from codistill.record import environment
 from codistill.verify import end_state
 
 SOFT = (signal.SIGTERM, signal.SIGINT)

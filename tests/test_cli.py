@@ -327,7 +327,7 @@ def test_a_divergence_is_status_5(made, capsys, tmp_path):
         (MemoryError("too much"), 6, "out of memory: use a smaller --batch-size"),
         (torch.OutOfMemoryError("CUDA out of memory"), 6, "out of memory: .*CUDA"),
         (OSError(28, "No space left on device"), 6, "disk full or failing: .*No space left"),
-        (cd.run.UsageError("wrong,\nin two lines"), 2, "wrong, in two lines$"),
+        (cd.errors.UsageError("wrong,\nin two lines"), 2, "wrong, in two lines$"),
         (ZeroDivisionError("division by zero\nsomewhere"), 1, "bug: ZeroDivisionError: .* report it .*--debug"),
         (OSError(5, "Input/output error"), 6, "failing: .*Input/output"),
         (OSError(9, "Bad file descriptor"), 1, "bug: OSError"),
@@ -358,7 +358,7 @@ def test_memory_that_runs_out_in_training_is_status_6(made, capsys, monkeypatch,
 
 
 def test_debug_shows_the_traceback_of_a_real_error(capsys):
-    with pytest.raises(cd.run.UsageError, match="unknown method"):
+    with pytest.raises(cd.errors.UsageError, match="unknown method"):
         main(["train", "mfe", "--debug"])
 
 
@@ -398,7 +398,7 @@ def test_signals_end_a_training_in_order(made, tmp_path):
             assert run.summary["status"] == "interrupted"
             assert run.checkpoints.load()["epoch"] >= len(run.metrics()) >= 1
             # And the folder is free: nobody holds the lock of a process that is gone.
-            cd.run.RunLock(run.path).release()
+            cd.run_lock.RunLock(run.path).release()
     finally:
         for process in processes.values():
             process.kill()

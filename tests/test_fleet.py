@@ -331,7 +331,7 @@ def test_what_breaks_a_fleet_off_is_written_everywhere(config, monkeypatch):
     for path in folders(2):
         run = cd.Run(path)
         assert run.summary["status"] == "interrupted" and len(run.metrics()) == 1
-        cd.run.RunLock(path).release()  # nobody holds it
+        cd.run_lock.RunLock(path).release()  # nobody holds it
 
 
 # What does not go together.
@@ -416,7 +416,7 @@ def test_a_folder_twice_is_refused(config, tmp_path):
 )
 def test_one_that_cannot_work_is_found_before_anything_is_written(config, tmp_path, changes, message):
     bad = config(**changes) if "padding" in changes else dataclasses.replace(config(), **changes)
-    with pytest.raises(cd.run.CheckpointError if "teaching" in changes else UsageError, match=message):
+    with pytest.raises(cd.errors.CheckpointError if "teaching" in changes else UsageError, match=message):
         train_fleet([config(), bad], folders(2), show=False)
     assert list(tmp_path.iterdir()) == []
 

@@ -1,9 +1,6 @@
-"""Run folders: what is in one, who holds it, and what damage does."""
+"""Run folders: what is in one, and what damage does."""
 
 import json
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -12,7 +9,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import codistill as cd
 from codistill.errors import CheckpointError, UsageError
-from codistill.run import RunLock, build_method, checked_record
+from codistill.record import checked_record
+from codistill.run import build_method
 
 from . import tiny
 
@@ -243,49 +241,6 @@ def test_networks_of_ones_own_need_the_program_that_made_them(tmp_path):
 def test_a_method_without_networks_cannot_be_built():
     with pytest.raises(UsageError, match="no networks: name one for each student"):
         build_method(cd.config.RunConfig(data="digits"), 10, (32, 32))
-
-
-HOLD = """
-    import sys
-    from pathlib import Path
-    from codistill.run import RunLock
-    lock = RunLock(Path(sys.argv[1]))
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-@pytest.fixture
-def held(tmp_path):
-    """A folder that another process holds."""
-    folder = tmp_path / "held"
-    folder.mkdir()
-    command = [sys.executable, "-c", textwrap.dedent(HOLD), str(folder)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "held\n"
-        yield folder, process
-        process.stdin.close()
-
-
-def test_a_folder_belongs_to_one_process_until_it_ends(held):
-    folder, process = held
-    data, settings = tiny.data(), tiny.settings(epochs=1)
-    before = tiny.listing(folder)
-    with pytest.raises(UsageError, match=rf"{folder} is in use by pid {process.pid} on host \S+: wait for it"):
-        cd.train(tiny.method(), data, out=folder, settings=settings, show=False)
-    assert tiny.listing(folder) == before
-    process.kill()
-    process.wait()
-    cd.train(tiny.method(), data, out=folder, settings=settings, show=False)
-    assert cd.Run(folder).summary["status"] == "finished"
-
-
-def test_a_released_lock_can_be_had_again(tmp_path):
-    RunLock(tmp_path).release()
-    lock = RunLock(tmp_path)
-    with pytest.raises(UsageError, match="is in use by pid"):
-        RunLock(tmp_path)
-    lock.release()
 
 
 @pytest.mark.parametrize(

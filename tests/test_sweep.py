@@ -18,7 +18,8 @@ import codistill as cd
 from codistill import sweep as sweep_module
 from codistill.cli import main
 from codistill.errors import UsageError
-from codistill.run import RunLock, build_method
+from codistill.run import build_method
+from codistill.run_lock import RunLock
 from codistill.sweep import own_program, sweep
 from codistill.sweep_plan import read_spec
 from codistill.sweep_table import Row

@@ -32,7 +32,7 @@ from codistill.methods.one import ONE
 from codistill.methods.pcl import PCL
 from codistill.methods.rocket import Rocket
 from codistill.networks import NETWORKS, Network, network
-from codistill.run import VERSION as __version__
+from codistill.record import VERSION as __version__
 from codistill.run import Run
 from codistill.teacher import Taught
 from codistill.train import train

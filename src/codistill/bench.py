@@ -17,8 +17,9 @@ from codistill.errors import UsageError
 from codistill.host import set_up_cpu
 from codistill.kernels import use_fused
 from codistill.methods import Method
+from codistill.record import environment
 from codistill.roofline import Roofline, machine_of, roofline
-from codistill.run import build_method, environment
+from codistill.run import build_method
 
 STEPS_UNTIL_CAPTURED = 8
 OWN, PLAIN, DETERMINISTIC = "codistill", "plain", "deterministic"

@@ -55,7 +55,7 @@ def run_command(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
     elif arguments[0] == "--version":
-        from codistill.run import VERSION
+        from codistill.record import VERSION
 
         print(f"codistill {VERSION}")
     elif arguments[0] in COMMANDS:

@@ -23,7 +23,9 @@ from codistill.kernels import use_fused
 from codistill.loop import Loop
 from codistill.methods import METHODS, Method
 from codistill.optim import make_optimizer
-from codistill.run import Run, RunLock, build_method, dataset_record, environment
+from codistill.record import dataset_record, environment
+from codistill.run import Run, build_method
+from codistill.run_lock import RunLock
 from codistill.saving import Saver
 from codistill.step import PlainStep
 from codistill.summary import network_names, write_summary_of_failure

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from codistill.config import RunConfig
 from codistill.errors import CodistillError, UsageError
-from codistill.run import Run, RunLock
+from codistill.run import Run
+from codistill.run_lock import RunLock
 from codistill.sweep_identity import differences, digest
 from codistill.sweep_plan import PlannedRun
 

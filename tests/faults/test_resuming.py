@@ -438,7 +438,7 @@ def test_a_lone_process_ends_as_if_nobody_had_asked(colours, undisturbed, tmp_pa
     def asked(_: PlainStep) -> None:
         # Another open file, as another process has.
         with pytest.raises(cd.errors.UsageError, match="in use by pid"):
-            cd.run.RunLock(tmp_path / "run")
+            cd.run_lock.RunLock(tmp_path / "run")
 
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, 4, asked)
