@@ -10,9 +10,10 @@ import codistill as cd
 from codistill.cli import main
 from codistill.config import default_config
 from codistill.data.augment import Augmentation, DeviceImages, epoch_plan
-from codistill.distributed import ALONE, Ranks, launch
+from codistill.distributed import ALONE, Ranks
 from codistill.errors import UsageError
 from codistill.fleet import train_fleet
+from codistill.launcher import launch
 from codistill.networks import Network, PooledLinear
 from codistill.optim import make_optimizer, momentum_buffers
 from codistill.step import PlainStep

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from codistill.config import RunConfig
-from codistill.distributed import MAX_RESTARTS
+from codistill.launcher import MAX_RESTARTS
 
 Checkpoint = Literal["last", "best"]
 

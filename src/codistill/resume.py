@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from codistill.device import choose_device
-from codistill.distributed import MAX_RESTARTS
 from codistill.errors import UsageError
 from codistill.fleet import mark_diverged, shared, side_by_side, train_in_groups
 from codistill.interrupted import InterruptedRun
+from codistill.launcher import MAX_RESTARTS
 from codistill.prepare import Resident, build_taught
 from codistill.run import Run
 from codistill.train import fail, train_on_processes

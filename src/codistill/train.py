@@ -10,10 +10,11 @@ import torch
 from codistill.config import RunConfig, TeacherSettings, TrainSettings
 from codistill.data.dataset import Dataset
 from codistill.device import choose_device
-from codistill.distributed import MAX_RESTARTS, Ranks, launch, one_device_each
+from codistill.distributed import Ranks, one_device_each
 from codistill.epochs import run_epochs
 from codistill.errors import DivergedError, UsageError
 from codistill.interrupted import InterruptedRun
+from codistill.launcher import MAX_RESTARTS, launch
 from codistill.loop import Loop
 from codistill.methods import Method
 from codistill.prepare import build_taught, check_teacher, load_named_data, prepared
