@@ -4,9 +4,11 @@
         --train-limit 10000 --out runs/all-methods
 
 Each method gets two students (okddip three: two peers and the leader; rocket a light net and a booster; byot one).
-kd's teacher is the better student of a run of `independent` with --teacher-network, trained first.
+kd's teacher is the better student of a run of `independent` with --teacher-network, trained first. Another start goes
+on with what an interrupted one has begun.
 """
 
+import contextlib
 import json
 import math
 from dataclasses import dataclass, replace
@@ -15,8 +17,10 @@ from pathlib import Path
 import tyro
 
 from codistill.config import RunConfig, TeacherSettings, TrainSettings, default_config
+from codistill.errors import DivergedError
 from codistill.fleet import train_fleet
 from codistill.methods import METHODS
+from codistill.resume import resume_together
 from codistill.run import Run
 from codistill.train import train_from_config
 
@@ -84,19 +88,34 @@ def table(runs: list[Run]) -> str:
     return "\n".join(lines)
 
 
+def begun(out: Path) -> bool:
+    return (out / "config.json").exists()
+
+
+def go_on(outs: list[Path]) -> None:
+    """Finish the runs that an earlier start of this script began and did not end."""
+    broken = [out for out in outs if begun(out) and Run(out).status not in ("finished", "diverged")]
+    with contextlib.suppress(DivergedError):  # the table says so
+        if broken:
+            resume_together(broken)
+
+
 def main(options: Options) -> None:
     teacher = options.out / "teacher"
-    if not teacher.exists():
+    go_on([teacher])
+    if not begun(teacher):
         config = replace(config_of("independent", options), networks=(options.teacher_network,))
         train_from_config(config, teacher)
-    wanted = [name for name in options.methods or METHODS if not (options.out / name).exists()]
+    outs = {name: options.out / name for name in options.methods or METHODS}
+    go_on(list(outs.values()))
+    wanted = [name for name, out in outs.items() if not begun(out)]
     configs = {name: config_of(name, options) for name in wanted}
     if "kd" in configs:
         configs["kd"] = replace(configs["kd"], teaching=TeacherSettings(teacher=str(teacher)))
     for index in range(math.ceil(len(wanted) / options.side_by_side)):
         part = wanted[index * options.side_by_side : (index + 1) * options.side_by_side]
-        train_fleet([configs[name] for name in part], [options.out / name for name in part])
-    text = table([Run(options.out / name) for name in ["teacher", *(options.methods or METHODS)]])
+        train_fleet([configs[name] for name in part], [outs[name] for name in part])
+    text = table([Run(out) for out in (teacher, *outs.values())])
     environment = json.dumps(Run(teacher).record["environment"])
     (options.out / "table.md").write_text(f"{text}\n\n`{environment}`\n")
     print(text)

@@ -63,6 +63,8 @@ class Options:
     rounds: int = 5
     seconds: float = 10.0
     """How long to measure a case, all rounds together, beside making ready."""
+    limit: float = 400.0
+    """How long a case may take in all, seconds."""
     case: str = ""
     """Measure this one case in this process and print it; used by the script itself."""
 
@@ -228,11 +230,16 @@ def run_case(case: str, options: Options) -> None:
     for name in ("batch_size", "precision", "device", "backend", "rounds", "seconds"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     variables = {"TORCHINDUCTOR_CACHE_DIR": str(cache.absolute())}
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables})
-    if done.returncode == 0:
-        result = json.loads(done.stdout.splitlines()[-1])
+    environment = {**os.environ, **variables}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=options.limit)
+    except subprocess.TimeoutExpired:
+        result = {"case": case, "failed": [f"not done after {options.limit:g} s"]}
     else:
-        result = {"case": case, "failed": done.stderr.strip().splitlines()[-5:]}
+        if done.returncode == 0:
+            result = json.loads(done.stdout.splitlines()[-1])
+        else:
+            result = {"case": case, "failed": done.stderr.strip().splitlines()[-5:]}
     path = options.out / f"{case.replace('/', '-')}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
 

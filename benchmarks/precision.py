@@ -18,7 +18,7 @@ from scipy import stats
 from codistill.config import Precision, RunConfig, TrainSettings, default_config
 from codistill.fleet import train_fleet
 from codistill.methods import METHODS
-from codistill.resume import resume
+from codistill.resume import resume_together
 from codistill.run import Run
 
 ARMS: tuple[Precision, ...] = ("float32", "bf16")
@@ -52,16 +52,19 @@ def config_of(precision: Precision, seed: int, options: Options) -> RunConfig:
     return replace(default_config("mfef"), networks=networks, data=options.data, data_dir=options.data_dir, train=train)
 
 
+def groups(seeds: list[int], precision: Precision) -> list[list[int]]:
+    """Say which seeds train side by side: all in bf16, none in float32."""
+    return [seeds] * bool(seeds) if precision == "bf16" else [[seed] for seed in seeds]
+
+
 def train_arm(precision: Precision, options: Options) -> list[Run]:
     """Train all seeds of a precision, those in bf16 side by side."""
     outs = {seed: options.out / precision / f"seed{seed}" for seed in options.seeds}
     missing = [seed for seed, out in outs.items() if not (out / "config.json").exists()]
-    for seed in set(options.seeds) - set(missing):
-        summary = outs[seed] / "summary.json"
-        if not summary.exists() or json.loads(summary.read_text())["status"] != "finished":
-            resume(outs[seed])
-    groups = [missing] if precision == "bf16" else [[seed] for seed in missing]
-    for group in filter(None, groups):
+    broken = [seed for seed in options.seeds if seed not in missing and not Run(outs[seed]).finished]
+    for group in groups(broken, precision):
+        resume_together([outs[seed] for seed in group])
+    for group in groups(missing, precision):
         train_fleet([config_of(precision, seed, options) for seed in group], [outs[seed] for seed in group])
     return [Run(out) for out in outs.values()]
 

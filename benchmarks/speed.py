@@ -11,6 +11,7 @@ with the cases that have no file.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -53,6 +54,7 @@ class Case:
     flags: tuple[str, ...] = ()
     profiled: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
+    empties_cache: bool = False
 
 
 def cases(options: Options) -> list[Case]:
@@ -74,7 +76,7 @@ def cases(options: Options) -> list[Case]:
         # The first one finds an empty cache and fills it, the second one reads it: the time of a first step of each.
         for each in options.networks:
             cache = {"TORCHINDUCTOR_CACHE_DIR": str((options.out / "cache" / each).absolute())}
-            listed.append(Case(f"{each}-compiled-first", pair(each), on, environment=cache))
+            listed.append(Case(f"{each}-compiled-first", pair(each), on, environment=cache, empties_cache=True))
             listed.append(Case(f"{each}-compiled-again", pair(each), on, profiled=True, environment=cache))
     for runs in options.runs:
         for each in options.networks:
@@ -118,6 +120,8 @@ def run(written: list[str], environment: Mapping[str, str], limit: float) -> str
 def measure(case: Case, options: Options) -> dict[str, Any]:
     """Measure a case; a failure is a result, too."""
     written = arguments(case, options)
+    if case.empties_cache:  # an earlier start may have been stopped within it
+        shutil.rmtree(case.environment["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
     record: dict[str, Any] = {"command": " ".join(["codistill", *written]), **case.environment}
     started = time.perf_counter()
     try:

@@ -17,6 +17,7 @@ from codistill import bench, loop
 from codistill.cli import main
 from codistill.fleet import train_fleet
 from codistill.methods import METHODS
+from codistill.step import PlainStep
 
 from . import tiny
 
@@ -76,6 +77,34 @@ def test_all_methods_on_digits(all_methods, tiny_registered, tmp_path, capsys, s
     before = tiny.listing(tmp_path)
     all_methods.main(options)
     assert tiny.listing(tmp_path) == before
+
+
+def test_all_methods_goes_on_where_it_was_stopped(all_methods, tiny_registered, tmp_path, monkeypatch, capsys):
+    options = all_methods.Options(
+        out=tmp_path,
+        data="digits",
+        network="tiny",
+        teacher_network="tiny",
+        epochs=2,
+        train_limit=128,
+        methods=("kd", "dml"),
+    )
+    for step in (1, 3, 5):  # in the teacher's training, in kd's and in dml's
+        with monkeypatch.context() as patch:
+            count, call = iter(range(100)), PlainStep.__call__
+
+            def stopping(self, *arguments, count=count, call=call):
+                if next(count) == 1:
+                    raise KeyboardInterrupt
+                call(self, *arguments)
+
+            patch.setattr(PlainStep, "__call__", stopping)
+            with pytest.raises(KeyboardInterrupt):
+                all_methods.main(options)
+    all_methods.main(options)
+    rows = capsys.readouterr().out.splitlines()[-3:]
+    assert [cells(row)[0] for row in rows] == ["independent", "kd", "dml"]
+    assert all(cd.Run(tmp_path / name).finished for name in ("teacher", "kd", "dml"))
 
 
 def test_every_method_gets_students_that_it_takes(all_methods, tmp_path):

@@ -14,7 +14,10 @@ def gpus(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GTX {device}")
+        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
 
+    chosen: list[torch.device] = []
+    pretend.chosen = chosen
     return pretend
 
 
@@ -33,7 +36,9 @@ def test_a_gpu_that_is_not_there_is_no_cpu(gpus):
         with pytest.raises(UsageError, match=rf"^device '{name}': this machine has 0 CUDA devices: .*--device cpu"):
             choose_device(name, "float32")
     gpus(2)
+    assert choose_device("cuda", "float32") == torch.device("cuda") and gpus.chosen == []
     assert choose_device("cuda:1", "float32") == torch.device("cuda:1")
+    assert gpus.chosen == [torch.device("cuda:1")]  # where streams, graphs and events are from now on
     with pytest.raises(UsageError, match="'cuda:2': this machine has 2 CUDA devices"):
         choose_device("cuda:2", "float32")
 

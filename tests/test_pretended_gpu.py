@@ -101,8 +101,9 @@ def test_what_a_capture_gives_is_garbage_until_it_is_replayed(gpu):
 )
 def test_a_capture_refuses_to_wait_for_the_host(gpu, read):
     value = torch.ones(3, device=CUDA)
-    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+    with pytest.raises(RuntimeError, match="previous error during capture") as caught:
         captured(lambda: read(value))
+    assert "not permitted when stream is capturing" in str(caught.value.__context__)
     read(value)
 
 
@@ -185,8 +186,9 @@ def test_forks_must_join_what_is_captured(gpu):
     captured(lambda: forked(joins=True)).replay()
     with pytest.raises(RuntimeError, match="unjoined work"):
         captured(lambda: forked(joins=False))
-    with pytest.raises(RuntimeError, match="uncaptured work"):
+    with pytest.raises(RuntimeError, match="previous error during capture") as caught:
         captured(lambda: torch.cuda.current_stream().wait_stream(torch.cuda.Stream()))
+    assert "uncaptured work" in str(caught.value.__context__)
 
 
 def test_a_graph_must_not_outlive_what_it_reads(gpu):
@@ -229,6 +231,39 @@ def test_a_captured_training_ends_as_that_of_a_cpu(colours, tmp_path, method, mo
         assert end_state(outs[1] / name) == end_state(outs[0] / name)
 
 
+@pytest.mark.parametrize("seeds", [("0",), ("0", "1")])
+def test_why_a_step_cannot_be_captured_is_said(gpu, colours, tmp_path, monkeypatch, capsys, seeds):
+    losses = cd.MFEF.losses
+
+    def reading(self, *arguments):
+        terms = losses(self, *arguments)
+        terms["ce/student0"].item()
+        return terms
+
+    monkeypatch.setattr(cd.MFEF, "losses", reading)
+    line = arguments(colours, tmp_path / "run", "--device", "cuda", "-b", "3", "--seeds", *seeds)
+    assert run_here(line) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("codistill: error: mfef cannot be captured as a CUDA graph: does its step read from the ")
+    assert "(CUDA error: operation not permitted when stream is capturing)" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("seeds", [("0",), ("0", "1")])
+def test_a_capture_that_memory_does_not_hold_is_no_bug_of_a_method(gpu, colours, tmp_path, monkeypatch, capsys, seeds):
+    losses = cd.MFEF.losses
+
+    def greedy(self, *arguments):
+        if gpu.timeline.graph is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return losses(self, *arguments)
+
+    monkeypatch.setattr(cd.MFEF, "losses", greedy)
+    line = arguments(colours, tmp_path / "run", "--device", "cuda", "-b", "3", "--seeds", *seeds)
+    status = run_here(line)
+    error = capsys.readouterr().err
+    assert status == 6 and error.startswith("codistill: error: out of memory: mfef with tiny + tiny at batch size 3")
+
+
 def test_the_host_waits_once_an_epoch(colours, tmp_path):
     waits = []
     with pretended() as gpu:
@@ -261,8 +296,8 @@ def test_bench(gpu, monkeypatch, tiny_registered, capsys, networks, runs):
 
 
 def test_runs_that_memory_does_not_hold_train_in_groups(gpu, colours, tmp_path, monkeypatch, capsys):
-    # Two steps are said to take 15 MiB, and what a graph needs beside them a third of that.
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (45 * 2**20, 2**30))
+    # A step and an evaluation are said to take 15 MiB each: two graphs of steps and one of an evaluation take 45.
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (150 * 2**20, 2**30))
     flags = ("--device", "cuda", "--epochs", "1", "--seeds", "0", "1", "2")
     assert run_here(arguments(colours, tmp_path / "several", *flags)) == 0
     assert "they train in 2 groups of at most 2, one after the other" in capsys.readouterr().err

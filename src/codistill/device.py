@@ -14,7 +14,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def choose_device(name: str, precision: str) -> torch.device:
-    """Turn a device setting into a device.
+    """Turn a device setting into a device; a GPU that is named by its number becomes torch's current one.
 
     Raises:
         UsageError: No such device, or one that cannot compute in bf16; never a silent fall to the CPU.
@@ -33,6 +33,8 @@ def choose_device(name: str, precision: str) -> torch.device:
             raise UsageError(f"device {name!r}: this machine has {count} CUDA devices: choose --device cpu or auto")
         if precision == "bf16" and not torch.cuda.is_bf16_supported():
             raise UsageError(f"precision bf16: {torch.cuda.get_device_name(device)} cannot: use --precision float32")
+        if device.index is not None:
+            torch.cuda.set_device(device)  # streams, graphs and events belong to the current one
     return device
 
 
@@ -49,6 +51,8 @@ def choose_algorithms(device: torch.device, deterministic: bool) -> None:
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(deterministic)
+        # All memory is written before it is read here: filling it first only costs launches.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark = not deterministic
 
 

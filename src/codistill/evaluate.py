@@ -85,7 +85,9 @@ class Evaluation:
                     predictions: dict[str, Tensor] = self.method.predictions(outputs)
                 self._diversity[name].update(outputs.logits)
                 for predictor, logits in predictions.items():
-                    sums.setdefault(predictor, ClassificationSums(self.device)).update(logits, labels)
+                    if predictor not in sums:
+                        sums[predictor] = ClassificationSums(self.device)
+                    sums[predictor].update(logits, labels)
                 between()
 
     def packed(self) -> list[Float[Tensor, " numbers"]]:

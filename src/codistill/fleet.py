@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import gc
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -52,13 +53,16 @@ SHARED_IN_A_FLEET = (
 )
 # Puts a run on its device, and closes it at the end.
 Opening = Callable[[], contextlib.AbstractContextManager[Loop]]
-# Captured graphs keep their memory apart from that of the steps before them, and allocators leave gaps.
+# Convolutions take memory to work in, and allocators leave gaps.
 ALLOWANCE = 1.3
 USED_SHARE = 0.9
 
 
 def memory_of_a_run(method: Method, config: RunConfig, data: Dataset, device: torch.device) -> int:
-    """Measure what two steps and an evaluation of a copy of a method take beside the data set, bytes.
+    """Measure what a copy of a method takes beside the data set, bytes.
+
+    That is what it keeps from step to step, and what each of its graphs holds for itself: that of a step, that of the
+    epoch's last and smaller step, which is taken to be as large, and that of an evaluation.
 
     Args:
         method: Left as it is.
@@ -80,11 +84,14 @@ def memory_of_a_run(method: Method, config: RunConfig, data: Dataset, device: to
     plan = epoch_plan(len(images), settings.seed, 0, augmentation, device, probe.views)
     for _ in range(2):
         step(plan, torch.zeros((), device=device))
+    kept = torch.cuda.memory_allocated(device)
+    within_step = torch.cuda.max_memory_allocated(device) - kept
+    torch.cuda.reset_peak_memory_stats(device)
     evaluate(probe, held, settings.precision)
-    peak = torch.cuda.max_memory_allocated(device)
+    within_evaluation = torch.cuda.max_memory_allocated(device) - kept
     del probe, optimizer, step
     torch.cuda.empty_cache()
-    return peak - before
+    return kept - before + (1 if settings.drop_last else 2) * within_step + within_evaluation
 
 
 def free_memory(device: torch.device) -> int:
@@ -111,6 +118,7 @@ def side_by_side(
     count = len(methods)
     if device.type != "cuda" or count == 1:
         return [count]
+    collect_finished_runs()
     kinds = {(config.method_name, config.networks): index for index, config in enumerate(configs)}
     need = max(memory_of_a_run(methods[index], configs[index], data, device) for index in kinds.values())
     free = free_memory(device) * USED_SHARE
@@ -124,6 +132,11 @@ def side_by_side(
             f"they train in {groups} groups of at most {sizes[0]}, one after the other"
         )
     return sizes
+
+
+def collect_finished_runs() -> None:
+    """Free the memory of runs that are over: matplotlib leaves cycles that hold their loops, and with them all else."""
+    gc.collect()
 
 
 def train_seeds(config: RunConfig, seeds: Sequence[int], out: Path | None = None, show: bool = True) -> list[Run]:
@@ -209,6 +222,7 @@ def train_in_groups(
 
 def train_side_by_side(openings: Sequence[Opening], diverged: Callable[[Loop, DivergedError], None]) -> list[Run]:
     """Train one group of runs, and leave its methods on the host; see `train_in_groups`."""
+    collect_finished_runs()
     with contextlib.ExitStack() as held:
         loops = [held.enter_context(opening()) for opening in openings]
         run_epochs(loops, diverged)

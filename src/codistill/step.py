@@ -141,15 +141,17 @@ class CapturedFleet:
         try:
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self._run(static)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            # To end a capture that has failed is an error again, in whose context the first one is.
+            cause = error.__context__ or error
+            if not isinstance(cause, RuntimeError) or isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
             names = ", ".join(sorted({member.method.name for member in self.members}))
-            reason = " ".join(str(error).split())[:200]
+            reason = " ".join(str(cause).split())[:200]
             raise UsageError(
                 f"{names} cannot be captured as a CUDA graph: does its step read from the host? Set capturable = False "
                 f"in its class to run it plainly ({reason})"
-            ) from error
+            ) from cause
         return graph, static
 
 

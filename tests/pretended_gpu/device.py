@@ -138,6 +138,8 @@ class GPU(TorchFunctionMode):
             self._graph, graph.gpu = graph, self
             try:
                 yield
+            except BaseException:
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")  # noqa: B904
             finally:
                 self._graph = None
 
