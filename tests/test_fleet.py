@@ -1,9 +1,12 @@
 """Runs side by side: each ends, to the last bit, as it would have ended alone."""
 
+import contextlib
 import dataclasses
+import gc
 import json
 import math
 import signal
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import pytest
 import torch
 
 import codistill as cd
-from codistill import fleet, resume
+from codistill import fleet, loop, resume
 from codistill.cli import main
 from codistill.config import RunConfig, TeacherSettings, default_config
 from codistill.data.augment import Augmentation, Batch, DeviceImages, epoch_plan
@@ -21,6 +24,7 @@ from codistill.fleet import train_fleet, train_seeds
 from codistill.methods import METHODS
 from codistill.methods.kdcl import KDCLSettings
 from codistill.optim import make_optimizer
+from codistill.prepare import prepared
 from codistill.resume import resume_together
 from codistill.step import CapturedFleet, PlainStep, SequentialFleet, make_fleet
 from codistill.teacher import Taught
@@ -286,6 +290,35 @@ def test_groups_one_after_the_other(config, monkeypatch):
     assert [run.path for run in runs] == folders(3)
     for index, each in enumerate(configs):
         assert_equal(runs[index], train_from_config(each, Path(f"alone{index}"), show=False))
+
+
+def test_a_group_has_gone_when_the_next_one_begins(config, monkeypatch):
+    def drawing(run, summary):
+        try:
+            raise ValueError
+        except ValueError as error:
+            kept = error  # a cycle that holds the frames of all callers, as libraries leave them
+            assert kept
+
+    @contextlib.contextmanager
+    def watched(*arguments, **named):
+        there.append([each() is not None for each in gone])
+        with prepared(*arguments, **named) as loop:
+            gone.append(weakref.ref(loop.step))
+            yield loop
+        del loop
+
+    there: list[list[bool]] = []
+    gone: list[weakref.ref[PlainStep]] = []
+    monkeypatch.setattr(fleet, "side_by_side", lambda *_: [1, 1])
+    monkeypatch.setattr(fleet, "prepared", watched)
+    monkeypatch.setattr(loop, "write_report", drawing)
+    gc.disable()
+    try:
+        train_fleet([config(seed=seed) for seed in range(2)], folders(2), show=False)
+    finally:
+        gc.enable()
+    assert there == [[], [False]]
 
 
 def test_groups_that_wait_are_resumed_too(config, monkeypatch):
