@@ -191,6 +191,22 @@ def test_forks_must_join_what_is_captured(gpu):
     assert "uncaptured work" in str(caught.value.__context__)
 
 
+@pytest.mark.parametrize("held", [True, False])
+def test_graphs_of_a_pool_overwrite_each_other_s_memory_that_nobody_holds(gpu, held):
+    value, total, pool = torch.ones(3, device=CUDA), torch.zeros(3, device=CUDA), torch.cuda.graph_pool_handle()
+    first, second, made = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(first, pool):
+        made.append(value + 1)
+    view = made[0].host
+    made = made if held else []
+    with torch.cuda.graph(second, pool):
+        total.add_(value)
+    first.replay()
+    assert view.tolist() == [2, 2, 2]
+    second.replay()
+    assert view.isnan().all() != held and total.tolist() == [1, 1, 1]
+
+
 def test_a_graph_must_not_outlive_what_it_reads(gpu):
     value = torch.ones(3, device=CUDA)
     graph = captured(lambda: value + 1)

@@ -61,8 +61,8 @@ USED_SHARE = 0.9
 def memory_of_a_run(method: Method, config: RunConfig, data: Dataset, device: torch.device) -> int:
     """Measure what a copy of a method takes beside the data set, bytes.
 
-    That is what it keeps from step to step, and what each of its graphs holds for itself: that of a step, that of the
-    epoch's last and smaller step, which is taken to be as large, and that of an evaluation.
+    That is what it keeps from step to step, what its graphs of a step and of an evaluation hold for themselves, and
+    what the first plain steps of the epoch's last size need beside them, which is taken to be as much as a step does.
 
     Args:
         method: Left as it is.

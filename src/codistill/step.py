@@ -102,6 +102,8 @@ class CapturedFleet:
         self._progress = torch.zeros((), device=self.device)
         self._calls: dict[int, int] = {}
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, list[Batch]]] = {}
+        # Graphs of different sizes have their memory in common: what lasts from step to step was made before them.
+        self._pool = torch.cuda.graph_pool_handle()
         # Branches of one run fill a GPU that is otherwise idle; several runs fill it better.
         if len(members) == 1 and members[0].method.parallel_branches:
             members[0].method.cohort.run_branches_on_streams(self.device)
@@ -139,7 +141,7 @@ class CapturedFleet:
         static = [Batch(*(table.clone() for table in batch)) for batch in batches]
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self._pool, self.stream, capture_error_mode="thread_local"):
                 self._run(static)
         except RuntimeError as error:
             # To end a capture that has failed is an error again, in whose context the first one is.

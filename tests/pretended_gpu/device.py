@@ -1,6 +1,7 @@
 """Tensors, operators and graphs of a pretended GPU."""
 
 import contextlib
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -82,10 +83,17 @@ class GPUTensor(Tensor):
 
 @dataclass
 class Operator:
-    """A captured operator, and the tensors that it gives; none where it changes what it takes."""
+    """A captured operator, and the tensors that it gives in memory of the graph's; none where it changes others."""
 
     call: Callable[[], Any]
     given: Sequence[Tensor] = ()
+    memory: weakref.ref[Memory] | None = None
+
+    def overwrite(self) -> None:
+        """Let another graph have had the memory that nobody holds any more."""
+        if self.memory is not None and self.memory() is None:
+            for each in self.given:
+                spoil(each)
 
     def again(self) -> None:
         made = self.call()
@@ -102,6 +110,7 @@ class CUDAGraph:
         self.read: list[weakref.ref[Memory]] = []
         self.written: list[weakref.ref[Memory]] = []
         self.gpu: GPU | None = None
+        self.pool: object = self
 
     def replay(self) -> None:
         assert self.gpu is not None, "nothing was captured"
@@ -114,6 +123,10 @@ class CUDAGraph:
         with torch.no_grad():
             for operator in self.operators:
                 operator.again()
+            for other in self.gpu.graphs - {self}:
+                if other.pool == self.pool:
+                    for operator in other.operators:
+                        operator.overwrite()
 
 
 class GPU(TorchFunctionMode):
@@ -128,12 +141,18 @@ class GPU(TorchFunctionMode):
         super().__init__()
         self.timeline = timeline
         self.replays = 0
+        self.graphs: weakref.WeakSet[CUDAGraph] = weakref.WeakSet()
+        self.pools = itertools.count(1)
         self._graph: CUDAGraph | None = None
         self._pinned: set[int] = set()
 
     @contextlib.contextmanager
-    def capture(self, graph: CUDAGraph, stream: Stream | None = None, **options: Any) -> Iterator[None]:
+    def capture(
+        self, graph: CUDAGraph, pool: object = None, stream: Stream | None = None, **options: Any
+    ) -> Iterator[None]:
         """Note operators down instead of computing them."""
+        self.graphs.add(graph)
+        graph.pool = pool or graph
         with self.timeline.capturing(graph, stream or Stream()):
             self._graph, graph.gpu = graph, self
             try:
@@ -168,12 +187,12 @@ class GPU(TorchFunctionMode):
         if any(isinstance(leaf, GPUTensor) for leaf in tree_leaves(args)):
             like: Tensor = func(*args, **{name: value for name, value in kwargs.items() if name != "device"})
             return like
-        host = func(*args, **kwargs)
+        host, memory = func(*args, **kwargs), self.timeline.launch([])
         if self._graph is not None:
             if func in (torch.tensor, torch.as_tensor):
                 raise RuntimeError(CAPTURING)
-            self._graph.operators.append(Operator(lambda: func(*args, **kwargs), [host]))
-        return GPUTensor(host.detach(), self.timeline.launch([]), self).requires_grad_(host.requires_grad)
+            self._graph.operators.append(Operator(lambda: func(*args, **kwargs), [host], weakref.ref(memory)))
+        return GPUTensor(host.detach(), memory, self).requires_grad_(host.requires_grad)
 
     def _sent(self, tensor: Tensor, dtype: torch.dtype | None, layout: torch.memory_format) -> Tensor:
         self.timeline.refuse_in_capture()
@@ -199,7 +218,7 @@ class GPU(TorchFunctionMode):
         if self._graph is None or view:
             given = func(*tree_map(values, args), **tree_map(values, kwargs))
         else:
-            given = self._noted(self._graph, func, tree_map(values, args), tree_map(values, kwargs))
+            given = self._noted(self._graph, fresh, func, tree_map(values, args), tree_map(values, kwargs))
             outside = [each for each in memories if each.captured_by is not self._graph]
             self._graph.read += map(weakref.ref, outside)
             self._graph.written += [weakref.ref(each) for each in changed if each in outside]
@@ -212,13 +231,12 @@ class GPU(TorchFunctionMode):
 
         return return_and_correct_aliasing(func, args, kwargs, tree_map(wrapped, given))
 
-    def _noted(self, graph: CUDAGraph, func: Any, args: Any, kwargs: Any) -> Any:
+    def _noted(self, graph: CUDAGraph, memory: Memory, func: Any, args: Any, kwargs: Any) -> Any:
         """Compute an operator on copies, for the shapes only, and note it down."""
         given = func(*tree_map(copied, args), **tree_map(copied, kwargs))
         changes = any(result.alias_info for result in func._schema.returns) or not func._schema.returns
-        operator = Operator(
-            lambda: func(*args, **kwargs), [] if changes else [spoil(each) for each in tensors_in(given)]
-        )
+        new = [] if changes else [spoil(each) for each in tensors_in(given)]
+        operator = Operator(lambda: func(*args, **kwargs), new, weakref.ref(memory))
         graph.operators.append(operator)
         return given
 
