@@ -28,7 +28,7 @@ def seeded() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+def gpu_or_pretended(request: pytest.FixtureRequest) -> Iterator[None]:
     """Let tests marked `gpu` run without one, too."""
     marker = request.node.get_closest_marker("gpu")
     if marker is None or torch.cuda.is_available():
