@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from codistill.bench_loop import resident_loop
 from codistill.compiling import compile_in_place, parts_of
 from codistill.config import RunConfig, TrainSettings, default_config
-from codistill.device import choose_algorithms, choose_device
+from codistill.device import choose_device, set_up_gpu
 from codistill.kernels import use_fused
 from codistill.methods import Method
 from codistill.networks.network import Normalise, normalised
@@ -181,7 +181,7 @@ def apply(variant: str, method: Method, options: Options, device: torch.device) 
 def measure_step(network: str, variant: str, options: Options) -> dict[str, Any]:
     """Time the training step of MFEF with two equal students, on CUDA captured, and how long the first one takes."""
     device = choose_device(options.device, options.precision)
-    choose_algorithms(device, deterministic=False)
+    set_up_gpu(device, deterministic=False)
     settings = TrainSettings(batch_size=options.batch_size, precision=options.precision, device=options.device)
     config: RunConfig = replace(default_config("mfef"), networks=(network, network), train=settings)
     torch.manual_seed(0)

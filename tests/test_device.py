@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from codistill.device import autocast, choose_device
+from codistill.device import autocast, choose_device, set_up_gpu
 from codistill.errors import UsageError
 
 
@@ -14,10 +14,7 @@ def gpus(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GTX {device}")
-        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
 
-    chosen: list[torch.device] = []
-    pretend.chosen = chosen
     return pretend
 
 
@@ -36,9 +33,7 @@ def test_a_gpu_that_is_not_there_is_no_cpu(gpus):
         with pytest.raises(UsageError, match=rf"^device '{name}': this machine has 0 CUDA devices: .*--device cpu"):
             choose_device(name, "float32")
     gpus(2)
-    assert choose_device("cuda", "float32") == torch.device("cuda") and gpus.chosen == []
     assert choose_device("cuda:1", "float32") == torch.device("cuda:1")
-    assert gpus.chosen == [torch.device("cuda:1")]  # where streams, graphs and events are from now on
     with pytest.raises(UsageError, match="'cuda:2': this machine has 2 CUDA devices"):
         choose_device("cuda:2", "float32")
 
@@ -55,6 +50,27 @@ def test_bf16_needs_a_gpu_that_can(gpus):
     assert choose_device("cuda", "float32").type == "cuda"
     with pytest.raises(UsageError, match=r"^precision bf16: GTX cuda.* cannot: use --precision float32$"):
         choose_device("cuda", "bf16")
+
+
+def test_the_gpu_that_is_named_is_the_current_one(monkeypatch):
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    for name in ("cpu", "cuda", "cuda:1"):
+        set_up_gpu(torch.device(name), deterministic=False)
+    assert chosen == [torch.device("cuda:1")] and torch.backends.cudnn.benchmark
+
+
+def test_deterministic_algorithms_do_not_fill_memory_first(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    try:
+        set_up_gpu(torch.device("cuda"), deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_autocast_is_off_for_float32():

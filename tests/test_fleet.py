@@ -18,7 +18,7 @@ from codistill import fleet, loop, resume
 from codistill.cli import main
 from codistill.config import RunConfig, TeacherSettings, default_config
 from codistill.data.augment import Augmentation, Batch, DeviceImages, epoch_plan
-from codistill.device import choose_algorithms
+from codistill.device import set_up_gpu
 from codistill.errors import DataError, UsageError
 from codistill.fleet import train_fleet, train_seeds
 from codistill.methods import METHODS
@@ -531,7 +531,7 @@ def repeatable(monkeypatch):
     """Let CUDA use only algorithms that repeat to the last bit."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    choose_algorithms(torch.device("cuda"), deterministic=True)
+    set_up_gpu(torch.device("cuda"), deterministic=True)
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.backends.cudnn.benchmark = before[1]

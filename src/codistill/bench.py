@@ -12,7 +12,7 @@ from codistill.bench_loop import CLASSES, IMAGES, SIDE, plain_loop, resident_loo
 from codistill.bench_measurement import Contestant, launches, ratio, rounds_in_turn, timed
 from codistill.compiling import compile_parts
 from codistill.config import RunConfig
-from codistill.device import choose_algorithms, choose_device
+from codistill.device import choose_device, set_up_gpu
 from codistill.errors import UsageError
 from codistill.host import set_up_cpu
 from codistill.kernels import use_fused
@@ -66,7 +66,7 @@ def bench(
     if config.train.processes > 1:
         raise UsageError("bench measures one process: leave --processes out")
     device = choose_device(config.train.device, config.train.precision)
-    choose_algorithms(device, config.train.deterministic)
+    set_up_gpu(device, config.train.deterministic)
     set_up_cpu(config.train.threads, device)
     size, on_gpu = config.train.batch_size, device.type == "cuda"
     if size > IMAGES:

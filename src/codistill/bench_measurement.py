@@ -11,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from codistill.device import choose_algorithms
+from codistill.device import set_up_gpu
 
 # Beside a GPU the plain loop's workers fill their queues while others are measured, so that turns must be long; on a
 # CPU short turns see the same minute of a busy machine.
@@ -25,7 +25,7 @@ class Contestant:
     Attributes:
         name: Its name in the result.
         train: Trains so many steps.
-        deterministic: Which algorithms it uses, as in `choose_algorithms`.
+        deterministic: Which algorithms it uses, as in `set_up_gpu`.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Contestant:
 
 def timed(contestant: Contestant, steps: int, device: torch.device) -> float:
     """Time some steps, seconds a step, with all of the device's work done before and after."""
-    choose_algorithms(device, contestant.deterministic)
+    set_up_gpu(device, contestant.deterministic)
     synchronise(device)
     started = time.perf_counter()
     contestant.train(steps)
@@ -102,7 +102,7 @@ def launches(contestant: Contestant, device: torch.device, table: Path | None) -
         device: Where it runs.
         table: Where to write what took longest, as text; None: nowhere.
     """
-    choose_algorithms(device, contestant.deterministic)
+    set_up_gpu(device, contestant.deterministic)
     found: dict[str, int] = {}
     if device.type == "cpu":
         with OperatorCount() as count:

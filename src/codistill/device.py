@@ -14,7 +14,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def choose_device(name: str, precision: str) -> torch.device:
-    """Turn a device setting into a device; a GPU that is named by its number becomes torch's current one.
+    """Turn a device setting into a device.
 
     Raises:
         UsageError: No such device, or one that cannot compute in bf16; never a silent fall to the CPU.
@@ -33,22 +33,22 @@ def choose_device(name: str, precision: str) -> torch.device:
             raise UsageError(f"device {name!r}: this machine has {count} CUDA devices: choose --device cpu or auto")
         if precision == "bf16" and not torch.cuda.is_bf16_supported():
             raise UsageError(f"precision bf16: {torch.cuda.get_device_name(device)} cannot: use --precision float32")
-        if device.index is not None:
-            torch.cuda.set_device(device)  # streams, graphs and events belong to the current one
     return device
 
 
-def choose_algorithms(device: torch.device, deterministic: bool) -> None:
-    """Choose between algorithms that repeat to the last bit and the fastest ones; for the whole process.
+def set_up_gpu(device: torch.device, deterministic: bool) -> None:
+    """Make a GPU the current one, which streams and graphs belong to, and choose its algorithms; for the whole process.
 
-    A CPU repeats in any case. On CUDA the fastest convolutions are found by trying them, and may differ from process to
-    process.
+    Either those that repeat to the last bit, or the fastest: the fastest convolutions are found by trying them, and may
+    differ from process to process. A CPU repeats in any case, and is left as it is.
 
     Args:
         device: Where is computed.
         deterministic: Whether results must repeat; needs to be known before the first matrix product on the device.
     """
     if device.type == "cuda":
+        if device.index is not None:
+            torch.cuda.set_device(device)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(deterministic)
         # All memory is written before it is read here: filling it first only costs launches.

@@ -14,7 +14,7 @@ from codistill.compiling import compile_parts
 from codistill.config import RunConfig, TrainSettings
 from codistill.data.augment import DeviceImages, seeded_order
 from codistill.data.dataset import Dataset, Split, dataset
-from codistill.device import choose_algorithms
+from codistill.device import set_up_gpu
 from codistill.distributed import ALONE, Ranks
 from codistill.errors import ResourceError, UsageError
 from codistill.follower import Follower
@@ -191,7 +191,7 @@ def prepared(
     """
     settings = config.train
     set_up_cpu(settings.threads, device)
-    choose_algorithms(device, settings.deterministic)
+    set_up_gpu(device, settings.deterministic)
     augmentation = settings.augmentation(data)
     training, validation = split_training(data, settings)
     check_shapes(method, data)
