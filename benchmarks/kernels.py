@@ -230,16 +230,14 @@ def run_case(case: str, options: Options) -> None:
     for name in ("batch_size", "precision", "device", "backend", "rounds", "seconds"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     variables = {"TORCHINDUCTOR_CACHE_DIR": str(cache.absolute())}
-    environment = {**os.environ, **variables}
+    inherited = {**os.environ, **variables}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=options.limit)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=options.limit, env=inherited, check=True)
+        result = json.loads(done.stdout.splitlines()[-1])
+    except subprocess.CalledProcessError as error:
+        result = {"case": case, "failed": error.stderr.strip().splitlines()[-5:]}
     except subprocess.TimeoutExpired:
         result = {"case": case, "failed": [f"not done after {options.limit:g} s"]}
-    else:
-        if done.returncode == 0:
-            result = json.loads(done.stdout.splitlines()[-1])
-        else:
-            result = {"case": case, "failed": done.stderr.strip().splitlines()[-5:]}
     path = options.out / f"{case.replace('/', '-')}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -54,7 +54,9 @@ def config_of(precision: Precision, seed: int, options: Options) -> RunConfig:
 
 def groups(seeds: list[int], precision: Precision) -> list[list[int]]:
     """Say which seeds train side by side: all in bf16, none in float32."""
-    return [seeds] * bool(seeds) if precision == "bf16" else [[seed] for seed in seeds]
+    if precision == "bf16":
+        return [seeds] if seeds else []
+    return [[seed] for seed in seeds]
 
 
 def train_arm(precision: Precision, options: Options) -> list[Run]:

@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+RUN = subprocess.run
 PATH = Path(__file__).parents[1] / "benchmarks" / "kernels.py"
 
 
@@ -27,7 +28,7 @@ def kernels(monkeypatch, tiny_registered) -> ModuleType:
         options = small(module, Path(given["--out"]), case=given["--case"])
         return SimpleNamespace(returncode=0, stdout=f"noise\n{json.dumps(module.measure(options))}\n", stderr="")
 
-    monkeypatch.setattr(module, "subprocess", SimpleNamespace(run=run, TimeoutExpired=subprocess.TimeoutExpired))
+    monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(module, "MAPS", ((4, 2),))
     return module
 
@@ -74,15 +75,17 @@ def test_every_case_becomes_a_file_and_a_row(kernels, monkeypatch, tmp_path, cap
 
 
 def test_a_case_that_fails_is_kept_as_such(kernels, monkeypatch, tmp_path):
-    failed = SimpleNamespace(returncode=1, stdout="", stderr="Traceback\nRuntimeError: no")
-    monkeypatch.setattr(kernels.subprocess, "run", lambda *arguments, **how: failed)
+    def failing(command, **how):
+        raise subprocess.CalledProcessError(1, command, stderr="Traceback\nRuntimeError: no")
+
+    monkeypatch.setattr(subprocess, "run", failing)
     kernels.main(small(kernels, tmp_path))
     assert json.loads((tmp_path / "layer-4x2.json").read_text())["failed"][-1] == "RuntimeError: no"
     assert "| tiny | stock | none | failed |" in (tmp_path / "table.md").read_text()
 
 
 def test_a_case_that_takes_too_long_is_kept_as_such(kernels, monkeypatch, tmp_path):
-    monkeypatch.setattr(kernels, "subprocess", subprocess)
+    monkeypatch.setattr(subprocess, "run", RUN)
     kernels.main(replace(small(kernels, tmp_path), limit=0.01))
     assert json.loads((tmp_path / "layer-4x2.json").read_text())["failed"] == ["not done after 0.01 s"]
 

@@ -9,6 +9,7 @@ import statistics
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -17,9 +18,9 @@ from codistill import bench, loop
 from codistill.cli import main
 from codistill.fleet import train_fleet
 from codistill.methods import METHODS
-from codistill.step import PlainStep
 
 from . import tiny
+from .faults.running import at_step
 
 
 def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -41,18 +42,15 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
+def on_digits(all_methods: ModuleType, out: Path, **changes: Any) -> Any:
+    """Describe tiny trainings of the script on digits."""
+    return all_methods.Options(out=out, data="digits", network="tiny", teacher_network="tiny", device="cpu", **changes)
+
+
 @pytest.mark.parametrize("side_by_side", [1, 2])
 def test_all_methods_on_digits(all_methods, tiny_registered, tmp_path, capsys, side_by_side):
-    options = all_methods.Options(
-        out=tmp_path,
-        data="digits",
-        network="tiny",
-        teacher_network="tiny",
-        epochs=1,
-        train_limit=130,
-        device="cpu",
-        methods=("independent", "kd"),
-        side_by_side=side_by_side,
+    options = on_digits(
+        all_methods, tmp_path, epochs=1, train_limit=130, methods=("independent", "kd"), side_by_side=side_by_side
     )
     all_methods.main(options)
     written = (tmp_path / "table.md").read_text()
@@ -80,27 +78,14 @@ def test_all_methods_on_digits(all_methods, tiny_registered, tmp_path, capsys, s
 
 
 def test_all_methods_goes_on_where_it_was_stopped(all_methods, tiny_registered, tmp_path, monkeypatch, capsys):
-    options = all_methods.Options(
-        out=tmp_path,
-        data="digits",
-        network="tiny",
-        teacher_network="tiny",
-        epochs=2,
-        train_limit=128,
-        methods=("kd", "dml"),
-    )
+    def interrupt(step):
+        raise KeyboardInterrupt
+
+    options = on_digits(all_methods, tmp_path, epochs=2, train_limit=128, methods=("kd", "dml"))
     for _ in range(3):  # in the teacher's last step, in kd's first one, in kd's last one
-        with monkeypatch.context() as patch:
-            count, call = iter(range(100)), PlainStep.__call__
-
-            def stopping(self, *arguments, count=count, call=call):
-                if next(count) == 1:
-                    raise KeyboardInterrupt
-                call(self, *arguments)
-
-            patch.setattr(PlainStep, "__call__", stopping)
-            with pytest.raises(KeyboardInterrupt):
-                all_methods.main(options)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            at_step(patch, 2, interrupt)
+            all_methods.main(options)
     all_methods.main(options)
     rows = capsys.readouterr().out.splitlines()[-3:]
     assert [cells(row)[0] for row in rows] == ["independent", "kd", "dml"]

@@ -63,6 +63,7 @@ def test_the_gpu_that_is_named_is_the_current_one(monkeypatch):
 
 
 def test_deterministic_algorithms_do_not_fill_memory_first(monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:

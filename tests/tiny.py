@@ -15,6 +15,8 @@ import codistill as cd
 from codistill.networks import NETWORKS, Network, PooledLinear
 from codistill.networks.network import conv_bn, initialise
 
+from .pretended_gpu.device import waits_for_host
+
 COLOURS = np.array([[190, 60, 60], [60, 190, 60], [60, 60, 190]])
 CLASSES = ("red", "green", "blue")
 
@@ -96,11 +98,6 @@ def listing(folder: Path) -> dict[str, bytes | None]:
 class HostReads(TorchDispatchMode):
     """Find what makes a CUDA step wait for the host, or a shape depend on data; `Tensor.tolist` counts once."""
 
-    reading = tuple(
-        getattr(torch.ops.aten, name) for name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero")
-    )
-    indexing = tuple(getattr(torch.ops.aten, name) for name in ("index", "index_put", "index_put_", "_index_put_impl_"))
-
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
@@ -127,10 +124,6 @@ class HostReads(TorchDispatchMode):
         self._patch.undo()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        packet = func.overloadpacket
-        masked = packet in self.indexing and any(
-            isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1]
-        )
-        if (packet in self.reading or masked) and not self._within_tolist:
+        if waits_for_host(func, args) and not self._within_tolist:
             self.found.append(str(func))
         return func(*args, **(kwargs or {}))

@@ -140,12 +140,16 @@ class CapturedFleet:
     def _capture(self, batches: Sequence[Batch]) -> tuple[torch.cuda.CUDAGraph, list[Batch]]:
         static = [Batch(*(table.clone() for table in batch)) for batch in batches]
         graph = torch.cuda.CUDAGraph()
+        cause: BaseException | None = None
         try:
             with torch.cuda.graph(graph, self._pool, self.stream, capture_error_mode="thread_local"):
-                self._run(static)
+                try:
+                    self._run(static)
+                except BaseException as error:
+                    cause = error  # for to end a capture that has failed is an error of its own
+                    raise
         except RuntimeError as error:
-            # To end a capture that has failed is an error again, in whose context the first one is.
-            cause = error.__context__ or error
+            cause = cause or error
             if not isinstance(cause, RuntimeError) or isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
             names = ", ".join(sorted({member.method.name for member in self.members}))

@@ -204,8 +204,7 @@ class GPU(TorchFunctionMode):
         packet = func.overloadpacket
         taken = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, GPUTensor)]
         memories = [each.memory for each in taken]
-        masked = packet in INDEXING and any(each.dtype in (torch.bool, torch.uint8) for each in tensors_in(args[1]))
-        if packet in ANSWERS + SIZED_BY_VALUES or masked:
+        if waits_for_host(func, args):
             self.timeline.host_reads(memories)
         if packet in ANSWERS:
             return func(*tree_map(values, args), **tree_map(values, kwargs))
@@ -253,6 +252,13 @@ class GPU(TorchFunctionMode):
             self.timeline.refuse_in_capture()
         elif packet not in INDEXING and any(each.ndim for each in plain):
             raise RuntimeError("Expected all tensors to be on the same device, but found at least two: cuda:0 and cpu!")
+
+
+def waits_for_host(func: Any, args: Any) -> bool:
+    """Say whether an operator gives the host a value, or a tensor whose size depends on values."""
+    packet = func.overloadpacket
+    masked = packet in INDEXING and any(each.dtype in (torch.bool, torch.uint8) for each in tensors_in(args[1]))
+    return masked or packet in ANSWERS + SIZED_BY_VALUES
 
 
 def values(leaf: Any) -> Any:

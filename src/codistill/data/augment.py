@@ -85,6 +85,51 @@ def sent(table: Tensor, device: torch.device) -> Tensor:
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
 
 
+@dataclass(frozen=True)
+class Crops:
+    """Where each pixel of a crop comes from, for each offset of the crop; two lookups instead of their arithmetic.
+
+    Attributes:
+        offsets: How many there are in a direction, 2 * padding + 1.
+        rows: For each offset, the image's row of each row of the crop.
+        columns: The same of columns; then once more, for mirrored crops.
+        row_inside: Whether that row is the image's own and not padding; None: all of them are to be shown.
+        column_inside: The same of columns.
+    """
+
+    offsets: int
+    rows: Int[Tensor, "offset height"]
+    columns: Int[Tensor, "mirrored_offset width"]
+    row_inside: Bool[Tensor, "offset height"] | None
+    column_inside: Bool[Tensor, "mirrored_offset width"] | None
+
+    @classmethod
+    def tables(cls, height: int, width: int, augmentation: Augmentation, device: torch.device) -> "Crops":
+        """Work the tables out for images of a size, in pixels, and put them on a device."""
+        offsets = torch.arange(2 * augmentation.padding + 1)[:, None] - augmentation.padding
+        columns = torch.arange(width)
+        rows, row_inside = _source(torch.arange(height) + offsets, height, augmentation)
+        columns, column_inside = _source(torch.cat([columns + offsets, columns.flip(0) + offsets]), width, augmentation)
+        black = augmentation.padding > 0 and augmentation.padding_mode == "zeros"
+        return cls(
+            len(offsets),
+            rows.to(device),
+            columns.to(device),
+            row_inside.to(device) if black else None,
+            column_inside.to(device) if black else None,
+        )
+
+
+def _source(
+    place: Int[Tensor, "offset length"], length: int, augmentation: Augmentation
+) -> tuple[Int[Tensor, "offset length"], Bool[Tensor, "offset length"]]:
+    """Turn places relative to the unpadded image into places in it, and say which lay inside."""
+    if augmentation.padding_mode == "reflect":
+        place = (length - 1) - ((length - 1) - place.abs()).abs()
+    inside = (place >= 0) & (place < length)
+    return place.clamp(0, length - 1), inside
+
+
 class DeviceImages:
     """A split as uint8 tensors on a device, with the normalisation of its data set.
 
@@ -132,54 +177,9 @@ class DeviceImages:
             pixels = pixels * inside[..., None]
         return self.normalised(pixels), self.labels[batch.image]
 
-    def crops(self, augmentation: Augmentation) -> "Crops":
+    def crops(self, augmentation: Augmentation) -> Crops:
         """Give the tables of an augmentation, which are made once, on the stream that is current then."""
         if augmentation not in self._crops:
             height, width = self.images.shape[1:3]
             self._crops[augmentation] = Crops.tables(height, width, augmentation, self.images.device)
         return self._crops[augmentation]
-
-
-@dataclass(frozen=True)
-class Crops:
-    """Where each pixel of a crop comes from, for each offset of the crop; two lookups instead of their arithmetic.
-
-    Attributes:
-        offsets: How many there are in a direction, 2 * padding + 1.
-        rows: For each offset, the image's row of each row of the crop.
-        columns: The same of columns; then once more, for mirrored crops.
-        row_inside: Whether that row is the image's own and not padding; None: all of them are to be shown.
-        column_inside: The same of columns.
-    """
-
-    offsets: int
-    rows: Int[Tensor, "offset height"]
-    columns: Int[Tensor, "mirrored_offset width"]
-    row_inside: Bool[Tensor, "offset height"] | None
-    column_inside: Bool[Tensor, "mirrored_offset width"] | None
-
-    @classmethod
-    def tables(cls, height: int, width: int, augmentation: Augmentation, device: torch.device) -> "Crops":
-        """Work the tables out for images of a size."""
-        offsets = torch.arange(2 * augmentation.padding + 1)[:, None] - augmentation.padding
-        columns = torch.arange(width)
-        rows, row_inside = _source(torch.arange(height) + offsets, height, augmentation)
-        columns, column_inside = _source(torch.cat([columns + offsets, columns.flip(0) + offsets]), width, augmentation)
-        black = augmentation.padding > 0 and augmentation.padding_mode == "zeros"
-        return cls(
-            len(offsets),
-            rows.to(device),
-            columns.to(device),
-            row_inside.to(device) if black else None,
-            column_inside.to(device) if black else None,
-        )
-
-
-def _source(
-    place: Int[Tensor, "offset length"], length: int, augmentation: Augmentation
-) -> tuple[Int[Tensor, "offset length"], Bool[Tensor, "offset length"]]:
-    """Turn places relative to the unpadded image into places in it, and say which lay inside."""
-    if augmentation.padding_mode == "reflect":
-        place = (length - 1) - ((length - 1) - place.abs()).abs()
-    inside = (place >= 0) & (place < length)
-    return place.clamp(0, length - 1), inside
