@@ -178,3 +178,8 @@ def _compile(module: nn.Module, compiler: Callable[..., Any]) -> None:
 
     # As nn.Module.compile does it, which has no word for training only; copies and pickles leave it out.
     module._compiled_call_impl = call
+
+
+def is_compiled(method: nn.Module) -> bool:
+    """Say whether parts of a method run compiled code in training mode."""
+    return any(module._compiled_call_impl is not None for module in method.modules())

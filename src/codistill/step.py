@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from codistill.checkpoint import warn
+from codistill.compiling import is_compiled
 from codistill.data.augment import Augmentation, Batch, DeviceImages
 from codistill.distributed import ALONE, Ranks
 from codistill.errors import UsageError
@@ -76,6 +77,14 @@ class PlainStep:
         self.sums.update(terms, count)
         self.watch.update([*terms, *names], torch.stack([term.detach().float() for term in terms.values()] + sizes))
 
+    def overlap(self) -> None:
+        """Let parts of a step run at the same time from now on, on streams of their own; for one that is captured."""
+        device = self.images.labels.device
+        if self.method.parallel_branches:
+            self.method.cohort.run_branches_on_streams(device)
+        if not is_compiled(self.method):
+            self.forward.weight_gradients_aside(device)
+
     def terms(self, images: Tensor, labels: Tensor, progress: Tensor) -> dict[str, Tensor]:
         """Run the method and compute its losses."""
         return self.method.losses(self.forward(images), labels, progress)
@@ -105,8 +114,8 @@ class CapturedFleet:
         # Graphs of different sizes have their memory in common: what lasts from step to step was made before them.
         self._pool = torch.cuda.graph_pool_handle()
         # Branches of one run fill a GPU that is otherwise idle; several runs fill it better.
-        if len(members) == 1 and members[0].method.parallel_branches:
-            members[0].method.cohort.run_branches_on_streams(self.device)
+        if len(members) == 1:
+            members[0].overlap()
 
     def __call__(self, batches: Sequence[Batch], progress: Float[Tensor, ""]) -> None:
         """Train each run on its batch and add its loss terms to its `sums`."""

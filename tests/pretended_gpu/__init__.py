@@ -42,7 +42,7 @@ def pretended() -> Iterator[GPU]:
             "graph_pool_handle": lambda: (0, next(device.pools)),
             "set_device": lambda device: None,
             "stream": timeline.on,
-            "current_stream": lambda device=None: timeline.chosen,
+            "current_stream": lambda device=None: timeline.stream(),
             "synchronize": timeline.synchronize,
             "memory_allocated": lambda device=None: 2**20,
             "max_memory_allocated": lambda device=None: 2**24,

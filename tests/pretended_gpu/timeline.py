@@ -67,6 +67,11 @@ class Stream:
         self.timeline.let_join(self, other)
         merge(self.clock, other.clock)
 
+    def wait_event(self, event: "Event") -> None:
+        assert event.stream is not None, "nothing was recorded"
+        self.timeline.let_join(self, event.stream)
+        merge(self.clock, event.clock)
+
     def synchronize(self) -> None:
         self.timeline.host_waits(self.clock)
 
@@ -77,10 +82,12 @@ class Event:
     def __init__(self, **options: Any) -> None:
         self.timeline = _timelines[-1]
         self.clock: Clock = {}
+        self.stream: Stream | None = None
         self.seconds = 0.0
 
     def record(self, stream: Stream | None = None) -> None:
-        self.clock = dict((stream or self.timeline.chosen).clock)
+        self.stream = stream or self.timeline.stream()
+        self.clock = dict(self.stream.clock)
         self.seconds = time.perf_counter()
 
     def synchronize(self) -> None:
@@ -98,7 +105,8 @@ class Memory:
 
     Attributes:
         captured_by: The graph that it was allocated in.
-        kept_for_readers: Whether the allocator knows of all streams that use it, and waits for them.
+        kept_for_readers: Whether the allocator waits for all streams that use it, but for those it does not know of.
+        aside: Whether it was written last on a stream that autograd does not know of.
     """
 
     owner: Stream
@@ -106,11 +114,14 @@ class Memory:
     known: Clock
     captured_by: object
     kept_for_readers: bool
+    aside: bool = False
     read: Clock = field(default_factory=dict)
+    read_aside: Clock = field(default_factory=dict)
 
     def __del__(self) -> None:
-        if not self.kept_for_readers:
-            self.owner.freed.append(self.written | self.read)
+        users = self.read_aside if self.kept_for_readers else self.written | self.read
+        if users:
+            self.owner.freed.append(users)
 
 
 class Timeline:
@@ -132,6 +143,7 @@ class Timeline:
         self._captured: set[Stream] = set()
         self._arriving: list[tuple[Clock, Tensor, Tensor]] = []
         self._turns: list[tuple[int, Stream]] = []
+        self._aside: Stream | None = None
 
     def begin(self) -> None:
         self.chosen = self._of_backward = Stream()
@@ -139,7 +151,14 @@ class Timeline:
 
     @contextlib.contextmanager
     def on(self, stream: Stream | None) -> Iterator[None]:
-        """Choose a stream."""
+        """Choose a stream; within a backward pass for what its function does itself."""
+        if self.within_backward():
+            beside, self._aside = self._aside, stream or self._aside
+            try:
+                yield
+            finally:
+                self._aside = beside
+            return
         before = self.chosen
         self.chosen = stream or before
         self._turned()
@@ -155,6 +174,8 @@ class Timeline:
 
     def stream(self) -> Stream:
         """Give the stream that an operator runs on; in a backward pass, that of the forward pass."""
+        if self._aside is not None:
+            return self._aside
         node = torch._C._current_autograd_node()
         if node is None:
             return self.chosen
@@ -181,12 +202,14 @@ class Timeline:
             Race: What another stream does with the same memory may not be over.
         """
         stream, read, written = self.stream(), list(read), list(written)
+        aside, automatic = self._aside is not None, self.within_backward() and self._aside is None
         if self.graph is not None and stream not in self._captured:
             raise Race(f"stream {stream.number} is not part of what is captured")
         merge(stream.clock, self.host)
-        if self.within_backward():
+        if automatic:
             for memory in read:
-                merge(stream.clock, memory.known)
+                if not memory.aside:
+                    merge(stream.clock, memory.known)
         known = dict(stream.clock)
         freed, stream.freed = stream.freed, []
         if not all(knows(known, users) for users in freed):
@@ -199,10 +222,12 @@ class Timeline:
         merge(stream.clock, moment)
         for memory in read:
             merge(memory.read, moment)
+            if aside:
+                merge(memory.read_aside, moment)
         for memory in written:
-            memory.written, memory.known, memory.read = moment, dict(stream.clock), {}
+            memory.written, memory.known, memory.read, memory.aside = moment, dict(stream.clock), {}, aside
         # Autograd tells the allocator where else its gradients are used.
-        return Memory(stream, moment, dict(stream.clock), self.graph, kept_for_readers=self.within_backward())
+        return Memory(stream, moment, dict(stream.clock), self.graph, automatic, aside)
 
     def join_after_backward(self) -> None:
         """Let the chosen stream wait for all that took part in a backward pass."""
