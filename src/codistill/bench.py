@@ -2,24 +2,24 @@
 
 import statistics
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from codistill.bench_loop import CLASSES, IMAGES, SIDE, plain_loop, resident_loop
+from codistill.bench_loop import AUGMENTATION, CLASSES, IMAGES, SIDE, plain_loop, resident_images, resident_loop
 from codistill.bench_measurement import Contestant, launches, ratio, rounds_in_turn, timed
-from codistill.compiling import compile_parts
 from codistill.config import RunConfig
 from codistill.device import choose_device, set_up_gpu
 from codistill.errors import UsageError
+from codistill.execution import Execution, as_asked
 from codistill.host import set_up_cpu
-from codistill.kernels import use_fused
 from codistill.methods import Method
 from codistill.record import environment
 from codistill.roofline import Roofline, machine_of, roofline
 from codistill.run import build_method
+from codistill.tuning import choose_execution
 
 STEPS_UNTIL_CAPTURED = 8
 OWN, PLAIN, DETERMINISTIC = "codistill", "plain", "deterministic"
@@ -75,19 +75,19 @@ def bench(
     def build() -> Method:
         return build_method(config, CLASSES, (SIDE, SIDE)).to(device).train()
 
-    def own(name: str, deterministic: bool) -> Contestant:
-        settings = replace(config.train, deterministic=deterministic)
+    def own(name: str, execution: Execution, deterministic: bool) -> Contestant:
         methods = [build() for _ in range(runs)]
         for method in methods:
-            if settings.kernels == "fused":
-                use_fused(method, device)
-            # No steps: compile auto would take longer than it is measured for.
-            compile_parts(method, settings, device, steps=0)
+            execution.prepare(method, device, deterministic)
             method.to(memory_format=torch.channels_last)
-        return Contestant(name, resident_loop(methods, config, device), deterministic)
+        return Contestant(name, resident_loop(methods, config, device, execution), deterministic)
 
+    # For so few steps that compile auto, which takes longer than it is measured for here, is off.
+    execution = choose_execution(build(), config, lambda: resident_images(device), AUGMENTATION, device, runs)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
-    contestants = [own(OWN, config.train.deterministic)]
+    contestants = [own(OWN, execution, config.train.deterministic)]
     pace = {OWN: timed(contestants[0], 1, device)}
     first_step = time.perf_counter() - started
     memory = {}
@@ -99,7 +99,7 @@ def bench(
     if compare:
         contestants.append(Contestant(PLAIN, plain_loop(build(), config, device), config.train.deterministic))
         if on_gpu and not config.train.deterministic:
-            contestants.append(own(DETERMINISTIC, True))
+            contestants.append(own(DETERMINISTIC, as_asked(config.train, device, runs), True))
         pace |= {each.name: timed(each, STEPS_UNTIL_CAPTURED if on_gpu else 1, device) for each in contestants[1:]}
     rounds = rounds_in_turn(contestants, pace, seconds, device)
     step = {name: statistics.median(each) for name, each in rounds.items()}
@@ -110,6 +110,7 @@ def bench(
         "batch_size": size,
         "precision": config.train.precision,
         "runs": runs,
+        "execution": asdict(execution),
         "ms_per_step": 1000 * step[OWN] / runs,
         "images_per_second": size / step[OWN],
         "first_step_seconds": first_step,

@@ -14,11 +14,13 @@ from codistill.config import RunConfig
 from codistill.data.augment import Augmentation, DeviceImages, epoch_plan
 from codistill.data.dataset import Split
 from codistill.device import autocast
+from codistill.execution import PLAIN, Execution
 from codistill.methods import Method
 from codistill.optim import make_optimizer
 from codistill.step import PlainStep, make_fleet
 
 IMAGES, CLASSES, SIDE, PADDING = 10_240, 100, 32, 4
+AUGMENTATION = Augmentation(padding=PADDING)
 STATISTICS = ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276))
 # As many as papers' code commonly starts beside a GPU; on a CPU they would take the cores from the training.
 WORKERS_BESIDE_A_GPU = 4
@@ -107,17 +109,30 @@ def plain_loop(method: Method, config: RunConfig, device: torch.device) -> Calla
     return train
 
 
-def resident_loop(methods: Sequence[Method], config: RunConfig, device: torch.device) -> Callable[[int], None]:
-    """Make codistill's own loop: resident images, augmentation on the device, captured on CUDA."""
-    settings = config.train
-    augmentation = Augmentation(padding=PADDING)
-    resident = DeviceImages(images(), STATISTICS, device)
+def resident_images(device: torch.device) -> DeviceImages:
+    """Put the images on a device."""
+    return DeviceImages(images(), STATISTICS, device)
+
+
+def resident_loop(
+    methods: Sequence[Method], config: RunConfig, device: torch.device, execution: Execution = PLAIN
+) -> Callable[[int], None]:
+    """Make codistill's own loop: resident images, augmentation on the device, captured on CUDA.
+
+    Args:
+        methods: Prepared for the execution, and on the device.
+        config: Batch size, precision and optimiser.
+        device: Where is trained.
+        execution: How.
+    """
+    settings, augmentation = config.train, AUGMENTATION
+    resident = resident_images(device)
     members = []
     for method in methods:
         optimizer = make_optimizer(
             method, settings.learning_rate, settings.momentum, settings.nesterov, settings.weight_decay
         )
-        members.append(PlainStep(method, resident, augmentation, optimizer, settings.precision))
+        members.append(PlainStep(method, resident, augmentation, optimizer, settings.precision, execution=execution))
     fleet = make_fleet(members)
     plan = epoch_plan(IMAGES, 0, 0, augmentation, device, methods[0].views)
     progress = torch.tensor(0.5, device=device)

@@ -3,13 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
+from codistill.execution import Execution
 from codistill.roofline import MACHINES
 
 
 def lines(result: Mapping[str, Any]) -> list[str]:
     """Write a result of `bench` for people."""
     step, work = result["ms_per_step"], result["kilobytes_per_image"]
-    text = [f"{step:.2f} ms per step of a run, {result['images_per_second']:,.0f} images/s each"]
+    text = [
+        f"{step:.2f} ms per step of a run, {result['images_per_second']:,.0f} images/s each",
+        f"computed with {Execution(**result['execution'])}",
+    ]
     if "ratio_to_plain" in result:
         text.append(
             f"plain loop: {result['plain_ms_per_step']:.2f} ms per step, "

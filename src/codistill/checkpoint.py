@@ -1,6 +1,7 @@
 """Files that are whole or absent, and checkpoints whose every byte is checked before it is parsed."""
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -252,3 +253,9 @@ def position(entry: Mapping[str, Any]) -> tuple[int, int]:
 def warn(line: str) -> None:
     """Print a warning of one line."""
     print(f"codistill: warning: {line}", file=sys.stderr)
+
+
+@functools.cache
+def warn_once(line: str) -> None:
+    """Print a warning of one line, the first time that it comes up."""
+    warn(line)

@@ -12,13 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from codistill.checkpoint import warn
+from codistill.checkpoint import warn_once
 from codistill.cohort import Cohort
-from codistill.config import TrainSettings
 from codistill.errors import UsageError
+from codistill.host import cache_folder
 from codistill.methods import Method
 from codistill.networks import Network
-from codistill.registry import parse_spec
 
 Granularity = Literal["block", "stage", "whole"]
 GRANULARITY: Granularity = "stage"
@@ -26,52 +25,30 @@ GRANULARITY: Granularity = "stage"
 
 The branches' streams need parts. Equal parts have one code, which is compiled once; smaller parts compile faster.
 """
-FASTER_ON_CUDA = frozenset({"resnet32"})
-"""Networks for which a captured step in bf16 was measured faster compiled, on one H100 (benchmarks/kernels.py)."""
-PAID_BACK_STEPS = 100_000
-"""Steps from which on the first compilation, about a minute, is less than what it saves, under 1 ms a step."""
 # The limit is per code object, and all blocks of all students, for each batch size, share one.
 RECOMPILE_LIMIT = 1024
 OLDEST_COMPUTE_CAPABILITY = (7, 0)
 
 
-def compile_parts(method: Method, settings: TrainSettings, device: torch.device, steps: int) -> bool:
-    """Compile a method's parts, if its settings say so; they are compiled in their first training step.
+def compile_parts(method: Method, device: torch.device, deterministic: bool) -> None:
+    """Compile a method's parts for training; they are compiled in their first training step.
 
     Only training is compiled: in evaluation mode the same modules run plainly, with the same weights. Compiled code is
     kept in TORCHINDUCTOR_CACHE_DIR for later runs, by default codistill/inductor in the user's cache folder.
 
     Args:
         method: Already on its device.
-        settings: Their `compile` decides; auto: where it was measured faster and the run is long enough.
         device: The method's device.
-        steps: Training steps of the run.
-
-    Returns:
-        Whether the parts are compiled.
+        deterministic: As in `TrainSettings.deterministic`.
 
     Raises:
-        UsageError: Compilation is asked for, and this machine lacks what it needs.
+        UsageError: This machine lacks what is needed.
     """
-    if not _wanted(method, settings, device, steps):
-        return False
     lack = missing_compiler(device)
     if lack is not None:
-        if settings.compile == "on":
-            raise UsageError(f"compile on: {lack}, or leave --compile out")
-        _say_once(f"compile auto: {lack}; until then this trains without a compiler, more slowly")
-        return False
+        raise UsageError(f"compile on: {lack}, or leave --compile out")
     _keep_compiled_code()
-    compile_in_place(method, deterministic=settings.deterministic)
-    return True
-
-
-def _wanted(method: Method, settings: TrainSettings, device: torch.device, steps: int) -> bool:
-    if settings.compile != "auto":
-        return settings.compile == "on"
-    measured = all(student.spec and parse_spec(student.spec)[0] in FASTER_ON_CUDA for student in method.cohort)
-    as_measured = device.type == "cuda" and settings.precision == "bf16" and settings.kernels == "stock"
-    return measured and as_measured and not settings.deterministic and steps >= PAID_BACK_STEPS
+    compile_in_place(method, deterministic=deterministic)
 
 
 def missing_compiler(device: torch.device) -> str | None:
@@ -91,11 +68,6 @@ def missing_compiler(device: torch.device) -> str | None:
     return None
 
 
-@functools.cache
-def _say_once(line: str) -> None:
-    warn(line)
-
-
 def _keep_compiled_code() -> None:
     """Let compiled code outlive a restart; torch's own default is the folder for temporary files."""
     # The compiler takes a second to import, which runs without it need not wait for.
@@ -105,10 +77,10 @@ def _keep_compiled_code() -> None:
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) != default_cache_dir():
         return
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "codistill" / "inductor"
+        folder = cache_folder() / "inductor"
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:
-        _say_once(f"compiled code is not kept for later runs: {error}: set TORCHINDUCTOR_CACHE_DIR to a folder")
+    except OSError as error:
+        warn_once(f"compiled code is not kept for later runs: {error}: set TORCHINDUCTOR_CACHE_DIR to a folder")
     else:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
@@ -178,8 +150,3 @@ def _compile(module: nn.Module, compiler: Callable[..., Any]) -> None:
 
     # As nn.Module.compile does it, which has no word for training only; copies and pickles leave it out.
     module._compiled_call_impl = call
-
-
-def is_compiled(method: nn.Module) -> bool:
-    """Say whether parts of a method run compiled code in training mode."""
-    return any(module._compiled_call_impl is not None for module in method.modules())

@@ -15,6 +15,7 @@ from codistill.methods import METHODS, MethodSettings
 from codistill.registry import near_matches
 
 Precision = Literal["float32", "bf16"]
+Kernels = Literal["stock", "fused"]
 # For counts without a bound of their own.
 LARGEST = 2**31 - 1
 
@@ -61,11 +62,14 @@ class TrainSettings:
     """On CUDA, use only algorithms that repeat to the last bit, which costs speed; a CPU always does."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Whether torch.compile compiles the students' stages, heads and modules (the first step then takes about a
-    minute, later runs less). auto: on CUDA in bf16, for networks for which it was measured faster and runs that are
-    long enough to pay it back."""
-    kernels: Literal["stock", "fused"] = "stock"
-    """What computes batch normalisation with the addition and the ReLU behind it: PyTorch, or on CUDA two own kernels
-    forward and two backward. Kept only if measured faster; not yet measured."""
+    minute, later runs less). auto: on CUDA, where a measurement at the beginning of a run that is long enough to pay
+    it back finds it the fastest."""
+    kernels: Literal["auto", "stock", "fused"] = "auto"
+    """What computes chains of small operations: PyTorch, or on CUDA own kernels that do each chain at once. auto: as
+    compile, in runs of a medium length too."""
+    overlap: Literal["auto", "on", "off"] = "auto"
+    """Whether on CUDA the students' branches, and the gradients of weights, run on streams of their own within a
+    step. auto: as kernels, and where nothing is measured on for one run and off for several."""
     threads: int | None = None
     """CPU threads. None: torch's choice, one for each core, or fewer in a container that may use less. Results repeat
     to the last bit for one number of threads."""
@@ -89,7 +93,7 @@ class TrainSettings:
             if value is not None and not low <= value <= high:
                 bound = f"at least {low}" if high == LARGEST and value < low else f"from {low} to {high}"
                 raise UsageError(f"{name} is {value}; it must be {bound}")
-        for name in ("compile", "kernels"):
+        for name in ("compile", "kernels", "overlap"):
             value, choices = getattr(self, name), get_args(get_type_hints(type(self))[name])
             if value not in choices:
                 raise UsageError(f"{name} is {value!r}: {near_matches(str(value), choices)}")

@@ -196,7 +196,17 @@ def train_fleet(configs: Sequence[RunConfig], outs: Sequence[Path], show: bool =
     resident = Resident(data.statistics, device)
     openings = [
         functools.partial(
-            prepared, method, data, config, out, device, show, out.name, waiting.get(out), resident=resident
+            prepared,
+            method,
+            data,
+            config,
+            out,
+            device,
+            show,
+            out.name,
+            waiting.get(out),
+            resident=resident,
+            runs=sizes[0],
         )
         for method, config, out in zip(methods, configs, outs, strict=True)
     ]

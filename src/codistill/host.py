@@ -91,3 +91,15 @@ def keep_freed_memory() -> bool:
     if chosen or mallopt is None:
         return False
     return any(mallopt(MMAP_THRESHOLD, size) for size in KEPT_BLOCKS) and bool(mallopt(TRIM_THRESHOLD, KEPT_AT_THE_TOP))
+
+
+def cache_folder() -> Path:
+    """Give the folder for what can be made again, codistill in the user's cache folder; it need not be there.
+
+    Raises:
+        OSError: Nobody knows where that is.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "codistill"
+    except RuntimeError as error:
+        raise OSError(str(error)) from None

@@ -78,10 +78,11 @@ class InterruptedRun:
         label: bool = False,
         ranks: Ranks = ALONE,
         resident: Resident | None = None,
+        runs: int = 1,
     ) -> Iterator[Loop]:
         """Put the run on its device as its checkpoint left it; see `prepared`."""
         out, name = self.run.path, self.run.path.name if label else ""
-        with prepared(method, data, self.config, out, device, show, name, self.run, ranks, resident) as loop:
+        with prepared(method, data, self.config, out, device, show, name, self.run, ranks, resident, runs) as loop:
             if self.state is not None:
                 loop.restore(self.state)
             yield loop

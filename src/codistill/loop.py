@@ -210,7 +210,7 @@ class Loop:
         """
         lost = self.saver.finish()
         best = self.best or self.rows[-1]
-        summary = summarise(self.run, self.config, self.method, self.rows, best, seconds)
+        summary = summarise(self.run, self.config, self.method, self.rows, best, seconds, self.step.execution)
         if lost is None:
             write_report(self.run, summary)
         # Last, for a run is finished once it is there.

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 
 import torch
 
-from codistill.compiling import compile_parts
 from codistill.config import RunConfig, TrainSettings
 from codistill.data.augment import DeviceImages, seeded_order
 from codistill.data.dataset import Dataset, Split, dataset
@@ -19,7 +19,6 @@ from codistill.distributed import ALONE, Ranks
 from codistill.errors import ResourceError, UsageError
 from codistill.follower import Follower
 from codistill.host import set_up_cpu
-from codistill.kernels import use_fused
 from codistill.loop import Loop
 from codistill.methods import METHODS, Method
 from codistill.optim import make_optimizer
@@ -30,6 +29,7 @@ from codistill.saving import Saver
 from codistill.step import PlainStep
 from codistill.summary import network_names, write_summary_of_failure
 from codistill.teacher import Taught, load_teacher
+from codistill.tuning import choose_execution
 
 
 def split_training(data: Dataset, settings: TrainSettings) -> tuple[Split, Split | None]:
@@ -183,11 +183,12 @@ def prepared(
     run: Run | None = None,
     ranks: Ranks = ALONE,
     resident: Resident | None = None,
+    runs: int = 1,
 ) -> Iterator[Loop]:
     """Check everything, make the run folder and put the run on its device; close all at the end, however it comes.
 
     A `run` that has a folder is opened again instead of made. Of the processes that share a run, rank 0 holds the
-    folder. Splits that are `resident` already are used as they are.
+    folder. Splits that are `resident` already are used as they are. `runs` train side by side, this one among them.
     """
     settings = config.train
     set_up_cpu(settings.threads, device)
@@ -195,9 +196,11 @@ def prepared(
     augmentation = settings.augmentation(data)
     training, validation = split_training(data, settings)
     check_shapes(method, data)
-    if settings.kernels == "fused":
-        use_fused(method, device)
-    compile_parts(method, settings, device, settings.epochs * math.ceil(len(training) / settings.batch_size))
+    batch = Split(training.images[: settings.batch_size], training.labels[: settings.batch_size])
+    few = functools.partial(DeviceImages, batch, data.statistics, device)
+    steps = settings.epochs * math.ceil(len(training) / settings.batch_size)
+    execution = choose_execution(method, config, few, augmentation, device, runs, steps)
+    execution.prepare(method, device, settings.deterministic)
     config = placed(config, data)
     run, lock = taken(run, out, run_record(config, data, device), method, data, ranks)
     resident = resident or Resident(data.statistics, device)
@@ -208,7 +211,8 @@ def prepared(
         )
         splits = {"validation": validation, "test": data.test}
         held = {name: resident.images(each) for name, each in splits.items() if each is not None}
-        step = PlainStep(method, resident.images(training), augmentation, optimizer, settings.precision, ranks)
+        images = resident.images(training)
+        step = PlainStep(method, images, augmentation, optimizer, settings.precision, ranks, execution)
         with contextlib.closing(Saver(run)) as saver:
             yield (Loop if ranks.leads else Follower)(run, config, step, held, saver, show, label)
     except (torch.OutOfMemoryError, MemoryError) as error:

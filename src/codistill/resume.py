@@ -84,7 +84,9 @@ def resume_together(
         sizes = side_by_side(methods, configs, data, device)
         resident = Resident(data.statistics, device)
         openings = [
-            functools.partial(each.taken_up, method, data, device, show, label=several, resident=resident)
+            functools.partial(
+                each.taken_up, method, data, device, show, label=several, resident=resident, runs=sizes[0]
+            )
             for each, method in zip(group, methods, strict=True)
         ]
         train_in_groups(openings, sizes, mark_diverged if several else fail)

@@ -7,10 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from codistill.checkpoint import warn
-from codistill.compiling import is_compiled
 from codistill.data.augment import Augmentation, Batch, DeviceImages
 from codistill.distributed import ALONE, Ranks
 from codistill.errors import UsageError
+from codistill.execution import PLAIN, Execution
 from codistill.forward import TrainingForward
 from codistill.methods import Method
 from codistill.metrics import TermSums
@@ -30,6 +30,7 @@ class PlainStep:
         precision: float32, or bf16 for autocast in the forward pass; losses are computed in float32 in any case.
         ranks: The processes that share the run. Each gets the whole batch, works on its part, and ends with the
             gradients and terms of the whole batch; batch statistics are those of its part.
+        execution: How the method was prepared to compute; what of it concerns captured steps is for those.
     """
 
     def __init__(
@@ -40,8 +41,10 @@ class PlainStep:
         optimizer: torch.optim.Optimizer,
         precision: str = "float32",
         ranks: Ranks = ALONE,
+        execution: Execution = PLAIN,
     ) -> None:
         self.method = method
+        self.execution = execution
         self.images = images
         self.augmentation = augmentation
         images.crops(augmentation)  # here and not on the stream of whichever run comes first
@@ -82,7 +85,7 @@ class PlainStep:
         device = self.images.labels.device
         if self.method.parallel_branches:
             self.method.cohort.run_branches_on_streams(device)
-        if not is_compiled(self.method):
+        if not self.execution.compiled:  # which has its own backward passes
             self.forward.weight_gradients_aside(device)
 
     def terms(self, images: Tensor, labels: Tensor, progress: Tensor) -> dict[str, Tensor]:
@@ -113,9 +116,9 @@ class CapturedFleet:
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, list[Batch]]] = {}
         # Graphs of different sizes have their memory in common: what lasts from step to step was made before them.
         self._pool = torch.cuda.graph_pool_handle()
-        # Branches of one run fill a GPU that is otherwise idle; several runs fill it better.
-        if len(members) == 1:
-            members[0].overlap()
+        for member in members:
+            if member.execution.overlap:
+                member.overlap()
 
     def __call__(self, batches: Sequence[Batch], progress: Float[Tensor, ""]) -> None:
         """Train each run on its batch and add its loss terms to its `sums`."""

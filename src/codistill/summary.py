@@ -1,6 +1,7 @@
 """summary.json: what a run trains, how it ended, and with which results."""
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from codistill.checkpoint import write_json
 from codistill.cohort import Cohort
 from codistill.config import RunConfig
 from codistill.errors import DivergedError
+from codistill.execution import Execution
 from codistill.methods import Method
 from codistill.networks.network import parameter_count
 from codistill.run import Run
@@ -45,6 +47,7 @@ def summarise(
     rows: Sequence[Mapping[str, Any]],
     best: Mapping[str, Any],
     seconds: float,
+    execution: Execution,
 ) -> dict[str, Any]:
     """Make the contents of summary.json.
 
@@ -55,6 +58,7 @@ def summarise(
         rows: What came out of each epoch.
         best: The row of the best epoch.
         seconds: From the first step to the end.
+        execution: How steps were computed.
     """
     trained = sum(row["seconds"] for row in rows)
 
@@ -74,6 +78,7 @@ def summarise(
         "images_per_second": sum(row["images_per_second"] * row["seconds"] for row in rows) / trained,
         "train_seconds": trained,
         "wall_seconds": seconds,
+        "execution": dataclasses.asdict(execution),
         "environment": run.record["environment"],
     }
 

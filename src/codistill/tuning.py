@@ -1,0 +1,212 @@
+"""The fastest execution of a run's steps on this GPU: measured once, and kept for later runs."""
+
+import contextlib
+import copy
+import dataclasses
+import gc
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from codistill.checkpoint import warn, write_json
+from codistill.config import RunConfig
+from codistill.data.augment import Augmentation, DeviceImages, epoch_plan
+from codistill.errors import ResourceError
+from codistill.execution import Execution, choices
+from codistill.host import cache_folder
+from codistill.methods import Method
+from codistill.optim import make_optimizer
+from codistill.record import VERSION
+from codistill.step import CapturedFleet, PlainStep
+
+WORTHWHILE_STEPS = 20_000
+"""Steps from which on a measurement, well under a minute, is less than what it can save."""
+CHECKED_STEPS = 8
+"""Steps after which losses are compared: some are plain ones, the others captured."""
+TOLERANCE = 0.05
+"""Share by which a loss may differ from that of the first execution, for other kernels round otherwise."""
+ROUNDS, ROUND_SECONDS = 3, 0.15
+GAIN = 0.02
+"""Share of the first execution's time that another one must save to be chosen."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a short training with an execution gave.
+
+    Attributes:
+        milliseconds: Of a step of one run.
+        loss: Mean over the first steps.
+    """
+
+    milliseconds: float
+    loss: float
+
+
+def choose_execution(
+    method: Method,
+    config: RunConfig,
+    images: Callable[[], DeviceImages],
+    augmentation: Augmentation,
+    device: torch.device,
+    runs: int = 1,
+    steps: int = WORTHWHILE_STEPS,
+) -> Execution:
+    """Choose how steps are computed: as settings say, and where they say auto, the fastest way on this GPU.
+
+    To find it, copies of the method are trained for a moment with each execution, as many side by side as there are
+    runs. One that fails or gives other losses is left out, and a line says so. What was found is kept in the user's
+    cache folder for the same method, networks, batch size, GPU and versions.
+
+    Args:
+        method: Left as it is.
+        config: Its settings.
+        images: Gives at least a batch of images on the device; called where something is measured.
+        augmentation: Crops and flips.
+        device: Where is trained.
+        runs: How many runs train side by side.
+        steps: Training steps of a run. Too few for a measurement to pay: what is known, or needs no measurement.
+    """
+    listed = choices(config.train, device, runs, steps)
+    if len(listed) == 1 or not method.capturable:
+        return listed[0]
+    path = place(key(method, config, listed, device, runs))
+    known = read(path, listed)
+    if known is not None or steps < WORTHWHILE_STEPS:
+        return known or listed[0]
+    print(f"codistill: measuring {len(listed)} ways to compute a step, once for this GPU", file=sys.stderr)
+    trials = measured(method, listed, config, images(), augmentation, runs)
+    if listed[0] not in trials:
+        return listed[0]  # the run itself will say what is wrong
+    best = fastest(listed[0], trials)
+    keep(path, best, trials)
+    return best
+
+
+def measured(
+    method: Method,
+    listed: Sequence[Execution],
+    config: RunConfig,
+    images: DeviceImages,
+    augmentation: Augmentation,
+    runs: int,
+) -> dict[Execution, Trial]:
+    """Try all executions, and give those that did well beside the first one; nothing where that did not."""
+    trials: dict[Execution, Trial] = {}
+    for execution in listed:
+        try:
+            found = trial(method, execution, config, images, augmentation, runs)
+        except Exception as error:  # whatever it is, there is another way
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+        else:
+            reason = doubt(found, trials.get(listed[0], found))
+            if not reason:
+                trials[execution] = found
+        # Graphs and what they hold go back before the next one needs memory.
+        gc.collect()
+        torch.cuda.empty_cache()
+        if listed[0] not in trials:
+            return {}
+        if reason:
+            warn(f"a step with {execution} is left out: {reason}")
+    return trials
+
+
+def trial(
+    method: Method,
+    execution: Execution,
+    config: RunConfig,
+    images: DeviceImages,
+    augmentation: Augmentation,
+    runs: int,
+) -> Trial:
+    """Train copies of a method for a moment."""
+    settings, device = config.train, images.labels.device
+    members = []
+    for _ in range(runs):
+        probe = copy.deepcopy(method)
+        execution.prepare(probe, device, settings.deterministic)
+        probe.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        optimizer = make_optimizer(
+            probe, settings.learning_rate, settings.momentum, settings.nesterov, settings.weight_decay
+        )
+        members.append(PlainStep(probe, images, augmentation, optimizer, settings.precision, execution=execution))
+    fleet = CapturedFleet(members)
+    plan = epoch_plan(len(images), settings.seed, 0, augmentation, device, method.views)
+    plan = plan.part(0, settings.batch_size)
+    progress = torch.full((), 0.5, device=device)
+
+    def seconds(count: int) -> float:
+        torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        for _ in range(count):
+            fleet([plan] * runs, progress)
+        torch.cuda.synchronize(device)
+        return (time.perf_counter() - started) / count
+
+    seconds(CHECKED_STEPS)
+    loss = members[0].sums.means()["loss"]
+    pace = seconds(CHECKED_STEPS)
+    rounds = [seconds(max(1, round(ROUND_SECONDS / pace))) for _ in range(ROUNDS)]
+    return Trial(1000 * min(rounds) / runs, loss)
+
+
+def doubt(found: Trial, first: Trial) -> str:
+    """Say what is wrong with a trial beside that of the first execution; nothing: empty."""
+    if abs(found.loss - first.loss) <= TOLERANCE * abs(first.loss):
+        return ""
+    return f"its loss in the first {CHECKED_STEPS} steps is {found.loss:.4f} and should be about {first.loss:.4f}"
+
+
+def fastest(first: Execution, trials: dict[Execution, Trial]) -> Execution:
+    """Choose the fastest execution; the first one unless another is clearly faster."""
+    best = min(trials, key=lambda each: trials[each].milliseconds)
+    return best if trials[best].milliseconds < (1 - GAIN) * trials[first].milliseconds else first
+
+
+def key(method: Method, config: RunConfig, listed: Sequence[Execution], device: torch.device, runs: int) -> str:
+    """Name what a measurement holds for."""
+    settings = config.train
+    facts = {
+        "versions": [VERSION, torch.__version__, torch.version.cuda],
+        "gpu": torch.cuda.get_device_name(device),
+        "method": repr(method),
+        "settings": dataclasses.asdict(config.method),
+        "training": [settings.batch_size, settings.precision, runs],
+        "choices": [str(each) for each in listed],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def place(name: str) -> Path | None:
+    """Give the file of a measurement; None: nobody knows where the user's cache folder is."""
+    with contextlib.suppress(OSError):
+        return cache_folder() / "executions" / f"{name}.json"
+    return None
+
+
+def read(path: Path | None, listed: Sequence[Execution]) -> Execution | None:
+    """Read what an earlier measurement chose; None: there is none that can be read."""
+    try:
+        chosen = Execution(**json.loads(path.read_text(encoding="utf-8"))["chosen"]) if path else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return chosen if chosen in listed else None
+
+
+def keep(path: Path | None, best: Execution, trials: dict[Execution, Trial]) -> None:
+    """Keep what was measured."""
+    found = [dataclasses.asdict(execution) | dataclasses.asdict(each) for execution, each in trials.items()]
+    try:
+        if path is None:
+            raise OSError("there is no home folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"chosen": dataclasses.asdict(best), "measured": found})
+    except (OSError, ResourceError) as error:
+        warn(f"what was measured is not kept for later runs: {error}: set XDG_CACHE_HOME to a folder")
