@@ -1,6 +1,6 @@
 """One training step: plain PyTorch, and the same captured as a CUDA graph, for one run or several at once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,7 @@ from codistill.metrics import TermSums
 from codistill.watch import GRADIENT, FiniteWatch, norms, parameter_names
 
 WARM_UP_STEPS = 3
+Augmented = Callable[[DeviceImages, Batch, Augmentation], tuple[Tensor, Tensor]]
 
 
 class PlainStep:
@@ -30,7 +31,7 @@ class PlainStep:
         precision: float32, or bf16 for autocast in the forward pass; losses are computed in float32 in any case.
         ranks: The processes that share the run. Each gets the whole batch, works on its part, and ends with the
             gradients and terms of the whole batch; batch statistics are those of its part.
-        execution: How the method was prepared to compute; what of it concerns captured steps is for those.
+        execution: How the method was prepared to compute, and how images are augmented; overlap is for captured steps.
     """
 
     def __init__(
@@ -47,7 +48,13 @@ class PlainStep:
         self.execution = execution
         self.images = images
         self.augmentation = augmentation
-        images.crops(augmentation)  # here and not on the stream of whichever run comes first
+        self.augmented: Augmented = DeviceImages.augmented
+        if execution.kernels == "fused":
+            from codistill.kernels.augment import augmented
+
+            self.augmented = augmented
+        else:
+            images.crops(augmentation)  # here and not on the stream of whichever run comes first
         self.optimizer = optimizer
         self.forward = TrainingForward(method, precision)
         self.ranks = ranks
@@ -60,7 +67,8 @@ class PlainStep:
         count = batch.image.shape[-1]
         batch = self.ranks.part(batch)
         own = batch.image.shape[-1]
-        images, labels = self.images.augmented(Batch(*(table.flatten() for table in batch)), self.augmentation)
+        flat = Batch(*(table.flatten() for table in batch))
+        images, labels = self.augmented(self.images, flat, self.augmentation)
         images, labels = images.reshape(*batch.image.shape, *images.shape[1:]), labels[:own]
         turns: Sequence[Sequence[Tensor] | None] = self.method.turns() or [None]
         names: list[str] = []
