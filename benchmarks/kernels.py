@@ -25,15 +25,17 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from codistill.bench_loop import resident_loop
+from codistill.bench_loop import PADDING, STATISTICS, images, resident_loop
 from codistill.compiling import compile_in_place, parts_of
 from codistill.config import RunConfig, TrainSettings, default_config
+from codistill.data.augment import Augmentation, DeviceImages, epoch_plan
 from codistill.device import choose_device, set_up_gpu
 from codistill.kernels import use_fused
 from codistill.methods import Method
 from codistill.networks.network import Normalise, normalised
 from codistill.record import environment
 from codistill.run import build_method
+from codistill.step import Augmented
 
 Variant = Literal["stock", "block", "stage", "branch", "whole", "fused"]
 VARIANTS: tuple[Variant, ...] = ("stock", "block", "stage", "branch", "whole", "fused")
@@ -70,8 +72,8 @@ class Options:
 
 
 def cases(options: Options) -> list[str]:
-    """Name all cases: layer/<channels>x<side>, step/<network>/<variant>/<folder of compiled code>."""
-    layers = [f"layer/{channels}x{side}" for channels, side in MAPS]
+    """Name all: layer/<channels>x<side>, augmentation/<images>, step/<network>/<variant>/<folder of compiled code>."""
+    layers = [f"layer/{channels}x{side}" for channels, side in MAPS] + [f"augmentation/{options.batch_size}"]
     steps = [
         f"step/{network}/{variant}/{cache}"
         for network in options.networks
@@ -109,6 +111,54 @@ def implementations(device: torch.device) -> dict[str, Normalise]:
     return {"stock": normalised, "compiled": torch.compile(normalised, dynamic=False), "fused": fused}
 
 
+def augmentations(device: torch.device) -> dict[str, Augmented]:
+    stock = DeviceImages.augmented
+    if device.type != "cuda":
+        return {"stock": stock}
+    from codistill.kernels.augment import augmented
+
+    return {"stock": stock, "compiled": torch.compile(stock, dynamic=False), "fused": augmented}
+
+
+def alone(call: Callable[[], object], options: Options, device: torch.device) -> list[float]:
+    """Time calls, microseconds each, for each round; on CUDA within a graph, captured on the current stream."""
+
+    def plainly(times: int) -> None:
+        for _ in range(times):
+            call()
+
+    plainly(STEPS_UNTIL_CAPTURED)
+    if device.type != "cuda":
+        return [1000 * each for each in rounds_of(plainly, options.seconds / 10, options.rounds, device)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(device)):
+        plainly(CALLS_IN_A_GRAPH)
+
+    def replay(times: int) -> None:
+        for _ in range(times):
+            graph.replay()
+
+    rounds = rounds_of(replay, options.seconds / 10, options.rounds, device)
+    return [1000 * each / CALLS_IN_A_GRAPH for each in rounds]
+
+
+def measure_augmentation(count: int, options: Options) -> dict[str, list[float]]:
+    """Time cropping, flipping and normalising a batch of `count` of the images that steps are measured with.
+
+    Returns:
+        Microseconds a call for each round; on CUDA of calls within a graph.
+    """
+    device = choose_device(options.device, options.precision)
+    augmentation = Augmentation(padding=PADDING)
+    with torch.cuda.stream(torch.cuda.Stream(device) if device.type == "cuda" else None):
+        resident = DeviceImages(images(), STATISTICS, device)
+        batch = epoch_plan(len(resident), 0, 0, augmentation, device).part(0, count)
+        return {
+            name: alone(lambda compute=compute: compute(resident, batch, augmentation), options, device)
+            for name, compute in augmentations(device).items()
+        }
+
+
 def measure_layer(channels: int, side: int, options: Options) -> dict[str, list[float]]:
     """Time batch normalisation with ReLU, alone and with an addition between, forward and backward, each way there is.
 
@@ -129,23 +179,10 @@ def measure_layer(channels: int, side: int, options: Options) -> dict[str, list[
         skipped = random().requires_grad_() if added else None
         inputs = [each for each in (features, skipped, norm.weight, norm.bias) if each is not None]
 
-        def call(times: int) -> None:
-            for _ in range(times):
-                torch.autograd.grad(compute(features, norm, skipped, True), inputs, gradient)
+        def call() -> None:
+            torch.autograd.grad(compute(features, norm, skipped, True), inputs, gradient)
 
-        call(STEPS_UNTIL_CAPTURED)
-        if stream is None:
-            return [1000 * each for each in rounds_of(call, options.seconds / 10, options.rounds, device)]
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            call(CALLS_IN_A_GRAPH)
-
-        def replay(times: int) -> None:
-            for _ in range(times):
-                graph.replay()
-
-        rounds = rounds_of(replay, options.seconds / 10, options.rounds, device)
-        return [1000 * each / CALLS_IN_A_GRAPH for each in rounds]
+        return alone(call, options, device)
 
     with torch.cuda.stream(stream):
         return {
@@ -212,6 +249,8 @@ def measure(options: Options) -> dict[str, Any]:
     if kind == "layer":
         channels, side = map(int, rest[0].split("x"))
         result: dict[str, Any] = {"microseconds": measure_layer(channels, side, options)}
+    elif kind == "augmentation":
+        result = {"microseconds": measure_augmentation(int(rest[0]), options)}
     else:
         result = measure_step(rest[0], rest[1], options)
     device = choose_device(options.device, options.precision)
@@ -255,9 +294,10 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     for result in results:
         kind, first, *rest = result["case"].split("/")
         if "failed" in result:
-            (lines if kind == "layer" else steps).append(f"| {first} | {' | '.join(rest)} | failed |")
-        elif kind == "layer":
-            lines += [f"| {first} | {name} | {spread(each)} |" for name, each in result["microseconds"].items()]
+            (steps if kind == "step" else lines).append(f"| {first} | {' | '.join(rest)} | failed |")
+        elif kind != "step":
+            label = first if kind == "layer" else f"{kind} {first}"
+            lines += [f"| {label} | {name} | {spread(each)} |" for name, each in result["microseconds"].items()]
         else:
             median = statistics.median(result["ms_per_step"])
             if rest[0] == "stock":

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import platform
 import subprocess
 import sys
 from dataclasses import replace
@@ -28,6 +29,7 @@ def kernels(monkeypatch, tiny_registered) -> ModuleType:
         options = small(module, Path(given["--out"]), case=given["--case"])
         return SimpleNamespace(returncode=0, stdout=f"noise\n{json.dumps(module.measure(options))}\n", stderr="")
 
+    platform.platform()  # which starts a program where it is first asked
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(module, "MAPS", ((4, 2),))
     return module
@@ -55,17 +57,24 @@ def test_every_case_becomes_a_file_and_a_row(kernels, monkeypatch, tmp_path, cap
     kernels.main(options)
     assert len(changed) == 1
     written = sorted(path.name for path in tmp_path.glob("*.json"))
-    assert written == ["layer-4x2.json", "step-tiny-fused-none.json", "step-tiny-stock-none.json"]
-    layer, fused, _ = (json.loads((tmp_path / name).read_text()) for name in written)
+    assert written == [
+        "augmentation-4.json",
+        "layer-4x2.json",
+        "step-tiny-fused-none.json",
+        "step-tiny-stock-none.json",
+    ]
+    augmentation, layer, fused, _ = (json.loads((tmp_path / name).read_text()) for name in written)
     assert [len(each) for each in layer["microseconds"].values()] == [2, 2]
+    assert list(augmentation["microseconds"]) == ["stock"] and min(augmentation["microseconds"]["stock"]) > 0
     assert fused["parts"] == 7 and fused["weights_are_finite"] and len(fused["ms_per_step"]) == 2
     assert fused["environment"]["torch"]
     table = (tmp_path / "table.md").read_text()
     assert table in capsys.readouterr().out
-    rows = [line.split(" | ")[:2] for line in table.splitlines() if line.startswith(("| 4x2", "| 2 x"))]
+    rows = [line.split(" | ")[:2] for line in table.splitlines() if line.startswith(("| 4x2", "| aug", "| 2 x"))]
     assert rows == [
         ["| 4x2", "stock, alone"],
         ["| 4x2", "stock, added"],
+        ["| augmentation 4", "stock"],
         ["| 2 x tiny", "stock"],
         ["| 2 x tiny", "fused"],
     ]
@@ -93,6 +102,7 @@ def test_a_case_that_takes_too_long_is_kept_as_such(kernels, monkeypatch, tmp_pa
 def test_all_cases_have_names(kernels, tmp_path):
     names = kernels.cases(kernels.Options(out=tmp_path, networks=("resnet32",)))
     assert len(set(names)) == len(names)
+    assert "augmentation/128" in names
     steps = [name.split("/")[2:] for name in names if name.startswith("step")]
     assert steps[0] == ["stock", "none"] and steps[-1] == ["fused", "none"]
     assert ["stage", "empty"] in steps and steps.index(["stage", "empty"]) < steps.index(["stage", "filled"])
