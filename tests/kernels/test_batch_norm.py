@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from codistill.errors import UsageError
 from codistill.kernels import install_fused, use_fused
 from codistill.networks import network
 from codistill.networks.network import Layers, conv_bn, initialise
+from codistill.networks.resnet import BasicBlock
 
 from .. import tiny
 
@@ -223,6 +225,87 @@ def test_a_network_trains_as_with_stock_layers_and_nothing_is_read_by_the_host()
     assert torch.equal(fused.eval()(images, images), stock.eval()(images, images))
 
 
+class Additions(TorchDispatchMode):
+    """Count the additions of maps, which autograd makes where a map has two gradients."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operator, types, given=(), named=None):
+        if operator in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor) and given[0].dim() == 4:
+            self.count += 1
+        return operator(*given, **(named or {}))
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("skipped", "activated"), [(True, True), (False, True), (True, False), (False, False)])
+def test_gradients_of_layers_and_shortcut_are_added_to_the_bits_of_autograd(skipped, activated, dtype):
+    from codistill.kernels.batch_norm import batch_norm_relu
+
+    case = Case((4, 5, 6, 3), skipped, activated, dtype)
+    gradients, additions = [], []
+    for together in (True, False):
+        inputs, running = case.inputs(), [each.to(DEVICE, copy=True) for each in (case.mean, case.var)]
+        first = batch_norm_relu(*inputs[:3], *running, inputs[3] if skipped else None, activated)
+        layers, shortcut = first * 1.5, first if together else first.view_as(first)
+        result = batch_norm_relu(layers, *inputs[1:3], *running, shortcut)
+        with Additions() as counted:
+            gradients.append(torch.autograd.grad(result, inputs, case.gradient.to(DEVICE)))
+        additions.append(counted.count)
+    assert additions == [0, 1]
+    if INTERPRETED and dtype == torch.bfloat16:  # which the interpreter cuts off instead of rounding
+        assert_near(*gradients, 4 * torch.finfo(dtype).eps)
+        return
+    for one, other in zip(*gradients, strict=True):
+        assert one.isfinite().all() and torch.equal(one, other)
+
+
+@runs_kernels
+def test_a_map_with_one_gradient_or_changed_before_it_is_a_shortcut():
+    from codistill.kernels.batch_norm import batch_norm_relu
+
+    case = Case((3, 4, 5, 2), skipped=True, activated=True)
+
+    def gradients(change, layers, shortcut) -> tuple[Tensor, ...]:
+        inputs, running = case.inputs(), [each.to(DEVICE, copy=True) for each in (case.mean, case.var)]
+        first = change(batch_norm_relu(*inputs[:3], *running, inputs[3], activated=False))
+        result = batch_norm_relu(layers(first), *inputs[1:3], *running, shortcut(first))
+        return torch.autograd.grad(result, inputs, case.gradient.to(DEVICE))
+
+    def same(each: Tensor) -> Tensor:
+        return each
+
+    constant = torch.randn(3, 4, 5, 2, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    for change, layers in ((same, lambda each: constant), (lambda each: each.mul_(3), lambda each: each * 1.5)):
+        found, expected = gradients(change, layers, same), gradients(change, layers, lambda each: each.view_as(each))
+        for one, other in zip(found, expected, strict=True):
+            assert other.abs().max() > 0 and torch.equal(one, other)
+
+
+@runs_kernels
+def test_blocks_train_as_with_stock_layers_and_leave_no_gradients_for_autograd_to_add():
+    def build() -> nn.Sequential:
+        torch.manual_seed(0)
+        blocks = nn.Sequential(Layers(*conv_bn(3, 4, 3), nn.ReLU()), *(BasicBlock(4, 4, 1, "B") for _ in range(2)))
+        initialise(blocks)
+        return blocks.to(DEVICE, memory_format=torch.channels_last).train()
+
+    stock, fused = build(), build()
+    install_fused(fused)
+    images = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    results, additions = [], []
+    for blocks in (stock, fused):
+        results.append(blocks(images.contiguous(memory_format=torch.channels_last)))
+        loss = results[-1].square().mean()
+        with Additions() as counted:
+            loss.backward()
+        additions.append(counted.count)
+    assert additions == [2, 0]
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+    for one, other in zip(fused.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["resnet20", "resnet83-bottleneck", "wrn-16-2", "densenet-40-12", "mobilenetv2"])
 def test_every_normalisation_of_a_network_is_within_reach(name):
     built = network(name, 3)
@@ -271,10 +354,14 @@ from triton.compiler import ASTSource, compile
 from codistill.kernels import batch_norm_passes
 
 NUMBERS = {"rows": "i32", "channels": "i32", "part_rows": "i32", "momentum": "fp32", "eps": "fp32"}
-MAPS = ("features", "skipped", "result", "gradient", "skipped_gradient", "feature_gradient")
-for name in ("part_statistics", "normalise", "part_gradients", "input_gradient"):
+MAPS = ("features", "skipped", "result", "gradient", "added", "skipped_gradient", "feature_gradient")
+SIZES = {"BLOCK_PARTS": 128, "BLOCK_ROWS": 64, "BLOCK_CHANNELS": 16}
+for name, skipped in (
+    ("part_statistics", True), ("normalise", True), ("part_gradients", True), ("input_gradient", True),
+    ("part_gradients", False), ("input_gradient", False),
+):
     kernel = getattr(batch_norm_passes, name)
-    constants = {each: {"BLOCK_PARTS": 128, "BLOCK_ROWS": 64, "BLOCK_CHANNELS": 16}.get(each, True)
+    constants = {each: SIZES.get(each, skipped if each == "HAS_SKIPPED" else True)
                  for each in kernel.arg_names if each.isupper()}
     types = {each: "constexpr" if each in constants else NUMBERS.get(each, "*bf16" if each in MAPS else "*fp32")
              for each in kernel.arg_names}
@@ -288,4 +375,4 @@ def test_the_kernels_compile_for_an_h100_where_there_is_none(tmp_path):
     command = [sys.executable, "-c", COMPILED_FOR_AN_H100]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.split()) == 4 and all(int(size) > 1000 for size in done.stdout.split())
+    assert len(done.stdout.split()) == 6 and all(int(size) > 1000 for size in done.stdout.split())

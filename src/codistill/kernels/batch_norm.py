@@ -27,7 +27,7 @@ class _BatchNormReLU(torch.autograd.Function):
         momentum: float,
         eps: float,
         activated: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         tiling = Tiling.of(features)
         result, partial = torch.empty_like(features), tiling.partial(features)
         mean, scale = torch.empty_like(weight), torch.empty_like(weight)
@@ -51,21 +51,27 @@ class _BatchNormReLU(torch.autograd.Function):
                 BLOCK_PARTS=tiling.block_parts,
                 **tiling.blocks,
             )
+        ctx.set_materialize_grads(False)
         ctx.has_skipped, ctx.activated = skipped is not None, activated
         # The result is kept by the next convolution in any case; without a shortcut it is not needed.
         ctx.save_for_backward(
             features, weight, bias, mean, scale, result if skipped is not None and activated else None
         )
-        return result
+        return result, result.detach()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         features, weight, bias, mean, scale, result = ctx.saved_tensors
         tiling = Tiling.of(features)
-        gradient = gradient.to(features.dtype).contiguous(memory_format=torch.channels_last)
-        masked = ctx.has_skipped and ctx.activated
-        skipped_gradient = torch.empty_like(features) if masked else gradient
+        given = [each for each in gradients if each is not None]
+        if not given:
+            return (None,) * 8
+        given = [each.to(features.dtype).contiguous(memory_format=torch.channels_last) for each in given]
+        gradient, added, has_added = given[0], given[-1], len(given) == 2
+        # Else the gradient is the shortcut's as it is, or is computed once more.
+        stored = ctx.has_skipped and (ctx.activated or has_added)
+        skipped_gradient = torch.empty_like(features) if stored else gradient
         feature_gradient, partial = torch.empty_like(features), tiling.partial(features)
         weight_gradient, bias_gradient = torch.empty_like(weight), torch.empty_like(bias)
         flags = {"HAS_SKIPPED": ctx.has_skipped, "ACTIVATED": ctx.activated}
@@ -73,10 +79,20 @@ class _BatchNormReLU(torch.autograd.Function):
         parameters = (partial, weight, bias, mean, scale)
         with torch.cuda.device_of(features):
             part_gradients[tiling.grid](
-                gradient, features, result, skipped_gradient, *parameters, *tiling.sizes, **flags, **tiling.blocks
+                gradient,
+                added,
+                features,
+                result,
+                skipped_gradient,
+                *parameters,
+                *tiling.sizes,
+                HAS_ADDED=has_added,
+                **flags,
+                **tiling.blocks,
             )
             input_gradient[tiling.grid](
                 skipped_gradient,
+                added,
                 features,
                 result,
                 feature_gradient,
@@ -84,6 +100,7 @@ class _BatchNormReLU(torch.autograd.Function):
                 weight_gradient,
                 bias_gradient,
                 *tiling.sizes,
+                HAS_ADDED=has_added,
                 **flags,
                 BLOCK_PARTS=tiling.block_parts,
                 **tiling.blocks,
@@ -106,6 +123,10 @@ def batch_norm_relu(
     """Compute relu(batch_norm(features) + skipped) with the statistics of the batch, as in training.
 
     No host read, nothing random and no atomics: it may be captured in a CUDA graph and repeats to the last bit.
+
+    A result of this function that another call is given as `skipped` has two gradients, the other one of the layers
+    that were skipped. They arrive separately and are added (and rounded, as autograd does) by this function's kernels
+    in place of a launch of autograd's. A hook on such a result, or torch.autograd.grad of it, sees only one of the two.
 
     Args:
         features: float32, bfloat16 or float16; brought to channels_last where it is not.
@@ -135,10 +156,17 @@ def batch_norm_relu(
         raise ValueError(f"batch normalisation needs more than 1 value per channel, got {list(features.shape)}")
     features = features.contiguous(memory_format=torch.channels_last)
     if skipped is not None:
-        skipped = skipped.to(features.dtype).contiguous(memory_format=torch.channels_last)
+        skipped = _for_shortcut(skipped).to(features.dtype).contiguous(memory_format=torch.channels_last)
     running = (running_mean, running_var)
-    result: Tensor = _BatchNormReLU.apply(features, weight, bias, skipped, running, momentum, eps, activated)
-    return result
+    result, twin = _BatchNormReLU.apply(features, weight, bias, skipped, running, momentum, eps, activated)
+    result.twin = twin
+    return result  # type: ignore[no-any-return]
+
+
+def _for_shortcut(features: Tensor) -> Tensor:
+    """Give the second output of the kernels that made a map, which is the same map, unless it was changed since."""
+    twin: Tensor | None = getattr(features, "twin", None)
+    return features if twin is None or twin.grad_fn is not features.grad_fn else twin
 
 
 def normalised(

@@ -119,10 +119,24 @@ def normalise(
 
 @triton.jit
 def _passed_gradient(
-    gradient, result, centred, slope, shift, offset, exists, HAS_SKIPPED: tl.constexpr, ACTIVATED: tl.constexpr
+    gradient,
+    added,
+    result,
+    centred,
+    slope,
+    shift,
+    offset,
+    exists,
+    HAS_ADDED: tl.constexpr,
+    HAS_SKIPPED: tl.constexpr,
+    ACTIVATED: tl.constexpr,
 ):
     """Give the gradient behind the ReLU; without a shortcut its sign is computed again instead of read."""
     passed = tl.load(gradient + offset, exists, 0.0).to(tl.float32)
+    if HAS_ADDED:
+        # Rounded as it would be if it had been added before.
+        passed += tl.load(added + offset, exists, 0.0).to(tl.float32)
+        passed = passed.to(added.dtype.element_ty).to(tl.float32)
     if ACTIVATED:
         if HAS_SKIPPED:
             value = tl.load(result + offset, exists, 0.0).to(tl.float32)
@@ -135,6 +149,7 @@ def _passed_gradient(
 @triton.jit
 def part_gradients(
     gradient,
+    added,
     features,
     result,
     skipped_gradient,
@@ -146,6 +161,7 @@ def part_gradients(
     rows,
     channels,
     part_rows,
+    HAS_ADDED: tl.constexpr,
     HAS_SKIPPED: tl.constexpr,
     ACTIVATED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -163,8 +179,10 @@ def part_gradients(
     for start in range(first, stop, BLOCK_ROWS):
         offset, exists = _tile(start, stop, column, channels, BLOCK_ROWS)
         centred = tl.load(features + offset, exists, 0.0).to(tl.float32) - mean[None, :]
-        passed = _passed_gradient(gradient, result, centred, slope, shift, offset, exists, HAS_SKIPPED, ACTIVATED)
-        if HAS_SKIPPED and ACTIVATED:
+        passed = _passed_gradient(
+            gradient, added, result, centred, slope, shift, offset, exists, HAS_ADDED, HAS_SKIPPED, ACTIVATED
+        )
+        if HAS_SKIPPED and (ACTIVATED or HAS_ADDED):
             tl.store(skipped_gradient + offset, passed, exists)
         total += tl.sum(passed, 0)
         # Where no row exists the gradient is 0.
@@ -176,6 +194,7 @@ def part_gradients(
 @triton.jit
 def input_gradient(
     gradient,
+    added,
     features,
     result,
     feature_gradient,
@@ -189,6 +208,7 @@ def input_gradient(
     rows,
     channels,
     part_rows,
+    HAS_ADDED: tl.constexpr,
     HAS_SKIPPED: tl.constexpr,
     ACTIVATED: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
@@ -197,7 +217,7 @@ def input_gradient(
 ):
     """Join the parts' sums, and give the gradients of input, weight and bias.
 
-    With a shortcut and a ReLU, `gradient` is the shortcut's gradient, behind the ReLU already.
+    With a shortcut, `gradient` is the shortcut's gradient, with `added` in it and behind the ReLU already.
     """
     part, parts = tl.program_id(0), tl.num_programs(0)
     column = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
@@ -216,7 +236,17 @@ def input_gradient(
         offset, exists = _tile(start, stop, column, channels, BLOCK_ROWS)
         centred = tl.load(features + offset, exists, 0.0).to(tl.float32) - mean[None, :]
         passed = _passed_gradient(
-            gradient, result, centred, slope, shift, offset, exists, HAS_SKIPPED, ACTIVATED and not HAS_SKIPPED
+            gradient,
+            added,
+            result,
+            centred,
+            slope,
+            shift,
+            offset,
+            exists,
+            HAS_ADDED and not HAS_SKIPPED,
+            HAS_SKIPPED,
+            ACTIVATED and not HAS_SKIPPED,
         )
         change = slope[None, :] * (passed - constant[None, :] - centred * linear[None, :])
         tl.store(feature_gradient + offset, change, exists)
