@@ -168,6 +168,27 @@ def test_nothing_is_read_by_the_host():
     assert reads.found == []
 
 
+@pytest.mark.gpu(real=True)
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA device")
+def test_a_captured_graph_follows_its_tables():
+    from codistill.kernels.augment import augmented
+
+    images, augmentation = images_of(12, 6, 7), Augmentation(padding=2)
+    plan = on_device(epoch_plan(12, 0, 0, augmentation, torch.device("cpu")))
+    augmented(images, plan.part(1, 5), augmentation)  # compiles, for tables wherever they lie
+    static = Batch(*(table.clone() for table in plan.part(0, 4)))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = augmented(images, static, augmentation)
+    for start in (8, 3):
+        for table, new in zip(static, plan.part(start, start + 4), strict=True):
+            table.copy_(new)
+        graph.replay()
+        for one, other in zip(found, images.augmented(static, augmentation), strict=True):
+            assert bits(one).equal(bits(other))
+
+
 COMPILED_FOR_AN_H100 = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
