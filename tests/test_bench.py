@@ -53,6 +53,7 @@ def test_text_of_a_gpu():
     result = {
         "ms_per_step": 2.0,
         "images_per_second": 64_000.0,
+        "execution": {"kernels": "fused", "compiled": False, "overlap": True},
         "kernels_per_step": 480,
         "parameters": 1000,
         "forward_mflop_per_image": 188.3,
@@ -64,7 +65,17 @@ def test_text_of_a_gpu():
         "deterministic_ratio": 0.81,
     }
     text = "\n".join(lines(result))
-    for part in ("2.00 ms", "64,000 images/s", "480 kernels", "6,135 kB", "75 % of it", "700 MiB", "900", "0.81"):
+    for part in (
+        "2.00 ms",
+        "fused kernels, overlapping streams",
+        "64,000 images/s",
+        "480 kernels",
+        "6,135 kB",
+        "75 % of it",
+        "700 MiB",
+        "900",
+        "0.81",
+    ):
         assert part in text
     assert "no share" not in text and "measured on CUDA only" not in text
 

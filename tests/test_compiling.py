@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import codistill as cd
 from codistill import compiling
+from codistill.checkpoint import warn_once
 from codistill.compiling import compile_in_place, compile_parts, missing_compiler, parts_of
 from codistill.config import TrainSettings
 from codistill.errors import UsageError
@@ -24,7 +25,6 @@ from . import compile_everything, tiny
 # torch's own: the compiler looks at .grad of tensors within a network.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-LONG = 10**6
 
 
 @pytest.fixture(autouse=True)
@@ -154,61 +154,17 @@ def test_no_graph_breaks_in_networks_and_methods():
     assert done.stdout.split() == [*compile_everything.KINDS, *METHODS]
 
 
-def settings(**changes: object) -> TrainSettings:
-    return TrainSettings(**changes)
-
-
-@pytest.mark.parametrize("name", ["resnet32", "wrn-16-2"])
-@pytest.mark.parametrize(
-    "changed",
-    [{}, {"device": CPU}, {"precision": "float32"}, {"steps": 1000}, {"deterministic": True}, {"kernels": "fused"}],
-    ids=str,
-)
-def test_auto_compiles_only_what_was_measured_faster_and_pays_back(monkeypatch, name, changed):
-    monkeypatch.setattr(compiling, "missing_compiler", lambda device: None)
-    method = cd.Independent([cd.network(name, 3)], 3)
-    chosen = {"device": CUDA, "precision": "bf16", "steps": LONG} | changed
-    device, steps = chosen.pop("device"), chosen.pop("steps")
-    compiled = compile_parts(method, settings(**chosen), device, steps)
-    assert compiled is (name in compiling.FASTER_ON_CUDA and not changed)
-    assert compiled == any(part._compiled_call_impl is not None for part in method.modules())
-
-
-def test_a_cohort_with_one_unmeasured_network_is_left_alone(monkeypatch):
-    monkeypatch.setattr(compiling, "missing_compiler", lambda device: None)
-    method = cd.Independent([cd.network("resnet32", 3), cd.network("wrn-16-2", 3)], 3)
-    assert not compile_parts(method, settings(precision="bf16"), CUDA, LONG)
-    assert not compile_parts(independent(), settings(precision="bf16"), CUDA, LONG)
-    assert compile_parts(method, settings(precision="bf16", compile="on"), CUDA, LONG)
-
-
-def test_off_and_on_are_obeyed():
-    method = independent()
-    assert not compile_parts(method, settings(compile="off"), CPU, LONG)
-    assert compile_parts(method, settings(compile="on"), CPU, 1)
-
-
-def test_without_a_compiler_on_is_refused_and_auto_says_once_what_happens(monkeypatch, capsys):
+def test_without_a_compiler_it_is_refused(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setenv("CC", "no-such-compiler")
-    method = cd.Independent([cd.network("resnet32", 3)], 3)
     with pytest.raises(UsageError, match="compile on: there is no compiler no-such-compiler: install one, or leave"):
-        compile_parts(method, settings(compile="on"), CPU, LONG)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    compiling._say_once.cache_clear()
-    for _ in range(2):
-        assert not compile_parts(method, settings(precision="bf16"), CUDA, LONG)
-    assert capsys.readouterr().err == (
-        "codistill: warning: compile auto: there is no compiler no-such-compiler: install one; "
-        "until then this trains without a compiler, more slowly\n"
-    )
+        compile_parts(independent(), CPU, False)
 
 
 def test_a_gpu_that_is_too_old_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla P40")
     with pytest.raises(UsageError, match="compile on: Tesla P40 is too old for Triton"):
-        compile_parts(independent(), settings(compile="on"), CUDA, LONG)
+        compile_parts(independent(), CUDA, False)
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["set by the user", "unset"])
@@ -216,7 +172,7 @@ def test_compiled_code_is_kept_in_a_stable_folder(monkeypatch, tmp_path, own):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     if not own:
         monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    compile_parts(independent(), settings(compile="on"), CPU, 1)
+    compile_parts(independent(), CPU, False)
     expected = tmp_path / "inductor" if own else tmp_path / "cache" / "codistill" / "inductor"
     assert Path(compiling.os.environ["TORCHINDUCTOR_CACHE_DIR"]) == expected
 
@@ -225,8 +181,8 @@ def test_a_cache_folder_that_cannot_be_made_is_said_and_survived(monkeypatch, tm
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    compiling._say_once.cache_clear()
-    assert compile_parts(independent(), settings(compile="on"), CPU, 1)
+    warn_once.cache_clear()
+    compile_parts(independent(), CPU, False)
     assert "compiled code is not kept for later runs" in capsys.readouterr().err
 
 
@@ -264,4 +220,4 @@ def compile_eagerly(method: nn.Module) -> int:
 )
 def test_settings_that_cannot_be_are_refused(changes, says):
     with pytest.raises(UsageError, match=says):
-        settings(**changes)
+        TrainSettings(**changes)

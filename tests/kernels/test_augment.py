@@ -15,6 +15,7 @@ from torch import Tensor
 
 from codistill.data import Split
 from codistill.data.augment import Augmentation, Batch, DeviceImages, epoch_plan
+from codistill.execution import Execution
 from codistill.optim import make_optimizer
 from codistill.step import PlainStep
 
@@ -142,7 +143,9 @@ def test_a_step_sees_the_images_and_labels_of_stock_kernels(monkeypatch, views):
     for kernels in ("stock", "fused"):
         method, data = tiny.method().to(DEVICE).train(), tiny.data()
         images, augmentation = DeviceImages(data.train, data.statistics, DEVICE), Augmentation(padding=2)
-        step = PlainStep(method, images, augmentation, make_optimizer(method, 0.1, 0.9, True, 0.0), kernels=kernels)
+        step = PlainStep(
+            method, images, augmentation, make_optimizer(method, 0.1, 0.9, True, 0.0), execution=Execution(kernels)
+        )
         taken = seen.setdefault(kernels, [])
         # The loss is of no interest here, and the tiny method takes one view.
         losses = {"ce": next(method.parameters()).sum()}
