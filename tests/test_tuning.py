@@ -31,7 +31,7 @@ def gpu(monkeypatch, tmp_path):
 
 
 class Times:
-    """What executions are said to give, milliseconds and loss or what fails, and which were tried with how many runs."""
+    """What executions are said to give: milliseconds and loss, or what fails; and which were tried for how many."""
 
     def __init__(self) -> None:
         self.of: dict[Execution, tuple[float, float] | Exception] = {}

@@ -103,6 +103,7 @@ def measured(
         try:
             found = trial(method, execution, config, images, augmentation, runs)
         except Exception as error:  # whatever it is, there is another way
+            torch.cuda.synchronize(images.labels.device)  # before what it still works on is freed
             reason = " ".join(str(error).split())[:200] or type(error).__name__
         else:
             reason = doubt(found, trials.get(listed[0], found))
