@@ -6,20 +6,23 @@ import torch
 from torch import nn
 
 from codistill.errors import UsageError
+from codistill.modules import DualAttention
 from codistill.networks.network import Layers
 
 
 def use_fused(method: nn.Module, device: torch.device) -> int:
-    """Let all `Layers` of a method compute batch normalisation, shortcut and ReLU in fused kernels, in training mode.
+    """Let a method's `Layers` and `DualAttention` modules compute in fused kernels, in training mode.
 
-    Weights, their names and files stay as they are, and evaluation mode stays stock.
+    Of `Layers` that is batch normalisation, shortcut and ReLU; of attention all of it, but not where it has a
+    normalisation, nor where a map is too large. Weights, their names and files stay as they are, and evaluation
+    mode stays stock.
 
     Args:
         method: A method or a network.
         device: Where it is trained.
 
     Returns:
-        How many normalisations this concerns.
+        How many normalisations and attention modules this concerns.
 
     Raises:
         UsageError: No CUDA device, no Triton, nothing to fuse, or a normalisation that the kernels do not know.
@@ -37,6 +40,7 @@ def install_fused(method: nn.Module) -> int:
     Raises:
         UsageError: Nothing to fuse, or a normalisation that the kernels do not know.
     """
+    from codistill.kernels.attention import attended
     from codistill.kernels.batch_norm import normalised
 
     every = [layers for layers in method.modules() if isinstance(layers, Layers)]
@@ -46,8 +50,11 @@ def install_fused(method: nn.Module) -> int:
             raise UsageError(
                 f"kernels fused: {norm} needs momentum, weight and running statistics: use --kernels stock"
             )
-    if not norms:
+    attentions = [each for each in method.modules() if isinstance(each, DualAttention) and len(each.spatial) == 1]
+    if not norms and not attentions:
         raise UsageError("kernels fused: these networks have no layers that could be fused: use --kernels stock")
     for layers in every:
         layers.normalise = normalised
-    return len(norms)
+    for attention in attentions:
+        attention.attend = attended
+    return len(norms) + len(attentions)
