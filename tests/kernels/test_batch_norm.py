@@ -1,10 +1,5 @@
 """The fused batch normalisation against stock layers, on a GPU where there is one, else in Triton's interpreter."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,26 +15,26 @@ from codistill.networks.network import Layers, conv_bn, initialise
 from codistill.networks.resnet import BasicBlock
 
 from .. import tiny
+from . import (
+    DEVICE,
+    INTERPRETED,
+    assert_near,
+    compiled_sizes,
+    compiles,
+    run_in_the_interpreter,
+    runs_kernels,
+    starts_the_interpreter,
+)
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
-runs_kernels = pytest.mark.skipif(
-    DEVICE.type == "cpu" and not INTERPRETED, reason="runs in a process of its own, see the test of the interpreter"
-)
 SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 70), st.integers(1, 9), st.integers(1, 9)).filter(
     lambda shape: shape[0] * shape[2] * shape[3] > 1
 )
 
 
-@pytest.mark.skipif(INTERPRETED or DEVICE.type == "cuda", reason="runs here")
+@starts_the_interpreter
 def test_in_the_interpreter():
-    # The interpreter has to be chosen before Triton is imported, and would be in the way of everything else.
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert " passed" in done.stdout
+    run_in_the_interpreter(__file__)
 
 
 class Case:
@@ -91,14 +86,6 @@ class Case:
             var,
             *torch.autograd.grad(result, inputs, self.gradient.to(DEVICE).double()),
         )
-
-
-def assert_near(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolerance: float) -> None:
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True):
-        assert one.shape == other.shape
-        size = other.abs().max().clamp_min(1.0)
-        assert float(((one.double() - other.double()).abs().max() / size).item()) < tolerance
 
 
 @runs_kernels
@@ -369,10 +356,7 @@ for name, skipped in (
 """
 
 
-@pytest.mark.skipif(INTERPRETED, reason="compiles, outside the interpreter")
+@compiles
 def test_the_kernels_compile_for_an_h100_where_there_is_none(tmp_path):
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", COMPILED_FOR_AN_H100]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.split()) == 6 and all(int(size) > 1000 for size in done.stdout.split())
+    sizes = compiled_sizes(COMPILED_FOR_AN_H100, tmp_path)
+    assert len(sizes) == 6 and min(sizes) > 1000

@@ -18,6 +18,8 @@ from codistill.modules.attention import attended as stock_attended
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_TILE = 16384
 """Elements of a map, or of a matrix of weights, that a program holds at a time."""
+MAX_CHUNK = 4096
+"""Elements of the convolution's banded matrix that are built at a time: more of them would not fit in registers."""
 MAX_PLACES = 256
 MIN_BLOCK = 16
 ELEMENTS_PER_WARP, MIN_WARPS, MAX_WARPS = 512, 4, 16
@@ -72,7 +74,7 @@ class Sizes:
         return {
             "KERNEL": self.kernel,
             "BLOCK_PLACES": places,
-            "BLOCK_CHUNK": min(places, MAX_TILE // places),
+            "BLOCK_CHUNK": min(places, MAX_CHUNK // places),
             "BLOCK_CHANNELS": channels,
             "BLOCK_HIDDEN": _block(self.hidden),
             "num_warps": min(max(places * channels // ELEMENTS_PER_WARP, MIN_WARPS), MAX_WARPS),

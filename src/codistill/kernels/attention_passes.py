@@ -67,7 +67,7 @@ def _convolved(
     """
     place = tl.arange(0, BLOCK_PLACES)
     total = tl.zeros((BLOCK_PLACES,), tl.float32)
-    for first in tl.static_range(0, BLOCK_PLACES, BLOCK_CHUNK):
+    for first in range(0, BLOCK_PLACES, BLOCK_CHUNK):
         source = first + tl.arange(0, BLOCK_CHUNK)
         chunk = values
         if BLOCK_CHUNK < BLOCK_PLACES:
