@@ -12,6 +12,7 @@ from codistill.distributed import ALONE, Ranks
 from codistill.errors import UsageError
 from codistill.execution import PLAIN, Execution
 from codistill.forward import TrainingForward
+from codistill.kernels import losses_of
 from codistill.methods import Method
 from codistill.metrics import TermSums
 from codistill.watch import GRADIENT, FiniteWatch, norms, parameter_names
@@ -98,7 +99,9 @@ class PlainStep:
 
     def terms(self, images: Tensor, labels: Tensor, progress: Tensor) -> dict[str, Tensor]:
         """Run the method and compute its losses."""
-        return self.method.losses(self.forward(images), labels, progress)
+        outputs = self.forward(images)
+        with losses_of(self.execution.kernels):
+            return self.method.losses(outputs, labels, progress)
 
 
 class CapturedFleet:

@@ -1,11 +1,13 @@
 """Kernels beyond PyTorch's own, in Triton; each computes what stock layers compute, rounded less often."""
 
+import contextlib
 from importlib.util import find_spec
 
 import torch
 from torch import nn
 
 from codistill.errors import UsageError
+from codistill.losses import computed_by
 from codistill.modules import DualAttention
 from codistill.networks.network import Layers
 
@@ -58,3 +60,16 @@ def install_fused(method: nn.Module) -> int:
     for attention in attentions:
         attention.attend = attended
     return len(norms) + len(attentions)
+
+
+def losses_of(kernels: str) -> contextlib.AbstractContextManager[None]:
+    """Compute the losses within this block by what an execution's kernels say.
+
+    Args:
+        kernels: stock, or fused: on CUDA by own kernels, on a CPU only in Triton's interpreter.
+    """
+    if kernels != "fused":
+        return computed_by(None)
+    from codistill.kernels.losses import FUSED
+
+    return computed_by(FUSED)
