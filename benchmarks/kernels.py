@@ -32,7 +32,6 @@ from codistill.data.augment import Augmentation, DeviceImages, epoch_plan
 from codistill.device import choose_device, set_up_gpu
 from codistill.kernels import use_fused
 from codistill.methods import Method
-from codistill.modules.attention import Attend, DualAttention, attended
 from codistill.networks.network import Normalise, normalised
 from codistill.record import environment
 from codistill.run import build_method
@@ -43,8 +42,6 @@ VARIANTS: tuple[Variant, ...] = ("stock", "block", "stage", "branch", "whole", "
 COMPILED = ("block", "stage", "branch", "whole")
 # Channels and side of the maps of resnet32 and resnet110 (the same ones), then of wrn-16-2.
 MAPS = ((16, 32), (32, 16), (64, 8), (32, 32), (64, 16), (128, 8))
-# Of the last maps, which attention is for.
-ATTENTION_MAPS = ((64, 8), (128, 8))
 CALLS_IN_A_GRAPH = 20
 # The fleet's three plain steps, and the one that is captured.
 STEPS_UNTIL_CAPTURED = 4
@@ -170,20 +167,6 @@ def measure_layer(channels: int, side: int, options: Options) -> dict[str, list[
     """
     device = choose_device(options.device, options.precision)
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-    values = torch.randn(options.batch_size, channels, side, side, device=device, dtype=dtype)
-    return values.contiguous(memory_format=torch.channels_last)
-
-
-def microseconds(
-    compute: Callable[[], Tensor], inputs: Sequence[Tensor], gradient: Tensor, options: Options
-) -> list[float]:
-    """Time a function forward and backward, microseconds a call for each round; on CUDA of calls within a graph."""
-    device = gradient.device
-
-    def call(times: int) -> None:
-        for _ in range(times):
-            torch.autograd.grad(compute(), inputs, gradient)
-
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def random() -> Tensor:
@@ -201,41 +184,12 @@ def microseconds(
 
         return alone(call, options, device)
 
-
-def measure_layer(channels: int, side: int, options: Options) -> dict[str, list[float]]:
-    """Time batch normalisation with ReLU, alone and with an addition between, each way there is; see `microseconds`."""
-    device = choose_device(options.device, options.precision)
-
-    def measured(compute: Normalise, added: bool) -> list[float]:
-        norm = nn.BatchNorm2d(channels).to(device)
-        features, gradient = (random_map(channels, side, options, device) for _ in range(2))
-        skipped = random_map(channels, side, options, device).requires_grad_() if added else None
-        inputs = [each for each in (features.requires_grad_(), skipped, norm.weight, norm.bias) if each is not None]
-        return microseconds(lambda: compute(features, norm, skipped, True), inputs, gradient, options)
-
-    return {
-        f"{name}, {'added' if added else 'alone'}": measured(compute, added)
-        for name, compute in implementations(device).items()
-        for added in (False, True)
-    }
-
-
-def measure_attention(channels: int, side: int, options: Options) -> dict[str, list[float]]:
-    """Time dual attention of one student, with weights of the map's type as in training; see `microseconds`."""
-    device = choose_device(options.device, options.precision)
-    every: dict[str, Attend] = {"stock": attended}
-    if device.type == "cuda":
-        from codistill.kernels.attention import attended as fused
-
-        every |= {"compiled": torch.compile(attended, dynamic=False), "fused": fused}
-
-    def measured(compute: Attend) -> list[float]:
-        features, gradient = (random_map(channels, side, options, device) for _ in range(2))
-        attention = DualAttention(channels).to(device, features.dtype, memory_format=torch.channels_last).train()
-        inputs = [features.requires_grad_(), *attention.parameters()]
-        return microseconds(lambda: compute(features, attention), inputs, gradient, options)
-
-    return {f"attention, {name}": measured(compute) for name, compute in every.items()}
+    with torch.cuda.stream(stream):
+        return {
+            f"{name}, {'added' if added else 'alone'}": measured(compute, added)
+            for name, compute in implementations(device).items()
+            for added in (False, True)
+        }
 
 
 def compile_branches(method: Method, backend: str) -> int:
@@ -292,7 +246,7 @@ def measure_step(network: str, variant: str, options: Options) -> dict[str, Any]
 def measure(options: Options) -> dict[str, Any]:
     """Measure the case that the options name."""
     kind, *rest = options.case.split("/")
-    if kind != "step":
+    if kind == "layer":
         channels, side = map(int, rest[0].split("x"))
         result: dict[str, Any] = {"microseconds": measure_layer(channels, side, options)}
     elif kind == "augmentation":

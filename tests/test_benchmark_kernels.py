@@ -32,7 +32,6 @@ def kernels(monkeypatch, tiny_registered) -> ModuleType:
     platform.platform()  # which starts a program where it is first asked
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(module, "MAPS", ((4, 2),))
-    monkeypatch.setattr(module, "ATTENTION_MAPS", ((4, 2),))
     return module
 
 

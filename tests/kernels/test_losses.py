@@ -14,6 +14,7 @@ from torch import Tensor
 import codistill as cd
 from codistill import losses as stock
 from codistill.data.augment import Augmentation, Batch, DeviceImages, epoch_plan
+from codistill.execution import Execution
 from codistill.kernels import losses_of
 from codistill.losses import LossKernels, computed_by
 from codistill.optim import make_optimizer
@@ -332,7 +333,7 @@ def test_a_training_step_is_that_of_stock_losses(name, precision, monkeypatch):
         method = made(name).to(DEVICE).train()
         optimizer = make_optimizer(method, 0.05, 0.9, True, 0.01)
         images = DeviceImages(data.train, data.statistics, DEVICE)
-        step = PlainStep(method, images, augmentation, optimizer, precision, kernels=kernels)
+        step = PlainStep(method, images, augmentation, optimizer, precision, execution=Execution(kernels))
         plan = epoch_plan(24, 0, 0, augmentation, DEVICE, method.views)
         if kernels == "fused":
             monkeypatch.setattr(stock.F, "log_softmax", watched(stock.F.log_softmax, calls))
