@@ -31,6 +31,8 @@ CHECKED_STEPS = 8
 """Steps after which losses are compared: some are plain ones, the others captured."""
 TOLERANCE = 0.05
 """Share by which a loss may differ from that of the first execution, for other kernels round otherwise."""
+MOST_RUNS = 6
+"""Runs that are measured side by side, at most; more hardly change which execution is the fastest."""
 ROUNDS, ROUND_SECONDS = 3, 0.15
 GAIN = 0.02
 """Share of the first execution's time that another one must save to be chosen."""
@@ -73,7 +75,7 @@ def choose_execution(
         runs: How many runs train side by side.
         steps: Training steps of a run. Too few for a measurement to pay: what is known, or needs no measurement.
     """
-    listed = choices(config.train, device, runs, steps)
+    listed, runs = choices(config.train, device, runs, steps), min(runs, MOST_RUNS)
     if len(listed) == 1 or not method.capturable:
         return listed[0]
     path = place(key(method, config, listed, device, runs))

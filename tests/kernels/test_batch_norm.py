@@ -1,5 +1,7 @@
 """The fused batch normalisation against stock layers, on a GPU where there is one, else in Triton's interpreter."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -303,10 +305,17 @@ def test_every_normalisation_of_a_network_is_within_reach(name):
 def test_what_cannot_be_fused_is_said():
     with pytest.raises(UsageError, match="kernels fused: they need a CUDA device, not cpu: use --kernels stock"):
         use_fused(network("resnet20", 3), torch.device("cpu"))
-    with pytest.raises(UsageError, match="no layers that could be fused"):
-        install_fused(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
-    with pytest.raises(UsageError, match="needs momentum"):
-        install_fused(Layers(nn.BatchNorm2d(3, momentum=None)))
+
+
+@pytest.mark.parametrize(
+    "kind", [{"momentum": None}, {"affine": False}, {"track_running_stats": False}], ids=lambda kind: next(iter(kind))
+)
+def test_a_normalisation_that_the_kernels_do_not_know_stays_stock(kind):
+    layers = Layers(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, **kind), nn.ReLU()).to(DEVICE)
+    images = torch.randn(4, 3, 5, 5).to(DEVICE)
+    expected = copy.deepcopy(layers)(images)
+    assert install_fused(layers) == 0
+    assert torch.equal(layers(images), expected)
 
 
 @pytest.mark.gpu(real=True)

@@ -15,9 +15,9 @@ from codistill.networks.network import Layers
 def use_fused(method: nn.Module, device: torch.device) -> int:
     """Let a method's `Layers` and `DualAttention` modules compute in fused kernels, in training mode.
 
-    Of `Layers` that is batch normalisation, shortcut and ReLU; of attention all of it, but not where it has a
-    normalisation, nor where a map is too large. Weights, their names and files stay as they are, and evaluation
-    mode stays stock.
+    Of `Layers` that is batch normalisation, shortcut and ReLU, but not a normalisation without momentum, weight or
+    running statistics; of attention all of it, but not where it has a normalisation, nor where a map is too large.
+    Weights, their names and files stay as they are, and evaluation mode stays stock.
 
     Args:
         method: A method or a network.
@@ -27,7 +27,7 @@ def use_fused(method: nn.Module, device: torch.device) -> int:
         How many normalisations and attention modules this concerns.
 
     Raises:
-        UsageError: No CUDA device, no Triton, nothing to fuse, or a normalisation that the kernels do not know.
+        UsageError: No CUDA device, or no Triton.
     """
     if device.type != "cuda":
         raise UsageError(f"kernels fused: they need a CUDA device, not {device}: use --kernels stock")
@@ -37,24 +37,13 @@ def use_fused(method: nn.Module, device: torch.device) -> int:
 
 
 def install_fused(method: nn.Module) -> int:
-    """Do what `use_fused` does, on any device; a CPU needs Triton's interpreter.
-
-    Raises:
-        UsageError: Nothing to fuse, or a normalisation that the kernels do not know.
-    """
+    """Do what `use_fused` does, on any device; a CPU needs Triton's interpreter."""
     from codistill.kernels.attention import attended
-    from codistill.kernels.batch_norm import normalised
+    from codistill.kernels.batch_norm import normalised, takes
 
     every = [layers for layers in method.modules() if isinstance(layers, Layers)]
-    norms = [layer for layers in every for layer in layers if isinstance(layer, nn.BatchNorm2d)]
-    for norm in norms:
-        if norm.momentum is None or not norm.affine or not norm.track_running_stats:
-            raise UsageError(
-                f"kernels fused: {norm} needs momentum, weight and running statistics: use --kernels stock"
-            )
+    norms = [layer for layers in every for layer in layers if isinstance(layer, nn.BatchNorm2d) and takes(layer)]
     attentions = [each for each in method.modules() if isinstance(each, DualAttention) and len(each.spatial) == 1]
-    if not norms and not attentions:
-        raise UsageError("kernels fused: these networks have no layers that could be fused: use --kernels stock")
     for layers in every:
         layers.normalise = normalised
     for attention in attentions:

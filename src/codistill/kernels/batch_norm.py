@@ -169,14 +169,19 @@ def _for_shortcut(features: Tensor) -> Tensor:
     return features if twin is None or twin.grad_fn is not features.grad_fn else twin
 
 
+def takes(norm: nn.BatchNorm2d) -> bool:
+    """Say whether the kernels know a normalisation: one with momentum, weights and running statistics."""
+    return norm.momentum is not None and norm.affine and norm.track_running_stats
+
+
 def normalised(
     features: Float[Tensor, "batch channel height width"],
     norm: nn.BatchNorm2d,
     skipped: Float[Tensor, "batch channel height width"] | None,
     activated: bool,
 ) -> Float[Tensor, "batch channel height width"]:
-    """Compute in training mode what `networks.network.normalised` computes, with `batch_norm_relu`; else call it."""
-    if not norm.training:
+    """Compute in training mode what `networks.network.normalised` computes, by `batch_norm_relu` if that can."""
+    if not norm.training or not takes(norm):
         return stock_normalised(features, norm, skipped, activated)
     mean, var, momentum = norm.running_mean, norm.running_var, norm.momentum
     assert mean is not None and var is not None and momentum is not None
