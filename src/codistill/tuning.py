@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import gc
 import hashlib
 import json
@@ -82,8 +83,8 @@ def choose_execution(
     known = read(path, listed)
     if known is not None or steps < WORTHWHILE_STEPS:
         return known or listed[0]
-    print(f"codistill: measuring {len(listed)} ways to compute a step, once for this GPU", file=sys.stderr)
-    trials = measured(method, listed, config, images(), augmentation, runs)
+    print("codistill: measuring which way to compute a step is the fastest, once for this GPU", file=sys.stderr)
+    trials = measured(listed, functools.partial(trial, method, config, images(), augmentation, runs), device)
     if listed[0] not in trials:
         return listed[0]  # the run itself will say what is wrong
     best = fastest(listed[0], trials)
@@ -92,42 +93,49 @@ def choose_execution(
 
 
 def measured(
-    method: Method,
-    listed: Sequence[Execution],
-    config: RunConfig,
-    images: DeviceImages,
-    augmentation: Augmentation,
-    runs: int,
+    listed: Sequence[Execution], measure: Callable[[Execution], Trial], device: torch.device
 ) -> dict[Execution, Trial]:
-    """Try all executions, and give those that did well beside the first one; nothing where that did not."""
+    """Try executions, and give those that did well beside the first one; nothing where that did not.
+
+    Overlap is tried both ways with the fastest of the others only.
+    """
+    first = listed[0]
     trials: dict[Execution, Trial] = {}
-    for execution in listed:
+
+    def attempt(execution: Execution) -> None:
         try:
-            found = trial(method, execution, config, images, augmentation, runs)
+            found = measure(execution)
         except Exception as error:  # whatever it is, there is another way
-            torch.cuda.synchronize(images.labels.device)  # before what it still works on is freed
+            torch.cuda.synchronize(device)  # before what it still works on is freed
             reason = " ".join(str(error).split())[:200] or type(error).__name__
         else:
-            reason = doubt(found, trials.get(listed[0], found))
+            reason = doubt(found, trials.get(first, found))
             if not reason:
                 trials[execution] = found
         # Graphs and what they hold go back before the next one needs memory.
         gc.collect()
         torch.cuda.empty_cache()
-        if listed[0] not in trials:
-            return {}
-        if reason:
+        if reason and execution != first:
             warn(f"a step with {execution} is left out: {reason}")
+
+    for execution in listed:
+        if execution.overlap == first.overlap and (execution == first or first in trials):
+            attempt(execution)
+    if first in trials:
+        best = fastest(first, trials)
+        other = dataclasses.replace(best, overlap=not best.overlap)
+        if other in listed:
+            attempt(other)
     return trials
 
 
 def trial(
     method: Method,
-    execution: Execution,
     config: RunConfig,
     images: DeviceImages,
     augmentation: Augmentation,
     runs: int,
+    execution: Execution,
 ) -> Trial:
     """Train copies of a method for a moment."""
     settings, device = config.train, images.labels.device
