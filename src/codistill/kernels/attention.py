@@ -129,7 +129,7 @@ class _DualAttention(torch.autograd.Function):
         feature_gradient = torch.empty_like(features)
         batch, numbers = features.shape[0], sum(each.numel() for each in weights)
         partial = features.new_empty(batch, numbers, dtype=torch.float32)
-        total = torch.empty(numbers, dtype=hidden_weight.dtype, device=features.device)
+        total = features.new_empty(numbers, dtype=hidden_weight.dtype)
         with torch.cuda.device_of(features):
             attend_backward[(batch,)](
                 gradient,
