@@ -53,7 +53,7 @@ def test_what_is_taken_without_a_measurement(asked, runs, expected):
         ({"overlap": "on"}, 1, {BESIDE, FUSED[1]}),
         ({"kernels": "stock", "overlap": "off"}, 1, {STOCK}),
         ({"deterministic": True}, PAID_BACK_STEPS, {BESIDE}),
-        ({"processes": 2}, PAID_BACK_STEPS, {BESIDE}),
+        ({"processes": 2}, PAID_BACK_STEPS, {STOCK}),
     ],
 )
 def test_what_is_open(asked, steps, expected):

@@ -61,11 +61,11 @@ def as_asked(settings: TrainSettings, device: torch.device, runs: int) -> Execut
         device: Where is trained.
         runs: How many runs share the device: several fill it without overlap within each.
     """
-    on_gpu = device.type == "cuda"
+    captured = device.type == "cuda" and settings.processes == 1
     return Execution(
         kernels="fused" if settings.kernels == "fused" else "stock",
         compiled=settings.compile == "on",
-        overlap=on_gpu and (runs == 1 if settings.overlap == "auto" else settings.overlap == "on"),
+        overlap=captured and (runs == 1 if settings.overlap == "auto" else settings.overlap == "on"),
     )
 
 

@@ -77,7 +77,9 @@ def choose_execution(
         steps: Training steps of a run. Too few for a measurement to pay: what is known, or needs no measurement.
     """
     listed, runs = choices(config.train, device, runs, steps), min(runs, MOST_RUNS)
-    if len(listed) == 1 or not method.capturable:
+    if not method.capturable:
+        return dataclasses.replace(listed[0], overlap=False)
+    if len(listed) == 1:
         return listed[0]
     path = place(key(method, config, listed, device, runs))
     known = read(path, listed)
