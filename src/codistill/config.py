@@ -183,7 +183,7 @@ class RunConfig:
 
 
 # Where a run finds things and what it computes on: they do not belong to the experiment, and may change on the way.
-PLACES = ("data_dir", "device", "threads")
+PLACES = ("data_dir", "device", "threads", "overlap")
 # What config.json holds beside the run itself.
 RECORDED_KEYS = ("codistill", "environment", "dataset")
 

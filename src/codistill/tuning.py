@@ -38,6 +38,9 @@ ROUNDS, ROUND_SECONDS = 3, 0.15
 GAIN = 0.02
 """Share of the first execution's time that another one must save to be chosen."""
 
+CHOSEN: dict[str, Execution] = {}
+"""What this process has measured: runs side by side are executed alike, whether or not it can be kept for others."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -81,15 +84,16 @@ def choose_execution(
         return dataclasses.replace(listed[0], overlap=False)
     if len(listed) == 1:
         return listed[0]
-    path = place(key(method, config, listed, device, runs))
-    known = read(path, listed)
+    name = key(method, config, listed, device, runs)
+    path = place(name)
+    known = CHOSEN.get(name) or read(path, listed)
     if known is not None or steps < WORTHWHILE_STEPS:
         return known or listed[0]
     print("codistill: measuring which way to compute a step is the fastest, once for this GPU", file=sys.stderr)
     trials = measured(listed, functools.partial(trial, method, config, images(), augmentation, runs), device)
     if listed[0] not in trials:
         return listed[0]  # the run itself will say what is wrong
-    best = fastest(listed[0], trials)
+    best = CHOSEN[name] = fastest(listed[0], trials)
     keep(path, best, trials)
     return best
 

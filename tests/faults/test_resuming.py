@@ -365,7 +365,12 @@ def test_resume_with_changed_settings(broken, capsys, change, words):
 @pytest.mark.parametrize("key", ["learning_rate", "seed", "networks", "epochs", "batch_size", "precision", "nonsense"])
 def test_only_places_may_be_overridden(broken, undisturbed, capsys, key):
     refused(
-        capsys, ["resume", str(broken), "--override", f"{key}=1"], 2, key, "data_dir, device, threads", unchanged=broken
+        capsys,
+        ["resume", str(broken), "--override", f"{key}=1"],
+        2,
+        key,
+        "data_dir, device, threads, overlap",
+        unchanged=broken,
     )
 
 
