@@ -55,8 +55,9 @@ def bench(
 
     Returns:
         Of each run, ms_per_step, images_per_second, operators_per_step (CPU) or kernels_per_step (CUDA) and, on CUDA,
-        peak memory of all runs together; first_step_seconds from building the networks to the end of a first step;
-        the work of a step, see `codistill.roofline`, with floor_ms_per_step and share_of_floor on an H100 or H200.
+        peak memory of all runs together; the execution; first_step_seconds from building the networks to the end of a
+        first step, with what had to be measured or compiled before it; the work of a step, see `codistill.roofline`,
+        with floor_ms_per_step and share_of_floor on an H100 or H200.
         With `compare`, the plain loop's speed and `ratio_to_plain`, our images per second over the plain loop's, and
         `deterministic_ratio`, those of the deterministic setting over ours: medians over rounds of all in turn.
 
@@ -82,11 +83,11 @@ def bench(
             method.to(memory_format=torch.channels_last)
         return Contestant(name, resident_loop(methods, config, device, execution), deterministic)
 
+    started = time.perf_counter()
     # For so few steps that compile auto, which takes longer than it is measured for here, is off.
     execution = choose_execution(build(), config, lambda: resident_images(device), AUGMENTATION, device, runs)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    started = time.perf_counter()
     contestants = [own(OWN, execution, config.train.deterministic)]
     pace = {OWN: timed(contestants[0], 1, device)}
     first_step = time.perf_counter() - started
