@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,12 @@ starts_the_interpreter = pytest.mark.skipif(INTERPRETED or DEVICE.type == "cuda"
 compiles = pytest.mark.skipif(INTERPRETED, reason="compiles, outside the interpreter")
 
 
+def needs_a_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test that a pretended GPU and the interpreter are not enough for."""
+    missing = pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA device")
+    return pytest.mark.gpu(real=True)(missing(test))
+
+
 def run_in_the_interpreter(file: str) -> None:
     """Run a file of tests where Triton interprets; that has to be chosen before Triton is imported."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
@@ -28,7 +35,11 @@ def run_in_the_interpreter(file: str) -> None:
 
 
 def compiled_sizes(program: str, cache: Path) -> list[int]:
-    """Run a program that compiles kernels for an H100, which need not be there, and prints how large each is, bytes."""
+    """Run a program that compiles kernels for an H100, which need not be there.
+
+    Returns:
+        The whole numbers that it prints: how large each kernel is, bytes, and what else it counts.
+    """
     environment = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -21,6 +21,7 @@ from . import (
     assert_near,
     compiled_sizes,
     compiles,
+    needs_a_gpu,
     run_in_the_interpreter,
     runs_kernels,
     starts_the_interpreter,
@@ -271,8 +272,7 @@ def test_a_step_of_mfef_is_that_of_stock_layers_and_nothing_is_read_by_the_host(
     assert torch.equal(*evaluated)
 
 
-@pytest.mark.gpu(real=True)
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA device")
+@needs_a_gpu
 def test_a_captured_graph_repeats_the_bits_of_the_plain_calls():
     case = Case((128, 64, 8, 8), dtype=torch.bfloat16)
     expected = case.run(fused=True)

@@ -1,10 +1,6 @@
 """The fused augmentation against the stock one, to the same bits, on a GPU or else in Triton's interpreter."""
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,26 +16,26 @@ from codistill.optim import make_optimizer
 from codistill.step import PlainStep
 
 from .. import tiny
+from . import (
+    DEVICE,
+    INTERPRETED,
+    compiled_sizes,
+    compiles,
+    needs_a_gpu,
+    run_in_the_interpreter,
+    runs_kernels,
+    starts_the_interpreter,
+)
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
-runs_kernels = pytest.mark.skipif(
-    DEVICE.type == "cpu" and not INTERPRETED, reason="runs in a process of its own, see the test of the interpreter"
-)
 # Products that a fused multiplication and addition would round differently, and a shift that is not 0.
 STATISTICS = ((0.3, 0.5, 0.6), (0.2, 0.25, 0.3))
 MODES = st.sampled_from(["zeros", "reflect"])
 
 
-@pytest.mark.skipif(INTERPRETED or DEVICE.type == "cuda", reason="runs here")
+@starts_the_interpreter
 def test_in_the_interpreter():
-    # The interpreter has to be chosen before Triton is imported, and would be in the way of everything else.
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert " passed" in done.stdout
+    run_in_the_interpreter(__file__)
 
 
 def images_of(count: int, height: int, width: int) -> DeviceImages:
@@ -171,8 +167,7 @@ def test_nothing_is_read_by_the_host():
     assert reads.found == []
 
 
-@pytest.mark.gpu(real=True)
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA device")
+@needs_a_gpu
 def test_a_captured_graph_follows_its_tables():
     from codistill.kernels.augment import augmented
 
@@ -208,13 +203,10 @@ for reflected, fused in ((False, False), (True, False), (False, True)):
 """
 
 
-@pytest.mark.skipif(INTERPRETED, reason="compiles, outside the interpreter")
+@compiles
 def test_the_kernel_compiles_for_an_h100_and_does_not_fuse_what_stock_kernels_round_twice(tmp_path):
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", COMPILED_FOR_AN_H100]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    sizes, fused = zip(*(map(int, line.split()) for line in done.stdout.splitlines()), strict=True)
+    numbers = compiled_sizes(COMPILED_FOR_AN_H100, tmp_path)
+    sizes, fused = numbers[::2], numbers[1::2]
     assert len(sizes) == 3 and min(sizes) > 1000
     # It is the option that makes the difference.
-    assert fused[:2] == (0, 0) and fused[2]
+    assert fused[:2] == [0, 0] and fused[2]

@@ -23,6 +23,7 @@ from . import (
     assert_near,
     compiled_sizes,
     compiles,
+    needs_a_gpu,
     run_in_the_interpreter,
     runs_kernels,
     starts_the_interpreter,
@@ -318,8 +319,7 @@ def test_a_normalisation_that_the_kernels_do_not_know_stays_stock(kind):
     assert torch.equal(layers(images), expected)
 
 
-@pytest.mark.gpu(real=True)
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA device")
+@needs_a_gpu
 def test_a_captured_graph_repeats_the_bits_of_the_plain_calls():
     from codistill.kernels.batch_norm import batch_norm_relu
 
