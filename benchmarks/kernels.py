@@ -1,135 +1,134 @@
-"""Measure compiled parts and fused kernels against PyTorch's own, alone and inside MFEF's training step.
+"""Measure each chain of small operations alone: PyTorch's own kernels, compiled ones and fused ones.
 
-    python benchmarks/kernels.py --out runs/kernels     # on a GPU: most of the time is compiling
-    python benchmarks/kernels.py --out runs/dry --device cpu --networks resnet20 --variants stock stage \
-        --backend aot_eager --batch-size 8 --rounds 1 --seconds 1     # whether it runs
+    python benchmarks/kernels.py --out runs/kernels     # on a GPU: a few minutes
+    python benchmarks/kernels.py --out runs/dry --device cpu --batch-size 8 --rounds 1 --seconds 0.1     # does it run?
+
+Chains are layer/<channels>x<side> (batch normalisation, with and without the addition of a shortcut, and ReLU),
+attention/<channels>x<side>, losses/<heads>x<classes> and augmentation/<images>; all but the last forward and backward.
+On CUDA calls are measured within a graph, as in training; on a CPU, where stock kernels are all there is, plainly.
 
 Each case is a process of its own and a JSON file below --out; a case whose file is there is not measured again.
-Compiled steps are measured twice, with an empty and then with a filled folder of compiled code. `table.md` has all
-results.
+`table.md` has all results. benchmarks/executions.py measures whole training steps.
 """
 
-import json
-import os
-import shutil
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+import importlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import cases
 import torch
 import tyro
 from torch import Tensor, nn
 
-from codistill.bench_loop import PADDING, STATISTICS, images, resident_loop
-from codistill.compiling import compile_in_place, parts_of
-from codistill.config import RunConfig, TrainSettings, default_config
-from codistill.data.augment import Augmentation, DeviceImages, epoch_plan
+from codistill.bench_loop import AUGMENTATION, resident_images
+from codistill.data.augment import DeviceImages, epoch_plan
 from codistill.device import choose_device, set_up_gpu
-from codistill.kernels import use_fused
-from codistill.methods import Method
-from codistill.networks.network import Normalise, normalised
-from codistill.record import environment
-from codistill.run import build_method
-from codistill.step import Augmented
+from codistill.losses import cross_entropy, soft_target_kl
+from codistill.modules.attention import DualAttention, attended
+from codistill.networks.network import normalised
 
-Variant = Literal["stock", "block", "stage", "branch", "whole", "fused"]
-VARIANTS: tuple[Variant, ...] = ("stock", "block", "stage", "branch", "whole", "fused")
-COMPILED = ("block", "stage", "branch", "whole")
-# Channels and side of the maps of resnet32 and resnet110 (the same ones), then of wrn-16-2.
-MAPS = ((16, 32), (32, 16), (64, 8), (32, 32), (64, 16), (128, 8))
+# Of resnet32 and resnet110 (the same ones), then of wrn-16-2; attention is for the last maps.
+CHAINS: tuple[str, ...] = (
+    *("layer/16x32", "layer/32x16", "layer/64x8", "attention/64x8", "losses/3x100", "augmentation/128"),
+    *("layer/32x32", "layer/64x16", "layer/128x8", "attention/128x8"),
+)
+# Fused last: what an error on the GPU leaves behind is in nobody's way.
+WAYS = ("stock", "compiled", "fused")
+TEMPERATURE = 3.0
 CALLS_IN_A_GRAPH = 20
-# The fleet's three plain steps, and the one that is captured.
-STEPS_UNTIL_CAPTURED = 4
-CLASSES, SIDE = 100, 32
+CALLS_UNTIL_CAPTURED = 4
+
+Call = Callable[[], object]
+Function = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(cases.Options):
     """What to measure."""
 
-    out: Path
-    networks: tuple[str, ...] = ("resnet32", "wrn-16-2", "resnet110")
-    """Each one is trained as two equal students."""
-    variants: tuple[Variant, ...] = VARIANTS
-    """Of the step: nothing special, what is compiled as one, or fused kernels."""
-    batch_size: int = 128
-    precision: Literal["float32", "bf16"] = "bf16"
-    device: str = "auto"
-    backend: str = "inductor"
-    """Of torch.compile; aot_eager makes a dry run quick."""
-    rounds: int = 5
-    seconds: float = 10.0
-    """How long to measure a case, all rounds together, beside making ready."""
-    limit: float = 400.0
-    """How long a case may take in all, seconds."""
-    case: str = ""
-    """Measure this one case in this process and print it; used by the script itself."""
+    chains: tuple[str, ...] = CHAINS
+    seconds: float = 1.0
+    """How long to measure each implementation, all rounds together, beside making ready."""
 
 
-def cases(options: Options) -> list[str]:
-    """Name all: layer/<channels>x<side>, augmentation/<images>, step/<network>/<variant>/<folder of compiled code>."""
-    layers = [f"layer/{channels}x{side}" for channels, side in MAPS] + [f"augmentation/{options.batch_size}"]
-    steps = [
-        f"step/{network}/{variant}/{cache}"
-        for network in options.networks
-        for variant in options.variants
-        for cache in (("empty", "filled") if variant in COMPILED else ("none",))
-    ]
-    return layers + steps
+def computed(way: str, stock: Function, module: str) -> Function:
+    """Give a stock function, or what computes the same: compiled, or the function of the same name in own kernels."""
+    if way == "compiled":
+        return torch.compile(stock, dynamic=False)
+    return getattr(importlib.import_module(f"codistill.kernels.{module}"), stock.__name__) if way == "fused" else stock
 
 
-def rounds_of(run: Callable[[int], None], seconds: float, rounds: int, device: torch.device) -> list[float]:
-    """Time a loop, milliseconds a step for each round."""
-
-    def timed(steps: int) -> float:
-        wait(device)
-        started = time.perf_counter()
-        run(steps)
-        wait(device)
-        return (time.perf_counter() - started) / steps
-
-    pace = timed(1)
-    steps = max(1, round(seconds / rounds / pace))
-    return [1000 * timed(steps) for _ in range(rounds)]
+def maps(count: int, channels: int, side: int, options: Options, device: torch.device) -> list[Tensor]:
+    """Make random maps as stages have them."""
+    values = torch.randn(count, options.batch_size, channels, side, side, device=device, dtype=type_of(options))
+    return [each.contiguous(memory_format=torch.channels_last) for each in values]
 
 
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def type_of(options: Options) -> torch.dtype:
+    return torch.bfloat16 if options.precision == "bf16" else torch.float32
 
 
-def implementations(device: torch.device) -> dict[str, Normalise]:
-    if device.type != "cuda":
-        return {"stock": normalised}
-    from codistill.kernels.batch_norm import normalised as fused
+def layer(way: str, options: Options, device: torch.device, channels: int, side: int) -> dict[str, Call]:
+    """Batch normalisation with ReLU, alone and with an addition between."""
+    compute = computed(way, normalised, "batch_norm")
 
-    return {"stock": normalised, "compiled": torch.compile(normalised, dynamic=False), "fused": fused}
+    def call(skipped: Tensor | None) -> Call:
+        norm = nn.BatchNorm2d(channels).to(device)
+        features, gradient = maps(2, channels, side, options, device)
+        inputs = [each for each in (features, skipped, norm.weight, norm.bias) if each is not None]
+        for each in inputs:
+            each.requires_grad_()
+        return lambda: torch.autograd.grad(compute(features, norm, skipped, True), inputs, gradient)
 
-
-def augmentations(device: torch.device) -> dict[str, Augmented]:
-    stock = DeviceImages.augmented
-    if device.type != "cuda":
-        return {"stock": stock}
-    from codistill.kernels.augment import augmented
-
-    return {"stock": stock, "compiled": torch.compile(stock, dynamic=False), "fused": augmented}
+    return {"alone": call(None), "added": call(*maps(1, channels, side, options, device))}
 
 
-def alone(call: Callable[[], object], options: Options, device: torch.device) -> list[float]:
+def attention(way: str, options: Options, device: torch.device, channels: int, side: int) -> dict[str, Call]:
+    """Dual attention of one student, with weights of the map's type as in training."""
+    compute = computed(way, attended, "attention")
+    features, gradient = maps(2, channels, side, options, device)
+    module = DualAttention(channels).to(device, features.dtype, memory_format=torch.channels_last).train()
+    inputs = [features.requires_grad_(), *module.parameters()]
+    return {"": lambda: torch.autograd.grad(compute(features, module), inputs, gradient)}
+
+
+def losses(way: str, options: Options, device: torch.device, heads: int, classes: int) -> dict[str, Call]:
+    """The two losses of n heads: with labels, and with soft targets; two students and a fused classifier are three."""
+    shape = (heads, options.batch_size, classes)
+    logits, targets = torch.randn(2, *shape, device=device, dtype=type_of(options))
+    labels = torch.randint(classes, (options.batch_size,), device=device)
+    gradient = torch.ones(heads, device=device)
+    logits.requires_grad_()
+    entropy, divergence = (computed(way, each, "losses") for each in (cross_entropy, soft_target_kl))
+    return {
+        "labels": lambda: torch.autograd.grad(entropy(logits, labels), logits, gradient),
+        "targets": lambda: torch.autograd.grad(divergence(logits, targets, TEMPERATURE), logits, gradient),
+    }
+
+
+def augmentation(way: str, options: Options, device: torch.device, count: int) -> dict[str, Call]:
+    """Gathering, cropping, flipping and normalising so many of the images that steps are measured with."""
+    compute = computed(way, DeviceImages.augmented, "augment")
+    images = resident_images(device)
+    batch = epoch_plan(len(images), 0, 0, AUGMENTATION, device).part(0, count)
+    return {"": lambda: compute(images, batch, AUGMENTATION)}
+
+
+KINDS = {"layer": layer, "attention": attention, "losses": losses, "augmentation": augmentation}
+
+
+def alone(call: Call, options: Options, device: torch.device) -> list[float]:
     """Time calls, microseconds each, for each round; on CUDA within a graph, captured on the current stream."""
 
     def plainly(times: int) -> None:
         for _ in range(times):
             call()
 
-    plainly(STEPS_UNTIL_CAPTURED)
+    plainly(CALLS_UNTIL_CAPTURED)
     if device.type != "cuda":
-        return [1000 * each for each in rounds_of(plainly, options.seconds / 10, options.rounds, device)]
+        return [1000 * each for each in cases.rounds_of(plainly, options, device)]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream(device)):
         plainly(CALLS_IN_A_GRAPH)
@@ -138,191 +137,46 @@ def alone(call: Callable[[], object], options: Options, device: torch.device) ->
         for _ in range(times):
             graph.replay()
 
-    rounds = rounds_of(replay, options.seconds / 10, options.rounds, device)
-    return [1000 * each / CALLS_IN_A_GRAPH for each in rounds]
-
-
-def measure_augmentation(count: int, options: Options) -> dict[str, list[float]]:
-    """Time cropping, flipping and normalising a batch of `count` of the images that steps are measured with.
-
-    Returns:
-        Microseconds a call for each round; on CUDA of calls within a graph.
-    """
-    device = choose_device(options.device, options.precision)
-    augmentation = Augmentation(padding=PADDING)
-    with torch.cuda.stream(torch.cuda.Stream(device) if device.type == "cuda" else None):
-        resident = DeviceImages(images(), STATISTICS, device)
-        batch = epoch_plan(len(resident), 0, 0, augmentation, device).part(0, count)
-        return {
-            name: alone(lambda compute=compute: compute(resident, batch, augmentation), options, device)
-            for name, compute in augmentations(device).items()
-        }
-
-
-def measure_layer(channels: int, side: int, options: Options) -> dict[str, list[float]]:
-    """Time batch normalisation with ReLU, alone and with an addition between, forward and backward, each way there is.
-
-    Returns:
-        Microseconds a call for each round; on CUDA of calls within a graph.
-    """
-    device = choose_device(options.device, options.precision)
-    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def random() -> Tensor:
-        values = torch.randn(options.batch_size, channels, side, side, device=device, dtype=dtype)
-        return values.contiguous(memory_format=torch.channels_last)
-
-    def measured(compute: Normalise, added: bool) -> list[float]:
-        norm = nn.BatchNorm2d(channels).to(device)
-        features, gradient = random().requires_grad_(), random()
-        skipped = random().requires_grad_() if added else None
-        inputs = [each for each in (features, skipped, norm.weight, norm.bias) if each is not None]
-
-        def call() -> None:
-            torch.autograd.grad(compute(features, norm, skipped, True), inputs, gradient)
-
-        return alone(call, options, device)
-
-    with torch.cuda.stream(stream):
-        return {
-            f"{name}, {'added' if added else 'alone'}": measured(compute, added)
-            for name, compute in implementations(device).items()
-            for added in (False, True)
-        }
-
-
-def compile_branches(method: Method, backend: str) -> int:
-    """Compile each student's branch with all that belongs to it as one, beside the trunk's stages and the fusion."""
-    cohort = method.cohort
-    alone = list(cohort[0].stages[: cohort.shared_stages])
-    for name, child in method.named_children():
-        if name not in ("cohort", "enhancements"):
-            alone += parts_of(child, "stage")
-    for part in alone:
-        part.compile(dynamic=False, backend=backend)
-    each_student = cohort.each_student
-    cohort.each_student = lambda branch: each_student(torch.compile(branch, dynamic=False, backend=backend))
-    return len(alone) + len(cohort)
-
-
-def apply(variant: str, method: Method, options: Options, device: torch.device) -> int:
-    """Change a method to a variant; give how many parts it changed."""
-    if variant == "fused":
-        return use_fused(method, device)
-    if variant == "branch":
-        return compile_branches(method, options.backend)
-    return compile_in_place(method, variant, backend=options.backend) if variant in COMPILED else 0
-
-
-def measure_step(network: str, variant: str, options: Options) -> dict[str, Any]:
-    """Time the training step of MFEF with two equal students, on CUDA captured, and how long the first one takes."""
-    device = choose_device(options.device, options.precision)
-    set_up_gpu(device, deterministic=False)
-    settings = TrainSettings(batch_size=options.batch_size, precision=options.precision, device=options.device)
-    config: RunConfig = replace(default_config("mfef"), networks=(network, network), train=settings)
-    torch.manual_seed(0)
-    started = time.perf_counter()
-    method = build_method(config, CLASSES, (SIDE, SIDE)).to(device, memory_format=torch.channels_last).train()
-    parts = apply(variant, method, options, device)
-    run = resident_loop([method], config, device)
-    if variant == "whole":  # streams are not for compiled code to open
-        method.cohort.streams = []
-    run(1)
-    wait(device)
-    first = time.perf_counter() - started
-    run(STEPS_UNTIL_CAPTURED)
-    wait(device)
-    ready = time.perf_counter() - started
-    rounds = rounds_of(run, options.seconds, options.rounds, device)
-    finite = all(bool(each.isfinite().all()) for each in method.state_dict().values())
-    result = {"parts": parts, "first_step_seconds": first, "captured_after_seconds": ready, "ms_per_step": rounds}
-    result |= {"weights_are_finite": finite}
-    if device.type == "cuda":
-        result["peak_memory_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
-    return result
+    return [1000 * each / CALLS_IN_A_GRAPH for each in cases.rounds_of(replay, options, device)]
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Measure the case that the options name."""
-    kind, *rest = options.case.split("/")
-    if kind == "layer":
-        channels, side = map(int, rest[0].split("x"))
-        result: dict[str, Any] = {"microseconds": measure_layer(channels, side, options)}
-    elif kind == "augmentation":
-        result = {"microseconds": measure_augmentation(int(rest[0]), options)}
-    else:
-        result = measure_step(rest[0], rest[1], options)
+    """Measure the chain that the options name, each way there is: microseconds a call for each round, and failures."""
     device = choose_device(options.device, options.precision)
-    return {"case": options.case, **result, "batch_size": options.batch_size, "precision": options.precision} | {
-        "backend": options.backend,
-        "environment": environment(device),
-    }
+    set_up_gpu(device, deterministic=False)
+    kind, sizes = options.case.split("/")
+    found: dict[str, list[float]] = {}
+    failures: dict[str, str] = {}
+    with torch.cuda.stream(torch.cuda.Stream(device) if device.type == "cuda" else None):
+        for way in WAYS if device.type == "cuda" else WAYS[:1]:
+            try:
+                calls = KINDS[kind](way, options, device, *(int(each) for each in re.findall(r"\d+", sizes)))
+                for name, call in calls.items():
+                    found[f"{way}, {name}" if name else way] = alone(call, options, device)
+            except Exception as error:  # the other ways are worth knowing
+                failures[way] = f"{type(error).__name__}: {error}"
+    return {"microseconds": found, "failures": failures}
 
 
-def run_case(case: str, options: Options) -> None:
-    """Measure a case in a process of its own, and keep what it found or why it failed."""
-    cache = options.out / "compiled" / "-".join(case.split("/")[:3])
-    if not case.endswith("/filled"):
-        shutil.rmtree(cache, ignore_errors=True)
-    command = [sys.executable, __file__, "--case", case, "--out", str(options.out)]
-    for name in ("batch_size", "precision", "device", "backend", "rounds", "seconds"):
-        command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    variables = {"TORCHINDUCTOR_CACHE_DIR": str(cache.absolute())}
-    inherited = {**os.environ, **variables}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=options.limit, env=inherited, check=True)
-        result = json.loads(done.stdout.splitlines()[-1])
-    except subprocess.CalledProcessError as error:
-        result = {"case": case, "failed": error.stderr.strip().splitlines()[-5:]}
-    except subprocess.TimeoutExpired:
-        result = {"case": case, "failed": [f"not done after {options.limit:g} s"]}
-    path = options.out / f"{case.replace('/', '-')}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """Write Markdown: layers in microseconds, then steps in milliseconds; medians of the rounds, and their range."""
-
-    def spread(values: list[float]) -> str:
-        return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-
-    lines = ["| layer, forward and backward | implementation | us |", "|---|---|---|"]
-    steps = ["| networks | variant | compiled code | parts | ms per step | of stock | first step s | finite |"]
-    steps.append("|---|---|---|---|---|---|---|---|")
-    stock: dict[str, float] = {}
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Write Markdown: medians of the rounds, and their range."""
+    lines = ["| chain | computed by | us a call | of stock |", "|---|---|---|---|"]
     for result in results:
-        kind, first, *rest = result["case"].split("/")
-        if "failed" in result:
-            (steps if kind == "step" else lines).append(f"| {first} | {' | '.join(rest)} | failed |")
-        elif kind != "step":
-            label = first if kind == "layer" else f"{kind} {first}"
-            lines += [f"| {label} | {name} | {spread(each)} |" for name, each in result["microseconds"].items()]
-        else:
-            median = statistics.median(result["ms_per_step"])
-            if rest[0] == "stock":
-                stock[first] = median
-            share = f"{median / stock[first]:.3f}" if first in stock else "-"
-            cells = [f"2 x {first}", *rest, str(result["parts"]), spread(result["ms_per_step"]), share]
-            cells += [f"{result['first_step_seconds']:.1f}", "yes" if result["weights_are_finite"] else "NO"]
-            steps.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *steps]) + "\n"
+        found: Mapping[str, list[float]] = result.get("microseconds", {})
+        for name, each in found.items():
+            stock = found.get(", ".join(["stock", *name.split(", ")[1:]]))
+            lines.append(f"| {result['case']} | {name} | {cases.spread(each)} | {cases.share(each, stock)} |")
+        failed = list(result.get("failures", ())) + ["all"] * ("failed" in result)
+        lines += [f"| {result['case']} | {way} | failed | - |" for way in failed]
+    return "\n".join(lines) + "\n"
 
 
 def main(options: Options) -> None:
     if options.case:
-        print(json.dumps(measure(options)))
+        print(cases.described(measure(options), options))
         return
-    options.out.mkdir(parents=True, exist_ok=True)
-    results = []
-    for case in cases(options):
-        path = options.out / f"{case.replace('/', '-')}.json"
-        if not path.exists():
-            print(case, file=sys.stderr)
-            run_case(case, options)
-        results.append(json.loads(path.read_text()))
-        (options.out / "table.md").write_text(table(results))
-    print(table(results))
+    compiled = {"TORCHINDUCTOR_CACHE_DIR": str((options.out / "compiled").absolute())}
+    print(cases.measure_missing(__file__, options.chains, options, lambda case: compiled, table), end="")
 
 
 if __name__ == "__main__":

@@ -1,108 +1,135 @@
 """benchmarks/kernels.py on a CPU: what it writes, and that it goes on where it stopped."""
 
-import importlib.util
 import json
-import platform
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
+import torch
 
-RUN = subprocess.run
-PATH = Path(__file__).parents[1] / "benchmarks" / "kernels.py"
+from .benchmark_script import cells, in_this_process, script
+
+CHAINS = ("layer/4x2", "attention/4x2", "losses/2x5", "augmentation/3")
+NAMES = [("layer/4x2", "alone"), ("layer/4x2", "added"), ("attention/4x2", ""), ("losses/2x5", "labels")]
+NAMES += [("losses/2x5", "targets"), ("augmentation/3", "")]
 
 
 @pytest.fixture
-def kernels(monkeypatch, tiny_registered) -> ModuleType:
-    """The script, whose cases run in this process."""
-    spec = importlib.util.spec_from_file_location("benchmark_kernels", PATH)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "benchmark_kernels", module)
-    spec.loader.exec_module(module)
-
-    def run(command, env, **how):
-        given = dict(zip(command[2::2], command[3::2], strict=True))
-        assert "TORCHINDUCTOR_CACHE_DIR" in env
-        options = small(module, Path(given["--out"]), case=given["--case"])
-        return SimpleNamespace(returncode=0, stdout=f"noise\n{json.dumps(module.measure(options))}\n", stderr="")
-
-    platform.platform()  # which starts a program where it is first asked
-    monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(module, "MAPS", ((4, 2),))
-    return module
+def kernels(monkeypatch) -> ModuleType:
+    return script("kernels", monkeypatch)
 
 
-def small(module: ModuleType, out: Path, case: str = ""):
-    return module.Options(
-        out=out,
-        networks=("tiny",),
-        variants=("stock", "fused"),
-        batch_size=4,
-        precision="float32",
-        device="cpu",
-        rounds=2,
-        seconds=0.01,
-        case=case,
+@pytest.fixture
+def options(kernels, monkeypatch, tmp_path):
+    """Small chains, measured in this process."""
+    monkeypatch.setattr(kernels.cases, "in_a_process", in_this_process(kernels))
+    return kernels.Options(
+        out=tmp_path, chains=CHAINS, batch_size=4, precision="float32", device="cpu", rounds=2, seconds=0.01
     )
 
 
-def test_every_case_becomes_a_file_and_a_row(kernels, monkeypatch, tmp_path, capsys):
-    changed = []
-    # The kernels themselves have tests of their own; here they only have to be asked for.
-    monkeypatch.setattr(kernels, "use_fused", lambda method, device: changed.append(method) or 7)
-    options = small(kernels, tmp_path)
+def test_every_chain_becomes_a_file_and_rows(kernels, options, capsys, monkeypatch):
     kernels.main(options)
-    assert len(changed) == 1
-    written = sorted(path.name for path in tmp_path.glob("*.json"))
-    assert written == [
-        "augmentation-4.json",
-        "layer-4x2.json",
-        "step-tiny-fused-none.json",
-        "step-tiny-stock-none.json",
-    ]
-    augmentation, layer, fused, _ = (json.loads((tmp_path / name).read_text()) for name in written)
-    assert [len(each) for each in layer["microseconds"].values()] == [2, 2]
-    assert list(augmentation["microseconds"]) == ["stock"] and min(augmentation["microseconds"]["stock"]) > 0
-    assert fused["parts"] == 7 and fused["weights_are_finite"] and len(fused["ms_per_step"]) == 2
-    assert fused["environment"]["torch"]
-    table = (tmp_path / "table.md").read_text()
-    assert table in capsys.readouterr().out
-    rows = [line.split(" | ")[:2] for line in table.splitlines() if line.startswith(("| 4x2", "| aug", "| 2 x"))]
-    assert rows == [
-        ["| 4x2", "stock, alone"],
-        ["| 4x2", "stock, added"],
-        ["| augmentation 4", "stock"],
-        ["| 2 x tiny", "stock"],
-        ["| 2 x tiny", "fused"],
-    ]
+    written = {path.name: json.loads(path.read_text()) for path in options.out.glob("*.json")}
+    assert set(written) == {f"{chain.replace('/', '-')}.json" for chain in CHAINS}
+    for result in written.values():
+        assert result["failures"] == {} and result["environment"]["torch"]
+        assert (result["batch_size"], result["precision"]) == (4, "float32")
+        assert all(len(rounds) == 2 and min(rounds) > 0 for rounds in result["microseconds"].values())
+    table = (options.out / "table.md").read_text()
+    assert capsys.readouterr().out == table
+    head, rule, *rows = table.splitlines()
+    assert [cells(row)[:2] for row in rows] == [[chain, f"stock, {name}".rstrip(", ")] for chain, name in NAMES]
+    assert {cells(row)[3] for row in rows} == {"1.000"}
+    assert {len(cells(row)) for row in (head, rule, *rows)} == {4}
     # What is there already is not measured again.
-    monkeypatch.setattr(kernels, "measure", None)
+    monkeypatch.setattr(kernels.cases, "in_a_process", None)
     kernels.main(options)
 
 
-def test_a_case_that_fails_is_kept_as_such(kernels, monkeypatch, tmp_path):
-    def failing(command, **how):
-        raise subprocess.CalledProcessError(1, command, stderr="Traceback\nRuntimeError: no")
-
-    monkeypatch.setattr(subprocess, "run", failing)
-    kernels.main(small(kernels, tmp_path))
-    assert json.loads((tmp_path / "layer-4x2.json").read_text())["failed"][-1] == "RuntimeError: no"
-    assert "| tiny | stock | none | failed |" in (tmp_path / "table.md").read_text()
-
-
-def test_a_case_that_takes_too_long_is_kept_as_such(kernels, monkeypatch, tmp_path):
-    monkeypatch.setattr(subprocess, "run", RUN)
-    kernels.main(replace(small(kernels, tmp_path), limit=0.01))
-    assert json.loads((tmp_path / "layer-4x2.json").read_text())["failed"] == ["not done after 0.01 s"]
+def test_each_call_is_forward_and_backward_of_the_chain(kernels, options):
+    for chain, name in NAMES:
+        kind, sizes = chain.split("/")
+        calls = kernels.KINDS[kind]("stock", options, torch.device("cpu"), *map(int, sizes.split("x")))
+        assert set(calls) == {other for of, other in NAMES if of == chain}
+        found = [tuple(each.shape) for each in calls[name]()]
+        weights = {"alone": 2, "added": 2, "": 3}.get(name, 0) if kind in ("layer", "attention") else 0
+        if kind == "augmentation":
+            assert found == [(3, 3, 32, 32), (3,)]
+        else:
+            expected = [(2, 4, 5)] if kind == "losses" else [(4, 4, 2, 2)] * (1 + (name == "added"))
+            assert found[: len(expected)] == expected and len(found) == len(expected) + weights
 
 
-def test_all_cases_have_names(kernels, tmp_path):
-    names = kernels.cases(kernels.Options(out=tmp_path, networks=("resnet32",)))
-    assert len(set(names)) == len(names)
-    assert "augmentation/128" in names
-    steps = [name.split("/")[2:] for name in names if name.startswith("step")]
-    assert steps[0] == ["stock", "none"] and steps[-1] == ["fused", "none"]
-    assert ["stage", "empty"] in steps and steps.index(["stage", "empty"]) < steps.index(["stage", "filled"])
+def test_a_way_that_fails_leaves_the_others(kernels, options, monkeypatch):
+    result = {"case": "layer/4x2", "microseconds": {"stock, alone": [2.0, 4.0, 3.0], "compiled, alone": [6.0]}}
+    result["failures"] = {"fused": "RuntimeError: no"}
+    rows = kernels.table([result, {"case": "losses/2x5", "failed": ["no"]}]).splitlines()[2:]
+    assert [cells(row)[1:] for row in rows] == [
+        ["stock, alone", "3.000 (2.000 to 4.000)", "1.000"],
+        ["compiled, alone", "6.000 (6.000 to 6.000)", "2.000"],
+        ["fused", "failed", "-"],
+        ["all", "failed", "-"],
+    ]
+    monkeypatch.setattr(kernels, "alone", lambda *_: 1 / 0)
+    kernels.main(replace(options, chains=("layer/4x2",)))
+    written = json.loads((options.out / "layer-4x2.json").read_text())
+    assert written["failures"] == {"stock": "ZeroDivisionError: division by zero"} and written["microseconds"] == {}
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_calls_are_replayed_from_a_graph(kernels, options, monkeypatch):
+    monkeypatch.setattr(kernels, "WAYS", ("stock",))  # a GPU that is not there has no compiler
+    times = []
+
+    def rounds(replay, *_):
+        monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: times.append(graph))
+        replay(3)
+        return [float(kernels.CALLS_IN_A_GRAPH)]
+
+    monkeypatch.setattr(kernels.cases, "rounds_of", rounds)
+    for chain, names in (("layer/4x2", 2), ("attention/4x2", 1), ("losses/2x5", 2), ("augmentation/3", 1)):
+        result = kernels.measure(replace(options, device="cuda", case=chain))
+        assert result["failures"] == {} and list(result["microseconds"].values()) == [[1000.0]] * names
+    assert len(times) == 3 * 6 and len(set(map(id, times))) == 6
+
+
+def test_times_are_of_one_step_with_all_rounds_within_the_seconds(kernels, options, monkeypatch):
+    now, trained = [0.0], []
+    monkeypatch.setattr(kernels.cases.time, "perf_counter", lambda: now[0])
+
+    def run(steps: int) -> None:
+        trained.append(steps)
+        now[0] += steps * 0.002
+
+    found = kernels.cases.rounds_of(run, replace(options, rounds=5, seconds=1.0), torch.device("cpu"))
+    assert trained == [1] + [100] * 5 and found == pytest.approx([2.0] * 5)
+    assert kernels.alone(lambda: run(1), replace(options, rounds=1), torch.device("cpu")) == pytest.approx([2000.0])
+
+
+def test_own_kernels_stand_for_the_stock_function_of_their_name(kernels):
+    pytest.importorskip("triton")
+    from codistill.kernels import attention, augment, batch_norm, losses
+
+    for stock, module in (
+        (kernels.normalised, batch_norm),
+        (kernels.attended, attention),
+        (kernels.cross_entropy, losses),
+        (kernels.soft_target_kl, losses),
+        (kernels.DeviceImages.augmented, augment),
+    ):
+        name = module.__name__.rpartition(".")[2]
+        assert kernels.computed("stock", stock, name) is stock
+        fused = kernels.computed("fused", stock, name)
+        assert fused is getattr(module, stock.__name__) and fused is not stock
+
+
+def test_a_process_is_given_its_case_and_fails_in_a_few_lines(kernels, tmp_path):
+    options = kernels.Options(out=tmp_path, chains=("layer",), limit=60.0, device="cpu", rounds=1)
+    kernels.main(options)  # the case has no sizes
+    failed = json.loads((tmp_path / "layer.json").read_text())["failed"]
+    assert failed[-1].startswith("ValueError: not enough values to unpack") and len(failed) <= 5
+    assert "| layer | all | failed | - |" in (tmp_path / "table.md").read_text()
+    (tmp_path / "layer.json").unlink()
+    kernels.main(replace(options, limit=0.01))
+    assert json.loads((tmp_path / "layer.json").read_text())["failed"] == ["not done after 0.01 s"]
