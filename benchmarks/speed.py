@@ -1,4 +1,4 @@
-"""Measure the speed of MFEF with two students in all its executions, and write JSON files and a table.
+"""Measure the speed of MFEF with two students, alone and in fleets, and write JSON files and a table.
 
     python benchmarks/speed.py --out results/speed-h100                        # on a GPU: about an hour
     python benchmarks/speed.py --out /tmp/speed --device cpu --networks resnet20 --runs 2 --students 1 2 \
@@ -6,21 +6,22 @@
 
 Each case is a `codistill bench` in a process of its own with a time limit. Its result is written, with its command, as
 OUT/CASE.json, and then the table anew: whatever ends this script, what is measured stays, and another start goes on
-with the cases that have no file.
+with the cases that have no file. Unless a case is named compiled, bench chooses kernels and streams by measurement: the
+table says which, OUT/choices has what was measured. benchmarks/executions.py measures each choice for longer.
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import cases as processes
 import tyro
+
+from codistill.execution import Execution
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Options:
 
     out: Path
     networks: tuple[str, ...] = ("resnet32", "wrn-16-2", "resnet110")
-    runs: tuple[int, ...] = (2, 3, 6, 8)
+    runs: tuple[int, ...] = (6, 2, 3, 8)
     """Fleets of so many runs."""
     students: tuple[int, ...] = (1, 2, 3, 4, 5)
     """Cohorts of so many students, of the first network."""
@@ -63,32 +64,33 @@ def cases(options: Options) -> list[Case]:
     def pair(network: str) -> tuple[str, str]:
         return network, network
 
+    def cache(network: str) -> dict[str, str]:
+        return {"TORCHINDUCTOR_CACHE_DIR": str((options.out / "cache" / network).absolute())}
+
+    # Where bench keeps what it chose: not what another version chose here earlier, and beside the results.
+    choices = {"XDG_CACHE_HOME": str((options.out / "choices").absolute())}
     fast = ("--precision", options.precision)
-    off = ("--compile", "off") if options.compile else ()
-    listed = [
-        Case(f"{each}-captured", pair(each), (*fast, *off, "--compare"), profiled=True) for each in options.networks
-    ]
+    # Streams are those of runs that nothing is measured for: a first step is to find the cache as it was.
+    on, on_fleet = ((*fast, "--compile", "on", "--overlap", overlap) for overlap in ("on", "off"))
+    listed = [Case(each, pair(each), (*fast, "--compare"), True, choices) for each in options.networks]
+    fleets = [(each, runs, ("--runs", str(runs))) for runs in options.runs for each in options.networks]
     listed += [
-        Case(f"{each}-float32", pair(each), ("--precision", "float32", *off, "--compare")) for each in options.networks
+        Case(f"{each}-x{runs}", pair(each), (*fast, *fleet), environment=choices) for each, runs, fleet in fleets
     ]
-    on = (*fast, "--compile", "on")
     if options.compile:
         # The first one finds an empty cache and fills it, the second one reads it: the time of a first step of each.
         for each in options.networks:
-            cache = {"TORCHINDUCTOR_CACHE_DIR": str((options.out / "cache" / each).absolute())}
-            listed.append(Case(f"{each}-compiled-first", pair(each), on, environment=cache, empties_cache=True))
-            listed.append(Case(f"{each}-compiled-again", pair(each), on, profiled=True, environment=cache))
-    for runs in options.runs:
-        for each in options.networks:
-            fleet = ("--runs", str(runs))
-            listed.append(Case(f"{each}-captured-x{runs}", pair(each), (*fast, *off, *fleet)))
-            if options.compile:
-                cache = {"TORCHINDUCTOR_CACHE_DIR": str((options.out / "cache" / each).absolute())}
-                listed.append(Case(f"{each}-compiled-x{runs}", pair(each), (*on, *fleet), environment=cache))
+            listed.append(Case(f"{each}-compiled-first", pair(each), on, environment=cache(each), empties_cache=True))
+            listed.append(Case(f"{each}-compiled-again", pair(each), on, profiled=True, environment=cache(each)))
+        for each, runs, fleet in fleets:
+            name = f"{each}-compiled-x{runs}"
+            listed.append(Case(name, pair(each), (*on_fleet, *fleet), environment=cache(each)))
+    exact = ("--precision", "float32", "--compare")
+    listed += [Case(f"{each}-float32", pair(each), exact, environment=choices) for each in options.networks]
     for count in options.students:
         alone = ("--method.distillation", "none") if count == 1 else ()
         first = options.networks[0]
-        listed.append(Case(f"{first}-students{count}", (first,) * count, (*fast, *off, *alone)))
+        listed.append(Case(f"{first}-students{count}", (first,) * count, (*fast, *alone), environment=choices))
     return listed
 
 
@@ -105,16 +107,7 @@ def run(written: list[str], environment: Mapping[str, str], limit: float) -> str
     Raises:
         RuntimeError: It failed, or took too long; what it said.
     """
-    command = [sys.executable, "-m", "codistill", *written]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=limit, env={**os.environ, **environment}, check=True
-        )
-    except subprocess.CalledProcessError as error:
-        raise RuntimeError((error.stderr.strip().splitlines() or ["no message"])[-1]) from None
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"not done after {limit:g} s") from None
-    return done.stdout
+    return processes.in_a_process(["-m", "codistill", *written], environment, limit)
 
 
 def measure(case: Case, options: Options) -> dict[str, Any]:
@@ -135,6 +128,7 @@ def table(options: Options) -> str:
     """Write what there is as Markdown, one row a case."""
     heads = (
         "case",
+        "computed with",
         "ms per step of a run",
         "images/s in all",
         "plain loop, ms per step",
@@ -153,7 +147,7 @@ def table(options: Options) -> str:
             continue
         record = json.loads(path.read_text())
         if "error" in record:
-            rows.append(f"| {case.name} | {record['error']} {'|' * len(heads)}")
+            rows.append(f"| {case.name} | {record['error'].splitlines()[-1]} {'|' * len(heads)}")
             continue
         result = record["result"]
         environment = result["environment"]
@@ -161,6 +155,7 @@ def table(options: Options) -> str:
         memory = result["peak_memory_mib"] / runs if "peak_memory_mib" in result else None
         cells = [
             case.name,
+            str(Execution(**result["execution"])),
             f"{result['ms_per_step']:.2f}",
             f"{runs * result['images_per_second']:,.0f}",
             number(result.get("plain_ms_per_step"), ".2f"),
