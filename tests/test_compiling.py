@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 import codistill as cd
 from codistill import compiling
-from codistill.checkpoint import warn_once
 from codistill.compiling import compile_in_place, compile_parts, missing_compiler, parts_of
 from codistill.config import TrainSettings
 from codistill.errors import UsageError
 from codistill.methods import METHODS
 from codistill.networks import NETWORKS
+from codistill.notices import warn_once
 from codistill.prepare import check_shapes
 
 from . import compile_everything, tiny

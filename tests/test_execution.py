@@ -5,9 +5,9 @@ import torch
 
 import codistill as cd
 from codistill import execution
-from codistill.checkpoint import warn_once
 from codistill.errors import UsageError
 from codistill.execution import PAID_BACK_STEPS, Execution, as_asked, choices
+from codistill.notices import warn_once
 
 from . import tiny
 

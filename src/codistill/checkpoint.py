@@ -1,13 +1,11 @@
 """Files that are whole or absent, and checkpoints whose every byte is checked before it is parsed."""
 
 import contextlib
-import functools
 import hashlib
 import io
 import json
 import os
 import re
-import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from torch import nn
 
 from codistill.errors import CheckpointError
+from codistill.notices import warn
 
 FORMAT = 2
 ENTRY = {"file": str, "sha256": str, "epoch": int, "step": int, "best": bool}
@@ -248,14 +247,3 @@ def other_format(number: int) -> str:
 def position(entry: Mapping[str, Any]) -> tuple[int, int]:
     """Say how far a training was: completed epochs, and steps of the one after them."""
     return entry["epoch"], entry["step"]
-
-
-def warn(line: str) -> None:
-    """Print a warning of one line."""
-    print(f"codistill: warning: {line}", file=sys.stderr)
-
-
-@functools.cache
-def warn_once(line: str) -> None:
-    """Print a warning of one line, the first time that it comes up."""
-    warn(line)

@@ -12,12 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from codistill.checkpoint import warn_once
 from codistill.cohort import Cohort
 from codistill.errors import UsageError
 from codistill.host import cache_folder
 from codistill.methods import Method
 from codistill.networks import Network
+from codistill.notices import warn_once
 
 Granularity = Literal["block", "stage", "whole"]
 GRANULARITY: Granularity = "stage"

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
-from codistill.checkpoint import warn_once
 from codistill.compiling import compile_parts, missing_compiler
 from codistill.config import Kernels, TrainSettings
 from codistill.kernels import use_fused
 from codistill.methods import Method
+from codistill.notices import warn_once
 
 PAID_BACK_STEPS = 100_000
 """Steps from which on a first compilation, about a minute, is less than what it saves, under 1 ms a step."""

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from codistill.checkpoint import warn
 from codistill.config import RunConfig
 from codistill.data.augment import DeviceImages, epoch_plan
 from codistill.data.dataset import Dataset, Split
@@ -22,6 +21,7 @@ from codistill.errors import DivergedError, UsageError
 from codistill.evaluate import EVALUATION_BATCH, evaluate
 from codistill.loop import Loop
 from codistill.methods import Method
+from codistill.notices import warn
 from codistill.optim import make_optimizer
 from codistill.prepare import (
     Resident,

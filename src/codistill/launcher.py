@@ -18,10 +18,10 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from codistill.checkpoint import warn
 from codistill.distributed import Ranks
 from codistill.errors import CodistillError, WorkerError
 from codistill.host import default_threads
+from codistill.notices import warn
 from codistill.run import Run
 from codistill.signals import SAVING, Interrupted, Terminated, terminate
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from codistill.checkpoint import load_weights, warn, write_json
+from codistill.checkpoint import load_weights, write_json
 from codistill.config import RunConfig
 from codistill.console import TrainingDisplay, summary_table
 from codistill.data.augment import Batch, DeviceImages, epoch_plan
@@ -15,6 +15,7 @@ from codistill.errors import CheckpointError, DivergedError
 from codistill.evaluate import Evaluation
 from codistill.health import troubles
 from codistill.metrics import read_together
+from codistill.notices import warn
 from codistill.optim import learning_rate_at, momentum_buffers, set_learning_rate
 from codistill.report import write_report
 from codistill.run import Run

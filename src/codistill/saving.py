@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from codistill.checkpoint import warn
 from codistill.errors import ResourceError
 from codistill.metrics import Scores
+from codistill.notices import warn
 from codistill.run import Run
 
 

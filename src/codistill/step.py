@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from codistill.checkpoint import warn
 from codistill.data.augment import Augmentation, Batch, DeviceImages
 from codistill.distributed import ALONE, Ranks
 from codistill.errors import UsageError
@@ -15,6 +14,7 @@ from codistill.forward import TrainingForward
 from codistill.kernels import losses_of
 from codistill.methods import Method
 from codistill.metrics import TermSums
+from codistill.notices import warn
 from codistill.watch import GRADIENT, FiniteWatch, norms, parameter_names
 
 WARM_UP_STEPS = 3

@@ -7,7 +7,6 @@ import functools
 import gc
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,13 +14,14 @@ from pathlib import Path
 
 import torch
 
-from codistill.checkpoint import warn, write_json
+from codistill.checkpoint import write_json
 from codistill.config import RunConfig
 from codistill.data.augment import Augmentation, DeviceImages, epoch_plan
 from codistill.errors import ResourceError
 from codistill.execution import Execution, choices
 from codistill.host import cache_folder
 from codistill.methods import Method
+from codistill.notices import note, warn
 from codistill.optim import make_optimizer
 from codistill.record import VERSION
 from codistill.step import CapturedFleet, PlainStep
@@ -89,7 +89,7 @@ def choose_execution(
     known = CHOSEN.get(name) or read(path, listed)
     if known is not None or steps < WORTHWHILE_STEPS:
         return known or listed[0]
-    print("codistill: measuring which way to compute a step is the fastest, once for this GPU", file=sys.stderr)
+    note("measuring which way to compute a step is the fastest, once for this GPU")
     trials = measured(listed, functools.partial(trial, method, config, images(), augmentation, runs), device)
     if listed[0] not in trials:
         return listed[0]  # the run itself will say what is wrong
