@@ -84,9 +84,9 @@ def registered() -> Iterator[None]:
 
 
 def untimed(value: Any) -> Any:
-    """Leave out what the clock has a part in, at any depth."""
+    """Leave out what the clock has a part in, and what only it is to show, at any depth."""
     if isinstance(value, Mapping):
-        return {key: untimed(each) for key, each in value.items() if "second" not in key}
+        return {key: untimed(each) for key, each in value.items() if "second" not in key and key != "execution"}
     return [untimed(each) for each in value] if isinstance(value, list) else value
 
 
