@@ -9,6 +9,7 @@ import torch
 
 import codistill as cd
 from codistill.data.augment import Augmentation, DeviceImages, epoch_plan
+from codistill.device import set_up_gpu
 from codistill.execution import Execution
 from codistill.methods import METHODS
 from codistill.networks.resnet import basic_resnet
@@ -34,6 +35,8 @@ def gpu() -> Iterator[None]:
     with contextlib.ExitStack() as opened:
         if INTERPRETED:
             opened.enter_context(interpreting(opened.enter_context(pretended())))
+        set_up_gpu(CUDA, deterministic=True)
+        opened.callback(torch.use_deterministic_algorithms, False)
         yield
 
 
