@@ -20,6 +20,7 @@ from codistill.config import RunConfig, TeacherSettings, default_config
 from codistill.data.augment import Augmentation, Batch, DeviceImages, epoch_plan
 from codistill.device import set_up_gpu
 from codistill.errors import DataError, UsageError
+from codistill.execution import Execution
 from codistill.fleet import train_fleet, train_seeds
 from codistill.methods import METHODS
 from codistill.methods.kdcl import KDCLSettings
@@ -489,12 +490,14 @@ def method_of(name: str, seed: int = 0, image_size: tuple[int, int] = (8, 8)) ->
     return Taught(method, tiny.own_students(1)[0]) if METHODS[name].teacher == "required" else method
 
 
-def member_of(name: str, seed: int, device: torch.device = CPU, precision: str = "float32") -> PlainStep:
+def member_of(
+    name: str, seed: int, device: torch.device = CPU, precision: str = "float32", overlap: bool = False
+) -> PlainStep:
     method = method_of(name, seed).to(device, memory_format=torch.channels_last).train()
     data = tiny.data()
     optimizer = make_optimizer(method, 0.05, 0.9, True, 1e-4)
     images = DeviceImages(data.train, data.statistics, device)
-    return PlainStep(method, images, Augmentation(), optimizer, precision)
+    return PlainStep(method, images, Augmentation(), optimizer, precision, execution=Execution(overlap=overlap))
 
 
 def test_on_a_cpu_a_fleet_is_sequential():
@@ -538,13 +541,13 @@ def repeatable(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize(("members", "overlap"), [(1, False), (1, True), (2, True)])
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_captured_fleet_equals_plain_steps(repeatable, name, precision, members):
+def test_a_captured_fleet_equals_plain_steps(repeatable, name, precision, members, overlap):
     device = torch.device("cuda")
     plain = [member_of(name, seed, device, precision) for seed in range(members)]
-    fast = [member_of(name, seed, device, precision) for seed in range(members)]
+    fast = [member_of(name, seed, device, precision, overlap) for seed in range(members)]
     fleet = make_fleet(fast)
     assert isinstance(fleet, CapturedFleet) or not fast[0].method.capturable
     for number in range(10):
