@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import codistill as cd
 from codistill.errors import UsageError
 from codistill.kernels import install_fused, use_fused
 from codistill.networks import network
@@ -369,3 +370,16 @@ for name, skipped in (
 def test_the_kernels_compile_for_an_h100_where_there_is_none(tmp_path):
     sizes = compiled_sizes(COMPILED_FOR_AN_H100, tmp_path)
     assert len(sizes) == 6 and min(sizes) > 1000
+
+
+@starts_the_interpreter
+def test_on_a_cpu_a_method_that_was_trained_with_fused_kernels_computes_as_with_stock_ones():
+    method = tiny.method(cd.MFEF, students=2).train()
+    stock = copy.deepcopy(method)
+    install_fused(method)
+    images = torch.randn(4, 3, 8, 8)
+    assert torch.equal(method(images).fused_logits, stock(images).fused_logits)
+    layers = Layers(*conv_bn(3, 4, 3), nn.ReLU())
+    expected = copy.deepcopy(layers)(images)
+    assert install_fused(layers) == 1
+    assert torch.equal(layers(images), expected)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from codistill.kernels.attention_gradients import attend_backward
 from codistill.kernels.attention_passes import attend, sum_over_images
+from codistill.kernels.reach import reached
 from codistill.modules.attention import DualAttention
 from codistill.modules.attention import attended as stock_attended
 
@@ -211,12 +212,12 @@ def attended(
 ) -> Float[Tensor, "batch channel height width"]:
     """Compute in training mode what `modules.attention.attended` computes, with `dual_attention`.
 
-    In evaluation mode, with normalisation, or where a program cannot hold an image, call that one.
+    In evaluation mode, with normalisation, on a CPU, or where a program cannot hold an image, call that one.
     """
     inward, outward, spatial_weight = attention.channel[0], attention.channel[2], attention.spatial[0].weight
     assert isinstance(inward, nn.Linear) and isinstance(outward, nn.Linear) and isinstance(spatial_weight, Tensor)
     sizes = Sizes.of(feature_map, inward.weight, spatial_weight)
-    if not attention.training or len(attention.spatial) > 1 or not sizes.fit:
+    if not attention.training or len(attention.spatial) > 1 or not sizes.fit or not reached(feature_map):
         return stock_attended(feature_map, attention)
     biases = None if inward.bias is None or outward.bias is None else (inward.bias, outward.bias)
     return dual_attention(feature_map, inward.weight, outward.weight, spatial_weight, biases)

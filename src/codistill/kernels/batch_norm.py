@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from codistill.kernels.batch_norm_passes import input_gradient, normalise, part_gradients, part_statistics
 from codistill.kernels.batch_norm_tiling import Tiling
+from codistill.kernels.reach import reached
 from codistill.networks.network import normalised as stock_normalised
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -181,7 +182,7 @@ def normalised(
     activated: bool,
 ) -> Float[Tensor, "batch channel height width"]:
     """Compute in training mode what `networks.network.normalised` computes, by `batch_norm_relu` if that can."""
-    if not norm.training or not takes(norm):
+    if not norm.training or not takes(norm) or not reached(features):
         return stock_normalised(features, norm, skipped, activated)
     mean, var, momentum = norm.running_mean, norm.running_var, norm.momentum
     assert mean is not None and var is not None and momentum is not None

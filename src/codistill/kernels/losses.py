@@ -2,7 +2,6 @@
 
 # mypy: disable-error-code="no-untyped-call"
 
-import os
 from typing import Any
 
 import torch
@@ -16,20 +15,20 @@ from codistill.kernels.losses_passes import (
     divergence_gradients,
     divergence_rows,
 )
+from codistill.kernels.reach import reached
 from codistill.losses import LossKernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_CLASSES = 4096
 """Classes that a program holds at a time, and with them the most that the kernels take."""
 MIN_BLOCK, CLASSES_OF_A_WARP, MAX_WARPS = 32, 256, 8
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def takes(*logits: Tensor) -> bool:
     """Say whether the kernels compute losses of such tensors; whatever else comes is for stock PyTorch."""
     return all(
         each.dtype in DTYPES
-        and (each.is_cuda or INTERPRETED)
+        and reached(each)
         and each.dim() >= 2
         and each.shape[-1] <= MAX_CLASSES
         and each.numel() > 0
