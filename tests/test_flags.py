@@ -21,6 +21,11 @@ def test_short_names_of_flags(parsed):
     assert config.data_dir == "x" and config.train.drop_last
 
 
+def test_a_choice_that_there_is_not_is_said_once(parsed):
+    with pytest.raises(UsageError, match=r"^\S+ train \S+: invalid choice 'maybe' for argument '--overlap'\. Expected one"):
+        parsed("--overlap", "maybe")
+
+
 def test_settings_of_a_file_are_flags():
     flags = mapping_arguments({"epochs": 3, "data_dir": None}, {"attention": False}, "mfef", lambda key: "here")
     assert flags == ["--epochs=3", "--data-dir=None", "--method.no-attention"]

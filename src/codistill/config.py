@@ -62,14 +62,15 @@ class TrainSettings:
     """On CUDA, use only algorithms that repeat to the last bit, which costs speed; a CPU always does."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Whether torch.compile compiles the students' stages, heads and modules (the first step then takes about a
-    minute, later runs less). auto: on CUDA, where a measurement at the beginning of a run that is long enough to pay
-    it back finds it the fastest."""
+    minute, later runs less). auto: on CUDA in runs of 100,000 steps or more, where a measurement at the beginning finds
+    it the fastest."""
     kernels: Literal["auto", "stock", "fused"] = "auto"
-    """What computes chains of small operations: PyTorch, or on CUDA own kernels that do each chain at once. auto: as
-    compile, in runs of a medium length too."""
+    """What computes chains of small operations: PyTorch (stock), or on CUDA own kernels that do each chain at once
+    (fused). auto: the faster one, by a measurement before runs of 20,000 steps or more; in shorter ones what is known
+    from earlier, else stock."""
     overlap: Literal["auto", "on", "off"] = "auto"
     """Whether on CUDA the students' branches, and the gradients of weights, run on streams of their own within a
-    step. auto: as kernels, and where nothing is measured on for one run and off for several."""
+    step. auto: as kernels, and where nothing is known on for one run and off for several side by side."""
     threads: int | None = None
     """CPU threads. None: torch's choice, one for each core, or fewer in a container that may use less. Results repeat
     to the last bit for one number of threads."""

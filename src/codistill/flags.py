@@ -154,7 +154,8 @@ def parse_flags(kind: Any, arguments: Sequence[str], default: Any, prog: str) ->
             raise
         lines = [re.sub(r"[│╭╮╰╯─]+", " ", line).strip() for line in complaint.getvalue().splitlines()]
         said = " ".join(line for line in lines if line and not line.startswith("For full helptext"))
-        raise UsageError(f"{prog}: {said.partition('Argument helptext')[0].strip()}") from None
+        once = re.sub(r"^(.+?) (\1)\b", r"\2", said, flags=re.IGNORECASE)  # what the box's title and its text both say
+        raise UsageError(f"{prog}: {once.partition('Argument helptext')[0].strip()}") from None
     return parsed, list(unknown)
 
 
