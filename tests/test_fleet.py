@@ -550,8 +550,8 @@ def test_a_captured_fleet_equals_plain_steps(repeatable, name, precision, member
     fast = [member_of(name, seed, device, precision, overlap) for seed in range(members)]
     fleet = make_fleet(fast)
     assert isinstance(fleet, CapturedFleet) or not fast[0].method.capturable
-    for number in range(10):
-        progress = torch.tensor(number / 10, device=device)
+    for number in range(20 if precision == "float32" else 10):
+        progress = torch.tensor(number / 20, device=device)
         size = 6 if number % 2 else 8  # two sizes: three plain steps of each, then two graphs take turns
         batches = [
             epoch_plan(24, seed, number, Augmentation(), device, member.method.views).part(0, size)
