@@ -22,6 +22,7 @@ from codistill.bench_loop import AUGMENTATION, CLASSES, SIDE, STATISTICS, images
 from codistill.bench_measurement import OperatorCount
 from codistill.config import Kernels, RunConfig, TrainSettings, default_config
 from codistill.data.augment import DeviceImages, epoch_plan
+from codistill.data.dataset import Split
 from codistill.execution import Execution
 from codistill.kernels import install_fused
 from codistill.optim import make_optimizer
@@ -41,6 +42,8 @@ class Options:
     precision: str = "bf16"
     batch_size: int = 2
     """Images; it changes no count, and interpreting takes time."""
+    side: int = SIDE
+    """Height and width of the images, pixels, at most 32; nor does it."""
 
 
 class LaunchCount(OperatorCount):
@@ -72,10 +75,12 @@ def count(options: Options, kernels: Kernels) -> dict[str, int]:
     torch.manual_seed(0)
     settings = TrainSettings(batch_size=options.batch_size)
     config: RunConfig = replace(default_config(options.method), networks=options.networks, train=settings)
-    method = build_method(config, CLASSES, (SIDE, SIDE)).to(memory_format=torch.channels_last).train()
+    method = build_method(config, CLASSES, (options.side, options.side)).to(memory_format=torch.channels_last).train()
     if kernels == "fused":
         install_fused(method)
-    resident = DeviceImages(images(), STATISTICS, CPU)
+    whole = images()
+    part = Split(whole.images[:, : options.side, : options.side].copy(), whole.labels)
+    resident = DeviceImages(part, STATISTICS, CPU)
     optimizer = make_optimizer(method, 0.1, 0.9, True, 1e-4)
     step = PlainStep(method, resident, AUGMENTATION, optimizer, options.precision, execution=Execution(kernels))
     batch = epoch_plan(len(resident), 0, 0, AUGMENTATION, CPU, method.views).part(0, options.batch_size)

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 def test_fused_kernels_stand_for_more_operators_than_they_are():
     script = Path(__file__).parents[1] / "benchmarks" / "launches.py"
-    command = [sys.executable, str(script), "--method", "independent", "--networks", "resnet20"]
+    command = [sys.executable, str(script), "--method", "independent", "--networks", "resnet20", "--side", "8"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
