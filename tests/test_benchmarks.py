@@ -5,6 +5,7 @@ import io
 import json
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -186,6 +187,9 @@ def test_speed_has_all_that_is_asked_for(speed, tmp_path, monkeypatch):
         assert runs == int(name.rpartition("-x")[2] if "-x" in name else 1) and config.train.batch_size == 128
 
 
+KERNELS = ("stock", "fused")
+
+
 def test_precision_compares_the_arms(tiny_registered, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loop, "write_report", lambda run, summary: None)
     precision = script("precision", monkeypatch)
@@ -196,8 +200,10 @@ def test_precision_compares_the_arms(tiny_registered, tmp_path, monkeypatch, cap
         precision,
         "train_fleet",
         lambda configs, outs: (
-            trained.append([(each.train.precision, METHODS["mfef"].capturable) for each in configs]),
-            train_fleet(configs, outs, show=False),
+            trained.append(
+                [(each.train.precision, each.train.kernels, METHODS["mfef"].capturable) for each in configs]
+            ),
+            train_fleet([replace(each, train=replace(each.train, kernels="stock")) for each in configs], outs, False),
         ),
     )
     options = precision.Options(
@@ -205,26 +211,31 @@ def test_precision_compares_the_arms(tiny_registered, tmp_path, monkeypatch, cap
     )
     precision.main(options)
     capsys.readouterr()
-    # float32 one after the other and never captured, bf16 side by side.
-    assert trained == [[("float32", False)]] * 3 + [[("bf16", True)] * 3]
+    # float32 one after the other and never captured, the others side by side.
+    assert trained == [[("float32", "stock", False)]] * 3 + [[("bf16", kernels, True)] * 3 for kernels in KERNELS]
     head, _, *rows = (tmp_path / "out" / "table.md").read_text().split("\n\n")[0].splitlines()
-    assert [cells(row)[0] for row in rows] == ["student0", "student1", "ensemble", "fused"]
+    arms = ("float32", "bf16", "bf16-fused")
+    predictors = ("student0", "student1", "ensemble", "fused")
+    assert [cells(row)[:2] for row in rows] == [[name, arm] for name in predictors for arm in arms]
     for row in rows:
-        name, plain, captured, difference, noise, p = cells(row)
-        arms = [
-            [cd.Run(tmp_path / "out" / arm / f"seed{seed}").summary["top1_error"][name] for seed in range(3)]
-            for arm in ("float32", "bf16")
-        ]
-        for cell, errors in zip((plain, captured), arms, strict=True):
-            assert cell == f"{statistics.mean(errors):.2f} ± {statistics.stdev(errors):.2f}"
-        assert float(difference) == pytest.approx(statistics.mean(arms[1]) - statistics.mean(arms[0]), abs=0.01)
-        assert float(noise) == pytest.approx(math.sqrt(sum(map(statistics.variance, arms)) / 3), abs=0.01)
+        name, arm, error, difference, noise, p = cells(row)
+        plain, found = (
+            [cd.Run(tmp_path / "out" / each / f"seed{seed}").summary["top1_error"][name] for seed in range(3)]
+            for each in ("float32", arm)
+        )
+        assert error == f"{statistics.mean(found):.2f} ± {statistics.stdev(found):.2f}"
+        if arm == "float32":
+            assert [difference, noise, p] == ["-"] * 3
+            continue
+        assert float(difference) == pytest.approx(statistics.mean(found) - statistics.mean(plain), abs=0.01)
+        both = statistics.variance(found) + statistics.variance(plain)
+        assert float(noise) == pytest.approx(math.sqrt(both / 3), abs=0.01)
         # Without any noise there is nothing to test against.
         assert math.isnan(float(p)) if noise == "0.00" else 0 <= float(p) <= 1
         assert len(cells(row)) == len(cells(head))
     # What is finished is not trained again.
     precision.main(options)
-    assert len(trained) == 4
+    assert len(trained) == 5
 
 
 def test_cpu_measures_layouts_and_waiting(tiny_registered, tmp_path, monkeypatch, capsys):
