@@ -115,6 +115,14 @@ def test_work_is_given_to_another_stream_and_no_more_is_in_flight_than_allowed(g
     assert [each.cpu().tolist() for each in given] == [[2, 2, 2]] * 5
 
 
+def test_what_others_wait_for_has_priority(gpu):
+    side = SideStream(CUDA)
+    cohort = tiny.method(students=2).cohort
+    cohort.run_branches_on_streams(CUDA)
+    assert len(cohort.streams) == 2
+    assert all(stream.priority < side._stream.priority for stream in cohort.streams)
+
+
 def fails(gpu: GPU, match: str) -> None:
     """The backward pass of MFEF, with whatever was broken before, is a race."""
     method = tiny.method(METHODS["mfef"], students=2).train().to(CUDA)

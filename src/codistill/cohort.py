@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from codistill.device import critical_stream
 from codistill.errors import UsageError
 from codistill.losses import mean_logits
 from codistill.networks import Network
@@ -129,7 +130,7 @@ class Cohort(nn.Module):
     def run_branches_on_streams(self, device: torch.device) -> None:
         """Let the branches of several students run at the same time from now on; for a step that is captured."""
         if len(self) > 1:
-            self.streams = [torch.cuda.Stream(device) for _ in self]  # type: ignore[no-untyped-call]
+            self.streams = [critical_stream(device) for _ in self]
 
     def feature_maps(
         self, images: Float[Tensor, "*view batch channel height width"]

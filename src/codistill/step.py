@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from codistill.data.augment import Augmentation, Batch, DeviceImages
+from codistill.device import critical_stream
 from codistill.distributed import ALONE, Ranks
 from codistill.errors import UsageError
 from codistill.execution import PLAIN, Execution
@@ -120,8 +121,8 @@ class CapturedFleet:
         self.members = list(members)
         self.warm_up = warm_up
         self.device = members[0].images.labels.device
-        self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        self._forks = [torch.cuda.Stream(self.device) for _ in members]  # type: ignore[no-untyped-call]
+        self.stream = critical_stream(self.device)
+        self._forks = [critical_stream(self.device) for _ in members]
         self._progress = torch.zeros((), device=self.device)
         self._calls: dict[int, int] = {}
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, list[Batch]]] = {}

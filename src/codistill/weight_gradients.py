@@ -17,7 +17,7 @@ IN_FLIGHT = 8
 
 
 class SideStream:
-    """A stream that runs beside the one that gives it work.
+    """A stream that runs beside the one that gives it work, and that the GPU attends to where there is room.
 
     Args:
         device: A CUDA device.

@@ -56,8 +56,9 @@ class Stream:
     Memory that is freed goes to the next operator of the stream that it was allocated on; `freed` says who used it.
     """
 
-    def __init__(self, device: Any = None, **options: Any) -> None:
+    def __init__(self, device: Any = None, priority: int = 0) -> None:
         self.timeline = _timelines[-1]
+        self.priority = priority
         self.timeline.streams.append(self)
         self.number = len(self.timeline.streams)
         self.clock: Clock = {}
