@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import codistill as cd
-from codistill import execution
+from codistill import compiling, execution
 from codistill.errors import UsageError
 from codistill.execution import PAID_BACK_STEPS, Execution, as_asked, choices
+from codistill.kernels import install_fused
 from codistill.notices import warn_once
 
 from . import tiny
@@ -82,6 +83,22 @@ def test_a_method_is_prepared(monkeypatch):
     for each in (BESIDE, FUSED[0], COMPILED[1]):
         each.prepare(tiny.method(), CUDA, False)
     assert prepared == ["fused", "compiled"]
+
+
+def test_a_method_that_computed_otherwise_before_does_so_no_more(monkeypatch):
+    monkeypatch.setattr(compiling, "_keep_compiled_code", lambda: None)
+    monkeypatch.setattr(execution, "use_fused", lambda method, device: install_fused(method))
+    monkeypatch.setattr(compiling, "missing_compiler", lambda device: None)
+    method = cd.MFEF([cd.network("resnet20", 3) for _ in range(2)], 3)
+    as_built = [dict(vars(module)) for module in method.modules()]
+    FUSED[0].prepare(method, CUDA, False)
+    assert [dict(vars(module)) for module in method.modules()] != as_built
+    STOCK.prepare(method, CUDA, False)
+    assert [dict(vars(module)) for module in method.modules()] == as_built
+    COMPILED[0].prepare(method, CUDA, False)
+    assert any(module._compiled_call_impl is not None for module in method.modules())
+    STOCK.prepare(method, CUDA, False)
+    assert all(module._compiled_call_impl is None for module in method.modules())
 
 
 def test_what_was_asked_for_and_cannot_be_is_refused():

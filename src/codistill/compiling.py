@@ -150,3 +150,9 @@ def _compile(module: nn.Module, compiler: Callable[..., Any]) -> None:
 
     # As nn.Module.compile does it, which has no word for training only; copies and pickles leave it out.
     module._compiled_call_impl = call
+
+
+def run_uncompiled(method: nn.Module) -> None:
+    """Let a method run plain code, whatever was compiled of it before."""
+    for module in method.modules():
+        vars(module).pop("_compiled_call_impl", None)

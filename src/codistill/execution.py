@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from codistill.compiling import compile_parts, missing_compiler
+from codistill.compiling import compile_parts, missing_compiler, run_uncompiled
 from codistill.config import Kernels, TrainSettings
-from codistill.kernels import use_fused
+from codistill.kernels import use_fused, use_stock
 from codistill.methods import Method
 from codistill.notices import warn_once
 
@@ -29,7 +29,7 @@ class Execution:
     overlap: bool = False
 
     def prepare(self, method: Method, device: torch.device, deterministic: bool) -> None:
-        """Let a method compute that way.
+        """Let a method compute that way, whatever way it computed before.
 
         Args:
             method: Changed in place; weights, their names and files stay.
@@ -41,8 +41,12 @@ class Execution:
         """
         if self.kernels == "fused":
             use_fused(method, device)
+        else:
+            use_stock(method)
         if self.compiled:
             compile_parts(method, device, deterministic)
+        else:
+            run_uncompiled(method)
 
     def __str__(self) -> str:
         parts = [f"{self.kernels} kernels"] + ["compiled"] * self.compiled + ["overlapping streams"] * self.overlap

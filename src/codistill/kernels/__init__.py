@@ -51,6 +51,13 @@ def install_fused(method: nn.Module) -> int:
     return len(norms) + len(attentions)
 
 
+def use_stock(method: nn.Module) -> None:
+    """Let a method compute as it was built, whatever it computed with before."""
+    for module in method.modules():
+        for hook in ("normalise", "attend"):
+            vars(module).pop(hook, None)
+
+
 def losses_of(kernels: str) -> contextlib.AbstractContextManager[None]:
     """Compute the losses within this block by what an execution's kernels say.
 
