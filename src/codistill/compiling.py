@@ -153,6 +153,7 @@ def _compile(module: nn.Module, compiler: Callable[..., Any]) -> None:
 
 
 def run_uncompiled(method: nn.Module) -> None:
-    """Let a method run plain code, whatever was compiled of it before."""
+    """Let a method run plain code, whatever `compile_in_place` compiled of it before; a user's own stays compiled."""
     for module in method.modules():
-        vars(module).pop("_compiled_call_impl", None)
+        if getattr(module._compiled_call_impl, "__module__", None) == __name__:
+            vars(module).pop("_compiled_call_impl")
