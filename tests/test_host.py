@@ -80,6 +80,7 @@ def test_the_users_number_of_threads_stands(chosen, monkeypatch):
 
 PROGRAM = """
 import resource
+import statistics
 import torch
 from codistill.host import keep_freed_memory, set_up_cpu
 
@@ -89,10 +90,13 @@ def faults(device):
         held = [torch.ones(10 * 2**20) for _ in range(2)]
     for _ in range(3):
         work()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    rounds = []
     for _ in range(10):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         work()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        rounds.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    # Now and then a small block that is allocated between two large ones makes one of these move, once.
+    return round(statistics.median(rounds))
 
 print(faults("meta"), faults("cpu"), keep_freed_memory())
 """
@@ -106,6 +110,6 @@ def test_memory_that_a_step_frees_stays_with_the_process(given):
     before, after, kept = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=True
     ).stdout.split()
-    # Blocks of 40 MiB, which by default are always given back: ten times two of them are 204,800 pages of 4 KiB.
-    assert int(before) > 100_000
-    assert (int(after) < 1_000, kept) == ((True, "True") if not given else (False, "False"))
+    # Blocks of 40 MiB, which by default are always given back: two of them are 20,480 pages of 4 KiB.
+    assert int(before) > 10_000
+    assert (int(after) < 100, kept) == ((True, "True") if not given else (False, "False"))
