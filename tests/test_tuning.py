@@ -92,6 +92,14 @@ def test_what_was_measured_holds_for_the_same_training_only(times, other):
     assert {runs for _, runs in times.tried[before:]} == {other.get("runs", 1)}
 
 
+def test_images_of_another_size_are_another_training(times):
+    larger = tiny.method()
+    choose(method=larger)
+    larger.image_size = (16, 16)
+    choose(method=larger)
+    assert len(times.tried) == 6
+
+
 def test_the_first_one_stays_unless_another_is_clearly_faster(times):
     times.of[BESIDE], times.of[FUSED] = (2.0, 3.0), (1.99, 3.0)
     assert choose() == BESIDE

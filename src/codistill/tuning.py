@@ -195,7 +195,7 @@ def key(method: Method, config: RunConfig, listed: Sequence[Execution], device: 
         "gpu": torch.cuda.get_device_name(device),
         "method": repr(method),
         "settings": dataclasses.asdict(config.method),
-        "training": [settings.batch_size, settings.precision, runs],
+        "training": [settings.batch_size, settings.precision, runs, *method.image_size],
         "choices": [str(each) for each in listed],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
