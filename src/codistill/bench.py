@@ -1,5 +1,6 @@
-"""How fast a training step is here: against a plain PyTorch loop of the usual style, and against the device's floor."""
+"""How fast a training step is here: against a plain PyTorch loop of the usual style."""
 
+import copy
 import statistics
 import time
 from dataclasses import asdict
@@ -7,37 +8,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from codistill.bench_loop import AUGMENTATION, CLASSES, IMAGES, SIDE, plain_loop, resident_images, resident_loop
+from codistill.bench_loop import CLASSES, IMAGES, SIDE, plain_loop, resident_loop
 from codistill.bench_measurement import Contestant, launches, ratio, rounds_in_turn, timed
 from codistill.config import RunConfig
 from codistill.device import choose_device, set_up_gpu
 from codistill.errors import UsageError
-from codistill.execution import Execution, as_asked
+from codistill.execution import Execution, choose_execution
 from codistill.host import set_up_cpu
 from codistill.methods import Method
+from codistill.networks.network import parameter_count
 from codistill.record import environment
-from codistill.roofline import Roofline, machine_of, roofline
 from codistill.run import build_method
-from codistill.tuning import choose_execution
 
 STEPS_UNTIL_CAPTURED = 8
 OWN, PLAIN, DETERMINISTIC = "codistill", "plain", "deterministic"
 
 
-def floor(work: Roofline, config: RunConfig, milliseconds: float, device: torch.device) -> dict[str, Any]:
-    """Give what a step has to do, and on devices whose constants are known the share of the floor that it reaches."""
-    result: dict[str, Any] = {
-        "parameters": work.parameters,
-        "forward_mflop_per_image": work.forward_flop / 1e6,
-        "kilobytes_per_image": {level: moved / 1e3 for level, moved in work.bytes_per_image._asdict().items()},
-        "modelled_kernels_per_step": work.kernels._asdict(),
-    }
-    machine = machine_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    if machine:
-        least = work.milliseconds(config.train.batch_size, machine)
-        result |= {"floor_ms_per_step": least, "share_of_floor": least / milliseconds}
-    return result
+def forward_flop(method: Method) -> int:
+    """Count the floating-point operations of one image's forward pass; a multiplication and an addition are two."""
+    probe = copy.deepcopy(method).to("meta")
+    images = torch.empty(*([probe.views] if probe.views > 1 else []), 2, 3, SIDE, SIDE, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        probe(images)
+    return int(counter.get_total_flops()) // 2
 
 
 def bench(
@@ -46,8 +41,7 @@ def bench(
     """Measure training steps on random images of CIFAR-100's shape.
 
     Args:
-        config: Method, networks, batch size, precision, device, compile and kernels; its data set is not used, and
-            compile auto is off.
+        config: Method, networks, batch size, precision, device and compile (auto: off); its data set is not used.
         runs: How many independent runs train side by side.
         compare: Whether to measure the plain loop too, and on CUDA the deterministic setting, in turn with ours.
         seconds: About how long to measure, beside making ready.
@@ -56,8 +50,8 @@ def bench(
     Returns:
         Of each run, ms_per_step, images_per_second, operators_per_step (CPU) or kernels_per_step (CUDA) and, on CUDA,
         peak memory of all runs together; the execution; first_step_seconds from building the networks to the end of a
-        first step, with what had to be measured or compiled before it; the work of a step, see `codistill.roofline`,
-        with floor_ms_per_step and share_of_floor on an H100 or H200.
+        first step, with what had to be compiled before it; parameters, and forward_mflop_per_image, of which training
+        takes thrice as many.
         With `compare`, the plain loop's speed and `ratio_to_plain`, our images per second over the plain loop's, and
         `deterministic_ratio`, those of the deterministic setting over ours: medians over rounds of all in turn.
 
@@ -85,7 +79,7 @@ def bench(
 
     started = time.perf_counter()
     # For so few steps that compile auto, which takes longer than it is measured for here, is off.
-    execution = choose_execution(build(), config, lambda: resident_images(device), AUGMENTATION, device, runs)
+    execution = choose_execution(config.train, device, runs, steps=1)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     contestants = [own(OWN, execution, config.train.deterministic)]
@@ -100,7 +94,7 @@ def bench(
     if compare:
         contestants.append(Contestant(PLAIN, plain_loop(build(), config, device), config.train.deterministic))
         if on_gpu and not config.train.deterministic:
-            contestants.append(own(DETERMINISTIC, as_asked(config.train, device, runs), True))
+            contestants.append(own(DETERMINISTIC, execution, True))
         pace |= {each.name: timed(each, STEPS_UNTIL_CAPTURED if on_gpu else 1, device) for each in contestants[1:]}
     rounds = rounds_in_turn(contestants, pace, seconds, device)
     step = {name: statistics.median(each) for name, each in rounds.items()}
@@ -117,7 +111,8 @@ def bench(
         "first_step_seconds": first_step,
         **counted,
         **memory,
-        **floor(roofline(method, (SIDE, SIDE), method.views), config, 1000 * step[OWN] / runs, device),
+        "parameters": parameter_count(method),
+        "forward_mflop_per_image": forward_flop(method) / 1e6,
         "environment": environment(device),
     }
     if PLAIN in step:

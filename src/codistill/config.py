@@ -15,7 +15,6 @@ from codistill.methods import METHODS, MethodSettings
 from codistill.registry import near_matches
 
 Precision = Literal["float32", "bf16"]
-Kernels = Literal["stock", "fused"]
 # For counts without a bound of their own.
 LARGEST = 2**31 - 1
 
@@ -62,15 +61,7 @@ class TrainSettings:
     """On CUDA, use only algorithms that repeat to the last bit, which costs speed; a CPU always does."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Whether torch.compile compiles the students' stages, heads and modules (the first step then takes about a
-    minute, later runs less). auto: on CUDA in runs of 100,000 steps or more, where a measurement at the beginning finds
-    it the fastest."""
-    kernels: Literal["auto", "stock", "fused"] = "auto"
-    """What computes chains of small operations: PyTorch (stock), or on CUDA own kernels that do each chain at once
-    (fused). auto: the faster one, by a measurement before runs of 20,000 steps or more; in shorter ones what is known
-    from earlier, else stock."""
-    overlap: Literal["auto", "on", "off"] = "auto"
-    """Whether on CUDA the students' branches, and the gradients of weights, run on streams of their own within a
-    step. auto: as kernels, and where nothing is known on for one run and off for several side by side."""
+    minute, later runs less). auto: on CUDA in runs of 100,000 steps or more."""
     threads: int | None = None
     """CPU threads. None: torch's choice, one for each core, or fewer in a container that may use less. Results repeat
     to the last bit for one number of threads."""
@@ -94,12 +85,9 @@ class TrainSettings:
             if value is not None and not low <= value <= high:
                 bound = f"at least {low}" if high == LARGEST and value < low else f"from {low} to {high}"
                 raise UsageError(f"{name} is {value}; it must be {bound}")
-        for name in ("compile", "kernels", "overlap"):
-            value, choices = getattr(self, name), get_args(get_type_hints(type(self))[name])
-            if value not in choices:
-                raise UsageError(f"{name} is {value!r}: {near_matches(str(value), choices)}")
-        if self.compile == "on" and self.kernels == "fused":
-            raise UsageError("compile on and kernels fused: the compiler cannot look into own kernels: choose one")
+        choices = get_args(get_type_hints(type(self))["compile"])
+        if self.compile not in choices:
+            raise UsageError(f"compile is {self.compile!r}: {near_matches(str(self.compile), choices)}")
         if self.batch_size < 2 * self.processes:
             raise UsageError(
                 f"batch_size is {self.batch_size}; {self.processes} processes need at least {2 * self.processes}"
@@ -184,7 +172,7 @@ class RunConfig:
 
 
 # Where a run finds things and what it computes on: they do not belong to the experiment, and may change on the way.
-PLACES = ("data_dir", "device", "threads", "overlap")
+PLACES = ("data_dir", "device", "threads")
 # What config.json holds beside the run itself.
 RECORDED_KEYS = ("codistill", "environment", "dataset")
 

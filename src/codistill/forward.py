@@ -14,7 +14,6 @@ from torch.nn.modules.conv import _ConvNd
 from codistill.cohort import Outputs
 from codistill.device import autocast
 from codistill.methods import Method
-from codistill.weight_gradients import WeightGradients
 
 
 class TrainingForward:
@@ -33,23 +32,12 @@ class TrainingForward:
     def __init__(self, method: Method, precision: str) -> None:
         self.method = method
         self.precision = precision
-        self._aside: WeightGradients | None = None
-        self._lower(torch.bfloat16 if precision == "bf16" else None)
-        self._kept: list[Tensor] = []
-        self._norms = [module for module in method.modules() if isinstance(module, _BatchNorm) and _counts(module)]
-
-    def _lower(self, dtype: torch.dtype | None) -> None:
-        """Choose what all weights of convolutions and linear layers are cast to; None: they are used as they are."""
-        self._dtype = dtype
-        self._weights = _lowered(self.method) if dtype else {}
+        self._weights = _lowered(method) if precision == "bf16" else {}
         # What is cast together is differentiated together: not with what has a turn of its own, or is not trained.
         frozen = [each for each in self._weights.values() if not each.requires_grad]
-        self._groups = _grouped(self._weights.values(), [*self.method.turns(), frozen])
-
-    def weight_gradients_aside(self, device: torch.device) -> None:
-        """Compute the gradients of convolutions' weights on streams of their own from now on; to the same bits."""
-        self._aside = WeightGradients(device)
-        self._lower(self._dtype or torch.float32)
+        self._groups = _grouped(self._weights.values(), [*method.turns(), frozen])
+        self._kept: list[Tensor] = []
+        self._norms = [module for module in method.modules() if isinstance(module, _BatchNorm) and _counts(module)]
 
     def __call__(self, images: Float[Tensor, "*view batch channel height width"]) -> Outputs:
         """Run the method on normalised images."""
@@ -60,13 +48,12 @@ class TrainingForward:
                 return outputs
             copies: dict[int, Tensor] = {}
             for group in self._groups:
-                copies |= zip(map(id, group), _Cast.apply(self._dtype, self._aside, *group), strict=True)
+                copies |= zip(map(id, group), _Cast.apply(*group), strict=True)
             # Kept until the next pass: branches read them on their own streams in the backward pass, and memory that
             # is freed meanwhile would be this stream's to write to at once.
             self._kept = [copy.detach() for copy in copies.values()]
             named = {name: copies[id(weight)] for name, weight in self._weights.items()}
-            with self._aside.of(copies.values()) if self._aside else contextlib.nullcontext():
-                called: Outputs = functional_call(self.method, named, (images,), tie_weights=False)
+            called: Outputs = functional_call(self.method, named, (images,), tie_weights=False)
             return called
 
     @contextlib.contextmanager
@@ -111,30 +98,22 @@ def _grouped(weights: Iterable[nn.Parameter], groups: Iterable[Iterable[nn.Param
 
 
 class _Cast(torch.autograd.Function):
-    """Cast tensors in one launch, and their gradients in another one, once those that are computed aside are there."""
+    """Cast float32 tensors to bf16 in one launch, and their gradients back in another one."""
 
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, aside: WeightGradients | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.dtypes, ctx.aside = [each.dtype for each in tensors], aside
-        return _cast(tensors, [dtype] * len(tensors))
+        return _cast(tensors, torch.bfloat16)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        if ctx.aside is not None:
-            ctx.aside.join()
-        there = [index for index, gradient in enumerate(gradients) if gradient is not None]
-        cast = _cast([gradients[index] for index in there], [ctx.dtypes[index] for index in there])  # type: ignore[misc]
-        passed: list[Tensor | None] = [None] * len(gradients)
-        for index, gradient in zip(there, cast, strict=True):
-            passed[index] = gradient
-        return (None, None, *passed)
+        there = [gradient for gradient in gradients if gradient is not None]
+        cast = iter(_cast(there, torch.float32) if there else ())
+        return tuple(None if gradient is None else next(cast) for gradient in gradients)
 
 
-def _cast(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
-    if all(each.dtype == dtype for each, dtype in zip(tensors, dtypes, strict=True)):
-        return tuple(each.detach() for each in tensors)  # no view: that changes strides of axes of one, and so layouts
-    copies = [torch.empty_like(each, dtype=dtype) for each, dtype in zip(tensors, dtypes, strict=True)]
+def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    copies = [torch.empty_like(each, dtype=dtype) for each in tensors]
     torch._foreach_copy_(copies, list(tensors))
     return tuple(copies)

@@ -4,47 +4,13 @@ All of them average over the batch, return nats and compute in float32 at least,
 have axes before the batch, these are the losses of several heads at once, which costs as many launches as one.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class LossKernels:
-    """Another implementation of the losses that nearly all methods have; see `computed_by`.
-
-    Attributes:
-        takes: Says whether it computes the losses of such tensors.
-        cross_entropy: As the function of that name.
-        soft_target_kl: As the function of that name.
-    """
-
-    takes: Callable[..., bool]
-    cross_entropy: Callable[[Tensor, Tensor], Tensor]
-    soft_target_kl: Callable[[Tensor, Tensor, float, bool, float], Tensor]
-
-
-_kernels: ContextVar[LossKernels | None] = ContextVar("loss kernels", default=None)
-
-
-@contextlib.contextmanager
-def computed_by(kernels: LossKernels | None) -> Iterator[None]:
-    """Let `cross_entropy` and `soft_target_kl` be computed by kernels within this block; None: by stock PyTorch.
-
-    What the kernels do not take is computed by stock PyTorch.
-    """
-    before = _kernels.set(kernels)
-    try:
-        yield
-    finally:
-        _kernels.reset(before)
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
@@ -74,9 +40,6 @@ def cross_entropy(logits: Float[Tensor, "*head batch class"], labels: Int[Tensor
 
     Source: MFEF (ICANN 2022), Eq. (2); as in all cited code the sum over images there is a mean here.
     """
-    kernels = _kernels.get()
-    if kernels is not None and kernels.takes(logits):
-        return kernels.cross_entropy(logits, labels)
     log_probabilities = F.log_softmax(at_least_float32(logits), dim=-1)
     return -log_probabilities.gather(-1, labels.expand(logits.shape[:-1]).unsqueeze(-1)).squeeze(-1).mean(dim=-1)
 
@@ -102,9 +65,6 @@ def soft_target_kl(
     Source: Hinton et al., arXiv 1503.02531; MFEF (ICANN 2022), Eqs. (3) and (11).
     Differs: epsilon is 0 by default; 1e-7 changes the value by less than 1e-5.
     """
-    kernels = _kernels.get()
-    if kernels is not None and kernels.takes(logits, target_logits):
-        return kernels.soft_target_kl(logits, target_logits, temperature, detach, epsilon)
     target_logits = at_least_float32(target_logits.detach() if detach else target_logits)
     log_probabilities = F.log_softmax(at_least_float32(logits) / temperature, dim=-1)
     log_targets = F.log_softmax(target_logits / temperature, dim=-1)

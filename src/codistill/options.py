@@ -42,7 +42,7 @@ class ResumeOptions:
     data_dir: str | None = None
     """Where the data set is now, if not where it was."""
     override: tuple[str, ...] = ()
-    """New values of settings that do not belong to the experiment: device=cpu threads=1 overlap=off
+    """New values of settings that do not belong to the experiment: device=cpu threads=1
     data_dir=FOLDER."""
     max_restarts: int = MAX_RESTARTS
     """How often all processes of a run on several start again from the last checkpoint because one was lost."""

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from codistill.data.dataset import Dataset, Split, dataset
 from codistill.device import set_up_gpu
 from codistill.distributed import ALONE, Ranks
 from codistill.errors import ResourceError, UsageError
+from codistill.execution import choose_execution
 from codistill.follower import Follower
 from codistill.host import set_up_cpu
 from codistill.loop import Loop
@@ -29,7 +29,6 @@ from codistill.saving import Saver
 from codistill.step import PlainStep
 from codistill.summary import network_names, write_summary_of_failure
 from codistill.teacher import Taught, load_teacher
-from codistill.tuning import choose_execution
 
 
 def split_training(data: Dataset, settings: TrainSettings) -> tuple[Split, Split | None]:
@@ -196,10 +195,8 @@ def prepared(
     augmentation = settings.augmentation(data)
     training, validation = split_training(data, settings)
     check_shapes(method, data)
-    batch = Split(training.images[: settings.batch_size], training.labels[: settings.batch_size])
-    few = functools.partial(DeviceImages, batch, data.statistics, device)
     steps = settings.epochs * math.ceil(len(training) / settings.batch_size)
-    execution = choose_execution(method, config, few, augmentation, device, runs, steps)
+    execution = choose_execution(settings, device, runs, steps)
     execution.prepare(method, device, settings.deterministic)
     config = placed(config, data)
     run, lock = taken(run, out, run_record(config, data, device), method, data, ranks)

@@ -31,7 +31,7 @@ def resume(
         path: The run folder.
         data_dir: Where the data set is now, if not where it was.
         show: Whether to print progress and the final table.
-        override: New values of settings that do not belong to the experiment: data_dir, device, threads, overlap.
+        override: New values of settings that do not belong to the experiment: data_dir, device, threads.
         max_restarts: How often the processes of a run on several start again because one was lost.
 
     Raises:

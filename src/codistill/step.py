@@ -1,6 +1,6 @@
 """One training step: plain PyTorch, and the same captured as a CUDA graph, for one run or several at once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -12,14 +12,12 @@ from codistill.distributed import ALONE, Ranks
 from codistill.errors import UsageError
 from codistill.execution import PLAIN, Execution
 from codistill.forward import TrainingForward
-from codistill.kernels import losses_of
 from codistill.methods import Method
 from codistill.metrics import TermSums
 from codistill.notices import warn
 from codistill.watch import GRADIENT, FiniteWatch, norms, parameter_names
 
 WARM_UP_STEPS = 3
-Augmented = Callable[[DeviceImages, Batch, Augmentation], tuple[Tensor, Tensor]]
 
 
 class PlainStep:
@@ -33,7 +31,7 @@ class PlainStep:
         precision: float32, or bf16 for autocast in the forward pass; losses are computed in float32 in any case.
         ranks: The processes that share the run. Each gets the whole batch, works on its part, and ends with the
             gradients and terms of the whole batch; batch statistics are those of its part.
-        execution: How the method was prepared to compute, and how images are augmented; overlap is for captured steps.
+        execution: How the method was prepared to compute; overlap is for captured steps.
     """
 
     def __init__(
@@ -50,13 +48,7 @@ class PlainStep:
         self.execution = execution
         self.images = images
         self.augmentation = augmentation
-        self.augmented: Augmented = DeviceImages.augmented
-        if execution.kernels == "fused":
-            from codistill.kernels.augment import augmented
-
-            self.augmented = augmented
-        else:
-            images.crops(augmentation)  # here and not on the stream of whichever run comes first
+        images.crops(augmentation)  # here and not on the stream of whichever run comes first
         self.optimizer = optimizer
         self.forward = TrainingForward(method, precision)
         self.ranks = ranks
@@ -70,7 +62,7 @@ class PlainStep:
         batch = self.ranks.part(batch)
         own = batch.image.shape[-1]
         flat = Batch(*(table.flatten() for table in batch))
-        images, labels = self.augmented(self.images, flat, self.augmentation)
+        images, labels = self.images.augmented(flat, self.augmentation)
         images, labels = images.reshape(*batch.image.shape, *images.shape[1:]), labels[:own]
         turns: Sequence[Sequence[Tensor] | None] = self.method.turns() or [None]
         names: list[str] = []
@@ -91,18 +83,14 @@ class PlainStep:
         self.watch.update([*terms, *names], torch.stack([term.detach().float() for term in terms.values()] + sizes))
 
     def overlap(self) -> None:
-        """Let parts of a step run at the same time from now on, on streams of their own; for one that is captured."""
-        device = self.images.labels.device
+        """Let the branches run at the same time from now on, on streams of their own; for a step that is captured."""
         if self.method.parallel_branches:
-            self.method.cohort.run_branches_on_streams(device)
-        if not self.execution.compiled:  # which has its own backward passes
-            self.forward.weight_gradients_aside(device)
+            self.method.cohort.run_branches_on_streams(self.images.labels.device)
 
     def terms(self, images: Tensor, labels: Tensor, progress: Tensor) -> dict[str, Tensor]:
         """Run the method and compute its losses."""
         outputs = self.forward(images)
-        with losses_of(self.execution.kernels):
-            return self.method.losses(outputs, labels, progress)
+        return self.method.losses(outputs, labels, progress)
 
 
 class CapturedFleet:

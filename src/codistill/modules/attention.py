@@ -1,29 +1,10 @@
 """Dual attention: channel attention, then spatial attention; MFEF's second component."""
 
-from typing import Protocol
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from codistill.errors import UsageError
-
-
-class Attend(Protocol):
-    """What computes dual attention with a module's layers; see `attended`, the one of stock layers."""
-
-    def __call__(
-        self, feature_map: Float[Tensor, "batch channel height width"], attention: "DualAttention"
-    ) -> Float[Tensor, "batch channel height width"]:
-        """Compute it."""
-
-
-def attended(
-    feature_map: Float[Tensor, "batch channel height width"], attention: "DualAttention"
-) -> Float[Tensor, "batch channel height width"]:
-    """Weight a map's channels, then its places."""
-    weighted = attention.channel_weights(feature_map) * feature_map
-    return attention.spatial_weights(weighted) * weighted
 
 
 class DualAttention(nn.Module):
@@ -42,9 +23,6 @@ class DualAttention(nn.Module):
         bias: Whether the two layers of W have biases.
         norm: Whether batch normalisation follows the spatial convolution.
 
-    Attributes:
-        attend: Computes the forward pass; `kernels.use_fused` puts another one here.
-
     Raises:
         UsageError: A reduction below 1, or an even kernel.
 
@@ -57,8 +35,6 @@ class DualAttention(nn.Module):
     Differs: Eq. (5) is printed with unbalanced brackets and read as above, as in CBAM. CBAM's code has biases in W
         and batch normalisation in the spatial part; both are off by default.
     """
-
-    attend: Attend = staticmethod(attended)
 
     def __init__(
         self, channels: int, reduction: int = 16, kernel_size: int = 7, bias: bool = False, norm: bool = False
@@ -99,4 +75,5 @@ class DualAttention(nn.Module):
         self, feature_map: Float[Tensor, "batch channel height width"]
     ) -> Float[Tensor, "batch channel height width"]:
         """Give the weighted map, of the same shape."""
-        return self.attend(feature_map, self)
+        weighted = self.channel_weights(feature_map) * feature_map
+        return self.spatial_weights(weighted) * weighted

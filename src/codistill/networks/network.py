@@ -45,7 +45,7 @@ class Layers(nn.Sequential):
     """Layers in turn, where batch normalisation, the addition of a shortcut and ReLU are one operation.
 
     Attributes:
-        normalise: Computes that operation in all `Layers`; `kernels.use_fused` puts another one here.
+        normalise: Computes that operation in all `Layers`; see `normalised`.
     """
 
     normalise: Normalise = staticmethod(normalised)
