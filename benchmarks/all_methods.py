@@ -16,13 +16,13 @@ from pathlib import Path
 
 import tyro
 
-from codistill.config import RunConfig, TeacherSettings, TrainSettings, default_config
-from codistill.errors import DivergedError
-from codistill.fleet import train_fleet
+from codistill.core.errors import DivergedError
 from codistill.methods import METHODS
-from codistill.resume import resume_together
-from codistill.run import Run
-from codistill.train import train_from_config
+from codistill.runs.run import Run
+from codistill.settings.config import RunConfig, TeacherSettings, TrainSettings, default_config
+from codistill.training.fleet import train_fleet
+from codistill.training.resume import resume_together
+from codistill.training.train import train_from_config
 
 STUDENTS = {"okddip": 3, "byot": 1}
 

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import torch
 
-from codistill.bench_measurement import synchronise
-from codistill.device import choose_device
-from codistill.record import environment
+from codistill.bench.measurement import synchronise
+from codistill.core.device import choose_device
+from codistill.runs.metadata import environment
 
 LINES_OF_A_FAILURE = 5
 

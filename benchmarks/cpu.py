@@ -23,12 +23,12 @@ import codistill  # noqa: F401  # isort: skip
 import torch
 import tyro
 
-from codistill.bench_loop import CLASSES, SIDE, plain_loop, resident_loop
-from codistill.bench_measurement import Contestant, ratio, rounds_in_turn, timed
-from codistill.config import RunConfig, TrainSettings, default_config
+from codistill.bench.loops import CLASSES, SIDE, plain_loop, resident_loop
+from codistill.bench.measurement import Contestant, ratio, rounds_in_turn, timed
 from codistill.methods import Method
-from codistill.record import environment
-from codistill.run import build_method
+from codistill.runs.metadata import environment
+from codistill.settings.build import build_method
+from codistill.settings.config import RunConfig, TrainSettings, default_config
 
 # What torch does by default is libgomp's own count, which it uses where nothing is set. A tunable with its default
 # value leaves the C library as it is, and keeps codistill from changing how it gives memory back.
@@ -60,7 +60,7 @@ class Options:
 
 
 def config_of(options: Options) -> RunConfig:
-    train = TrainSettings(batch_size=options.batch_size, device="cpu")
+    train = TrainSettings(batch_size=options.batch_size)
     return replace(default_config("mfef"), networks=(options.network, options.network), train=train)
 
 

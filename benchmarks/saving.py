@@ -25,14 +25,15 @@ from unittest import mock
 import codistill as cd  # isort: skip
 import torch
 
-from codistill.config import default_config
-from codistill.epochs import completed, heed
-from codistill.loop import Loop
-from codistill.prepare import build_taught, load_named_data, prepared
-from codistill.record import environment
-from codistill.saving import Saver
-from codistill.signals import Pending
-from codistill.step import make_fleet
+from codistill.core.signals import Pending
+from codistill.runs.metadata import environment
+from codistill.runs.saving import Saver
+from codistill.settings.build import load_named_data
+from codistill.settings.config import default_config
+from codistill.training.capture import make_fleet
+from codistill.training.loop import completed, heed
+from codistill.training.prepare import build_taught, prepared
+from codistill.training.trainer import Loop
 
 
 @contextlib.contextmanager

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 
 import codistill as cd
-from codistill.cli import main as command
-from codistill.record import environment
-from codistill.verify import end_state
+from codistill.cli.main import main as command
+from codistill.runs.metadata import environment
+from codistill.training.verify import end_state
 
 SOFT = (signal.SIGTERM, signal.SIGINT)
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import codistill as cd
-from codistill import commands, loop
-from codistill.config import RunConfig
+from codistill.cli import commands
 from codistill.networks import Network, PooledLinear
-from codistill.networks.network import conv_bn, initialise
+from codistill.networks.layers import conv_bn, initialise
+from codistill.settings.config import RunConfig
+from codistill.training import trainer as loop
 
 from . import tiny
 from .pretended_gpu import pretended
@@ -79,7 +80,7 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> cd.Run:
     names = tuple(f"digit {name}" for name in whole.class_names)
     few = cd.Dataset("digits", tiny.first(whole.train, 64), tiny.first(whole.test, 40), names)
     data = cd.dataset("packed", tiny.write_npz(folder / "few.npz", few))
-    settings = cd.TrainSettings(epochs=1, batch_size=8, learning_rate=0.02, flip=False, threads=1)
+    settings = cd.TrainSettings(epochs=1, batch_size=8, learning_rate=0.02, flip=False)
     torch.manual_seed(0)
     method = cd.MFEF([cd.network("resnet20", 10), cd.network("resnet20", 10)], num_classes=10)
     cd.train(method, data, out=folder / "run", settings=settings, show=False)
@@ -93,7 +94,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunConfig]:
     def parse(*arguments: str) -> RunConfig:
         seen: list[RunConfig] = []
         # By its full name, for `codistill.train` is the function.
-        module = importlib.import_module("codistill.train")
+        module = importlib.import_module("codistill.training.train")
         monkeypatch.setattr(module, "train_from_config", lambda config, *_, **__: seen.append(config))
         commands.train_command([*arguments])
         return seen[0]

@@ -11,8 +11,8 @@ import onnxruntime
 import pytest
 
 import codistill as cd
-from codistill import console
-from codistill.classifier import load_classifier
+from codistill.core import console
+from codistill.deploy.classifier import load_classifier
 
 from . import tiny
 

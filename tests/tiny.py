@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import codistill as cd
 from codistill.networks import NETWORKS, Network, PooledLinear
-from codistill.networks.network import conv_bn, initialise
+from codistill.networks.layers import conv_bn, initialise
 
 from .pretended_gpu.device import waits_for_host
 
@@ -60,7 +60,7 @@ def data(train: int = 24, test: int = 9, size: tuple[int, int] = (8, 8), name: s
 
 
 def settings(**changes: Any) -> cd.TrainSettings:
-    return cd.TrainSettings(**({"epochs": 2, "batch_size": 8, "learning_rate": 0.05, "threads": 1} | changes))
+    return cd.TrainSettings(**({"epochs": 2, "batch_size": 8, "learning_rate": 0.05} | changes))
 
 
 def write_npz(path: Path, whole: cd.Dataset) -> Path:

@@ -16,7 +16,6 @@ import os
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
 
-from codistill.config import TrainSettings
 from codistill.data import DATASETS, Dataset, Split, dataset
 from codistill.methods import METHODS, Method
 from codistill.methods.byot import BYOT
@@ -31,11 +30,12 @@ from codistill.methods.okddip import OKDDip
 from codistill.methods.one import ONE
 from codistill.methods.pcl import PCL
 from codistill.methods.rocket import Rocket
+from codistill.methods.teacher import Taught
 from codistill.networks import NETWORKS, Network, network
-from codistill.record import VERSION as __version__
-from codistill.run import Run
-from codistill.teacher import Taught
-from codistill.train import train
+from codistill.runs.metadata import VERSION as __version__
+from codistill.runs.run import Run
+from codistill.settings.config import ExecutionSettings, TrainSettings
+from codistill.training.train import train
 
 __all__ = [
     "BYOT",
@@ -51,6 +51,7 @@ __all__ = [
     "ONE",
     "PCL",
     "Dataset",
+    "ExecutionSettings",
     "Independent",
     "Method",
     "Network",

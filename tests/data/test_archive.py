@@ -5,8 +5,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from codistill.core.errors import DataError
 from codistill.data.archive import members
-from codistill.errors import DataError
 
 from .writers import listing, tar_gz, tar_info, write_archive
 

@@ -3,9 +3,9 @@ import logging
 import numpy as np
 import pytest
 
+from codistill.core.errors import DataError
 from codistill.data import cache
 from codistill.data.cache import cached
-from codistill.errors import DataError
 
 ARRAYS = {"a": np.arange(600, dtype=np.uint8).reshape(2, 300), "b": np.arange(4)}
 

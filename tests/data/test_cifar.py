@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from codistill.core.errors import DataError
 from codistill.data import cifar, dataset
 from codistill.data.cifar_releases import CIFAR10, CIFAR100
-from codistill.errors import DataError
 
 from .writers import (
     cifar_binary,

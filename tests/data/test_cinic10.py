@@ -3,8 +3,8 @@ import os
 import numpy as np
 import pytest
 
+from codistill.core.errors import DataError
 from codistill.data import cinic10, dataset
-from codistill.errors import DataError
 
 from .writers import CINIC_CLASSES, cinic_files, encode, listing, write_archive, write_folder
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from codistill.core.errors import DataError, UsageError
 from codistill.data import DATASETS, dataset
-from codistill.errors import DataError, UsageError
 
 from .writers import (
     cifar_binary,

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from codistill.core.errors import DataError, UsageError
+from codistill.core.registry import parse_spec
 from codistill.data import DATASETS, Dataset, Split, dataset
 from codistill.data.dataset import check_split
-from codistill.errors import DataError, UsageError
-from codistill.registry import parse_spec
 
 from .. import tiny
 

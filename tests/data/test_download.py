@@ -4,8 +4,8 @@ import threading
 import pytest
 from rich.console import Console
 
+from codistill.core.errors import DataError, ResourceError, UsageError
 from codistill.data.download import fetch
-from codistill.errors import DataError, ResourceError, UsageError
 
 from .writers import sha256
 

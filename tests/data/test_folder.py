@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
+from codistill.core.errors import DataError, UsageError
 from codistill.data import dataset
 from codistill.data.images import open_image
-from codistill.errors import DataError, UsageError
 
 from .writers import encode, image_folder_files, write_folder
 

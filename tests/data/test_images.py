@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from codistill.core.errors import DataError
 from codistill.data.images import decode_image, open_image
-from codistill.errors import DataError
 
 from .writers import encode
 

@@ -4,8 +4,8 @@ import zipfile
 import numpy as np
 import pytest
 
+from codistill.core.errors import DataError
 from codistill.data import dataset
-from codistill.errors import DataError
 
 from .writers import listing, random_arrays, write_npz
 

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from codistill.core.errors import DataError
 from codistill.data import unpickle
 from codistill.data.unpickle import read_pickle
-from codistill.errors import DataError
 
 from .writers import python2_pickle
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from codistill import loop
+from codistill.training import trainer as loop
 
 from .. import tiny
 from .running import arguments, end_state, run_here

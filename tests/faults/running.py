@@ -14,7 +14,7 @@ import pytest
 
 import codistill as cd
 from codistill.cli import main
-from codistill.step import PlainStep
+from codistill.training.step import PlainStep
 
 from .. import tiny
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from codistill.cli import main
-from codistill.config import RunConfig, TeacherSettings, TrainSettings
 from codistill.methods import METHODS
+from codistill.settings.config import RunConfig, TeacherSettings, TrainSettings
 
 from .. import tiny
 from .asserting import refused

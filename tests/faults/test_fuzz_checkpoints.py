@@ -13,8 +13,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from codistill.checkpoint import CheckpointStore
-from codistill.errors import CheckpointError
+from codistill.core.errors import CheckpointError
+from codistill.runs.checkpoint import CheckpointStore
 
 from .. import tiny
 from .fuzzing import budget, mutations

@@ -24,12 +24,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from codistill.core.errors import DataError
 from codistill.data import dataset
 from codistill.data.archive import members
 from codistill.data.cifar_files import decode_batch, decode_lines, decode_meta, decode_records
 from codistill.data.images import decode_image
 from codistill.data.unpickle import _STAND_INS
-from codistill.errors import DataError
 
 from ..data.writers import encode, planes, python2_pickle, random_arrays, records, tar_info
 from .fuzzing import budget

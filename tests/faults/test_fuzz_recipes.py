@@ -9,11 +9,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import codistill as cd
-from codistill.config import RunConfig
-from codistill.errors import CheckpointError, UsageError
-from codistill.flags import parse_config
+from codistill.cli.flags import parse_config
+from codistill.core.errors import CheckpointError, UsageError
 from codistill.methods import METHODS
-from codistill.recipe import read_recipe
+from codistill.settings.config import RunConfig
+from codistill.settings.recipe import read_recipe
 
 from .. import tiny
 from .fuzzing import budget, mutations

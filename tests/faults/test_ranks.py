@@ -11,9 +11,10 @@ import pytest
 
 import codistill as cd
 from codistill.cli import main
-from codistill.verify import same_bits, scores, tensors
+from codistill.training.verify import same_bits, scores, tensors
 
-from .. import rank_program, tiny
+from .. import tiny
+from ..training import rank_program
 
 
 @pytest.fixture(scope="module")

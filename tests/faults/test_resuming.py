@@ -17,7 +17,7 @@ import torch
 
 import codistill as cd
 from codistill.cli import main
-from codistill.step import PlainStep
+from codistill.training.step import PlainStep
 
 from .. import tiny
 from .asserting import refused

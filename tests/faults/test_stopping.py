@@ -14,10 +14,11 @@ import pytest
 import torch
 
 import codistill as cd
-from codistill import checkpoint, evaluate
 from codistill.cli import main
 from codistill.data.augment import DeviceImages
-from codistill.step import PlainStep
+from codistill.evaluation import evaluation as evaluate
+from codistill.runs import checkpoint
+from codistill.training.step import PlainStep
 
 from .asserting import refused
 from .running import EPOCHS, STEPS, arguments, at_step, end_state, in_child, kill_at_step, run_here

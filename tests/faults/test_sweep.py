@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import codistill as cd
-from codistill.config import RunConfig
-from codistill.sweep_plan import read_spec
-from codistill.train import train_from_config
+from codistill.settings.config import RunConfig
+from codistill.sweeps.spec import read_spec
+from codistill.training.train import train_from_config
 
 from .. import tiny
 

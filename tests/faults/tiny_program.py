@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from codistill import loop
-from codistill.checkpoint import CheckpointStore
 from codistill.cli import main
+from codistill.runs.checkpoint import CheckpointStore
+from codistill.training import trainer as loop
 
 from .. import tiny
 

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from codistill.errors import UsageError
+from codistill.core.errors import UsageError
 from codistill.methods.byot import BYOT, BYOTSettings, Exit
 from codistill.networks import Network, PooledLinear, network
-from codistill.networks.network import conv_bn, initialise, parameter_count
+from codistill.networks.layers import conv_bn, initialise
+from codistill.networks.network import parameter_count
 
 from . import slow
 

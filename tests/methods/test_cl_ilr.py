@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from codistill.cohort import Outputs
-from codistill.errors import UsageError
+from codistill.core.errors import UsageError
 from codistill.methods.cl_ilr import CLILR, CLILRSettings, scale_gradient
+from codistill.methods.cohort import Outputs
 
 from .slow import assert_step_agrees, ce, disturb_norms, kl, probabilities, ramp, reached, run_students
 

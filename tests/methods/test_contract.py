@@ -11,9 +11,9 @@ from jaxtyping import TypeCheckError
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from codistill.core.errors import UsageError
 from codistill.data.augment import DeviceImages
-from codistill.errors import UsageError
-from codistill.evaluate import Evaluation
+from codistill.evaluation.evaluation import Evaluation
 from codistill.methods import METHODS, Method, MethodSettings
 from codistill.networks import Network
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from codistill.cohort import Outputs
+from codistill.core.errors import UsageError
 from codistill.data.augment import Augmentation, DeviceImages, epoch_plan
-from codistill.errors import UsageError
+from codistill.methods.cohort import Outputs
 from codistill.methods.dml import DML, DMLSettings
-from codistill.optim import make_optimizer
-from codistill.step import PlainStep
+from codistill.training.optim import make_optimizer
+from codistill.training.step import PlainStep
 
 from .. import tiny
 from . import slow

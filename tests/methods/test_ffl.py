@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from codistill.errors import UsageError
-from codistill.losses import mixture_logits, soft_target_kl
+from codistill.core.errors import UsageError
 from codistill.methods.ffl import FFL, FusionSettings
+from codistill.methods.losses import mixture_logits, soft_target_kl
 from codistill.networks import network
 from codistill.networks.network import parameter_count
 

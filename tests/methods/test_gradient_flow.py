@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import codistill as cd
 from codistill.methods import METHODS, Method, MethodSettings
 from codistill.networks import Network, PooledLinear
-from codistill.networks.network import conv_bn, initialise
+from codistill.networks.layers import conv_bn, initialise
 
 TABLE = tomllib.loads((Path(__file__).parents[2] / "docs" / "gradient-flow.toml").read_text())
 NAMES = list(METHODS)

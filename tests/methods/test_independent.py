@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from codistill.methods.independent import Independent, IndependentSettings, cross_entropy_terms
+from codistill.methods.independent import Independent, IndependentSettings
+from codistill.methods.terms import cross_entropy_terms
 from codistill.networks.network import parameter_count
 
 

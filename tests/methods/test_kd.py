@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from codistill.cohort import Outputs
-from codistill.config import TeacherSettings
-from codistill.errors import UsageError
+from codistill.core.errors import UsageError
+from codistill.methods.cohort import Outputs
 from codistill.methods.kd import KD, KDSettings
-from codistill.teacher import Taught
+from codistill.methods.teacher import Taught
+from codistill.settings.config import TeacherSettings
 
 START = torch.tensor(0.0)
 # Three classes, the label is 0.

@@ -13,9 +13,9 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 import codistill as cd
-from codistill.cohort import Outputs
+from codistill.core.errors import UsageError
 from codistill.data.augment import Augmentation, DeviceImages, epoch_plan
-from codistill.errors import UsageError
+from codistill.methods.cohort import Outputs
 from codistill.methods.kdcl import (
     KDCL,
     ErrorWeights,
@@ -25,8 +25,8 @@ from codistill.methods.kdcl import (
     minlogit_target,
     naive_target,
 )
-from codistill.optim import make_optimizer
-from codistill.step import PlainStep
+from codistill.training.optim import make_optimizer
+from codistill.training.step import PlainStep
 
 from .. import tiny
 from . import slow

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import TypeCheckError
 from torch import Tensor, nn
 
-from codistill.errors import UsageError
+from codistill.core.errors import UsageError
 from codistill.methods.independent import Independent
 from codistill.methods.mfef import MFEF, MFEFSettings
 from codistill.modules import DualAttention, FeatureFusion, MultiScaleExtraction

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from codistill.cohort import Outputs
-from codistill.errors import UsageError
-from codistill.losses import mean_logits
+from codistill.core.errors import UsageError
+from codistill.methods.cohort import Outputs
+from codistill.methods.losses import mean_logits
 from codistill.methods.okddip import OKDDip, OKDDipSettings, PeerAttention
 from codistill.networks import network
 from codistill.networks.network import parameter_count

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from codistill.cohort import Outputs
-from codistill.errors import UsageError
+from codistill.core.errors import UsageError
+from codistill.methods.cohort import Outputs
 from codistill.methods.one import ONE, GatedPredictor, ONESettings
 from codistill.networks import network
 from codistill.networks.network import parameter_count

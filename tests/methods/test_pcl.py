@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from codistill.cohort import Outputs
-from codistill.errors import UsageError
-from codistill.losses import soft_target_kl
+from codistill.core.errors import UsageError
+from codistill.methods.cohort import Outputs
+from codistill.methods.losses import soft_target_kl
 from codistill.methods.pcl import PCL, PCLSettings
 from codistill.networks.network import parameter_count
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from codistill.cohort import Outputs
-from codistill.errors import UsageError
+from codistill.core.errors import UsageError
+from codistill.methods.cohort import Outputs
 from codistill.methods.rocket import Rocket, RocketSettings
 from codistill.networks import Network, PooledLinear
-from codistill.networks.network import conv_bn, parameter_count
+from codistill.networks.layers import conv_bn
+from codistill.networks.network import parameter_count
 
 from . import slow
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from codistill.errors import UsageError
+from codistill.core.errors import UsageError
 from codistill.methods import METHODS
 from codistill.networks import network
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from codistill.errors import UsageError
+from codistill.core.errors import UsageError
 from codistill.modules import DualAttention
 from codistill.networks.network import parameter_count
 

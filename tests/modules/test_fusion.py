@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from codistill.errors import UsageError
+from codistill.core.errors import UsageError
 from codistill.modules import FeatureFusion
 from codistill.modules.fusion import convolutional_regressor
 from codistill.networks.network import parameter_count

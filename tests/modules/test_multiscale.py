@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from codistill.errors import UsageError
+from codistill.core.errors import UsageError
 from codistill.modules import MultiScaleExtraction
 from codistill.modules.multiscale import group_widths
 from codistill.networks.network import parameter_count

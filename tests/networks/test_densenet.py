@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from codistill.cohort import Cohort
-from codistill.errors import UsageError
+from codistill.core.errors import UsageError
+from codistill.methods.cohort import Cohort
 from codistill.networks import network
 from codistill.networks.densenet import DenseLayer
 from codistill.networks.network import parameter_count, probe_shapes

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from codistill.errors import UsageError
+from codistill.core.errors import UsageError
 from codistill.networks import NETWORKS, Network, PooledLinear, network
-from codistill.networks.network import conv, conv_bn, initialise, probe_shapes
+from codistill.networks.layers import conv, conv_bn, initialise
+from codistill.networks.network import probe_shapes
 
 
 def test_options_by_keyword_join_the_spec_and_win():

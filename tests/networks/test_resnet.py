@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from codistill.cohort import Cohort
-from codistill.errors import UsageError
+from codistill.core.errors import UsageError
+from codistill.methods.cohort import Cohort
 from codistill.networks import network
 from codistill.networks.network import parameter_count, probe_shapes
 from codistill.networks.resnet import BasicBlock, PaddedShortcut

@@ -1,4 +1,4 @@
-from codistill.cohort import Cohort
+from codistill.methods.cohort import Cohort
 from codistill.networks.network import parameter_count, probe_shapes
 
 

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from codistill.cohort import Cohort
+from codistill.methods.cohort import Cohort
 from codistill.networks import network
 from codistill.networks.network import parameter_count, probe_shapes
 from codistill.networks.wide_resnet import PreActivationBlock

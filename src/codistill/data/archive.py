@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Self
 
+from codistill.core.errors import DataError
 from codistill.data.reading import reading
-from codistill.errors import DataError
 
 HEADER_LIMIT = 1 << 20  # bytes of one member's headers; long names and PAX records need some hundred
 

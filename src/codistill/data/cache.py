@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from codistill.core.errors import CodistillError, DataError
 from codistill.data.reading import reading, reason
-from codistill.errors import CodistillError, DataError
 
 FORMAT = 1
 Arrays = dict[str, npt.NDArray[Any]]

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 
+from codistill.core.errors import DataError
 from codistill.data.archive import members
 from codistill.data.cifar_releases import CIFAR10, CIFAR100, HOST, Release
 from codistill.data.dataset import DATASETS, Dataset, Split, check_split
 from codistill.data.download import fetch
 from codistill.data.reading import check_digest, check_file, read_file, reading
-from codistill.errors import DataError
 
 TRAIN_IMAGES = 50_000
 TEST_IMAGES = 10_000

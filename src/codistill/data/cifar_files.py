@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from codistill.core.errors import DataError
 from codistill.data.dataset import Labels, Pixels
 from codistill.data.unpickle import read_pickle
-from codistill.errors import DataError
 
 IMAGE_BYTES = 3 * 32 * 32
 NAMES_LIMIT = 1 << 16  # bytes of a file with class names

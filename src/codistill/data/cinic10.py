@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 
+from codistill.core.errors import DataError
 from codistill.data.cache import Arrays, cached
 from codistill.data.cinic10_files import (
     CLASSES,
@@ -22,7 +23,6 @@ from codistill.data.dataset import DATASETS, Dataset, Pixels, Split
 from codistill.data.images import decode_image
 from codistill.data.progress import track
 from codistill.data.reading import check_file, read_file
-from codistill.errors import DataError
 
 IMAGES_PER_CLASS = 9_000  # in each part
 SIZE = (32, 32)  # pixels

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from codistill.core.errors import DataError
 from codistill.data.archive import members
 from codistill.data.reading import reading
-from codistill.errors import DataError
 
 PARTS = ("train", "valid", "test")
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

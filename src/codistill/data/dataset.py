@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from codistill.errors import DataError, UsageError
-from codistill.registry import Registry, checked_options, parse_spec, write_spec
+from codistill.core.errors import DataError, UsageError
+from codistill.core.registry import Registry, checked_options, parse_spec, write_spec
 
 DATASETS: Registry[Callable[..., "Dataset"]] = Registry("data set", "codistill.data")
 

@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from codistill.core.errors import DataError, ResourceError, UsageError
 from codistill.data.reading import check_file, reason
-from codistill.errors import DataError, ResourceError, UsageError
 
 if sys.platform != "win32":
     import fcntl

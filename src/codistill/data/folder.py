@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from codistill.core.errors import DataError, ResourceError, UsageError
 from codistill.data.dataset import DATASETS, Dataset, Pixels, Split, size_of
 from codistill.data.images import SUFFIXES, open_image
 from codistill.data.progress import track
 from codistill.data.reading import reading
-from codistill.errors import DataError, ResourceError, UsageError
 
 LAYOUT = "images belong in train/<class>/ and test/<class>/"
 

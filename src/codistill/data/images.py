@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from codistill.core.errors import DataError
 from codistill.data.dataset import Pixels
 from codistill.data.reading import read_file, reading
-from codistill.errors import DataError
 
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib import format as npy
 
+from codistill.core.errors import DataError
 from codistill.data.dataset import DATASETS, Dataset, Split, check_split
 from codistill.data.reading import reading
-from codistill.errors import DataError
 
 NEEDED = ("train_images", "train_labels", "test_images", "test_labels")
 SMALL = 64 << 20  # bytes that any array may unpack to

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from codistill.errors import CodistillError, DataError, ResourceError
+from codistill.core.errors import CodistillError, DataError, ResourceError
 
 
 @contextmanager

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from codistill.core.errors import DataError
 from codistill.data.reading import reading
-from codistill.errors import DataError
 
 # Integer types only: pixels and labels.
 _DTYPES = {"u1", "i1", "i2", "i4", "i8"}

@@ -8,14 +8,16 @@ from typing import Literal
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from codistill.cohort import Outputs
-from codistill.errors import UsageError
-from codistill.losses import at_least_float32, cross_entropy, soft_cross_entropy, squared_distance
-from codistill.methods.independent import IndependentSettings, cross_entropy_terms
+from codistill.core.errors import UsageError
+from codistill.methods.cohort import Outputs
+from codistill.methods.independent import IndependentSettings
+from codistill.methods.losses import at_least_float32, cross_entropy, soft_cross_entropy, squared_distance
 from codistill.methods.method import METHODS, Method
+from codistill.methods.terms import cross_entropy_terms
 from codistill.modules.fusion import MapShape
 from codistill.networks import Network, PooledLinear
-from codistill.networks.network import initialise, probe_shapes
+from codistill.networks.layers import initialise
+from codistill.networks.network import probe_shapes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,12 +7,11 @@ from typing import Literal
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from codistill.cohort import Outputs
-from codistill.errors import UsageError
-from codistill.losses import mean_logits
-from codistill.methods.distillation import DistillationSettings, ramped_kl
-from codistill.methods.independent import cross_entropy_terms
+from codistill.core.errors import UsageError
+from codistill.methods.cohort import Outputs
+from codistill.methods.losses import mean_logits
 from codistill.methods.method import METHODS, Method
+from codistill.methods.terms import DistillationSettings, cross_entropy_terms, ramped_kl
 from codistill.networks import Network
 
 

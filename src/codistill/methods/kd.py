@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from codistill.cohort import Outputs
-from codistill.errors import UsageError
-from codistill.methods.independent import IndependentSettings, cross_entropy_terms
+from codistill.core.errors import UsageError
+from codistill.methods.cohort import Outputs
+from codistill.methods.independent import IndependentSettings
 from codistill.methods.method import METHODS, Method
+from codistill.methods.terms import cross_entropy_terms
 
 
 @dataclass(frozen=True, kw_only=True)

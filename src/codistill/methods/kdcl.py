@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from codistill.cohort import Outputs
-from codistill.errors import UsageError
-from codistill.losses import at_least_float32, soft_target_kl
-from codistill.methods.independent import cross_entropy_terms
+from codistill.core.errors import UsageError
+from codistill.methods.cohort import Outputs
+from codistill.methods.losses import at_least_float32, soft_target_kl
 from codistill.methods.method import METHODS, Method, MethodSettings
+from codistill.methods.terms import cross_entropy_terms
 from codistill.networks import Network
 
 LINEAR_STEPS = 16

@@ -7,11 +7,11 @@ from typing import ClassVar, Literal, get_args, get_origin
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from codistill.cohort import Cohort, Outputs
-from codistill.errors import UsageError
-from codistill.losses import mean_logits
+from codistill.core.errors import UsageError
+from codistill.core.registry import Registry, near_matches
+from codistill.methods.cohort import Cohort, Outputs
+from codistill.methods.losses import mean_logits
 from codistill.networks import Network
-from codistill.registry import Registry, near_matches
 
 TeacherRule = Literal["required", "allowed", "refused"]
 METHODS: Registry[type["Method"]] = Registry("method", "codistill.methods")

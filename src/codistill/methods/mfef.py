@@ -7,12 +7,11 @@ from typing import Literal
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from codistill.cohort import Outputs
-from codistill.errors import UsageError
-from codistill.methods.distillation import ramped_kl
+from codistill.core.errors import UsageError
+from codistill.methods.cohort import Outputs
 from codistill.methods.ffl import FusionSettings, fusion_terms, group_logits, map_shapes
-from codistill.methods.independent import cross_entropy_terms
 from codistill.methods.method import METHODS, GroupPredictor, Method, ParameterGroup
+from codistill.methods.terms import cross_entropy_terms, ramped_kl
 from codistill.modules import DualAttention, FeatureFusion, MultiScaleExtraction
 from codistill.modules.multiscale import Half
 from codistill.networks import Network

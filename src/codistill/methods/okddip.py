@@ -9,12 +9,17 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from codistill.cohort import Outputs
-from codistill.errors import UsageError
-from codistill.losses import at_least_float32, mean_logits, mixture_logits, weighted_logits, weighted_mixture_logits
-from codistill.methods.distillation import DistillationSettings, ramped_kl
-from codistill.methods.independent import cross_entropy_terms
+from codistill.core.errors import UsageError
+from codistill.methods.cohort import Outputs
+from codistill.methods.losses import (
+    at_least_float32,
+    mean_logits,
+    mixture_logits,
+    weighted_logits,
+    weighted_mixture_logits,
+)
 from codistill.methods.method import METHODS, Method
+from codistill.methods.terms import DistillationSettings, cross_entropy_terms, ramped_kl
 from codistill.networks import Network
 
 

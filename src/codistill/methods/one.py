@@ -7,11 +7,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from codistill.cohort import Outputs
-from codistill.losses import weighted_logits
-from codistill.methods.distillation import DistillationSettings, ramped_kl
-from codistill.methods.independent import cross_entropy_terms
+from codistill.methods.cohort import Outputs
+from codistill.methods.losses import weighted_logits
 from codistill.methods.method import METHODS, GroupPredictor, Method
+from codistill.methods.terms import DistillationSettings, cross_entropy_terms, ramped_kl
 from codistill.networks import Network
 
 

@@ -7,11 +7,11 @@ from typing import Literal
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from codistill.cohort import Outputs
-from codistill.errors import UsageError
-from codistill.losses import at_least_float32, squared_distance
-from codistill.methods.independent import cross_entropy_terms
+from codistill.core.errors import UsageError
+from codistill.methods.cohort import Outputs
+from codistill.methods.losses import at_least_float32, squared_distance
 from codistill.methods.method import METHODS, Method, MethodSettings
+from codistill.methods.terms import cross_entropy_terms
 
 
 @dataclass(frozen=True, kw_only=True)

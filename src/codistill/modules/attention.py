@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from codistill.errors import UsageError
+from codistill.core.errors import UsageError
 
 
 class DualAttention(nn.Module):

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from codistill.errors import UsageError
-from codistill.networks.network import Layers, PooledLinear, initialise
+from codistill.core.errors import UsageError
+from codistill.networks.layers import Layers, PooledLinear, initialise
 
 Projection = Literal["pointwise", "each"]
 MapShape = tuple[int, int, int]

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from codistill.errors import UsageError
-from codistill.networks.network import Layers, initialise
+from codistill.core.errors import UsageError
+from codistill.networks.layers import Layers, initialise
 
 Half = Literal["second", "first"]
 

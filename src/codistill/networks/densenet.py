@@ -4,8 +4,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from codistill.errors import UsageError
-from codistill.networks.network import NETWORKS, Layers, Network, PooledLinear, conv
+from codistill.core.errors import UsageError
+from codistill.networks.layers import Layers, PooledLinear, conv
+from codistill.networks.network import NETWORKS, Network
 
 DEPTH = 40
 GROWTH = 12

@@ -5,7 +5,8 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from codistill.networks.network import NETWORKS, Layers, Network, PooledLinear, conv_bn
+from codistill.networks.layers import Layers, PooledLinear, conv_bn
+from codistill.networks.network import NETWORKS, Network
 
 FeaturePoint = Literal["head", "last-block"]
 # Expansion, output channels, blocks, stride of the first block.

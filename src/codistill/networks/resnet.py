@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from codistill.networks.network import NETWORKS, Layers, Network, PooledLinear, conv_bn
+from codistill.networks.layers import Layers, PooledLinear, conv_bn
+from codistill.networks.network import NETWORKS, Network
 
 Shortcut = Literal["A", "B"]
 

@@ -3,7 +3,8 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from codistill.networks.network import NETWORKS, Layers, Network, PooledLinear, conv_bn
+from codistill.networks.layers import Layers, PooledLinear, conv_bn
+from codistill.networks.network import NETWORKS, Network
 
 EXPANSION = 4
 

@@ -3,7 +3,8 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from codistill.networks.network import NETWORKS, Layers, Network, PooledLinear, conv, conv_bn
+from codistill.networks.layers import Layers, PooledLinear, conv, conv_bn
+from codistill.networks.network import NETWORKS, Network
 
 
 class PreActivationBlock(nn.Module):

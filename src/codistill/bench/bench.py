@@ -1,0 +1,126 @@
+"""How fast a training step is here: against a plain PyTorch loop of the usual style."""
+
+import copy
+import statistics
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from codistill.bench.loops import CLASSES, IMAGES, SIDE, plain_loop, resident_loop
+from codistill.bench.measurement import Contestant, launches, ratio, rounds_in_turn, timed
+from codistill.core.device import choose_device, set_up_gpu
+from codistill.core.errors import UsageError
+from codistill.core.host import set_up_cpu
+from codistill.methods import Method
+from codistill.networks.network import parameter_count
+from codistill.runs.metadata import environment
+from codistill.settings.build import build_method
+from codistill.settings.config import RunConfig
+from codistill.training.execution import Execution, choose_execution
+
+STEPS_UNTIL_CAPTURED = 8
+
+
+OWN, PLAIN, DETERMINISTIC = "codistill", "plain", "deterministic"
+
+
+def forward_flop(method: Method) -> int:
+    """Count the floating-point operations of one image's forward pass; a multiplication and an addition are two."""
+    probe = copy.deepcopy(method).to("meta")
+    images = torch.empty(*([probe.views] if probe.views > 1 else []), 2, 3, SIDE, SIDE, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        probe(images)
+    return int(counter.get_total_flops()) // 2
+
+
+def bench(
+    config: RunConfig, runs: int = 1, compare: bool = False, seconds: float = 15.0, table: Path | None = None
+) -> dict[str, Any]:
+    """Measure training steps on random images of CIFAR-100's shape.
+
+    Args:
+        config: Method, networks, batch size, precision, device and compile (auto: off); its data set is not used.
+        runs: How many independent runs train side by side.
+        compare: Whether to measure the plain loop too, and on CUDA the deterministic setting, in turn with ours.
+        seconds: About how long to measure, beside making ready.
+        table: A text file for what took longest in one step; None: none is written.
+
+    Returns:
+        Of each run, ms_per_step, images_per_second, operators_per_step (CPU) or kernels_per_step (CUDA) and, on CUDA,
+        peak memory of all runs together; the execution; first_step_seconds from building the networks to the end of a
+        first step, with what had to be compiled before it; parameters, and forward_mflop_per_image, of which training
+        takes thrice as many.
+        With `compare`, the plain loop's speed and `ratio_to_plain`, our images per second over the plain loop's, and
+        `deterministic_ratio`, those of the deterministic setting over ours: medians over rounds of all in turn.
+
+    Raises:
+        UsageError: The batch is larger than the images that are measured on.
+    """
+    device = choose_device(config.execution.device, config.execution.precision)
+    set_up_gpu(device, config.execution.deterministic)
+    set_up_cpu(config.execution.threads, device)
+    size, on_gpu = config.train.batch_size, device.type == "cuda"
+    if size > IMAGES:
+        raise UsageError(f"batch_size is {size}; bench has {IMAGES} images: use at most so many")
+
+    def build() -> Method:
+        return build_method(config, CLASSES, (SIDE, SIDE)).to(device).train()
+
+    def own(name: str, execution: Execution, deterministic: bool) -> Contestant:
+        methods = [build() for _ in range(runs)]
+        for method in methods:
+            execution.prepare(method, device, deterministic)
+            method.to(memory_format=torch.channels_last)
+        return Contestant(name, resident_loop(methods, config, device, execution), deterministic)
+
+    started = time.perf_counter()
+    # For so few steps that compile auto, which takes longer than it is measured for here, is off.
+    execution = choose_execution(config.execution, device, runs, steps=1)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    contestants = [own(OWN, execution, config.execution.deterministic)]
+    pace = {OWN: timed(contestants[0], 1, device)}
+    first_step = time.perf_counter() - started
+    memory = {}
+    if on_gpu:
+        pace[OWN] = timed(contestants[0], STEPS_UNTIL_CAPTURED, device)
+        memory["peak_memory_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
+        memory["peak_reserved_mib"] = torch.cuda.max_memory_reserved(device) / 2**20
+    counted = {name: count // runs for name, count in launches(contestants[0], device, table).items()}
+    if compare:
+        contestants.append(Contestant(PLAIN, plain_loop(build(), config, device), config.execution.deterministic))
+        if on_gpu and not config.execution.deterministic:
+            contestants.append(own(DETERMINISTIC, execution, True))
+        pace |= {each.name: timed(each, STEPS_UNTIL_CAPTURED if on_gpu else 1, device) for each in contestants[1:]}
+    rounds = rounds_in_turn(contestants, pace, seconds, device)
+    step = {name: statistics.median(each) for name, each in rounds.items()}
+    method = build()
+    result: dict[str, Any] = {
+        "method": config.method_name,
+        "networks": list(config.networks),
+        "batch_size": size,
+        "precision": config.execution.precision,
+        "runs": runs,
+        "execution": asdict(execution),
+        "ms_per_step": 1000 * step[OWN] / runs,
+        "images_per_second": size / step[OWN],
+        "first_step_seconds": first_step,
+        **counted,
+        **memory,
+        "parameters": parameter_count(method),
+        "forward_mflop_per_image": forward_flop(method) / 1e6,
+        "environment": environment(device),
+    }
+    if PLAIN in step:
+        result |= {
+            "plain_ms_per_step": 1000 * step[PLAIN],
+            "plain_images_per_second": size / step[PLAIN],
+            "ratio_to_plain": runs * ratio(rounds, PLAIN, OWN),
+        }
+    if DETERMINISTIC in step:
+        result["deterministic_ratio"] = ratio(rounds, OWN, DETERMINISTIC)
+    return result

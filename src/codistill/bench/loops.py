@@ -1,0 +1,155 @@
+"""The training loops that `codistill bench` measures, ours and that of papers' code, and the images they train on."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from codistill.core.device import autocast
+from codistill.data.augment import Augmentation, DeviceImages, epoch_plan
+from codistill.data.dataset import Split
+from codistill.methods import Method
+from codistill.settings.config import RunConfig
+from codistill.training.capture import make_fleet
+from codistill.training.execution import PLAIN, Execution
+from codistill.training.optim import make_optimizer
+from codistill.training.step import PlainStep
+
+IMAGES, CLASSES, SIDE, PADDING = 10_240, 100, 32, 4
+
+
+AUGMENTATION = Augmentation(padding=PADDING)
+
+
+STATISTICS = ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276))
+
+
+# As many as papers' code commonly starts beside a GPU; on a CPU they would take the cores from the training.
+WORKERS_BESIDE_A_GPU = 4
+
+
+def images() -> Split:
+    """Make random images of CIFAR-100's shape, always the same ones."""
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (IMAGES, SIDE, SIDE, 3), dtype=np.uint8)
+    return Split(pixels, random.integers(0, CLASSES, IMAGES))
+
+
+class PlainImages(TorchDataset[tuple[Tensor, int]]):
+    """The usual way: one image at a time, on the CPU, in Pillow.
+
+    What torchvision 0.29 does for RandomCrop(32, padding=4), RandomHorizontalFlip, ToTensor and Normalize on the
+    Pillow image that its CIFAR data sets give, copies included and checks of arguments left out, without importing it.
+
+    Args:
+        split: The images.
+    """
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = ImageOps.expand(Image.fromarray(self.split.images[index]), border=PADDING, fill=0)
+        top, left = (int(torch.randint(0, 2 * PADDING + 1, size=(1,)).item()) for _ in range(2))
+        image = image.crop((left, top, left + SIDE, top + SIDE))
+        if torch.rand(1) < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        pixels = torch.from_numpy(np.array(image, np.uint8, copy=True)).permute(2, 0, 1).contiguous()
+        mean, std = (torch.as_tensor(each).view(-1, 1, 1) for each in STATISTICS)
+        return pixels.to(torch.float32).div(255).clone().sub_(mean).div_(std), int(self.split.labels[index])
+
+
+def plain_loop(method: Method, config: RunConfig, device: torch.device) -> Callable[[int], None]:
+    """Make the loop that papers' code has: DataLoader, eager step, `.item()` on loss and accuracy of each step."""
+    settings, on_gpu = config.train, device.type == "cuda"
+    optimizer = torch.optim.SGD(
+        [
+            {
+                "params": list(group.parameters),
+                "weight_decay": settings.weight_decay if group.weight_decay is None else group.weight_decay,
+            }
+            for group in method.parameter_groups()
+        ],
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        nesterov=settings.nesterov,
+    )
+    workers = min(WORKERS_BESIDE_A_GPU, os.cpu_count() or 1) if on_gpu else 0
+    loader = DataLoader(
+        PlainImages(images()),
+        batch_size=settings.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=on_gpu,
+    )
+    progress = torch.tensor(0.5, device=device)
+
+    def endless() -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            yield from loader
+
+    batches = endless()
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            batch, labels = (each.to(device, non_blocking=True) for each in next(batches))
+            optimizer.zero_grad()
+            with autocast(device, config.execution.precision):
+                outputs = method(batch)
+            loss = sum(method.losses(outputs, labels, progress).values(), torch.zeros((), device=device))
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            loss.item()
+            for logits in outputs.logits:
+                (logits.argmax(dim=1) == labels).float().mean().item()
+
+    return train
+
+
+def resident_images(device: torch.device) -> DeviceImages:
+    """Put the images on a device."""
+    return DeviceImages(images(), STATISTICS, device)
+
+
+def resident_loop(
+    methods: Sequence[Method], config: RunConfig, device: torch.device, execution: Execution = PLAIN
+) -> Callable[[int], None]:
+    """Make codistill's own loop: resident images, augmentation on the device, captured on CUDA.
+
+    Args:
+        methods: Prepared for the execution, and on the device.
+        config: Batch size, precision and optimiser.
+        device: Where is trained.
+        execution: How.
+    """
+    settings, augmentation = config.train, AUGMENTATION
+    resident = resident_images(device)
+    members = []
+    for method in methods:
+        optimizer = make_optimizer(
+            method, settings.learning_rate, settings.momentum, settings.nesterov, settings.weight_decay
+        )
+        members.append(
+            PlainStep(method, resident, augmentation, optimizer, config.execution.precision, execution=execution)
+        )
+    fleet = make_fleet(members)
+    plan = epoch_plan(IMAGES, 0, 0, augmentation, device, methods[0].views)
+    progress = torch.tensor(0.5, device=device)
+    size, batches = settings.batch_size, IMAGES // settings.batch_size
+
+    def train(steps: int) -> None:
+        for step in range(steps):
+            start = step % batches * size
+            fleet([plan.part(start, start + size)] * len(members), progress)
+
+    return train

@@ -1,0 +1,124 @@
+"""Measuring loops that train: seconds a step, of several loops in turn, and what one step launches."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from codistill.core.device import set_up_gpu
+
+# Beside a GPU the plain loop's workers fill their queues while others are measured, so that turns must be long; on a
+# CPU short turns see the same minute of a busy machine.
+ROUNDS = {"cuda": 5, "cpu": 20}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A loop that is measured.
+
+    Attributes:
+        name: Its name in the result.
+        train: Trains so many steps.
+        deterministic: Which algorithms it uses, as in `set_up_gpu`.
+    """
+
+    name: str
+    train: Callable[[int], None]
+    deterministic: bool
+
+
+def timed(contestant: Contestant, steps: int, device: torch.device) -> float:
+    """Time some steps, seconds a step, with all of the device's work done before and after."""
+    set_up_gpu(device, contestant.deterministic)
+    synchronise(device)
+    started = time.perf_counter()
+    contestant.train(steps)
+    synchronise(device)
+    return (time.perf_counter() - started) / steps
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for all of a GPU's work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def rounds_in_turn(
+    contestants: Sequence[Contestant], pace: Mapping[str, float], seconds: float, device: torch.device
+) -> Mapping[str, list[float]]:
+    """Measure the contestants in turn until the time is up, at least once each.
+
+    Args:
+        contestants: They have run before; on a GPU so often that what can be captured is.
+        pace: About how long a step of each takes, seconds; later rounds go by the round before.
+        seconds: How long to measure.
+        device: Where they run.
+
+    Returns:
+        Seconds a step, one entry for each round.
+    """
+    share = seconds / ROUNDS[device.type] / len(contestants)
+    rounds: dict[str, list[float]] = {each.name: [] for each in contestants}
+    started = time.perf_counter()
+    while time.perf_counter() - started < seconds or not rounds[contestants[-1].name]:
+        for each in contestants:
+            last = rounds[each.name][-1] if rounds[each.name] else pace[each.name]
+            rounds[each.name].append(timed(each, max(1, round(share / last)), device))
+    return rounds
+
+
+def ratio(rounds: Mapping[str, list[float]], numerator: str, denominator: str) -> float:
+    """Divide the times of two contestants round by round, so that a busy minute strikes both; give the median."""
+    pairs = zip(rounds[numerator], rounds[denominator], strict=True)
+    return statistics.median(above / below for above, below in pairs)
+
+
+class OperatorCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Count the operators that a step dispatches, backward and optimiser included, but for views and allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operators = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        allocates = func.name().split(".")[0] in ("aten::empty", "aten::empty_like", "aten::new_empty")
+        self.operators += not (func.is_view or allocates)
+        return func(*args, **(kwargs or {}))
+
+
+def launches(contestant: Contestant, device: torch.device, table: Path | None) -> dict[str, int]:
+    """Count what one step launches: kernels on CUDA, operators on a CPU.
+
+    Args:
+        contestant: A loop that has run before, so that a step that is captured is one replay.
+        device: Where it runs.
+        table: Where to write what took longest, as text; None: nowhere.
+    """
+    set_up_gpu(device, contestant.deterministic)
+    found: dict[str, int] = {}
+    if device.type == "cpu":
+        with OperatorCount() as count:
+            contestant.train(1)
+        found["operators_per_step"] = count.operators
+    if device.type == "cuda" or table:
+        synchronise(device)
+        on_gpu = device.type == "cuda"
+        with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU], acc_events=True) as seen:
+            contestant.train(1)
+            synchronise(device)
+        if on_gpu:
+            kernels = [event for event in seen.events() or [] if event.device_type.name == "CUDA"]
+            found["kernels_per_step"] = sum(not event.name.startswith(("Memcpy", "Memset")) for event in kernels)
+        if table:
+            key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+            text = seen.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=100)
+            table.write_text(text, encoding="utf-8")
+    return found

@@ -1,0 +1,112 @@
+"""The command line `codistill`: its help, dispatch and errors."""
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from codistill.cli.commands import (
+    bench_command,
+    evaluate_command,
+    export_command,
+    list_command,
+    predict_command,
+    resume_command,
+    sweep_command,
+    train_command,
+)
+from codistill.core.errors import CodistillError, UsageError
+from codistill.core.registry import near_matches
+from codistill.core.signals import Terminated, terminate
+
+USAGE = """\
+usage: codistill COMMAND ...
+
+  train [METHOD] --networks A B .. --data NAME   train students together, in a new run folder
+  resume RUN                                     go on with an interrupted run
+  sweep SPEC.toml --out DIR                      train many runs in processes of their own; goes on if stopped
+  evaluate RUN                                   score every predictor of a run on its test set
+  predict FILE_OR_RUN IMAGE ..                   name the classes of images
+  export RUN --predictor student0 --format onnx  write one predictor as one file, and check it
+  bench [METHOD] --networks A B .. [--compare]   time training steps here, also against a plain PyTorch loop
+  list                                           methods, networks and data sets
+
+codistill COMMAND --help says more. --debug before the command shows tracebacks."""
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train_command,
+    "resume": resume_command,
+    "evaluate": evaluate_command,
+    "predict": predict_command,
+    "export": export_command,
+    "bench": bench_command,
+    "sweep": sweep_command,
+    "list": list_command,
+}
+
+
+def run_command(arguments: Sequence[str]) -> None:
+    """Run a command line.
+
+    Raises:
+        CodistillError: What was wrong with it, or with what it met.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+    elif arguments[0] == "--version":
+        from codistill.runs.metadata import VERSION
+
+        print(f"codistill {VERSION}")
+    elif arguments[0] in COMMANDS:
+        COMMANDS[arguments[0]](arguments[1:])
+    else:
+        raise UsageError(f"unknown command {arguments[0]!r}: {near_matches(arguments[0], COMMANDS)}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line and give its exit status; an error is one line on stderr.
+
+    Args:
+        arguments: Without the program's name; None: those of the process.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [each for each in given if each != "--debug"]
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        run_command(given)
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:  # the reader has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except BaseException as error:
+        if type(error) is SystemExit:  # --help of a command
+            return int(error.code or 0)
+        if debug:
+            raise
+        status, line = explain(error)
+        print(f"codistill: error: {line}", file=sys.stderr)
+        return status
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """Turn an error into an exit status and one line."""
+    import torch
+
+    line = " ".join(str(error).split())
+    match error:
+        case CodistillError():
+            return error.exit_status, line
+        case KeyboardInterrupt():
+            return 130, line or "interrupted; what was saved before is kept: codistill resume RUN goes on"
+        case Terminated():
+            return 143, line
+        case torch.OutOfMemoryError() | MemoryError():
+            return 6, f"out of memory: use a smaller --batch-size or fewer or smaller --networks ({line[:200]})"
+        case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            return 6, f"disk full or failing: {line}: mend that; what was written before is kept"
+        case _:
+            return 1, f"bug: {type(error).__name__}: {line}: please report it with the output of --debug"

@@ -1,0 +1,162 @@
+"""What a person sees of a training: a live bar on a terminal, plain lines elsewhere, tables at the end."""
+
+import functools
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+LINE_SECONDS = 10.0
+
+
+BAR_SECONDS = 0.25
+
+
+def duration(seconds: float) -> str:
+    """Write a time as m:ss or h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class LastingConsole(Console):
+    """A console whose reader may go away (`| head -1`): what would be printed after that is lost, and nothing else."""
+
+    def on_broken_pipe(self) -> None:
+        """Stop printing."""
+        self.quiet = True
+        # Or else Python stumbles over what is left in the buffer when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class TrainingDisplay:
+    """Show epoch, step, images/s, loss terms and the time left.
+
+    Args:
+        epochs: Epochs of the whole run.
+        steps: Steps of an epoch.
+        images: Images of an epoch.
+        show: False: print nothing.
+        label: What each line begins with.
+    """
+
+    def __init__(self, epochs: int, steps: int, images: int, show: bool = True, label: str = "") -> None:
+        self.console = LastingConsole(quiet=not show, highlight=False)
+        self.epochs, self.steps, self.images = epochs, steps, images
+        self.label = f"{label}: " if label else ""
+        self._bar = Progress(
+            TextColumn("epoch {task.fields[epoch]}/" + str(epochs)),
+            BarColumn(),
+            TextColumn("step {task.completed}/{task.total}  {task.fields[status]}"),
+            console=self.console,
+            disable=not (show and self.console.is_terminal),
+            transient=True,
+        )
+        self._task: TaskID = self._bar.add_task("", total=steps, epoch=1, status="")
+        self._started = self._epoch_started = self._shown = time.monotonic()
+        self._before = 0  # steps
+
+    def __enter__(self) -> "TrainingDisplay":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def resume(self, epochs: int, steps: int = 0) -> None:
+        """Count the time left from here, after so many epochs, and steps of the next, that were done before."""
+        self._before = epochs * self.steps + steps
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Start the bar of an epoch, counted from 0."""
+        self._epoch_started = time.monotonic()
+        self._bar.reset(self._task, total=self.steps, epoch=epoch + 1, status="")
+
+    def due(self) -> bool:
+        """Say whether enough time has passed to show a step again."""
+        period = LINE_SECONDS if self._bar.disable else BAR_SECONDS
+        return time.monotonic() - self._shown >= period
+
+    def step(self, epoch: int, step: int, terms: Mapping[str, float]) -> None:
+        """Show the state after a step, counted from 1; `terms` may be empty where reading them would stall a GPU."""
+        now = time.monotonic()
+        self._shown = now
+        done = epoch * self.steps + step
+        here = min(step, done - self._before)
+        rate = here * self.images / self.steps / (now - self._epoch_started)
+        left = self._left(now, done)
+        status = f"{rate:,.0f} images/s  {term_text(terms)}  {duration(left)} left"
+        self._bar.update(self._task, completed=step, status=status)
+        if self._bar.disable:
+            self.console.print(
+                f"{self.label}epoch {epoch + 1}/{self.epochs}  step {step}/{self.steps}  {status}", soft_wrap=True
+            )
+
+    def _left(self, now: float, done: int) -> float:
+        """Estimate the seconds left, after so many steps of the whole run."""
+        return (now - self._started) / max(1, done - self._before) * (self.epochs * self.steps - done)
+
+    def end_epoch(self, row: Mapping[str, Any]) -> None:
+        """Print the line of a finished epoch."""
+        now = time.monotonic()
+        epoch = row["epoch"] + 1
+        left = self._left(now, epoch * self.steps)
+        errors = "  ".join(f"{name} {each['top1_error']:.2f}" for name, each in row["test"].items())
+        self.console.print(
+            f"{self.label}epoch {epoch}/{self.epochs}  {row['images_per_second']:,.0f} images/s  "
+            f"{term_text(row['train'])}  "
+            f"error %: {errors}  {duration(left)} left",
+            soft_wrap=True,
+        )
+        for warning in row["warnings"]:
+            self.console.print(f"{self.label}warning: epoch {epoch}: {warning}", soft_wrap=True)
+
+
+def term_text(terms: Mapping[str, float]) -> str:
+    """Write loss terms briefly, those of all students side by side."""
+    grouped: dict[str, list[str]] = {}
+    for name, value in terms.items():
+        grouped.setdefault(name.rstrip("0123456789"), []).append(f"{value:.3f}")
+    return "  ".join(f"{name} {' '.join(values)}" for name, values in grouped.items())
+
+
+def summary_table(summary: Mapping[str, Any], final: Mapping[str, Any]) -> Table:
+    """Make the table that ends a run.
+
+    Args:
+        summary: What summary.json holds.
+        final: Scores on the test split by predictor, as in metrics.jsonl.
+    """
+    title = f"{summary['method']} on {summary['data']}, {summary['epochs']} epochs, seed {summary['seed']}"
+    table = Table(title=f"{title}: errors on the test set, %")
+    table.add_column("predictor", no_wrap=True)
+    best = f"top-1, best ({summary['best_epoch']})"
+    for heading in ("top-1, last", best, "top-5", "ECE", "NLL", "parameters"):
+        table.add_column(heading, justify="right")
+    for name, error in summary["top1_error"].items():
+        scores = final[name]
+        numbers = [f"{error:.2f}", f"{summary['best_epoch_top1_error'][name]:.2f}"]
+        numbers += [f"{scores['top5_error']:.2f}", f"{scores['ece']:.2f}", f"{scores['nll']:.4f}"]
+        table.add_row(name, *numbers, f"{summary['parameters'][name]:,}")
+    return table
+
+
+def warn(line: str) -> None:
+    """Print a warning of one line."""
+    print(f"codistill: warning: {line}", file=sys.stderr)
+
+
+@functools.cache
+def warn_once(line: str) -> None:
+    """Print a warning of one line, the first time that it comes up."""
+    warn(line)
+
+
+def note(line: str) -> None:
+    """Print what takes a while, and why, in one line."""
+    print(f"codistill: {line}", file=sys.stderr)

@@ -1,0 +1,94 @@
+"""Where and in which precision is computed."""
+
+import os
+import time
+
+import torch
+
+from codistill.core.errors import UsageError
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Make the context that forward passes run in: bf16 autocast, or nothing for float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+
+
+def choose_device(name: str, precision: str) -> torch.device:
+    """Turn a device setting into a device.
+
+    Raises:
+        UsageError: No such device, or one that cannot compute in bf16; never a silent fall to the CPU.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device {name!r}: choose cpu, cuda, cuda:<number> or auto") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {name!r}: choose cpu, cuda, cuda:<number> or auto")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise UsageError(f"device {name!r}: this machine has {count} CUDA devices: choose --device cpu or auto")
+        if precision == "bf16" and not torch.cuda.is_bf16_supported():
+            raise UsageError(f"precision bf16: {torch.cuda.get_device_name(device)} cannot: use --precision float32")
+    return device
+
+
+def set_up_gpu(device: torch.device, deterministic: bool) -> None:
+    """Make a GPU the current one, which streams and graphs belong to, and choose its algorithms; for the whole process.
+
+    Either those that repeat to the last bit, or the fastest: the fastest convolutions are found by trying them, and may
+    differ from process to process. A CPU repeats in any case, and is left as it is.
+
+    Args:
+        device: Where is computed.
+        deterministic: Whether results must repeat; needs to be known before the first matrix product on the device.
+    """
+    if device.type == "cuda":
+        if device.index is not None:
+            torch.cuda.set_device(device)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(deterministic)
+        # All memory is written before it is read here: filling it first only costs launches.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark = not deterministic
+
+
+def critical_stream(device: torch.device) -> torch.cuda.Stream:
+    """Make a stream for work that other work waits for: the GPU prefers it to that of side streams."""
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+
+
+class Stopwatch:
+    """Measure how long a device works on what is asked of it between two moments, without waiting for it.
+
+    Args:
+        device: The device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        if self._on_gpu:
+            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+        self._moments = [0.0, 0.0]
+
+    def start(self) -> None:
+        """Begin."""
+        self._mark(0)
+
+    def stop(self) -> None:
+        """End."""
+        self._mark(1)
+
+    def _mark(self, index: int) -> None:
+        self._moments[index] = time.perf_counter()
+        if self._on_gpu:
+            self._events[index].record()
+
+    def seconds(self) -> float:
+        """Give the time between; on a GPU the host must have waited for the end."""
+        if self._on_gpu:
+            return float(self._events[0].elapsed_time(self._events[1])) / 1000
+        return self._moments[1] - self._moments[0]

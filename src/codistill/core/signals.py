@@ -1,0 +1,97 @@
+"""Signals that wait for the end of a step, so that a run is saved before they act."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Collection, Iterator
+from types import FrameType
+from typing import Any
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+SAVING = (signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Terminated(SystemExit):
+    """SIGTERM arrived; a program that does not catch it ends with status 143."""
+
+    def __init__(self, line: str = "terminated; what was saved before is kept: codistill resume RUN goes on") -> None:
+        super().__init__(128 + signal.SIGTERM)
+        self.line = line
+
+    def __str__(self) -> str:
+        return self.line
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT arrived, and the run was saved."""
+
+
+def terminate(*_: object) -> None:
+    """Turn SIGTERM into an exception, so that what is open is closed."""
+    raise Terminated
+
+
+class Pending:
+    """What signals have asked for since the last look.
+
+    Attributes:
+        stopping: SIGINT or SIGTERM, whichever came first; None: neither.
+        saving: Whether SIGUSR1 or SIGUSR2 asked for a checkpoint.
+        breaks: Epochs and steps after which to stop as at Ctrl-C.
+        insistent: Whether the same stopping signal for a second time acts at once.
+    """
+
+    def __init__(self) -> None:
+        self.stopping: int | None = None
+        self.saving = False
+        self.breaks: Collection[tuple[int, int]] = ()
+        self.insistent = True
+        self.before: dict[int, Any] = {}
+
+    def hold(self, number: int, frame: FrameType | None) -> None:
+        """Note a signal, or act at once where it insists."""
+        if number in SAVING:
+            self.saving = True
+        elif self.stopping == number and self.insistent:
+            self.act("at once; what was saved before is kept", frame)
+        else:
+            self.stopping = self.stopping or number
+
+    def act(self, line: str, frame: FrameType | None = None) -> None:
+        """Do what the signal would have done without us: KeyboardInterrupt, SystemExit 143, or the program's handler.
+
+        Args:
+            line: What to say about the run.
+            frame: Where the signal came.
+        """
+        number = self.stopping or signal.SIGINT
+        handler = self.before.get(number, signal.SIG_DFL)
+        if number == signal.SIGINT and handler in (signal.SIG_DFL, signal.default_int_handler):
+            raise Interrupted(f"interrupted {line}")
+        if number == signal.SIGTERM and handler in (signal.SIG_DFL, terminate):
+            raise Terminated(f"terminated {line}")
+        handler(number, frame)
+        self.stopping = None
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[Pending]:
+    """Hold SIGINT and SIGTERM back, and take SIGUSR1 and SIGUSR2 as requests to save, while this is entered.
+
+    A signal that is ignored stays ignored, and a program's own handlers of SIGUSR1 and SIGUSR2 stay. Outside the main
+    thread, which alone may set handlers, all stays as it is.
+    """
+    pending = Pending()
+    if threading.current_thread() is threading.main_thread():
+        for number in STOPPING + SAVING:
+            handler = signal.getsignal(number)
+            if handler is signal.SIG_DFL or (number in STOPPING and callable(handler)):
+                pending.before[number] = handler
+                signal.signal(number, pending.hold)
+    try:
+        yield pending
+    finally:
+        for held, handler in pending.before.items():
+            signal.signal(held, handler)

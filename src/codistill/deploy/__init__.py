@@ -1,0 +1,1 @@
+"""Predictors outside their training."""

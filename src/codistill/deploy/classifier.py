@@ -1,0 +1,223 @@
+"""A trained predictor outside its training: from a run folder or an exported file to logits of real pixels."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from codistill.core.errors import CheckpointError, CodistillError, UsageError
+from codistill.data.dataset import Pixels
+from codistill.runs.run import Run
+from codistill.settings.build import build_method
+from codistill.settings.mapping import run_from_mapping
+
+CARD_KEY = "codistill"
+
+
+CARD_FORMAT = 1
+
+
+class PixelsIn(nn.Module):
+    """A network with its normalisation in front, so that it takes pixels and nothing can be normalised wrongly.
+
+    Args:
+        network: Maps normalised images to logits.
+        mean: Of each channel, in units of the full range (0..1).
+        std: Likewise.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, network: nn.Module, mean: list[float], std: list[float]) -> None:
+        super().__init__()
+        self.network = network
+        centre, spread = (torch.tensor(each, dtype=torch.float64).reshape(1, 3, 1, 1) for each in (mean, std))
+        self.register_buffer("scale", (1 / (255 * spread)).float())
+        self.register_buffer("shift", (-centre / spread).float())
+
+    def forward(self, images: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch class"]:
+        """Map RGB pixels, 0 to 255, to logits."""
+        logits: Tensor = self.network(images.float() * self.scale + self.shift)
+        return logits
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A predictor that is ready to use.
+
+    Attributes:
+        card: What is known of it: predictor, method, networks, class_names, image_size, mean, std.
+        compute: Maps uint8 [batch, 3, height, width] to logits.
+    """
+
+    card: Mapping[str, Any]
+    compute: Callable[[UInt8[Tensor, "batch 3 height width"]], Float[Tensor, "batch class"]]
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in the order of the logits."""
+        return list(self.card["class_names"])
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images that it was trained on, pixels."""
+        height, width = self.card["image_size"]
+        return int(height), int(width)
+
+    def logits(self, images: Pixels, batch_size: int = 250) -> Float[Tensor, "images class"]:
+        """Compute the logits of images.
+
+        Args:
+            images: uint8 [images, height, width, 3], RGB.
+            batch_size: Images at a time.
+        """
+        planes = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+        return torch.cat([self.compute(part) for part in torch.split(planes, batch_size)])
+
+
+def make_card(run: Run, predictor: str) -> dict[str, Any]:
+    """Collect what an exported file must say of itself."""
+    data = run.record["dataset"]
+    return {
+        "format": CARD_FORMAT,
+        "predictor": predictor,
+        "method": run.record["method"],
+        "networks": run.record["networks"],
+        **{key: data[key] for key in ("class_names", "image_size", "mean", "std")},
+        "trained_on": data["name"],
+        "environment": run.record["environment"],
+    }
+
+
+def tensors_once(module: nn.Module) -> dict[str, Tensor]:
+    """Name the parameters and buffers of a module, those of modules that branches share once."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def from_module(card: Mapping[str, Any], module: nn.Module) -> Classifier:
+    """Make a classifier of a network in memory, on the CPU."""
+    ready = PixelsIn(module, card["mean"], card["std"]).cpu().eval()
+
+    def compute(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = ready(images)
+        return logits
+
+    return Classifier(card, compute)
+
+
+def run_predictor(run: Run, predictor: str | None = None, which: str = "last") -> tuple[str, nn.Module]:
+    """Load one predictor of a run.
+
+    Args:
+        run: The run.
+        predictor: Its name; None: the best student of the last epoch.
+        which: The `last` or the `best` checkpoint.
+
+    Raises:
+        UsageError: The run has no predictor of that name.
+    """
+    predictors = run.load_method(which).predictors()
+    name = run.best_student() if predictor is None else predictor
+    if name not in predictors:
+        raise UsageError(f"{run.path} has no predictor {name!r}: choose from {', '.join(predictors)}")
+    return name, predictors[name].eval()
+
+
+def load_classifier(path: Path, predictor: str | None = None) -> Classifier:
+    """Load a run folder, a .safetensors or an .onnx file that `codistill export` wrote.
+
+    Args:
+        path: The folder or file.
+        predictor: Which predictor of a run; None: its best student. A file holds one already.
+
+    Raises:
+        CheckpointError: Missing, damaged, or not written by codistill.
+        UsageError: A predictor that the run does not have, or a kind of file that is not read.
+    """
+    if path.is_dir() or path.suffix == ".safetensors":
+        return from_module(*load_predictor(path, predictor))
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such run folder or model file")
+    if path.suffix != ".onnx":
+        reason = " (a .pt2 file can run code when it is loaded)" if path.suffix == ".pt2" else ""
+        raise UsageError(f"{path}: not a kind of file that is read here{reason}: give .safetensors, .onnx or a run")
+    with _damage(path):
+        return _read_onnx(path)
+
+
+def load_predictor(path: Path, predictor: str | None = None) -> tuple[dict[str, Any], nn.Module]:
+    """Load a run folder or a .safetensors file that `codistill export` wrote, as a card and a network.
+
+    Raises:
+        CheckpointError: Missing, damaged, or not written by codistill.
+        UsageError: A predictor that the run does not have.
+    """
+    if path.is_dir():
+        run = Run(path)
+        name, module = run_predictor(run, predictor)
+        return make_card(run, name), module
+    with _damage(path):
+        return _read_safetensors(path)
+
+
+@contextlib.contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UsageError as error:
+        raise CheckpointError(f"{path}: made by another version, or damaged: {error}") from None
+    except CodistillError:
+        raise
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such run folder or model file") from None
+    except Exception as error:  # each of the libraries answers damage with types of its own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise CheckpointError(f"{path}: damaged, or not written by codistill: {reason}") from error
+
+
+def _card(text: str | None, path: Path) -> dict[str, Any]:
+    if text is None:
+        raise CheckpointError(f"{path}: says nothing of classes and normalisation: not written by codistill export")
+    card: dict[str, Any] = json.loads(text)
+    if card["format"] != CARD_FORMAT:
+        raise CheckpointError(f"{path}: of format {card['format']}, but this version reads format {CARD_FORMAT}")
+    return card
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], nn.Module]:
+    with safetensors.safe_open(path, "pt") as file:
+        card = _card((file.metadata() or {}).get(CARD_KEY), path)
+    described = {"method": card["method"], "networks": card["networks"]}
+    config = run_from_mapping(described, lambda key: str(path))
+    height, width = card["image_size"]
+    with torch.device("meta"):
+        built = build_method(config, len(card["class_names"]), (height, width))
+    module = built.predictors()[card["predictor"]].to_empty(device="cpu")
+    weights = safetensors.torch.load_file(path)
+    if weights.keys() != tensors_once(module).keys():
+        raise CheckpointError(f"{path}: its tensors are not those of {card['predictor']}: damaged")
+    module.load_state_dict(weights, strict=False)  # the other names of shared modules are not in the file
+    return card, module
+
+
+def _read_onnx(path: Path) -> Classifier:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    card = _card(session.get_modelmeta().custom_metadata_map.get(CARD_KEY), path)
+
+    def compute(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+    return Classifier(card, compute)

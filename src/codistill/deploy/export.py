@@ -1,0 +1,212 @@
+"""One predictor as one file that needs nothing of its training, compared with the run before it is called good."""
+
+import importlib
+import json
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from codistill.core.errors import CheckpointError, UsageError
+from codistill.data.dataset import Dataset
+from codistill.deploy.classifier import (
+    CARD_KEY,
+    Classifier,
+    PixelsIn,
+    from_module,
+    load_classifier,
+    make_card,
+    run_predictor,
+    tensors_once,
+)
+from codistill.networks.network import parameter_count
+from codistill.runs.run import Run
+
+SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
+
+
+COMPARED_IMAGES = 1000
+
+
+ALLOWED_DIFFERENCE = 1e-3
+"""Of logits, relative to the largest one: float32 sums in another order stay far below it."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported file and how it compares with the run.
+
+    Attributes:
+        path: The file.
+        predictor: What it holds.
+        parameters: Its number of parameters.
+        images: Test images that both were given.
+        difference: Largest absolute difference of a logit.
+        agreement: Images with the same highest logit, share from 0 to 1.
+    """
+
+    path: Path
+    predictor: str
+    parameters: int
+    images: int
+    difference: float
+    agreement: float
+
+
+def choose_format(file: Path | None, format: str | None) -> str:
+    """Decide on a format by its name, or by the ending of the file.
+
+    Raises:
+        UsageError: Unknown, or the two contradict each other.
+    """
+    by_suffix = {suffix: name for name, suffix in SUFFIXES.items()}
+    if format is None:
+        if file is None or file.suffix not in by_suffix:
+            raise UsageError(f"no format: give --format {' or '.join(SUFFIXES)}, or a file that ends accordingly")
+        return by_suffix[file.suffix]
+    if format not in SUFFIXES:
+        raise UsageError(f"unknown format {format!r}: choose from {', '.join(SUFFIXES)}")
+    if file is not None and file.suffix != SUFFIXES[format]:
+        raise UsageError(f"{file}: a {format} file must end in {SUFFIXES[format]}")
+    return format
+
+
+def export_predictor(
+    run: Run,
+    predictor: str | None = None,
+    file: Path | None = None,
+    format: str | None = None,
+    which: str = "last",
+    data_dir: str | None = None,
+) -> Exported:
+    """Write a predictor of a run, load the file again and compare the two on the run's test images.
+
+    safetensors: the plain network's weights, for `codistill predict` and `torch`; takes normalised images. onnx and
+    torch-export: the computation as a whole, normalisation included; takes uint8 [batch, 3, height, width].
+
+    Args:
+        run: A run with a checkpoint.
+        predictor: `student0`, .., `ensemble` or `fused`; None: the best student.
+        file: Where to write; None: RUN/exports/<predictor> with the format's ending.
+        format: safetensors, onnx or torch-export; None: by the ending of the file.
+        which: The `last` or the `best` checkpoint.
+        data_dir: Where the data set is now, if not where it was in training.
+
+    Returns:
+        The file and the comparison.
+
+    Raises:
+        UsageError: Unknown predictor or format, or an optional package is missing.
+        DataError: The data set to compare on is not there, or is another one.
+        CheckpointError: The file does not answer as the run does; it was removed.
+    """
+    format = choose_format(file, format)
+    name, module = run_predictor(run, predictor, which)
+    path = run.path / "exports" / f"{name}{SUFFIXES[format]}" if file is None else file
+    if format == "safetensors" and "" in run.record["networks"]:
+        raise UsageError("safetensors holds weights alone, and networks of your own cannot be rebuilt: export to onnx")
+    card = make_card(run, name)
+    data = run.load_data(data_dir)
+    temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}{path.suffix}")
+    if path.is_dir():
+        raise UsageError(f"{path}: is a folder: choose another file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{path.parent}: {error.strerror}: choose another file") from None
+    try:
+        {"safetensors": _write_safetensors, "onnx": _write_onnx, "torch-export": _write_torch_export}[format](
+            module, card, temporary
+        )
+        loaded = _trusted_torch_export(temporary, card) if format == "torch-export" else load_classifier(temporary)
+        compared = compare(from_module(card, module), loaded, data)
+        unlike = round((1 - compared["agreement"]) * compared["images"])
+        if not compared["difference"] <= compared["allowed"] or unlike > max(1, compared["images"] // 1000):
+            raise CheckpointError(
+                f"{path}: not kept, for it differs from the run by up to {compared['difference']:.3g} in a logit and "
+                f"agrees on {100 * compared['agreement']:.2f} % of {compared['images']} images"
+            )
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return Exported(
+        path, name, parameter_count(module), int(compared["images"]), compared["difference"], compared["agreement"]
+    )
+
+
+def compare(reference: Classifier, loaded: Classifier, data: Dataset) -> dict[str, float]:
+    """Compare two classifiers on test images: largest difference of a logit, and agreement of the highest one."""
+    images = data.test.images[:COMPARED_IMAGES]
+    wanted, got = reference.logits(images), loaded.logits(images)
+    return {
+        "images": float(len(images)),
+        "difference": float((wanted - got).abs().max()),
+        "allowed": ALLOWED_DIFFERENCE * max(1.0, float(wanted.abs().max())),
+        "agreement": float((wanted.argmax(dim=1) == got.argmax(dim=1)).double().mean()),
+    }
+
+
+def _write_safetensors(module: nn.Module, card: dict[str, Any], path: Path) -> None:
+    weights = {name: tensor.detach().contiguous() for name, tensor in tensors_once(module).items()}
+    # save_file would make a file that only its owner may read.
+    path.write_bytes(safetensors.torch.save(weights, metadata={CARD_KEY: json.dumps(card)}))
+
+
+def _example(card: dict[str, Any]) -> torch.Tensor:
+    height, width = card["image_size"]
+    return torch.zeros(2, 3, height, width, dtype=torch.uint8)
+
+
+def _write_onnx(module: nn.Module, card: dict[str, Any], path: Path) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            raise UsageError(f"export to onnx needs the package {package}: pip install 'codistill[onnx]'") from None
+    noisy = logging.getLogger("torch.onnx")
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                PixelsIn(module, card["mean"], card["std"]).eval(),
+                (_example(card),),
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamo=True,
+                verbose=False,
+            )
+    finally:
+        noisy.setLevel(level)
+    assert program is not None
+    program.model.metadata_props[CARD_KEY] = json.dumps(card)
+    program.save(str(path))
+
+
+def _write_torch_export(module: nn.Module, card: dict[str, Any], path: Path) -> None:
+    program = torch.export.export(
+        PixelsIn(module, card["mean"], card["std"]).eval(),
+        (_example(card),),
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+    )
+    torch.export.save(program, path, extra_files={f"{CARD_KEY}.json": json.dumps(card)})
+
+
+def _trusted_torch_export(path: Path, card: dict[str, Any]) -> Classifier:
+    """Load a .pt2 file that this process wrote; its format can run code, so no other one is ever loaded."""
+    compute = torch.export.load(path).module()
+
+    def logits(images: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            result: torch.Tensor = compute(images)
+        return result
+
+    return Classifier(card, logits)

@@ -1,0 +1,109 @@
+"""How different the students of a cohort are, and whether one of them is in trouble."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+COLLAPSED_SHARE = 0.9
+
+
+BEHIND_POINTS = 20.0
+
+
+@dataclass(frozen=True)
+class Diversity:
+    """How the students of a cohort differ on one split.
+
+    Attributes:
+        disagreement: Images for which two students name different classes, percent, mean over all pairs.
+        kl: KL(p_i || p_j) at temperature 1, nats, mean over images and ordered pairs.
+        largest_class_share: By student, the share of images, from 0 to 1, for which it names its favourite class.
+    """
+
+    disagreement: float
+    kl: float
+    largest_class_share: dict[str, float]
+
+
+class DiversitySums:
+    """Accumulate what `Diversity` needs, on the device.
+
+    Args:
+        students: Number of students.
+        num_classes: Number of classes.
+        device: Where the sums lie.
+    """
+
+    def __init__(self, students: int, num_classes: int, device: torch.device) -> None:
+        self.students = students
+        self._pairs = torch.zeros(3, dtype=torch.float64, device=device)
+        self._classes = torch.zeros(students, num_classes, dtype=torch.float64, device=device)
+
+    def update(self, logits: Sequence[Float[Tensor, "batch class"]]) -> None:
+        """Add the logits of all students for a batch."""
+        log_probabilities = [torch.log_softmax(each.float(), dim=1) for each in logits]
+        named = [each.argmax(dim=1) for each in log_probabilities]
+        differ, divergence = torch.zeros_like(self._pairs[0]), torch.zeros_like(self._pairs[0])
+        for first, second in combinations(range(self.students), 2):
+            differ += (named[first] != named[second]).sum()
+            gap = log_probabilities[first] - log_probabilities[second]
+            # KL(p || q) + KL(q || p) = sum (p - q) (log p - log q)
+            weight = log_probabilities[first].exp() - log_probabilities[second].exp()
+            divergence += (weight * gap).sum(dtype=torch.float64)
+        self._pairs += torch.stack([differ, divergence, torch.ones_like(named[0]).sum().double()])
+        for index, each in enumerate(named):
+            self._classes[index].index_add_(0, each, torch.ones_like(each, dtype=torch.float64))
+
+    def packed(self) -> Float[Tensor, " numbers"]:
+        """Give the sums as one vector; see `diversity`."""
+        return torch.cat([self._pairs, self._classes.max(dim=1).values])
+
+    def reset(self) -> None:
+        """Start anew."""
+        self._pairs.zero_()
+        self._classes.zero_()
+
+    def diversity(self, packed: Sequence[float]) -> Diversity:
+        """Turn the numbers of `packed` into what they say."""
+        differ, divergence, images, *shares = packed
+        pairs = max(1, self.students * (self.students - 1) // 2)
+        return Diversity(
+            100 * differ / pairs / images,
+            divergence / (2 * pairs) / images,
+            {f"student{index}": share / images for index, share in enumerate(shares)},
+        )
+
+
+def troubles(row: Mapping[str, Any], history: Sequence[Mapping[str, Any]], epochs: int) -> list[str]:
+    """Name the students that have collapsed or fall behind, as soon as it shows.
+
+    Collapsed: one class is named for more than 90 % of the test images, once a twentieth of the training (and the first
+    epoch) is over. Behind: the test error is more than 20 points above both the student's own best and the best of
+    another student.
+
+    Args:
+        row: The line of metrics.jsonl of the epoch.
+        history: Those of the epochs before.
+        epochs: Of the whole training.
+    """
+    found = []
+    errors = {name: each["top1_error"] for name, each in row["test"].items() if name.startswith("student")}
+    early = row["epoch"] + 1 < max(2, epochs / 20)
+    for name, error in errors.items():
+        share = row["diversity"]["largest_class_share"].get(name, 0.0)
+        if share > COLLAPSED_SHARE and not early:
+            found.append(f"{name} has collapsed: it names one class for {100 * share:.0f} % of the test images")
+            continue
+        before = [each["test"][name]["top1_error"] for each in history]
+        others = [other for peer, other in errors.items() if peer != name]
+        if before and others and error > min(before) + BEHIND_POINTS and error > min(others) + BEHIND_POINTS:
+            found.append(
+                f"{name} is diverging: test error {error:.1f} %, after {min(before):.1f} % before "
+                f"and {min(others):.1f} % of the best peer"
+            )
+    return found

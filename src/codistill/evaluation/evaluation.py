@@ -1,0 +1,124 @@
+"""Evaluation of every predictor of a method in one pass over a split."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from codistill.core.device import autocast
+from codistill.data.augment import DeviceImages
+from codistill.evaluation.diversity import Diversity, DiversitySums
+from codistill.evaluation.metrics import ClassificationSums, Scores, read_together, scores
+from codistill.methods import Method
+from codistill.methods.cohort import Outputs
+
+EVALUATION_BATCH = 500
+
+
+class Evaluation:
+    """Scores of every predictor on some splits, with batch normalisation's running statistics, again and again.
+
+    Everything is summed on the device. On CUDA the first pass runs plainly, and the passes after it are one graph.
+
+    Args:
+        method: Left in the mode, training or evaluation, that it was in.
+        splits: What to score, on the method's device.
+        precision: float32 or bf16, as in training.
+        batch_size: Images per forward pass; no influence on the scores but rounding.
+        captured: Whether passes become a graph on CUDA.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        splits: Mapping[str, DeviceImages],
+        precision: str = "float32",
+        batch_size: int = EVALUATION_BATCH,
+        captured: bool = True,
+    ) -> None:
+        self.method, self.splits, self.precision, self.batch_size = method, dict(splits), precision, batch_size
+        self.device = next(iter(self.splits.values())).labels.device
+        self._sums: dict[str, dict[str, ClassificationSums]] = {name: {} for name in self.splits}
+        self._diversity = {
+            name: DiversitySums(len(method.cohort), method.num_classes, self.device) for name in self.splits
+        }
+        self._captured = captured
+        self._passes = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    @torch.no_grad()
+    def run(self, between: Callable[[], None] = lambda: None) -> None:
+        """Look at all images anew.
+
+        Args:
+            between: Called after each batch, on the host; in a captured pass, once after all.
+        """
+        for name in self.splits:
+            self._diversity[name].reset()
+            for sums in self._sums[name].values():
+                sums.reset()
+        was_training = self.method.training
+        self.method.eval()
+        try:
+            if self.device.type != "cuda" or not self._captured or self._passes == 0:
+                self._pass(between)
+            else:
+                if self._graph is None:
+                    self._graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                        self._pass(lambda: None)
+                self._graph.replay()
+                between()
+        finally:
+            self.method.train(was_training)
+        self._passes += 1
+
+    def _pass(self, between: Callable[[], None]) -> None:
+        for name, images in self.splits.items():
+            sums = self._sums[name]
+            for start in range(0, len(images), self.batch_size):
+                pixels, labels = images.plain(start, start + self.batch_size)
+                with autocast(self.device, self.precision):
+                    outputs: Outputs = self.method(pixels)
+                    predictions: dict[str, Tensor] = self.method.predictions(outputs)
+                self._diversity[name].update(outputs.logits)
+                for predictor, logits in predictions.items():
+                    if predictor not in sums:
+                        sums[predictor] = ClassificationSums(self.device)
+                    sums[predictor].update(logits, labels)
+                between()
+
+    def packed(self) -> list[Float[Tensor, " numbers"]]:
+        """Give all sums as vectors, for `metrics.read_together`."""
+        vectors = []
+        for name in self.splits:
+            vectors += [each.packed() for each in self._sums[name].values()] + [self._diversity[name].packed()]
+        return vectors
+
+    def scored(self, packed: Sequence[Sequence[float]]) -> dict[str, tuple[dict[str, Scores], Diversity]]:
+        """Turn the numbers of `packed` into scores by predictor, and how the students differ, for each split."""
+        vectors, found = iter(packed), {}
+        for name in self.splits:
+            by_predictor = {predictor: scores(next(vectors)) for predictor in self._sums[name]}
+            found[name] = by_predictor, self._diversity[name].diversity(next(vectors))
+        return found
+
+
+def evaluate(
+    method: Method, images: DeviceImages, precision: str = "float32", batch_size: int = EVALUATION_BATCH
+) -> dict[str, Scores]:
+    """Score each student, the ensemble and the fused classifier once; see `Evaluation`.
+
+    Args:
+        method: Left in the mode, training or evaluation, that it was in.
+        images: The split, on the method's device.
+        precision: float32 or bf16, as in training.
+        batch_size: Images per forward pass; no influence on the scores but rounding.
+
+    Returns:
+        Scores by the names of `Method.predictions`.
+    """
+    evaluation = Evaluation(method, {"split": images}, precision, batch_size)
+    evaluation.run()
+    return evaluation.scored(read_together(evaluation.packed()))["split"][0]

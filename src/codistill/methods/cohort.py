@@ -1,0 +1,155 @@
+"""The students that train together, the trunk that they share, and what a forward pass gives."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from codistill.core.device import critical_stream
+from codistill.core.errors import UsageError
+from codistill.methods.losses import mean_logits
+from codistill.networks import Network
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What one forward pass of a method gives.
+
+    Attributes:
+        logits: One [batch, classes] per student.
+        feature_maps: One [batch, channels, height, width] per student, before pooling and as the backbone makes it.
+        fused_logits: [batch, classes] of the fused classifier or a gated ensemble, where the method has one.
+        teacher_logits: [batch, classes] of a frozen teacher, where one is given; with one view a student, one each.
+        extras: Further tensors that only the method's own losses read, by name.
+    """
+
+    logits: tuple[Float[Tensor, "batch _class"], ...]
+    feature_maps: tuple[Float[Tensor, "batch _channel _height _width"], ...]
+    fused_logits: Float[Tensor, "batch _class"] | None = None
+    teacher_logits: Float[Tensor, "*student batch _class"] | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def ensemble_logits(self) -> Float[Tensor, "batch class"]:
+        """Mean of the students' logits."""
+        return mean_logits(self.logits)
+
+
+class Cohort(nn.Module):
+    """Students that may share their low stages.
+
+    Sharing replaces the first stages of all students by the very modules of the first student, so each student stays
+    a complete network that can be called, counted and exported alone.
+
+    Attributes:
+        students: The networks.
+        shared_stages: How many low stages they share.
+        streams: CUDA streams that the branches run on, one for each student; empty: one after the other.
+
+    Args:
+        students: Networks; with a shared trunk they must be equal in the shared stages.
+        shared_stages: How many low stages to share. None: all but the last one where the students are equal, else none.
+
+    Raises:
+        UsageError: No student, the same object twice, or a trunk asked for that the students cannot share.
+    """
+
+    def __init__(self, students: Sequence[Network], shared_stages: int | None = None) -> None:
+        super().__init__()
+        if not students:
+            raise UsageError("a cohort needs at least one student")
+        if len({id(student) for student in students}) < len(students):
+            raise UsageError("a cohort got the same network object twice: build one network for each student")
+        self.students = nn.ModuleList(students)
+        self.shared_stages = self._trunk_length(students, shared_stages)
+        trunk = list(students[0].stages[: self.shared_stages])
+        self.streams: list[torch.cuda.Stream] = []
+        for student in students[1:]:
+            student.stages = nn.ModuleList([*trunk, *student.stages[self.shared_stages :]])
+
+    @staticmethod
+    def _trunk_length(students: Sequence[Network], asked: int | None) -> int:
+        if len(students) == 1 or asked == 0:
+            return 0
+        if asked is None:
+            equal = all(layout(student.stages) == layout(students[0].stages) for student in students[1:])
+            return len(students[0].stages) - 1 if equal else 0
+        names = " + ".join(student.spec or type(student).__name__ for student in students)
+        shortest = min(len(student.stages) for student in students)
+        if not 0 <= asked <= shortest:
+            raise UsageError(f"cannot share {asked} stages of {names}: share between 0 and {shortest}")
+        for student in students[1:]:
+            if layout(student.stages[:asked]) != layout(students[0].stages[:asked]):
+                raise UsageError(f"cannot share {asked} stages of {names}: unlike networks share nothing (use 0)")
+        return asked
+
+    def trunk(self, images: Float[Tensor, "*view batch channel height width"]) -> Float[Tensor, "*view batch c h w"]:
+        """Apply the shared stages once; to all views together where each student has its own."""
+        low = images.flatten(0, -4)
+        for stage in self[0].stages[: self.shared_stages]:
+            low = stage(low)
+        return low.reshape(*images.shape[:-3], *low.shape[1:])
+
+    def each_branch(
+        self,
+        low: Float[Tensor, "*view batch channel height width"],
+        finish: Callable[[int, Float[Tensor, "batch _channel _height _width"]], T],
+    ) -> list[T]:
+        """Compute each student's private stages and what follows.
+
+        Args:
+            low: What `trunk` gave: one map for all students, or a leading axis with one for each.
+            finish: Called with a student's index and its feature map; its results are what is returned. What it
+                computes belongs to the student's branch, and may run at the same time as that of the others.
+        """
+
+        def branch(index: int) -> T:
+            own = low if low.ndim == 4 else low[index]
+            return finish(index, self[index].feature_map(own, self.shared_stages))
+
+        return self.each_student(branch)
+
+    def each_student(self, branch: Callable[[int], T]) -> list[T]:
+        """Call a function with each student's index; the calls may run at the same time on streams of their own."""
+        if not self.streams:
+            return [branch(index) for index in range(len(self))]
+        current, results = torch.cuda.current_stream(), []
+        for index, stream in enumerate(self.streams):
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                results.append(branch(index))
+        for stream in self.streams:
+            current.wait_stream(stream)
+        return results
+
+    def run_branches_on_streams(self, device: torch.device) -> None:
+        """Let the branches of several students run at the same time from now on; for a step that is captured."""
+        if len(self) > 1:
+            self.streams = [critical_stream(device) for _ in self]
+
+    def feature_maps(
+        self, images: Float[Tensor, "*view batch channel height width"]
+    ) -> tuple[Float[Tensor, "batch _channel _height _width"], ...]:
+        """Give one feature map per student."""
+        return tuple(self.each_branch(self.trunk(images), lambda index, feature_map: feature_map))
+
+    def __iter__(self) -> Iterator[Network]:
+        return (self[index] for index in range(len(self)))
+
+    def __len__(self) -> int:
+        return len(self.students)
+
+    def __getitem__(self, index: int) -> Network:
+        student = self.students[index]
+        assert isinstance(student, Network)
+        return student
+
+
+def layout(stages: nn.ModuleList) -> tuple[str, tuple[torch.Size, ...]]:
+    """Describe stages so that equal descriptions mean interchangeable modules: structure and tensor shapes."""
+    return repr(stages), tuple(tensor.shape for tensor in stages.state_dict().values())

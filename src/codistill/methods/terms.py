@@ -1,0 +1,67 @@
+"""What the methods that teach by softened logits have in common: settings, and their terms."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from codistill.core.errors import UsageError
+from codistill.methods.losses import cross_entropy, ramp_up, soft_target_kl
+from codistill.methods.method import MethodSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationSettings(MethodSettings):
+    """Settings of the distillation terms."""
+
+    temperature: float = 3.0
+    """T of all distillation terms, > 0; cross-entropy and prediction use 1."""
+    ramp_up: float = 80 / 300
+    """Share of the training over which the distillation terms grow to full weight (80 of 300 epochs); 0: at once."""
+    detach_teachers: bool = True
+    """Whether the teaching side of a distillation term gets no gradient."""
+    target_epsilon: float = 0.0
+    """Added to the teaching probabilities; the code of FFL, ONE and OKDDip adds 1e-7."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.temperature < math.inf:
+            raise UsageError(f"method.temperature is {self.temperature}; it must be a number above 0")
+        if not 0 <= self.ramp_up <= 1:
+            raise UsageError(f"method.ramp_up is {self.ramp_up}; it must be between 0 and 1, a share of the training")
+        if not 0 <= self.target_epsilon < 1:
+            raise UsageError(f"method.target_epsilon is {self.target_epsilon}; it must be at least 0 and below 1")
+
+
+def ramped_kl(
+    pairs: Mapping[str, tuple[Float[Tensor, "batch class"], Float[Tensor, "batch class"]]],
+    progress: Float[Tensor, ""],
+    settings: DistillationSettings,
+    detach: bool,
+) -> dict[str, Float[Tensor, ""]]:
+    """Give r(t) T^2 KL(softmax(target / T) || softmax(logits / T)) of each pair under its name, all at once.
+
+    Args:
+        pairs: By the name of the term, scores of the one that learns, and of the one that teaches.
+        progress: Share of the epochs that are done.
+        settings: Temperature, ramp-up and epsilon.
+        detach: Whether the targets get no gradient; of the settings where a target has no parameters of its own.
+    """
+    logits, targets = (torch.stack(side) for side in zip(*pairs.values(), strict=True))
+    divergences = soft_target_kl(logits, targets, settings.temperature, detach, settings.target_epsilon)
+    ramped = ramp_up(progress, settings.ramp_up).to(divergences.dtype) * divergences
+    return dict(zip(pairs, ramped.unbind(), strict=True))
+
+
+def cross_entropy_terms(
+    logits: Sequence[Float[Tensor, "batch class"]],
+    labels: Int[Tensor, " batch"],
+    **others: Float[Tensor, "batch class"],
+) -> dict[str, Float[Tensor, ""]]:
+    """Give the term `ce/student<j>` of each student and `ce/<name>` of each other head, all at once."""
+    names = [*(f"student{index}" for index in range(len(logits))), *others]
+    losses = cross_entropy(torch.stack([*logits, *others.values()]), labels)
+    return {f"ce/{name}": loss for name, loss in zip(names, losses.unbind(), strict=True)}

@@ -1,0 +1,1 @@
+"""Run folders: the whole truth of one training."""

@@ -1,0 +1,213 @@
+"""Files that are whole or absent, and checkpoints whose every byte is checked before it is parsed."""
+
+import contextlib
+import hashlib
+import io
+import json
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from codistill.core.console import warn
+from codistill.core.errors import CheckpointError
+from codistill.core.files import write_atomically, write_json
+
+FORMAT = 2
+
+
+ENTRY = {"file": str, "sha256": str, "epoch": int, "step": int, "best": bool}
+
+
+# A file of an index and its SHA-256: names that stay in the folder, and lines without breaks.
+NAMES = r"[0-9A-Za-z-]+\.pt [0-9a-f]{64}"
+
+
+class CheckpointStore:
+    """The checkpoints of one run: at least the last two and the best, each named in an index with its SHA-256.
+
+    Args:
+        folder: Where they lie; made when the first one is saved.
+        keep: How many of the last ones are kept, at least 2.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder = folder
+        self.keep = keep
+        self._damaged: set[str] = set()
+        self._told = False
+
+    @property
+    def _index(self) -> Path:
+        return self.folder / "index.json"
+
+    def entries(self) -> list[dict[str, Any]]:
+        """List what the index holds, oldest first: file, sha256, epoch, step and best.
+
+        An index that is missing or damaged is made anew from the files, with a warning.
+
+        Raises:
+            CheckpointError: The index is of a newer format.
+        """
+        try:
+            content = self._index.read_bytes()
+        except FileNotFoundError:
+            return self._scanned("is missing") if any(self.folder.glob("*.pt")) else []
+        except OSError as error:
+            raise CheckpointError(f"{self._index}: {error.strerror}") from None
+        try:
+            index = json.loads(content)
+            entries = [dict(entry) for entry in index["files"]]
+            number = index["format"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return self._scanned("is damaged")
+        if isinstance(number, int) and number != FORMAT:
+            raise CheckpointError(f"{self._index}: {other_format(number)}")
+        for entry in entries:
+            known = all(isinstance(entry.get(key), kind) for key, kind in ENTRY.items())
+            if number != FORMAT or not known or not re.fullmatch(NAMES, f"{entry['file']} {entry['sha256']}"):
+                return self._scanned("is damaged")
+        return entries
+
+    def _scanned(self, trouble: str) -> list[dict[str, Any]]:
+        """Make the entries of an index from the files: zip's own checksums stand in for the SHA-256 that is lost."""
+        found = []
+        for path in sorted(self.folder.glob("*.pt")):
+            with contextlib.suppress(Exception):  # what is damaged is not listed
+                content = path.read_bytes()
+                with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                    whole = archive.testzip() is None
+                state = parsed(content, path)
+                if whole:
+                    entry = {"file": path.name, "sha256": hashlib.sha256(content).hexdigest()}
+                    found.append(entry | {key: state[key] for key in ("epoch", "step", "best")})
+        found.sort(key=position)
+        best = max((position(entry) for entry in found if entry["best"]), default=None)
+        found = [{**entry, "best": position(entry) == best} for entry in found]
+        if not self._told:
+            warn(f"{self._index} {trouble}: {len(found)} whole checkpoints were found by looking at the files")
+        self._told = True
+        return found
+
+    def save(self, state: Mapping[str, Any], epoch: int, best: bool, step: int = 0) -> None:
+        """Write a checkpoint, then the index, then delete what is no longer kept.
+
+        Args:
+            state: Tensors and plain JSON types only.
+            epoch: Number of completed epochs.
+            best: Whether it is the best one so far.
+            step: Steps that were done of the epoch after them.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        torch.save({**state, "format": FORMAT, "epoch": epoch, "step": step, "best": best}, buffer)
+        content = buffer.getvalue()
+        name = f"epoch-{epoch:06d}.pt" if step == 0 else f"epoch-{epoch:06d}-step-{step:06d}.pt"
+        # Before anything is written: a missing index is made from the files that are there now.
+        old = [entry for entry in self.entries() if entry["file"] != name and entry["file"] not in self._damaged]
+        write_atomically(self.folder / name, content)
+        if best:
+            old = [{**entry, "best": False} for entry in old]
+        digest = hashlib.sha256(content).hexdigest()
+        entries = [*old, {"file": name, "sha256": digest, "epoch": epoch, "step": step, "best": best}]
+        kept = [entry for entry in entries if entry["best"] or entry in entries[-self.keep :]]
+        write_json(self._index, {"format": FORMAT, "files": kept})
+        names = {entry["file"] for entry in kept}
+        for path in self.folder.glob("*.pt"):
+            if path.name not in names:
+                path.unlink(missing_ok=True)
+
+    def load(self, which: str = "last") -> dict[str, Any]:
+        """Read the last or the best checkpoint; a damaged last one is passed over for the one before, with a warning.
+
+        Raises:
+            CheckpointError: There is none, or none that is whole; names each file and what is wrong with it.
+        """
+        entries = self.entries()
+        wanted = [entry for entry in entries if entry["best"]] if which == "best" else entries[::-1]
+        reasons = []
+        for entry in wanted:
+            try:
+                state = self._read(entry)
+            except CheckpointError as error:
+                reasons.append(str(error))
+                self._damaged.add(entry["file"])
+                continue
+            for reason in reasons:
+                warn(f"{reason}; using {entry['file']}, the one before")
+            return state
+        if not reasons:
+            raise CheckpointError(f"{self.folder}: no {which} checkpoint; the run did not complete an epoch")
+        raise CheckpointError("; ".join(reasons))
+
+    def _read(self, entry: dict[str, Any]) -> dict[str, Any]:
+        path = self.folder / str(entry["file"])
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror}") from None
+        digest = hashlib.sha256(content).hexdigest()
+        if digest != entry["sha256"]:
+            raise CheckpointError(f"{path}: damaged: SHA-256 is {digest[:12]}.. instead of {entry['sha256'][:12]}..")
+        return parsed(content, path)
+
+
+def parsed(content: bytes, path: Path) -> dict[str, Any]:
+    """Turn the bytes of a checkpoint into its state; tensors and plain types only, whatever the file asks for.
+
+    Raises:
+        CheckpointError: They are not a checkpoint, or one of another format.
+    """
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load answers damage with five different types
+        raise CheckpointError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
+        raise CheckpointError(f"{path}: not a checkpoint of codistill")
+    if state["format"] != FORMAT:
+        raise CheckpointError(f"{path}: {other_format(state['format'])}")
+    if not all(isinstance(state.get(key), kind) for key, kind in ENTRY.items() if key not in ("file", "sha256")):
+        raise CheckpointError(f"{path}: damaged: it does not say how far the training was")
+    return state
+
+
+def load_weights(module: nn.Module, weights: Any, what: str) -> None:
+    """Load a state that must fit a module exactly.
+
+    Args:
+        module: What is filled.
+        weights: Tensors by name.
+        what: Where they come from, for the error line.
+
+    Raises:
+        CheckpointError: They do not fit; names the first that does not, with both shapes, and counts them.
+    """
+    own = module.state_dict()
+    if not isinstance(weights, Mapping) or not all(isinstance(each, torch.Tensor) for each in weights.values()):
+        raise CheckpointError(f"{what} does not fit the networks: it holds no weights by name")
+    missing = [name for name in own if name not in weights]
+    strange = [name for name in weights if name not in own]
+    unlike = [name for name in own if name in weights and own[name].shape != weights[name].shape]
+    if missing or strange or unlike:
+        first = next(name for name in (*unlike, *missing, *strange))
+        shapes = (list(tensors[first].shape) if first in tensors else "nothing" for tensors in (weights, own))
+        raise CheckpointError(
+            "{} does not fit the networks: {} is {} there and {} here; of {} tensors, {} have another shape, {} are "
+            "missing, {} unexpected".format(what, first, *shapes, len(own), len(unlike), len(missing), len(strange))
+        )
+    module.load_state_dict(weights)
+
+
+def other_format(number: int) -> str:
+    """Say that a file is of another format than this version writes."""
+    sign, version = (">", "a newer") if number > FORMAT else ("<", "an older")
+    return f"format {number} {sign} {FORMAT}: made by {version} version of codistill: use that one"
+
+
+def position(entry: Mapping[str, Any]) -> tuple[int, int]:
+    """Say how far a training was: completed epochs, and steps of the one after them."""
+    return entry["epoch"], entry["step"]

@@ -1,0 +1,218 @@
+"""A run folder: the whole truth of one training, and what can be done with it afterwards."""
+
+import copy
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from codistill.core.errors import CheckpointError, DataError, UsageError
+from codistill.core.files import read_json, write_atomically, write_json
+from codistill.data.dataset import Dataset, dataset
+from codistill.methods import Method
+from codistill.runs.checkpoint import CheckpointStore, load_weights
+from codistill.runs.lock import RunLock, remove_strays
+from codistill.runs.metadata import checked_record
+from codistill.settings.build import build_method
+from codistill.settings.config import RunConfig
+from codistill.settings.mapping import run_from_mapping
+
+
+class Run:
+    """A run folder.
+
+    Args:
+        path: The folder; it must hold a config.json.
+
+    Raises:
+        CheckpointError: It is not a run folder, or its config.json is damaged.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.record: dict[str, Any] = checked_record(read_json(self.path / "config.json"), self.path)
+        self.checkpoints = CheckpointStore(self.path / "checkpoints")
+        self._method: Method | None = None
+        self._data: Dataset | None = None
+
+    @classmethod
+    def create(cls, path: Path, record: dict[str, Any], method: Method, data: Dataset) -> tuple["Run", RunLock]:
+        """Make a new run folder and hold it.
+
+        Raises:
+            UsageError: Something other than an empty folder is there, another process holds it, or it cannot be made.
+        """
+        cls.refuse_taken(path, locked=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = RunLock(path)
+        except OSError as error:
+            raise UsageError(f"run folder {path}: {error.strerror}: choose another --out") from None
+        try:
+            remove_strays(path)
+            cls.refuse_taken(path)
+        except UsageError:
+            lock.release()
+            raise
+        write_json(path / "config.json", record)
+        run = cls(path)
+        run._method, run._data = method, data
+        return run, lock
+
+    def reopen(self, method: Method, data: Dataset) -> RunLock:
+        """Hold the folder again, to go on with an interrupted run.
+
+        Raises:
+            UsageError: The run is finished, or another process holds it.
+        """
+        lock = RunLock(self.path)
+        if self.finished:
+            lock.release()
+            raise UsageError(f"run {self.path} is finished: there is nothing to resume")
+        remove_strays(self.path)
+        remove_strays(self.checkpoints.folder)
+        (self.path / "summary.json").unlink(missing_ok=True)  # how it ended before it went on
+        self._method, self._data = method, data
+        return lock
+
+    @staticmethod
+    def refuse_taken(path: Path, locked: bool = False) -> None:
+        """Refuse a run folder that holds anything.
+
+        Args:
+            path: The folder, which need not exist.
+            locked: Whether one with a lock file passes, to be looked at again under the lock.
+
+        Raises:
+            UsageError: Something other than an empty folder is there.
+        """
+        try:
+            present = {entry.name for entry in path.iterdir()} if path.exists() else set()
+        except OSError as error:
+            raise UsageError(f"run folder {path}: {error.strerror}: choose another --out") from None
+        if present - {".lock"} and not (locked and ".lock" in present):
+            raise UsageError(f"run folder {path} is not empty: choose another --out; nothing was overwritten")
+
+    @property
+    def config(self) -> RunConfig:
+        """The settings that the run was started with."""
+        try:
+            return run_from_mapping(self.record, lambda key: f"{self.path}/config.json")
+        except UsageError as error:
+            raise CheckpointError(f"{self.path}/config.json: damaged, or of another version: {error}") from None
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What `summary.json` holds.
+
+        Raises:
+            CheckpointError: It is absent or damaged.
+        """
+        summary: dict[str, Any] = read_json(self.path / "summary.json")
+        return summary
+
+    @property
+    def status(self) -> str | None:
+        """How the run ended: finished, diverged, interrupted or failed; None: it has not, or was killed."""
+        return str(self.summary.get("status")) if (self.path / "summary.json").exists() else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return self.status == "finished"
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in the order of the logits."""
+        return list(self.record["dataset"]["class_names"])
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images, pixels."""
+        height, width = self.record["dataset"]["image_size"]
+        return int(height), int(width)
+
+    def append_metrics(self, rows: Sequence[str]) -> None:
+        """Add the last of the rows to metrics.jsonl, and see it on the disk."""
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(rows[-1] + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def write_metrics(self, rows: Sequence[str]) -> None:
+        """Write metrics.jsonl as a whole, whatever is there."""
+        write_atomically(self.path / "metrics.jsonl", "".join(row + "\n" for row in rows).encode())
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Read metrics.jsonl, one entry an epoch.
+
+        Raises:
+            CheckpointError: It is absent, or a line is damaged.
+        """
+        path = self.path / "metrics.jsonl"
+        try:
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from None
+
+    def load_method(self, which: str = "last") -> Method:
+        """Build the method with all its networks and load a checkpoint's weights.
+
+        Args:
+            which: The `last` or the `best` checkpoint.
+
+        Returns:
+            The method on the CPU, in evaluation mode.
+
+        Raises:
+            CheckpointError: No whole checkpoint, one of other shapes, or networks of the user's own that have no name
+                to build them from.
+        """
+        state = self.checkpoints.load(which)
+        if self._method is not None and "" in self.record["networks"]:
+            method = copy.deepcopy(self._method).cpu()
+        else:
+            method = build_method(self.config, len(self.class_names), self.image_size)
+        load_weights(method, state.get("method"), f"{self.path}: the {which} checkpoint")
+        return method.eval()
+
+    def load_data(self, data_dir: str | None = None) -> Dataset:
+        """Load the data set of the training again; the process that trained still has it, be it registered or not.
+
+        Args:
+            data_dir: Where the data set is now, if not where it was in training.
+
+        Raises:
+            DataError: It is missing or damaged, or its images or classes are not those of the training.
+        """
+        config = self.config
+        data = self._data if self._data and not data_dir else dataset(config.data, data_dir or config.data_dir)
+        if list(data.class_names) != self.class_names or data.image_size != self.image_size:
+            raise DataError(
+                f"data set {config.data}: its classes or image size are not those that {self.path} was trained on"
+            )
+        return data
+
+    def best_student(self) -> str:
+        """Name the student with the lowest top-1 error at the end of training.
+
+        Raises:
+            UsageError: The training did not finish.
+            CheckpointError: summary.json is absent or damaged.
+        """
+        summary = self.summary
+        if "top1_error" not in summary:
+            raise UsageError(
+                f"{self.path} has no best student, for its training was {summary.get('status')}: name a predictor"
+            )
+        errors: dict[str, float] = {
+            name: error for name, error in summary["top1_error"].items() if name.startswith("student")
+        }
+        return min(sorted(errors), key=errors.__getitem__)
+
+    def export(self, predictor: str, file: str | Path, format: str | None = None) -> Path:
+        """Write one predictor as a file that needs nothing of the rest; see `deploy.export.export_predictor`."""
+        from codistill.deploy.export import export_predictor
+
+        return export_predictor(self, predictor, Path(file), format).path

@@ -1,0 +1,93 @@
+"""summary.json: what a run trains, how it ended, and with which results."""
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from codistill.core.errors import DivergedError
+from codistill.core.files import write_json
+from codistill.methods import Method
+from codistill.methods.cohort import Cohort
+from codistill.networks.network import parameter_count
+from codistill.runs.run import Run
+from codistill.settings.config import RunConfig
+from codistill.training.execution import Execution
+
+
+def network_names(cohort: Cohort) -> list[str]:
+    """Name the students by their specs, or by their class where they have none."""
+    return [student.spec or type(student).__name__ for student in cohort]
+
+
+def status_of(error: BaseException) -> str:
+    """Name the end of a run that did not finish."""
+    if not isinstance(error, Exception):  # Ctrl-C, SIGTERM
+        return "interrupted"
+    return "diverged" if isinstance(error, DivergedError) else "failed"
+
+
+def run_facts(config: RunConfig, method: Method) -> dict[str, Any]:
+    """Give the part of summary.json that is known before training."""
+    return {
+        "method": config.method_name,
+        "networks": network_names(method.cohort),
+        "data": config.data,
+        "seed": config.train.seed,
+        "epochs": config.train.epochs,
+        "parameters": {name: parameter_count(each) for name, each in method.predictors().items()},
+    }
+
+
+def summarise(
+    run: Run,
+    config: RunConfig,
+    method: Method,
+    rows: Sequence[Mapping[str, Any]],
+    best: Mapping[str, Any],
+    seconds: float,
+    execution: Execution,
+) -> dict[str, Any]:
+    """Make the contents of summary.json.
+
+    Args:
+        run: Where results went.
+        config: What was run.
+        method: What was trained.
+        rows: What came out of each epoch.
+        best: The row of the best epoch.
+        seconds: From the first step to the end.
+        execution: How steps were computed.
+    """
+    trained = sum(row["seconds"] for row in rows)
+
+    def errors(row: Mapping[str, Any]) -> dict[str, float]:
+        return {name: each["top1_error"] for name, each in row["test"].items()}
+
+    return {
+        "status": "finished",
+        **run_facts(config, method),
+        "top1_error": errors(rows[-1]),
+        "best_epoch_top1_error": errors(best),
+        "best_epoch": best["epoch"] + 1,
+        "best_epoch_chosen_on": "validation" if "validation" in rows[-1] else "test",
+        "test": rows[-1]["test"],
+        "diversity": rows[-1]["diversity"],
+        "warnings": [f"epoch {row['epoch'] + 1}: {each}" for row in rows for each in row["warnings"]],
+        "images_per_second": sum(row["images_per_second"] * row["seconds"] for row in rows) / trained,
+        "train_seconds": trained,
+        "wall_seconds": seconds,
+        "execution": dataclasses.asdict(execution),
+        "environment": run.record["environment"],
+    }
+
+
+def write_summary_of_failure(out: Path, config: RunConfig, method: Method, error: BaseException) -> None:
+    """Write the summary.json of a run that did not finish; one that already says how the run ended stays."""
+    path = out / "summary.json"
+    if path.exists() and Run(out).summary.get("status") in ("finished", "diverged"):
+        return
+    facts = {"status": status_of(error), "error": " ".join(str(error).split()), **run_facts(config, method)}
+    with contextlib.suppress(OSError):  # a full disk is what the error says already
+        write_json(path, facts)

@@ -1,0 +1,1 @@
+"""What a run is: settings, recipes, presets, and how they are built."""

@@ -1,0 +1,38 @@
+"""From a run's settings to its data set and its method."""
+
+import torch
+
+from codistill.core.errors import CheckpointError, UsageError
+from codistill.data.augment import INIT_STREAM, generator
+from codistill.data.dataset import Dataset, dataset
+from codistill.methods import METHODS, Method
+from codistill.networks import network
+from codistill.settings.config import RunConfig
+
+
+def build_method(config: RunConfig, num_classes: int, image_size: tuple[int, int]) -> Method:
+    """Build a method with fresh networks; the weights are a pure function of the seed.
+
+    Raises:
+        UsageError: Networks, method and settings do not go together.
+        CheckpointError: A network has no name to build it from.
+    """
+    if not config.networks:
+        raise UsageError("no networks: name one for each student, for example --networks resnet20 resnet20")
+    if "" in config.networks:
+        raise CheckpointError("the run was trained with networks of your own, which only your program can build")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(config.train.seed, INIT_STREAM).initial_seed())
+        students = [network(spec, num_classes) for spec in config.networks]
+        return METHODS[config.method_name](students, num_classes, config.method, image_size)
+
+
+def load_named_data(config: RunConfig) -> Dataset:
+    """Load the data set that a run names.
+
+    Raises:
+        UsageError: It names none.
+    """
+    if not config.data:
+        raise UsageError("no data set: name one with --data, for example --data digits")
+    return dataset(config.data, config.data_dir)

@@ -1,0 +1,195 @@
+"""A whole run as one frozen value: how it is trained, who teaches, and what config.json holds of them."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import tyro
+
+from codistill.core.errors import UsageError
+from codistill.core.registry import near_matches
+from codistill.data.augment import Augmentation, PaddingMode
+from codistill.data.dataset import Dataset
+from codistill.methods import METHODS, MethodSettings
+
+Precision = Literal["float32", "bf16"]
+
+
+PLACE = {"place": True}
+"""Metadata of a setting that says where a run finds things or what computes it; see `PLACES`."""
+# For counts without a bound of their own.
+LARGEST = 2**31 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How a method is trained, whatever it is; the defaults are MFEF's recipe."""
+
+    epochs: int = 300
+    """How often each training image is seen."""
+    batch_size: Annotated[int, tyro.conf.arg(aliases=("-b",))] = 128
+    """Images per step, at least 2."""
+    drop_last: bool = False
+    """Leave out the last, smaller batch of an epoch (other images in each epoch)."""
+    learning_rate: Annotated[float, tyro.conf.arg(aliases=("--lr",))] = 0.1
+    """Initial learning rate of SGD."""
+    momentum: float = 0.9
+    """Momentum, from 0 to below 1."""
+    nesterov: bool = True
+    """Nesterov's form of momentum."""
+    weight_decay: Annotated[float, tyro.conf.arg(aliases=("--wd",))] = 1e-4
+    """L2 factor on all parameters of the students; a method's own modules may have another."""
+    milestones: tuple[int, ...] | None = None
+    """Epochs at which the learning rate is multiplied by learning_rate_decay. None: at 1/2 and 3/4 of the epochs."""
+    learning_rate_decay: float = 0.1
+    """Factor on the learning rate at each milestone."""
+    padding: int = 4
+    """Pixels around a training image before a random crop of its size; 0: no crop."""
+    padding_mode: PaddingMode = "zeros"
+    """What is in the padding: black, or the image reflected."""
+    flip: bool | None = None
+    """Mirror half of the training images. None: where the data set says that a mirrored image keeps its label."""
+    train_limit: int | None = None
+    """Use only the first so many training images of the seeded order."""
+    validation: int = 0
+    """Hold out so many training images, the last of the seeded order, to choose the best epoch by."""
+    seed: int = 0
+    """Seed of initial weights, order, crops, flips and splits."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("epochs", 1, LARGEST),
+            ("batch_size", 2, LARGEST),
+            ("learning_rate_decay", 0, 1),
+            ("weight_decay", 0, 1),
+            ("padding", 0, LARGEST),
+            ("train_limit", 1, LARGEST),
+            ("validation", 0, LARGEST),
+            ("seed", 0, 2**32 - 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                bound = f"at least {low}" if high == LARGEST and value < low else f"from {low} to {high}"
+                raise UsageError(f"{name} is {value}; it must be {bound}")
+        if not 0 < self.learning_rate < math.inf:
+            raise UsageError(f"learning_rate is {self.learning_rate}; it must be a number above 0")
+        if not 0 <= self.momentum < 1:
+            raise UsageError(f"momentum is {self.momentum}; it must be from 0 to below 1")
+        steps = self.milestones or ()
+        if list(steps) != sorted(set(steps)) or any(not 0 < step < self.epochs for step in steps):
+            raise UsageError(f"milestones are {list(steps)}; they must rise and lie between 1 and epochs - 1")
+
+    @property
+    def learning_rate_steps(self) -> tuple[int, ...]:
+        """Epochs at which the learning rate falls."""
+        if self.milestones is not None:
+            return self.milestones
+        return math.ceil(self.epochs / 2), math.ceil(self.epochs * 3 / 4)
+
+    def augmentation(self, data: Dataset) -> Augmentation:
+        """Decide on crops and flips for a data set.
+
+        Raises:
+            UsageError: More padding than the images have pixels.
+        """
+        smallest = min(data.image_size)
+        if self.padding_mode == "reflect" and self.padding >= smallest:
+            raise UsageError(f"padding is {self.padding}, but reflection needs less than {smallest} pixels")
+        if self.padding > smallest:
+            raise UsageError(f"padding is {self.padding}, but images of {smallest} pixels leave room for {smallest}")
+        flip = data.flip if self.flip is None else self.flip
+        return Augmentation(padding=self.padding, padding_mode=self.padding_mode, flip=flip)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutionSettings:
+    """What a run is computed on and how, apart from the experiment that it is."""
+
+    device: str = field(default="auto", metadata=PLACE)
+    """cpu, cuda, cuda:1, or auto: cuda where there is one."""
+    precision: Precision = "float32"
+    """float32, or bf16: autocast with float32 weights, batch statistics and losses."""
+    deterministic: bool = False
+    """On CUDA, use only algorithms that repeat to the last bit, which costs speed; a CPU always does."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Whether torch.compile compiles the students' stages, heads and modules (the first step then takes about a
+    minute, later runs less). auto: on CUDA in runs of 100,000 steps or more."""
+    threads: int | None = field(default=None, metadata=PLACE)
+    """CPU threads. None: torch's choice, one for each core, or fewer in a container that may use less. Results repeat
+    to the last bit for one number of threads."""
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and not 1 <= self.threads <= 1024:
+            raise UsageError(f"threads is {self.threads}; it must be from 1 to 1024")
+        for name in ("precision", "compile"):
+            value, choices = getattr(self, name), get_args(get_type_hints(type(self))[name])
+            if value not in choices:
+                raise UsageError(f"{name} is {value!r}: {near_matches(str(value), choices)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSettings:
+    """A frozen teacher: kd needs one, other methods may have one beside the students' own exchange."""
+
+    teacher: str | None = None
+    """A run folder, a .safetensors file that export wrote, or a checkpoint with teacher_network."""
+    teacher_predictor: str | None = None
+    """Which predictor of a run folder teaches. None: its best student."""
+    teacher_network: str | None = None
+    """The network whose weights a checkpoint holds: {"model": weights} as of RepDistiller or mdistiller."""
+    teacher_weight: float = 1.0
+    """Factor on the teacher's terms."""
+    teacher_temperature: float = 3.0
+    """T of the teacher's terms, > 0; they are multiplied by T^2."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.teacher_temperature < math.inf:
+            raise UsageError(f"teacher_temperature is {self.teacher_temperature}; it must be a number above 0")
+        if not 0 <= self.teacher_weight < math.inf:
+            raise UsageError(f"teacher_weight is {self.teacher_weight}; it must be a number, at least 0")
+        if self.teacher is None and (self.teacher_network or self.teacher_predictor):
+            raise UsageError("teacher_network and teacher_predictor say more of a teacher, but --teacher names none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run: what is trained, how, on what."""
+
+    method_name: Annotated[str, tyro.conf.Suppress] = "mfef"
+    networks: tuple[str, ...] = ()
+    """The students, one name each: resnet32 wrn-16-2. Options behind a colon: resnet20:shortcut=A."""
+    data: str = ""
+    """The data set; options behind a colon: folder:resize=64."""
+    data_dir: str | None = field(default=None, metadata=PLACE)
+    """Folder, archive or file that holds the data set."""
+    train: Annotated[TrainSettings, tyro.conf.arg(name="")] = field(default_factory=TrainSettings)
+    execution: Annotated[ExecutionSettings, tyro.conf.arg(name="")] = field(default_factory=ExecutionSettings)
+    teaching: Annotated[TeacherSettings, tyro.conf.arg(name="")] = field(default_factory=TeacherSettings)
+    method: MethodSettings = field(default_factory=MethodSettings)
+    """Settings of the method."""
+
+    def as_mapping(self) -> dict[str, Any]:
+        """Give what `config.json` and recipes hold: plain JSON types, flat but for the method's settings."""
+        mapping: dict[str, Any] = {"method": {"name": self.method_name, **dataclasses.asdict(self.method)}}
+        mapping |= {"networks": self.networks, "data": self.data, "data_dir": self.data_dir}
+        for group in GROUPS:
+            mapping |= dataclasses.asdict(getattr(self, group))
+        plain: dict[str, Any] = json.loads(json.dumps(mapping))
+        return plain
+
+
+GROUPS: dict[str, type] = {"train": TrainSettings, "execution": ExecutionSettings, "teaching": TeacherSettings}
+"""The groups of settings that a mapping holds without a table of their own."""
+PLACES = tuple(
+    each.name for kind in (RunConfig, *GROUPS.values()) for each in dataclasses.fields(kind) if each.metadata == PLACE
+)
+"""Settings that do not affect results and may change on resume."""
+# What config.json holds beside the run itself.
+RECORDED_KEYS = ("codistill", "environment", "dataset")
+
+
+def default_config(method_name: str) -> RunConfig:
+    """Give the defaults of a method."""
+    return RunConfig(method_name=method_name, method=METHODS[method_name].Settings())

@@ -1,0 +1,138 @@
+"""Settings of papers, as a whole: what each paper or its code sets, where it differs from MFEF's recipe."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from codistill.core.errors import UsageError
+from codistill.core.registry import near_matches
+from codistill.settings.config import RunConfig
+from codistill.settings.mapping import run_from_mapping
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """Settings of one paper.
+
+    Attributes:
+        method: The method that it belongs to.
+        source: Where the settings were found.
+        run: Settings of the run by key.
+        settings: Settings of the method by key.
+        networks: What the paper's code builds under a network's name, where that is another network.
+    """
+
+    method: str
+    source: str
+    run: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    networks: Mapping[str, str] = field(default_factory=dict)
+
+
+def _recipe(**changes: Any) -> dict[str, Any]:
+    recipe = {
+        "epochs": 300,
+        "batch_size": 128,
+        "learning_rate": 0.1,
+        "learning_rate_decay": 0.1,
+        "milestones": [150, 225],
+        "momentum": 0.9,
+        "nesterov": True,
+        "weight_decay": 1e-4,
+        "padding": 4,
+        "padding_mode": "zeros",
+        "drop_last": False,
+    }
+    return recipe | changes
+
+
+PRESETS: dict[str, Preset] = {
+    "mfef": Preset(
+        method="mfef",
+        source="MFEF (ICANN 2022), section 4.1; where it is silent, FFL's code",
+        run=_recipe(),
+        settings={
+            "temperature": 3.0,
+            "ramp_up": 80 / 300,
+            "detach_teachers": True,
+            "detach_fusion_input": False,
+            "fusion_weight_decay": 1e-5,
+            "groups": 4,
+            "attention_reduction": 16,
+            "attention_kernel": 7,
+        },
+    ),
+    "ffl": Preset(
+        method="ffl",
+        source="Jangho-Kim/FFL-pytorch at 546d478, train_FFL.py: 301 epochs, reflected padding, 1e-7 on soft targets",
+        run=_recipe(epochs=301, padding_mode="reflect"),
+        settings={
+            "temperature": 3.0,
+            "ramp_up": 80 / 301,
+            "detach_teachers": True,
+            "detach_fusion_input": False,
+            "target_epsilon": 1e-7,
+            "fusion_weight_decay": 1e-5,
+        },
+    ),
+    "one": Preset(
+        method="one",
+        source="Lan1991Xu/ONE_NeurIPS2018, scripts: no Nesterov, milestones 151 and 225; bottlenecks from depth 44 on",
+        run=_recipe(milestones=[151, 225], nesterov=False),
+        settings={"temperature": 3.0, "ramp_up": 80 / 300, "detach_teachers": True, "target_epsilon": 1e-7},
+        networks={"resnet56": "resnet83-bottleneck", "resnet110": "resnet164-bottleneck"},
+    ),
+    "okddip": Preset(
+        method="okddip",
+        source="DefangChen/OKDDip-AAAI2020 at c6a05de, train_GL.py: weight decay 5e-4, targets not detached",
+        run=_recipe(weight_decay=5e-4),
+        settings={"temperature": 3.0, "ramp_up": 80 / 300, "detach_teachers": False, "target_epsilon": 1e-7},
+        networks={"resnet110": "resnet110-bottleneck"},
+    ),
+    "dml": Preset(
+        method="dml",
+        source="Zhang et al., CVPR 2018 (200 epochs, lr / 10 every 60), and their code: T = 1, in turn, no 1/(n-1)",
+        run=_recipe(epochs=200, milestones=[60, 120, 180]),
+        settings={"temperature": 1.0, "update": "alternating", "target": "pairwise", "divide_by_peers": False},
+    ),
+    "kdcl": Preset(
+        method="kdcl",
+        source="Guo et al., CVPR 2020, as two independent notes report it; no official code: KDCL-General, T = 2",
+        run=_recipe(),
+        settings={"variant": "general", "temperature": 2.0, "views_per_student": True},
+    ),
+}
+
+
+def find_preset(name: str, method: str | None) -> Preset:
+    """Look a preset up.
+
+    Raises:
+        UsageError: Unknown, or of another method than the one that was named.
+    """
+    if name not in PRESETS:
+        raise UsageError(f"unknown preset {name!r}: {near_matches(name, PRESETS)}")
+    preset = PRESETS[name]
+    if method is not None and method != preset.method:
+        raise UsageError(f"preset {name} is for {preset.method}, not for {method}: leave the method or the preset out")
+    return preset
+
+
+def preset_config(preset: Preset, epochs: int | None) -> RunConfig:
+    """Return the run that a preset sets, its milestones moved in proportion where another length is asked for.
+
+    Args:
+        preset: The preset.
+        epochs: The length that is asked for; None: the preset's own.
+    """
+    run = dict(preset.run)
+    if epochs is not None:
+        moved = {round(each * epochs / run["epochs"]) for each in run["milestones"]}
+        run |= {"epochs": epochs, "milestones": sorted(each for each in moved if 0 < each < epochs)}
+    mapping = {**run, "method": {"name": preset.method, **preset.settings}}
+    return run_from_mapping(mapping, lambda key: "preset")
+
+
+def renamed(preset: Preset, networks: tuple[str, ...]) -> tuple[str, ...]:
+    """Give the networks that the paper's code builds under these names."""
+    return tuple(preset.networks.get(name, name) for name in networks)

@@ -1,0 +1,1 @@
+"""Training of one run or of several side by side."""

@@ -1,0 +1,122 @@
+"""Training steps of one run or several as one CUDA graph, or one after the other."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from codistill.core.console import warn
+from codistill.core.device import critical_stream
+from codistill.core.errors import UsageError
+from codistill.data.augment import Batch
+from codistill.training.step import PlainStep
+
+WARM_UP_STEPS = 3
+
+
+class CapturedFleet:
+    """The plain steps of several independent runs as one CUDA graph per batch size, each run on a stream of its own.
+
+    The first calls with a size run plainly, on the stream that is captured later: they are real training steps, and
+    make cuDNN and the allocator ready. Then the steps are captured together, and from then on replayed. Kernels and
+    their order within a run are those of the run alone.
+
+    Args:
+        members: The steps, on one device; everything that they touch stays where it is in memory.
+        warm_up: How many calls of a size run plainly.
+    """
+
+    def __init__(self, members: Sequence[PlainStep], warm_up: int = WARM_UP_STEPS) -> None:
+        self.members = list(members)
+        self.warm_up = warm_up
+        self.device = members[0].images.labels.device
+        self.stream = critical_stream(self.device)
+        self._forks = [critical_stream(self.device) for _ in members]
+        self._progress = torch.zeros((), device=self.device)
+        self._calls: dict[int, int] = {}
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, list[Batch]]] = {}
+        # Graphs of different sizes have their memory in common: what lasts from step to step was made before them.
+        self._pool = torch.cuda.graph_pool_handle()
+        for member in members:
+            if member.execution.overlap:
+                member.overlap()
+
+    def __call__(self, batches: Sequence[Batch], progress: Float[Tensor, ""]) -> None:
+        """Train each run on its batch and add its loss terms to its `sums`."""
+        size = batches[0].image.shape[-1]
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            self._progress.copy_(progress)
+            if size not in self._graphs and self._calls.get(size, 0) < self.warm_up:
+                self._calls[size] = self._calls.get(size, 0) + 1
+                self._run(batches)
+            else:
+                if size not in self._graphs:
+                    self._graphs[size] = self._capture(batches)
+                graph, static = self._graphs[size]
+                for targets, sources in zip(zip(*static, strict=True), zip(*batches, strict=True), strict=True):
+                    torch._foreach_copy_(targets, sources)
+                graph.replay()
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
+    def _run(self, batches: Sequence[Batch]) -> None:
+        if len(self.members) == 1:
+            self.members[0](batches[0], self._progress)
+            return
+        for fork, member, batch in zip(self._forks, self.members, batches, strict=True):
+            fork.wait_stream(self.stream)
+            with torch.cuda.stream(fork):
+                member(batch, self._progress)
+        for fork in self._forks:
+            self.stream.wait_stream(fork)
+
+    def _capture(self, batches: Sequence[Batch]) -> tuple[torch.cuda.CUDAGraph, list[Batch]]:
+        static = [Batch(*(table.clone() for table in batch)) for batch in batches]
+        graph = torch.cuda.CUDAGraph()
+        cause: BaseException | None = None
+        try:
+            with torch.cuda.graph(graph, self._pool, self.stream, capture_error_mode="thread_local"):
+                try:
+                    self._run(static)
+                except BaseException as error:
+                    cause = error  # for to end a capture that has failed is an error of its own
+                    raise
+        except RuntimeError as error:
+            cause = cause or error
+            if not isinstance(cause, RuntimeError) or isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            names = ", ".join(sorted({member.method.name for member in self.members}))
+            reason = " ".join(str(cause).split())[:200]
+            raise UsageError(
+                f"{names} cannot be captured as a CUDA graph: does its step read from the host? Set capturable = False "
+                f"in its class to run it plainly ({reason})"
+            ) from cause
+        return graph, static
+
+
+class SequentialFleet:
+    """The plain steps of several independent runs, one after the other: a CPU's fleet.
+
+    Args:
+        members: The steps.
+    """
+
+    def __init__(self, members: Sequence[PlainStep]) -> None:
+        self.members = list(members)
+
+    def __call__(self, batches: Sequence[Batch], progress: Float[Tensor, ""]) -> None:
+        """Train each run on its batch and add its loss terms to its `sums`."""
+        for member, batch in zip(self.members, batches, strict=True):
+            member(batch, progress)
+
+
+def make_fleet(members: Sequence[PlainStep]) -> CapturedFleet | SequentialFleet:
+    """Capture steps where they can be: on CUDA, in one process, and where every method allows it; else say why not."""
+    if members[0].images.labels.device.type != "cuda" or members[0].ranks.count > 1:
+        return SequentialFleet(members)
+    plain = sorted({member.method.name for member in members if not member.method.capturable})
+    if plain:
+        warn(f"{', '.join(plain)} cannot be captured as a CUDA graph: the steps run one by one, which is slower")
+        return SequentialFleet(members)
+    return CapturedFleet(members)

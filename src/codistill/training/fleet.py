@@ -1,0 +1,257 @@
+"""Runs that train side by side on one device: how many at a time its memory holds, and their training."""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import gc
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from codistill.core.console import warn
+from codistill.core.device import choose_device
+from codistill.core.errors import DivergedError, UsageError
+from codistill.data.augment import DeviceImages, epoch_plan
+from codistill.data.dataset import Dataset, Split
+from codistill.evaluation.evaluation import EVALUATION_BATCH, evaluate
+from codistill.methods import Method
+from codistill.runs.run import Run
+from codistill.runs.summary import write_summary_of_failure
+from codistill.settings.build import load_named_data
+from codistill.settings.config import RunConfig
+from codistill.training.loop import run_epochs
+from codistill.training.optim import make_optimizer
+from codistill.training.prepare import (
+    Resident,
+    build_taught,
+    check_shapes,
+    placed,
+    prepared,
+    run_record,
+    split_training,
+)
+from codistill.training.step import PlainStep
+from codistill.training.train import free_folder
+from codistill.training.trainer import Loop
+
+SHARED_IN_A_FLEET = (
+    "data",
+    "data_dir",
+    "epochs",
+    "batch_size",
+    "drop_last",
+    "train_limit",
+    "validation",
+    "device",
+    "precision",
+    "deterministic",
+    "threads",
+)
+
+
+# Puts a run on its device, and closes it at the end.
+Opening = Callable[[], contextlib.AbstractContextManager[Loop]]
+
+
+# Convolutions take memory to work in, and allocators leave gaps.
+ALLOWANCE = 1.3
+
+
+USED_SHARE = 0.9
+
+
+def memory_of_a_run(method: Method, config: RunConfig, data: Dataset, device: torch.device) -> int:
+    """Measure what a copy of a method takes beside the data set, bytes.
+
+    That is what it keeps from step to step, what its graphs of a step and of an evaluation hold for themselves, and
+    what the first plain steps of the epoch's last size need beside them, which is taken to be as much as a step does.
+
+    Args:
+        method: Left as it is.
+        config: Batch size, precision and optimiser.
+        data: What it is trained on; only a few images of it are used.
+        device: A CUDA device.
+    """
+    settings = config.train
+    few = Split(data.train.images[: settings.batch_size], data.train.labels[: settings.batch_size])
+    images = DeviceImages(few, data.statistics, device)
+    test = Split(data.test.images[:EVALUATION_BATCH], data.test.labels[:EVALUATION_BATCH])
+    held = DeviceImages(test, data.statistics, device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    probe = copy.deepcopy(method).to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    optimizer = make_optimizer(probe, settings.learning_rate, settings.momentum, settings.nesterov, 0.0)
+    augmentation = settings.augmentation(data)
+    step = PlainStep(probe, images, augmentation, optimizer, config.execution.precision)
+    plan = epoch_plan(len(images), settings.seed, 0, augmentation, device, probe.views)
+    for _ in range(2):
+        step(plan, torch.zeros((), device=device))
+    kept = torch.cuda.memory_allocated(device)
+    within_step = torch.cuda.max_memory_allocated(device) - kept
+    torch.cuda.reset_peak_memory_stats(device)
+    evaluate(probe, held, config.execution.precision)
+    within_evaluation = torch.cuda.max_memory_allocated(device) - kept
+    del probe, optimizer, step
+    torch.cuda.empty_cache()
+    return kept - before + (1 if settings.drop_last else 2) * within_step + within_evaluation
+
+
+def free_memory(device: torch.device) -> int:
+    """Say how many bytes of a CUDA device nobody uses."""
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def side_by_side(
+    methods: Sequence[Method], configs: Sequence[RunConfig], data: Dataset, device: torch.device
+) -> list[int]:
+    """Choose how many runs train at a time, from free memory and a short measurement of what one takes.
+
+    Says so in a line where not all of them fit. On a CPU runs take turns at each step, and all of them fit.
+
+    Args:
+        methods: On the host, not yet trained.
+        configs: Their settings.
+        data: Their data set.
+        device: Where they will train.
+
+    Returns:
+        Sizes of the groups that train one after the other, as equal as can be.
+    """
+    count = len(methods)
+    if device.type != "cuda" or count == 1:
+        return [count]
+    collect_finished_runs()
+    kinds = {(config.method_name, config.networks): index for index, config in enumerate(configs)}
+    need = max(memory_of_a_run(methods[index], configs[index], data, device) for index in kinds.values())
+    free = free_memory(device) * USED_SHARE
+    fit = min(count, max(1, int(free // (need * ALLOWANCE))))
+    groups = -(-count // fit)
+    sizes = [count // groups + (index < count % groups) for index in range(groups)]
+    if groups > 1:
+        has, takes = (f"{bytes / 2**30:.2f} GiB" for bytes in (free, need * ALLOWANCE))
+        warn(
+            f"{count} runs, but {torch.cuda.get_device_name(device)} has {has} to use and a run takes about {takes}: "
+            f"they train in {groups} groups of at most {sizes[0]}, one after the other"
+        )
+    return sizes
+
+
+def collect_finished_runs() -> None:
+    """Free the memory of runs that are over: matplotlib leaves cycles that hold their loops, and with them all else."""
+    gc.collect()
+
+
+def train_seeds(config: RunConfig, seeds: Sequence[int], out: Path | None = None, show: bool = True) -> list[Run]:
+    """Train one run for each seed, side by side; see `train_fleet`.
+
+    Raises:
+        UsageError: A seed twice; otherwise as `train_fleet`.
+    """
+    if len(set(seeds)) < len(seeds):
+        raise UsageError(f"seeds are {list(seeds)}: name each once")
+    configs = [dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed)) for seed in seeds]
+    folder = out or free_folder(config, "seeds")
+    return train_fleet(configs, [folder / f"seed{seed}" for seed in seeds], show)
+
+
+def train_fleet(configs: Sequence[RunConfig], outs: Sequence[Path], show: bool = True) -> list[Run]:
+    """Train independent runs side by side on one device, each in its own run folder.
+
+    Each run ends as it would have ended alone; one that diverges is marked in its summary.json, and the others go on.
+
+    Args:
+        configs: Runs with the same data set, epochs, batch size, device and precision; they may differ in method,
+            networks and seed.
+        outs: A run folder for each.
+        show: Whether to print progress and the final tables.
+
+    Returns:
+        The runs, in order; `summary["status"]` says how each ended.
+
+    Raises:
+        UsageError: The runs do not go together, or one of them cannot work; nothing was written.
+    """
+    first = configs[0]
+    for config in configs[1:]:
+        for key, value in shared(config).items():
+            if value != shared(first)[key]:
+                raise UsageError(f"runs side by side must have one {key}: {shared(first)[key]!r} and another")
+    if len(set(outs)) < len(outs):
+        raise UsageError("runs side by side need a run folder each, but one is named twice")
+    device = choose_device(first.execution.device, first.execution.precision)
+    data = load_named_data(first)
+    methods = [build_taught(config, data) for config in configs]
+    # All of them before the first run folder is made.
+    for method, config, out in zip(methods, configs, outs, strict=True):
+        config.train.augmentation(data)
+        split_training(data, config.train)
+        check_shapes(method, data)
+        Run.refuse_taken(out)
+    sizes = side_by_side(methods, configs, data, device)
+    waiting: dict[Path, Run] = {}
+    # The runs of later groups have a folder from the beginning, so that `resume` knows them.
+    for method, config, out in list(zip(methods, configs, outs, strict=True))[sizes[0] :]:
+        waiting[out], lock = Run.create(out, run_record(placed(config, data), data, device), method, data)
+        lock.release()
+    resident = Resident(data.statistics, device)
+    openings = [
+        functools.partial(
+            prepared,
+            method,
+            data,
+            config,
+            out,
+            device,
+            show,
+            out.name,
+            waiting.get(out),
+            resident=resident,
+            runs=sizes[0],
+        )
+        for method, config, out in zip(methods, configs, outs, strict=True)
+    ]
+    return train_in_groups(openings, sizes, mark_diverged)
+
+
+def train_in_groups(
+    openings: Sequence[Opening], sizes: Sequence[int], diverged: Callable[[Loop, DivergedError], None]
+) -> list[Run]:
+    """Train runs side by side, one group after the other.
+
+    Args:
+        openings: What puts each run on its device.
+        sizes: How many runs each group has.
+        diverged: See `run_epochs`.
+
+    Returns:
+        The runs, in order.
+    """
+    waiting = iter(openings)
+    return [run for size in sizes for run in train_side_by_side(list(itertools.islice(waiting, size)), diverged)]
+
+
+def train_side_by_side(openings: Sequence[Opening], diverged: Callable[[Loop, DivergedError], None]) -> list[Run]:
+    """Train one group of runs, and leave its methods on the host; see `train_in_groups`."""
+    collect_finished_runs()
+    with contextlib.ExitStack() as held:
+        loops = [held.enter_context(opening()) for opening in openings]
+        run_epochs(loops, diverged)
+        for loop in loops:
+            loop.method.cpu()
+    return [loop.run for loop in loops]
+
+
+def shared(config: RunConfig) -> dict[str, Any]:
+    """Give the settings that runs side by side have in common."""
+    mapping = config.as_mapping()
+    return {key: mapping[key] for key in SHARED_IN_A_FLEET}
+
+
+def mark_diverged(loop: Loop, error: DivergedError) -> None:
+    """Write how a run ended that is dropped from a fleet, and say so."""
+    write_summary_of_failure(loop.run.path, loop.config, loop.method, error)
+    warn(f"{loop.run.path.name} is dropped: {error}")

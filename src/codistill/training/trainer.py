@@ -1,0 +1,228 @@
+"""The state of one training between steps: where it is, what it has given, what is saved and kept of it."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from codistill.core.console import TrainingDisplay, summary_table, warn
+from codistill.core.device import Stopwatch
+from codistill.core.errors import CheckpointError, DivergedError
+from codistill.core.files import write_json
+from codistill.data.augment import Batch, DeviceImages, epoch_plan
+from codistill.evaluation.diversity import troubles
+from codistill.evaluation.evaluation import Evaluation
+from codistill.evaluation.metrics import read_together
+from codistill.report.page import write_report
+from codistill.runs.checkpoint import load_weights
+from codistill.runs.run import Run
+from codistill.runs.saving import Saver
+from codistill.runs.summary import summarise
+from codistill.settings.config import RunConfig
+from codistill.training.divergence import DivergenceGuard
+from codistill.training.optim import learning_rate_at, momentum_buffers, set_learning_rate
+from codistill.training.step import PlainStep
+
+
+class Loop:
+    """The state of a training between steps.
+
+    Args:
+        run: Where results go.
+        config: What is run.
+        step: The training step, which holds method, images and optimiser.
+        held: The splits that are evaluated each epoch; `test`, and `validation` where one is held out.
+        saver: What writes.
+        show: Whether to print.
+        label: What its lines begin with, among those of other runs.
+
+    Attributes:
+        position: Completed epochs, and steps done of the one after them, when this process took the run up.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        config: RunConfig,
+        step: PlainStep,
+        held: dict[str, DeviceImages],
+        saver: Saver,
+        show: bool,
+        label: str = "",
+    ) -> None:
+        self.run, self.config, self.step, self.saver = run, config, step, saver
+        self.method = step.method
+        self.guard = DivergenceGuard(run, step, saver)
+        self.evaluation = Evaluation(self.method, held, config.execution.precision, captured=step.ranks.count == 1)
+        size, images = config.train.batch_size, len(step.images)
+        self.used = images // size * size if config.train.drop_last else images
+        self.steps = [(start, min(start + size, self.used)) for start in range(0, self.used, size)]
+        self.display = TrainingDisplay(config.train.epochs, len(self.steps), self.used, show, label)
+        self.watch = Stopwatch(step.images.labels.device)
+        self.rate = config.train.learning_rate
+        self.position = (0, 0)
+        self.best: dict[str, Any] | None = None
+        self.rows: list[dict[str, Any]] = []
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take the run up where a checkpoint left it.
+
+        Randomness is a function of (seed, epoch), so that what follows is what would have followed without the break.
+
+        Raises:
+            CheckpointError: It does not fit the run.
+        """
+        what = f"{self.run.path}: the last checkpoint"
+        load_weights(self.method, state.get("method"), what)
+        try:
+            for own, saved in zip(momentum_buffers(self.step.optimizer), state["momentum"], strict=True):
+                own.copy_(saved)
+            if state["step"]:
+                self.step.sums.load(state["sums"])
+                self.step.watch.load(state["watch"])
+            self.rows = [json.loads(line) for line in state["rows"]]
+            if len(self.rows) != state["epoch"] or state["step"] > len(self.steps):
+                raise ValueError("its epochs and steps are not those of the run")
+            if self.step.ranks.leads:
+                self.run.write_metrics(state["rows"])
+        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"{what} does not fit the run: {reason}") from None
+        self.saver.rows = list(state["rows"])
+        self.position = (state["epoch"], state["step"])
+        self.best = min(self.rows, key=self.selection_error, default=None)
+        self.display.resume(*self.position)
+
+    def begin_epoch(self, epoch: int) -> Batch:
+        """Set the learning rate and draw the order, crops and flips of an epoch."""
+        settings = self.config.train
+        self.rate = learning_rate_at(
+            epoch, settings.learning_rate, settings.learning_rate_steps, settings.learning_rate_decay
+        )
+        set_learning_rate(self.step.optimizer, self.rate)
+        self.display.begin_epoch(epoch)
+        device = self.step.images.labels.device
+        count, augmentation = len(self.step.images), self.step.augmentation
+        return epoch_plan(count, settings.seed, epoch, augmentation, device, self.method.views)
+
+    def first_step(self, epoch: int) -> int:
+        """Say how many steps of an epoch are done already, by the process before."""
+        return self.position[1] if epoch == self.position[0] else 0
+
+    def after_step(self, epoch: int, number: int) -> None:
+        """Show where the training is, now and then; steps are counted from 1."""
+        if self.display.due():
+            # On a GPU a read would wait for all work in the queue; there terms are shown once an epoch.
+            readable = self.step.images.labels.device.type == "cpu"
+            self.display.step(epoch, number, self.step.sums.means() if readable else {})
+
+    def evaluate(self, between: Callable[[], None]) -> None:
+        """Score all predictors on the held splits.
+
+        Args:
+            between: Called between batches; where others wait for this process, which does not evaluate in step with
+                them, once at the end.
+        """
+        if self.step.ranks.count == 1:
+            self.evaluation.run(between)
+        else:
+            self.evaluation.run()
+            between()
+
+    def state(self, step: int = 0) -> dict[str, Any]:
+        """Give all that a resume needs, on the device; `step` steps into an epoch, what has been summed in it too."""
+        state = {
+            "config": self.config.as_mapping(),
+            "method": self.method.state_dict(),
+            "momentum": momentum_buffers(self.step.optimizer),
+        }
+        inside = {"sums": self.step.sums.state(), "watch": self.step.watch.state()} if step else {}
+        return {**state, **inside}
+
+    def save_inside(self, epoch: int, step: int) -> None:
+        """Save between two steps, and wait for it; a diverged state is not saved.
+
+        Args:
+            epoch: Counted from 0.
+            step: Steps done of it; after none there is nothing to save.
+        """
+        if step == 0:
+            return
+        copy = self.saver.copy(self.state(step))
+        try:
+            self.guard.refuse_divergence(epoch, self.rate, *read_together(self.guard.health()))
+        except DivergedError as error:
+            warn(f"not saved: {error}")
+            return
+        self.saver.save(copy, epoch, step)
+        self.saver.settle()
+
+    def end_epoch(self, epoch: int, numbers: Sequence[Sequence[float]], state: dict[str, Any]) -> None:
+        """Keep what came out of an epoch.
+
+        Args:
+            epoch: Counted from 0.
+            numbers: What was read: terms, health, scores.
+            state: What is saved, on the host.
+
+        Raises:
+            DivergedError: A number is none any more; nothing of the epoch is kept.
+        """
+        terms, watched, damage, *packed = numbers
+        self.guard.refuse_divergence(epoch, self.rate, watched, damage)
+        row: dict[str, Any] = {"epoch": epoch, "learning_rate": self.rate, "train": self.step.sums.means(terms)}
+        self.step.sums.reset()
+        self.step.watch.reset()
+        row |= self.scored(packed)
+        self.guard.refuse_bad_scores(row, self.evaluation.splits)
+        row["warnings"] = troubles(row, self.rows, self.config.train.epochs)
+        seconds = self.watch.seconds()
+        trained = self.used - sum(stop - start for start, stop in self.steps[: self.first_step(epoch)])
+        row |= {"seconds": seconds, "images_per_second": trained / seconds}
+        score = self.selection_error(row)
+        best = self.best is None or score < self.selection_error(self.best)
+        if best:
+            self.best = row
+        self.saver.log(row, state, best)
+        self.display.end_epoch(row)
+        self.rows.append(row)
+
+    def scored(self, packed: Sequence[Sequence[float]]) -> dict[str, Any]:
+        """Give scores of all predictors on the held splits, and how the students differ on the last one, the test."""
+        row: dict[str, Any] = {}
+        for name, (scores, diversity) in self.evaluation.scored(packed).items():
+            row[name] = {predictor: dataclasses.asdict(each) for predictor, each in scores.items()}
+            row["diversity"] = dataclasses.asdict(diversity)
+        errors = {name: each["top1_error"] for name, each in row["test"].items()}
+        if "fused" in errors:
+            row["diversity"]["gap_to_fused"] = {
+                name: error - errors["fused"] for name, error in errors.items() if name.startswith("student")
+            }
+        return row
+
+    def finish(self, seconds: float) -> None:
+        """Write report and summary, and show the table.
+
+        Args:
+            seconds: From the first step to now.
+
+        Raises:
+            ResourceError: The last checkpoint or the metrics could not be written.
+        """
+        lost = self.saver.finish()
+        best = self.best or self.rows[-1]
+        summary = summarise(self.run, self.config, self.method, self.rows, best, seconds, self.step.execution)
+        if lost is None:
+            write_report(self.run, summary)
+        # Last, for a run is finished once it is there.
+        write_json(self.run.path / "summary.json", summary)
+        if lost is not None:
+            raise lost
+        self.display.console.print(summary_table(summary, self.rows[-1]["test"]))
+        self.display.console.print(f"run folder: {self.run.path}", soft_wrap=True)
+
+    @staticmethod
+    def selection_error(row: dict[str, Any]) -> float:
+        """Give what the best epoch is chosen by: the better student's error, on validation images where there are."""
+        students = (each for name, each in row.get("validation", row["test"]).items() if name.startswith("student"))
+        return min(float(each["top1_error"]) for each in students)

@@ -1,0 +1,118 @@
+"""Whether a training can be resumed bit for bit on a user's own set-up: a short copy of it, with breaks and without."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from codistill.core.device import choose_device
+from codistill.core.errors import CheckpointError
+from codistill.core.signals import Interrupted
+from codistill.data.dataset import Split
+from codistill.runs.run import Run
+from codistill.settings.build import load_named_data
+from codistill.settings.config import RunConfig
+from codistill.training.interrupted import InterruptedRun
+from codistill.training.loop import run_epochs
+from codistill.training.prepare import build_taught, prepared
+from codistill.training.train import fail
+
+STEPS, TEST_IMAGES = 3, 200
+
+
+# Epochs, counted from 0, and steps done of them: inside an epoch, before its evaluation, and inside the next.
+BREAKS = ((0, 1), (0, STEPS), (1, 2))
+
+
+def verify_resume(config: RunConfig) -> str:
+    """Train two epochs of three steps without a break, and again with three breaks, and compare the ends.
+
+    Args:
+        config: Networks, method, data, batch size, device, precision and the rest are those of the run.
+
+    Returns:
+        A line that says what was compared.
+
+    Raises:
+        CheckpointError: The ends differ; names the first tensor.
+        CodistillError: The run cannot be trained at all.
+    """
+    device = choose_device(config.execution.device, config.execution.precision)
+    data = load_named_data(config)
+    data = dataclasses.replace(data, test=Split(data.test.images[:TEST_IMAGES], data.test.labels[:TEST_IMAGES]))
+    images = min(len(data.train), STEPS * config.train.batch_size)
+    settings = dataclasses.replace(config.train, epochs=2, milestones=None, train_limit=images, validation=0)
+    short = dataclasses.replace(config, train=settings)
+    with tempfile.TemporaryDirectory(prefix="codistill-verify-") as folder:
+        whole, broken = Path(folder) / "whole", Path(folder) / "broken"
+        with prepared(build_taught(short, data), data, short, whole, device, show=False) as loop:
+            run_epochs([loop], fail)
+        with (
+            contextlib.suppress(Interrupted),
+            prepared(build_taught(short, data), data, short, broken, device, show=False) as loop,
+        ):
+            run_epochs([loop], fail, BREAKS[:1])
+        for place in (*BREAKS[1:], None):
+            run = InterruptedRun(Run(broken), {})
+            with (
+                contextlib.suppress(Interrupted),
+                run.taken_up(build_taught(run.config, data), data, device, show=False) as loop,
+            ):
+                run_epochs([loop], fail, [place] if place else [])
+        return compared(Run(whole), Run(broken), device, config.execution.deterministic)
+
+
+def compared(whole: Run, broken: Run, device: torch.device, deterministic: bool) -> str:
+    """Compare the ends of two runs bit for bit: parameters, buffers, momentum and metrics.
+
+    Raises:
+        CheckpointError: They differ.
+    """
+    first, second = (dict(tensors(run.checkpoints.load())) for run in (whole, broken))
+    different = [name for name in first if not same_bits(first[name], second[name])]
+    if end_state(whole) != end_state(broken):
+        mend = "" if device.type == "cpu" or deterministic else ": add --deterministic"
+        raise CheckpointError(
+            f"resume is not bit for bit here: {len(different)} of {len(first)} tensors differ"
+            f"{f', first {different[0]}' if different else ' but metrics do'}{mend}"
+        )
+    return (
+        f"resume verified: {len(BREAKS)} breaks in {2 * STEPS} steps change no bit of {len(first)} tensors "
+        f"(parameters, buffers, momentum) nor of the metrics"
+    )
+
+
+def end_state(run: Run) -> str:
+    """Give the SHA-256 of what a run ended with: position, parameters, buffers, momentum, metrics without times.
+
+    Raises:
+        CheckpointError: There is no whole checkpoint, or no metrics.
+    """
+    state = run.checkpoints.load()
+    digest = hashlib.sha256(json.dumps([state["epoch"], state["step"], scores(run)]).encode())
+    for name, tensor in sorted(tensors(state)):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """List the tensors of a checkpoint by name."""
+    yield from state["method"].items()
+    yield from ((f"momentum {index}", each) for index, each in enumerate(state["momentum"]))
+
+
+def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Say whether two tensors hold the same bytes."""
+    return first.contiguous().numpy().tobytes() == second.contiguous().numpy().tobytes()
+
+
+def scores(run: Run) -> list[dict[str, Any]]:
+    """Give a run's metrics without what the clock has a part in."""
+    clock = ("seconds", "images_per_second")
+    return [{key: value for key, value in row.items() if key not in clock} for row in run.metrics()]

@@ -1,0 +1,130 @@
+"""`codistill bench` measures what it says; how fast is not a test's business."""
+
+import json
+
+import pytest
+import torch
+
+from codistill.bench import measurement as bench_measurement
+from codistill.bench.loops import STATISTICS, PlainImages, images
+from codistill.bench.measurement import Contestant, rounds_in_turn
+from codistill.bench.text import lines
+from codistill.cli import main
+
+ARGUMENTS = ["bench", "mfef", "--networks", "tiny", "tiny", "-b", "64", "--seconds", "0.5", "--device", "cpu"]
+
+
+def test_json(tiny_registered, capsys):
+    assert main([*ARGUMENTS, "--compare", "--json", "--runs", "2"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["method"] == "mfef" and result["networks"] == ["tiny", "tiny"] and result["runs"] == 2
+    # Two runs side by side: a step of both takes twice ms_per_step.
+    assert abs(result["images_per_second"] * 2 * result["ms_per_step"] / 1000 - 64) < 1e-6
+    assert abs(result["plain_images_per_second"] * result["plain_ms_per_step"] / 1000 - 64) < 1e-6
+    assert result["ratio_to_plain"] > 0 and result["first_step_seconds"] > 0
+    assert result["environment"]["torch"] == torch.__version__
+    assert result["parameters"] > 0 and result["forward_mflop_per_image"] > 0
+    for levels in (result["kilobytes_per_image"], result["modelled_kernels_per_step"]):
+        assert 0 < levels["floor"] < levels["fused"] < levels["eager"]
+    # Only a GPU has kernels, memory and constants of a floor, and pays for repeating to the last bit.
+    absent = ("kernels_per_step", "peak_memory_mib", "floor_ms_per_step", "share_of_floor", "deterministic_ratio")
+    assert not [key for key in absent if key in result]
+
+
+def test_operators_of_one_run(tiny_registered, capsys):
+    def operators(*arguments: str) -> int:
+        assert main([*ARGUMENTS, *arguments, "--json", "--seconds", "0.01"]) == 0
+        return json.loads(capsys.readouterr().out)["operators_per_step"]
+
+    alone = operators()
+    assert operators("--runs", "2") == alone and operators("-b", "32") == alone
+    assert operators("--method.no-attention") < alone
+
+
+def test_text(tiny_registered, capsys, tmp_path):
+    assert main([*ARGUMENTS, "--profile", str(tmp_path / "operators.txt")]) == 0
+    text = capsys.readouterr().out
+    assert "ms per step" in text and "images/s" in text and "plain" not in text
+    assert "operators per step" in text and "parameters" in text and "no share of the floor" in text
+    assert "aten::convolution_backward" in (tmp_path / "operators.txt").read_text()
+
+
+def test_text_of_a_gpu():
+    result = {
+        "ms_per_step": 2.0,
+        "images_per_second": 64_000.0,
+        "execution": {"kernels": "fused", "compiled": False, "overlap": True},
+        "kernels_per_step": 480,
+        "parameters": 1000,
+        "forward_mflop_per_image": 188.3,
+        "kilobytes_per_image": {"floor": 6135.0, "fused": 1.0, "eager": 1.0},
+        "floor_ms_per_step": 1.5,
+        "share_of_floor": 0.75,
+        "peak_memory_mib": 700.0,
+        "peak_reserved_mib": 900.0,
+        "deterministic_ratio": 0.81,
+    }
+    text = "\n".join(lines(result))
+    for part in (
+        "2.00 ms",
+        "fused kernels, overlapping streams",
+        "64,000 images/s",
+        "480 kernels",
+        "6,135 kB",
+        "75 % of it",
+        "700 MiB",
+        "900",
+        "0.81",
+    ):
+        assert part in text
+    assert "no share" not in text and "measured on CUDA only" not in text
+
+
+def test_refusals(tiny_registered, capsys, tmp_path):
+    assert main([*ARGUMENTS, "--runs", "0"]) == 2
+    assert main([*ARGUMENTS, "--comparee"]) == 2
+    assert "--compare" in capsys.readouterr().err
+    assert main([*ARGUMENTS, "-b", "20000"]) == 2
+    assert "10240" in capsys.readouterr().err
+    assert main([*ARGUMENTS, "--profile", str(tmp_path / "absent" / "file")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+    assert main([*ARGUMENTS[:-1], "cuda"]) == (0 if torch.cuda.is_available() else 2)
+
+
+def test_rounds_take_turns_and_keep_the_time(monkeypatch):
+    now, trained = [0.0], []
+    monkeypatch.setattr(bench_measurement.time, "perf_counter", lambda: now[0])
+
+    def contestant(name: str, cost: float) -> Contestant:
+        def train(steps: int) -> None:
+            trained.append((name, steps))
+            now[0] += steps * cost
+
+        return Contestant(name, train, False)
+
+    two = [contestant("fast", 0.1), contestant("slow", 1.0)]
+    rounds = rounds_in_turn(two, {"fast": 1.0, "slow": 1.0}, 80.0, torch.device("cpu"))
+    assert [name for name, _ in trained] == ["fast", "slow"] * (len(trained) // 2)
+    # The first rounds go by the pace that was given, later ones by what was measured.
+    assert trained[:4] == [("fast", 2), ("slow", 2), ("fast", 20), ("slow", 2)]
+    assert rounds["fast"] == pytest.approx([0.1] * len(rounds["fast"])) and len(rounds["slow"]) == len(rounds["fast"])
+    assert 80 <= now[0] < 84
+    # Steps that take longer than there is time are measured once.
+    now[0], only = 0.0, [contestant("endless", 100.0)]
+    assert rounds_in_turn(only, {"endless": 100.0}, 1.0, torch.device("cpu")) == {"endless": [100.0]}
+
+
+def test_the_plain_loop_crops_flips_and_normalises():
+    split = images()
+    torch.manual_seed(0)
+    plain = PlainImages(split)
+    seen = {tuple(plain[0][0][:, 16, 16].tolist()) for _ in range(60)}
+    assert len(seen) > 10
+    mean, std = (torch.tensor(each)[:, None, None] for each in STATISTICS)
+    padded = torch.nn.functional.pad(torch.from_numpy(split.images[3]).permute(2, 0, 1), (4, 4, 4, 4))
+    crops = [padded[:, top : top + 32, left : left + 32] for top in range(9) for left in range(9)]
+    crops += [crop.flip(2) for crop in crops]
+    for _ in range(5):
+        image, label = plain[3]
+        pixels = (image * std + mean).mul(255).round().to(torch.uint8)
+        assert sum(torch.equal(pixels, crop) for crop in crops) == 1 and label == split.labels[3]

@@ -1,0 +1,273 @@
+"""The scripts of benchmarks/ do what their first lines say."""
+
+import contextlib
+import io
+import json
+import math
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+import codistill as cd
+from codistill.bench import bench
+from codistill.cli import main
+from codistill.methods import METHODS
+from codistill.training import trainer as loop
+from codistill.training.execution import choices
+from codistill.training.fleet import train_fleet
+
+from .. import tiny
+from ..faults.running import at_step
+from .benchmark_script import cells, script
+
+
+@pytest.fixture
+def all_methods(monkeypatch) -> ModuleType:
+    monkeypatch.setattr(loop, "write_report", lambda run, summary: None)
+    return script("all_methods", monkeypatch)
+
+
+def on_digits(all_methods: ModuleType, out: Path, **changes: Any) -> Any:
+    """Describe tiny trainings of the script on digits."""
+    return all_methods.Options(out=out, data="digits", network="tiny", teacher_network="tiny", device="cpu", **changes)
+
+
+@pytest.mark.parametrize("side_by_side", [1, 2])
+def test_all_methods_on_digits(all_methods, tiny_registered, tmp_path, capsys, side_by_side):
+    options = on_digits(
+        all_methods, tmp_path, epochs=1, train_limit=130, methods=("independent", "kd"), side_by_side=side_by_side
+    )
+    all_methods.main(options)
+    written = (tmp_path / "table.md").read_text()
+    table, environment = written.rsplit("\n\n", 1)
+    assert table in capsys.readouterr().out
+    head, rule, *rows = table.splitlines()
+    assert cells(head)[:3] == ["method", "better student", "other students"] and len(cells(head)) == len(cells(rule))
+    assert [cells(row)[0] for row in rows] == ["independent", "independent", "kd"]
+    for row, name in zip(rows, ("teacher", "independent", "kd"), strict=True):
+        run = cd.Run(tmp_path / name)
+        assert run.config.train.train_limit == 130 and run.config.train.epochs == 1
+        errors = run.summary["top1_error"]
+        students = sorted(value for key, value in errors.items() if key.startswith("student"))
+        ensemble = f"{errors['ensemble']:.2f}" if "ensemble" in errors else "-"
+        others = f"{students[1]:.2f}" if len(students) > 1 else "-"
+        assert cells(row)[1:5] == [f"{students[0]:.2f}", others, ensemble, "-"]
+        assert len(cells(row)) == len(cells(head))
+    assert "kl/teacher→student1 " in rows[2] and "loss " not in rows[2]
+    assert cd.Run(tmp_path / "kd").config.teaching.teacher == str(tmp_path / "teacher")
+    assert json.loads(environment.strip().strip("`")) == cd.Run(tmp_path / "teacher").record["environment"]
+    # What is there already is not trained again.
+    before = tiny.listing(tmp_path)
+    all_methods.main(options)
+    assert tiny.listing(tmp_path) == before
+
+
+def test_all_methods_goes_on_where_it_was_stopped(all_methods, tiny_registered, tmp_path, monkeypatch, capsys):
+    def interrupt(step):
+        raise KeyboardInterrupt
+
+    options = on_digits(all_methods, tmp_path, epochs=2, train_limit=128, methods=("kd", "dml"))
+    for _ in range(3):  # in the teacher's last step, in kd's first one, in kd's last one
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            at_step(patch, 2, interrupt)
+            all_methods.main(options)
+    all_methods.main(options)
+    rows = capsys.readouterr().out.splitlines()[-3:]
+    assert [cells(row)[0] for row in rows] == ["independent", "kd", "dml"]
+    assert all(cd.Run(tmp_path / name).finished for name in ("teacher", "kd", "dml"))
+
+
+def test_every_method_gets_students_that_it_takes(all_methods, tmp_path):
+    for name, kind in METHODS.items():
+        count = len(all_methods.config_of(name, all_methods.Options(out=tmp_path)).networks)
+        assert kind.min_students <= count <= (kind.max_students or count), name
+
+
+def test_a_run_that_did_not_finish_is_named(all_methods, tiny_registered, tmp_path):
+    run = cd.train(tiny.method(), tiny.data(), out=tmp_path / "run", settings=tiny.settings(epochs=1), show=False)
+    (run.path / "summary.json").write_text(
+        json.dumps({"status": "diverged", "error": "ce/student0 became NaN", "method": "mfef"})
+    )
+    head, _, row = all_methods.table([run]).splitlines()
+    assert cells(row)[:2] == ["mfef", "diverged: ce/student0 became NaN"] and len(cells(row)) == len(cells(head))
+
+
+def in_this_process(written: list[str], environment: dict[str, str], limit: float) -> str:
+    """Stand in for a process of its own, which takes seconds to start."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        assert main(written) == 0
+    return output.getvalue()
+
+
+@pytest.fixture
+def speed(monkeypatch) -> ModuleType:
+    return script("speed", monkeypatch)
+
+
+def test_speed_measures_each_case_once(speed, tiny_registered, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(speed, "run", in_this_process)
+    options = speed.Options(
+        out=tmp_path,
+        networks=("tiny",),
+        runs=(2,),
+        students=(1, 3),
+        batch_size=8,
+        precision="float32",
+        compile=False,
+        device="cpu",
+        seconds=0.01,
+    )
+    speed.main(options)
+    names = ["tiny", "tiny-x2", "tiny-float32", "tiny-students1", "tiny-students3"]
+    results = {name: json.loads((tmp_path / f"{name}.json").read_text())["result"] for name in names}
+    head, rule, *rows = (tmp_path / "table.md").read_text().split("\n\n")[0].splitlines()
+    assert [cells(row)[0] for row in rows] == names
+    assert all(len(cells(row)) == len(cells(head)) == len(cells(rule)) for row in rows)
+    for row, result in zip(rows, results.values(), strict=True):
+        assert cells(row)[1] == "stock kernels"
+        assert cells(row)[2] == f"{result['ms_per_step']:.2f}"
+        assert cells(row)[3] == f"{result['runs'] * result['images_per_second']:,.0f}"
+        assert cells(row)[7] == f"{result['operators_per_step']:,}"
+        assert (cells(row)[5] == "-") == ("ratio_to_plain" not in result)
+    assert results["tiny-x2"]["runs"] == 2 and len(results["tiny-students3"]["networks"]) == 3
+    assert results["tiny-students1"]["operators_per_step"] < results["tiny-students3"]["operators_per_step"]
+    assert "aten::" in (tmp_path / "tiny.txt").read_text()
+    # Another start measures what is missing, and nothing else.
+    (tmp_path / "tiny-float32.json").unlink()
+    capsys.readouterr()
+    monkeypatch.setattr(speed, "run", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory: use a smaller")))
+    speed.main(options)
+    assert capsys.readouterr().out.splitlines()[0].startswith("tiny-float32:")
+    assert "| tiny-float32 | out of memory: use a smaller |" in (tmp_path / "table.md").read_text()
+    for name in set(names) - {"tiny-float32"}:
+        assert json.loads((tmp_path / f"{name}.json").read_text())["result"] == results[name]
+
+
+def test_speed_says_why_a_case_failed(speed, tmp_path):
+    with pytest.raises(RuntimeError, match="unknown method 'mfeff': did you mean mfef"):
+        speed.run(["bench", "mfeff"], {}, 100.0)
+    with pytest.raises(RuntimeError, match=r"not done after 0.01 s"):
+        speed.run(["list"], {}, 0.01)
+
+
+def test_speed_has_all_that_is_asked_for(speed, tmp_path, monkeypatch):
+    options = speed.Options(out=tmp_path)
+    listed = {case.name: speed.arguments(case, options) for case in speed.cases(options)}
+    assert len(listed) == len(speed.cases(options))
+    networks = ("resnet32", "wrn-16-2", "resnet110")
+    for network in networks:
+        assert {"--compare", "--profile", "bf16"} <= set(listed[network])
+        assert {"--compare", "float32"} <= set(listed[f"{network}-float32"])
+        assert {f"{network}{kind}-x{runs}" for kind in ("", "-compiled") for runs in (2, 3, 6, 8)} <= set(listed)
+        first, again = (
+            next(case for case in speed.cases(options) if case.name == f"{network}-compiled-{which}")
+            for which in ("first", "again")
+        )
+        assert first.environment == again.environment and (first.empties_cache, again.empties_cache) == (True, False)
+    for case in speed.cases(options):
+        kept = "TORCHINDUCTOR_CACHE_DIR" if "compiled" in case.name else "XDG_CACHE_HOME"
+        assert list(case.environment) == [kept] and case.environment[kept].startswith(str(tmp_path))
+    # What is most worth knowing comes first.
+    assert list(listed)[:6] == [*networks, *(f"{network}-x6" for network in networks)]
+    assert [len(case.networks) for case in speed.cases(options) if "students" in case.name] == [1, 2, 3, 4, 5]
+    # `codistill bench` takes each of the commands.
+    asked = []
+    monkeypatch.setattr(bench, "bench", lambda config, runs, *_: asked.append((config, runs)) or {})
+    for name, written in listed.items():
+        assert main(written) == 0
+        config, runs = asked[-1]
+        # Where one setting is fixed all are: else a measurement would fill the cache before the first step.
+        fixed = ("on", "auto", "on" if runs == 1 else "off") if "compiled" in name else ("auto",) * 3
+        assert (config.execution.compile, config.train.kernels, config.train.overlap) == fixed, name
+        open_ones = choices(config.train, SimpleNamespace(type="cuda"), runs, 20_000)
+        assert len(open_ones) == (1 if "compiled" in name else 4)
+        assert runs == int(name.rpartition("-x")[2] if "-x" in name else 1) and config.train.batch_size == 128
+
+
+KERNELS = ("stock", "fused")
+
+
+def test_precision_compares_the_arms(tiny_registered, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "write_report", lambda run, summary: None)
+    precision = script("precision", monkeypatch)
+    data = tiny.write_npz(tmp_path / "colours.npz", tiny.data(24, 30))
+    monkeypatch.setattr(METHODS["mfef"], "capturable", True)
+    trained = []
+    monkeypatch.setattr(
+        precision,
+        "train_fleet",
+        lambda configs, outs: (
+            trained.append(
+                [(each.execution.precision, each.train.kernels, METHODS["mfef"].capturable) for each in configs]
+            ),
+            train_fleet([replace(each, train=replace(each.train, kernels="stock")) for each in configs], outs, False),
+        ),
+    )
+    options = precision.Options(
+        out=tmp_path / "out", data_dir=str(data), network="tiny", epochs=1, batch_size=8, device="cpu"
+    )
+    precision.main(options)
+    capsys.readouterr()
+    # float32 one after the other and never captured, the others side by side.
+    assert trained == [[("float32", "stock", False)]] * 3 + [[("bf16", kernels, True)] * 3 for kernels in KERNELS]
+    head, _, *rows = (tmp_path / "out" / "table.md").read_text().split("\n\n")[0].splitlines()
+    arms = ("float32", "bf16", "bf16-fused")
+    predictors = ("student0", "student1", "ensemble", "fused")
+    assert [cells(row)[:2] for row in rows] == [[name, arm] for name in predictors for arm in arms]
+    for row in rows:
+        name, arm, error, difference, noise, p = cells(row)
+        plain, found = (
+            [cd.Run(tmp_path / "out" / each / f"seed{seed}").summary["top1_error"][name] for seed in range(3)]
+            for each in ("float32", arm)
+        )
+        assert error == f"{statistics.mean(found):.2f} ± {statistics.stdev(found):.2f}"
+        if arm == "float32":
+            assert [difference, noise, p] == ["-"] * 3
+            continue
+        assert float(difference) == pytest.approx(statistics.mean(found) - statistics.mean(plain), abs=0.01)
+        both = statistics.variance(found) + statistics.variance(plain)
+        assert float(noise) == pytest.approx(math.sqrt(both / 3), abs=0.01)
+        # Without any noise there is nothing to test against.
+        assert math.isnan(float(p)) if noise == "0.00" else 0 <= float(p) <= 1
+        assert len(cells(row)) == len(cells(head))
+    # What is finished is not trained again.
+    precision.main(options)
+    assert len(trained) == 5
+
+
+def test_cpu_measures_layouts_and_waiting(tiny_registered, tmp_path, monkeypatch, capsys):
+    cpu = script("cpu", monkeypatch)
+    asked = []
+
+    def measured_bench(variables: dict[str, str], seconds: float, options: object) -> dict[str, float]:
+        asked.append(variables)
+        return {"images_per_second": 10.0 + len(asked), "plain_images_per_second": 10.0, "ratio_to_plain": 2.0}
+
+    monkeypatch.setattr(cpu, "bench", measured_bench)
+    cpu.main(
+        cpu.Options(out=tmp_path, network="tiny", batch_size=8, seconds=0.1, rounds=3, busy=(0, 1), compiled=False)
+    )
+    ways = list(cpu.WAITING.values())
+    assert asked == ways * 6
+    layouts, waiting = (part.splitlines()[2:] for part in (tmp_path / "table.md").read_text().split("\n\n")[:2])
+    assert [cells(row)[0].split(",")[0] for row in layouts[:2]] == ["channels_last", "contiguous"]
+    assert cells(layouts[-1])[0].startswith("plain loop") and float(cells(layouts[0])[2]) == 1
+    measured = json.loads((tmp_path / "measured.json").read_text())
+    assert set(measured["layouts"]["rounds"]) == {cells(row)[0] for row in layouts}
+    # The median of the three processes of the first way, alone and beside a busy one: 11, 17, 23 and 29, 35, 41.
+    assert cells(waiting[0]) == ["torch's default", "17", "10", "2.00", "35", "10", "2.00"]
+    assert len(measured["waiting"]) == 36 and {each["busy"] for each in measured["waiting"]} == {0, 1}
+
+
+def test_cpu_keeps_cores_busy_only_as_long_as_needed(monkeypatch):
+    cpu = script("cpu", monkeypatch)
+    started = []
+    start = cpu.subprocess.Popen
+    monkeypatch.setattr(cpu.subprocess, "Popen", lambda *given: started.append(start(*given)) or started[-1])
+    with cpu.busy_processes(2):
+        assert [each.poll() for each in started] == [None, None]
+    assert [each.poll() is None for each in started] == [False, False]

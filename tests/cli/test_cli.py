@@ -1,0 +1,427 @@
+"""The command line: each command's happy path, and every way of going wrong in one line with its exit status."""
+
+import importlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import codistill as cd
+from codistill.cli import main
+from codistill.cli import main as cli
+
+from .. import tiny
+
+PREDICTORS = ["student0", "student1", "ensemble", "fused"]
+TINY = ["--networks", "tiny", "tiny", "--data", "packed", "--batch-size", "8", "--lr", "0.05", "--threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def own_handler():
+    """Give SIGTERM back to pytest."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="module")
+def made(tiny_registered, tmp_path_factory):
+    """A folder with a data file, images and a finished run, all to be read only."""
+    folder = tmp_path_factory.mktemp("cli")
+    data = tiny.data()
+    tiny.write_npz(folder / "colours.npz", data)
+    for index in range(3):
+        Image.fromarray(data.test.images[index]).save(folder / f"image{index}.png")
+    flags = ["--data-dir", str(folder / "colours.npz"), "--epochs", "2", "--seed", "3", "--out", str(folder / "run")]
+    assert main(["train", "mfef", *TINY, *flags]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    """A copy of the run that may be damaged; the process stands beside it."""
+    shutil.copytree(made / "run", tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def refused(capsys, arguments: list[str], status: int, message: str) -> None:
+    """Expect one line on stderr, nothing on stdout, and an exit status."""
+    assert main(arguments) == status
+    out, error = capsys.readouterr()
+    assert out == "" and error.count("\n") == 1 and error.startswith("codistill: error: "), error
+    assert re.search(message, error), error
+
+
+def test_train_says_what_it_does(made, capsys, tmp_path):
+    flags = ["--data-dir", str(made / "colours.npz"), "--epochs", "2", "--method.temperature", "2", "--out", "out"]
+    assert main(["train", "mfef", *TINY, *flags]) == 0
+    out, error = capsys.readouterr()
+    assert error == ""
+    for epoch in (1, 2):
+        line = next(line for line in out.splitlines() if line.startswith(f"epoch {epoch}/2"))
+        assert re.search(r"images/s  loss \d+\.\d+  ce/student \S+ \S+  ce/fused \S+ .* \d+:\d\d left$", line)
+        assert re.search(r"error %: student0 \S+  student1 \S+  ensemble \S+  fused \S+", line)
+    assert "parameters" in out and out.splitlines()[-1] == "run folder: out"
+    config = cd.Run(tmp_path / "out").config
+    assert (config.method_name, config.networks, config.method.temperature) == ("mfef", ("tiny", "tiny"), 2.0)
+    assert cd.Run(tmp_path / "out").summary["status"] == "finished"
+
+
+def test_mfef_is_the_default_method_and_runs_have_names(made, capsys, tmp_path):
+    flags = ["--data-dir", str(made / "colours.npz"), "--epochs", "1"]
+    for _ in range(2):
+        assert main(["train", *TINY, *flags]) == 0
+    names = ["packed-mfef-tinyx2-seed0", "packed-mfef-tinyx2-seed0-2"]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == names
+    assert f"run folder: runs/{names[1]}" in capsys.readouterr().out
+
+
+def test_the_place_of_the_data_is_recorded_in_full(made, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(made)
+    out = str(tmp_path / "out")
+    assert main(["train", "independent", *TINY, "--data-dir", "colours.npz", "--epochs", "1", "--out", out]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", "out"]) == 0
+
+
+def test_the_config_of_a_run_repeats_it(made, capsys, tmp_path):
+    assert main(["train", "--recipe", str(made / "run" / "config.json"), "--out", "again"]) == 0
+    first, again = cd.Run(made / "run"), cd.Run(tmp_path / "again")
+    assert again.config == first.config
+    assert tiny.untimed(again.metrics()) == tiny.untimed(first.metrics())
+    states = [each.checkpoints.load()["method"] for each in (first, again)]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_python_and_the_command_line_train_alike(made, capsys, tmp_path):
+    # The command draws the weights of the networks from the seed; Python gets them as they are.
+    config = cd.Run(made / "run").config
+    method = cd.run.build_method(config, 3, (8, 8))
+    run = cd.train(
+        method, cd.dataset("packed", made / "colours.npz"), settings=config.train, out=tmp_path / "py", show=False
+    )
+    assert tiny.untimed(run.metrics()) == tiny.untimed(cd.Run(made / "run").metrics())
+
+
+@pytest.mark.parametrize("checkpoint", ["last", "best"])
+def test_evaluate(made, capsys, checkpoint):
+    run = cd.Run(made / "run")
+    row = run.metrics()[-1 if checkpoint == "last" else run.summary["best_epoch"] - 1]
+    assert main(["evaluate", str(run.path), "--checkpoint", checkpoint]) == 0
+    table = capsys.readouterr().out
+    assert main(["evaluate", str(run.path), "--checkpoint", checkpoint, "--json", "--device", "cpu"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert list(scores) == PREDICTORS
+    for name, each in scores.items():
+        assert each == pytest.approx(row["test"][name], rel=1e-4)
+        line = next(line for line in table.splitlines() if name in line)
+        numbers = [f"{each['top1_error']:.2f}", f"{each['top5_error']:.2f}", f"{each['nll']:.4f}", f"{each['ece']:.2f}"]
+        assert [cell.strip() for cell in line.strip("│ ").split("│")] == [name, *numbers]
+
+
+@pytest.mark.parametrize("predictor", [None, "ensemble"])
+def test_predict(made, capsys, predictor):
+    images = [str(made / f"image{index}.png") for index in range(3)]
+    chosen = [] if predictor is None else ["--predictor", predictor]
+    assert main(["predict", str(made / "run"), *images, *chosen, "--top", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert main(["predict", str(made / "run"), *images, *chosen, "--json"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["image"] for answer in answers] == images
+    for line, answer in zip(lines, answers, strict=True):
+        shares = answer["classes"]
+        assert set(shares) == {"red", "green", "blue"} and sum(shares.values()) == pytest.approx(1)
+        assert list(shares.values()) == sorted(shares.values(), reverse=True)
+        first, second, _ = shares
+        assert line == f"{answer['image']}: {first} {100 * shares[first]:.1f} %  {second} {100 * shares[second]:.1f} %"
+
+
+def test_export_and_predict_with_the_file(run, made, capsys):
+    assert main(["export", str(run), "--predictor", "fused", "--format", "safetensors"]) == 0
+    path = run / "exports" / "fused.safetensors"
+    line = capsys.readouterr().out
+    assert re.match(rf"ok: {path}: fused, \d,\d+ parameters; .* compared on 9 test images: .* 100\.00 %$", line)
+    images = [str(made / f"image{index}.png") for index in range(3)]
+    answers = []
+    for model in ([str(run), "--predictor", "fused"], [str(path)]):
+        assert main(["predict", *model[:1], *images, *model[1:], "--json"]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+
+
+def test_export_takes_the_format_from_the_file_and_the_best_student(run, capsys, tmp_path):
+    assert main(["export", str(run), "--out", str(tmp_path / "x" / "model.safetensors")]) == 0
+    assert f"model.safetensors: {cd.Run(run).best_student()}, " in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["model.safetensors"]
+
+
+def test_list(capsys):
+    assert main(["list", "--json"]) == 0
+    entries = json.loads(capsys.readouterr().out)
+    assert list(entries)[:3] == ["methods", "networks", "data"]
+    names = {kind: [each["name"] for each in members] for kind, members in entries.items()}
+    assert {"independent", "ffl", "mfef"} <= set(names["methods"])
+    assert {"resnet20", "resnet32", "resnet56", "resnet110", "wrn-16-2", "wrn-40-2"} <= set(names["networks"])
+    assert {"densenet-40-12", "mobilenetv2", "resnet18"} <= set(names["networks"])
+    assert {"digits", "cifar10", "cifar100", "cinic10", "folder", "packed"} <= set(names["data"])
+    summaries = [each["summary"] for members in entries.values() for each in members]
+    assert all(isinstance(summary, str) and summary.strip() for summary in summaries)
+    assert main(["list"]) == 0
+    table = capsys.readouterr().out
+    assert all(name in table for members in names.values() for name in members)
+
+
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
+def test_the_usage_names_every_command(capsys, arguments):
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert all(re.search(rf"^  {command}\b", out, flags=re.MULTILINE) for command in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", [*cli.COMMANDS, "train ffl"])
+def test_help_of_a_command(capsys, command):
+    assert main([*command.split(), "--help"]) == 0
+    out, error = capsys.readouterr()
+    assert out.startswith(f"usage: codistill {command}") and error == ""
+    if command == "train ffl":
+        assert "--method.temperature" in out and "--epochs" in out and "How often each training image is seen" in out
+
+
+def test_the_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"codistill {cd.__version__}\n"
+
+
+USAGE = {
+    "trian": "unknown command 'trian': did you mean train",
+    "--debugg": "unknown command '--debugg'",
+    "train mfe": "unknown method 'mfe': did you mean mfef",
+    "train --networks tiny tiny": "no data set: name one with --data",
+    "train --data digits": "no networks: name one for each student",
+    "train --data digitz --networks resnet20 resnet20": "unknown data set 'digitz': did you mean digits",
+    "train --data digits --networks resnet21 resnet20": "unknown network 'resnet21': did you mean .*resnet20",
+    "train --data digits --networks resnet20:shortcut=Z resnet20": "option shortcut is 'Z': choose from A, B",
+    "train --data digits --networks resnet20": "mfef needs at least 2 students, got 1",
+    "train --data packed --networks tiny tiny": "data set packed: .* give --data-dir",
+    "train --epoch 3": "unknown option --epoch: did you mean --epochs",
+    "train ffl --method.temprature 3": "unknown option --method.temprature: did you mean --method.temperature",
+    "train mfef extra": "unknown option extra",
+    "train --epochs 0": "epochs is 0; it must be at least 1",
+    "train --epochs": "--epochs",
+    "train --epochs ten": "--epochs: .*'ten'",
+    "train --padding-mode refect": "'refect' for argument '--padding-mode'",
+    "train --recipe none.toml": "recipe none.toml: .*No such file",
+    "train --data digits --networks resnet20 resnet20 --device cuda:99": "device 'cuda:99'",
+    "evaluate": "RUN|PATH",
+    "evaluate run --jsn": "codistill evaluate: unknown option --jsn: did you mean --json",
+    "evaluate run --checkpoint first": "'first' for argument '--checkpoint'",
+    "predict": "PATH",
+    "predict run": "no images: name at least one file",
+    "predict run image.png --top 0": "--top is 0; it must be at least 1",
+    "export": "PATH",
+    "export run --format onxx": "'onxx' for argument '--format'",
+    "list --jsn": "unknown option --jsn: did you mean --json",
+    "list methods": "unknown option methods",
+}
+
+
+@pytest.mark.parametrize("command", USAGE)
+def test_wrong_usage_is_status_2_and_makes_nothing(capsys, tmp_path, tiny_registered, command):
+    refused(capsys, command.split(), 2, USAGE[command])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_folder_that_is_taken_is_status_2(made, capsys):
+    before = {name: content for name, content in tiny.listing(made / "run").items() if name != ".lock"}
+    flags = ["--data-dir", str(made / "colours.npz"), "--out", str(made / "run")]
+    refused(capsys, ["train", *TINY, *flags], 2, "run folder .*run is not empty: choose another --out")
+    assert {name: content for name, content in tiny.listing(made / "run").items() if name != ".lock"} == before
+
+
+@pytest.mark.parametrize(
+    "arguments", ["--predictor student7", "--out model.txt", "--format onnx --out x.safetensors", ""]
+)
+def test_exports_that_cannot_be_are_status_2(run, capsys, tmp_path, arguments):
+    refused(capsys, ["export", str(run), *arguments.split()], 2, "no predictor 'student7'|no format|must end in .onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"] and not (run / "exports").exists()
+
+
+def test_an_unknown_predictor_is_status_2(made, capsys):
+    image = str(made / "image0.png")
+    refused(
+        capsys,
+        ["predict", str(made / "run"), image, "--predictor", "student7"],
+        2,
+        "no predictor 'student7': choose from student0, student1, ensemble, fused",
+    )
+
+
+def test_missing_data_are_status_3(made, run, capsys, tmp_path):
+    missing = str(tmp_path / "none.npz")
+    for arguments in (
+        ["train", *TINY, "--out", "out"],
+        ["evaluate", str(run)],
+        ["export", str(run), "--format", "onnx"],
+    ):
+        refused(capsys, [*arguments, "--data-dir", missing], 3, "none.npz: no such file")
+    refused(capsys, ["predict", str(made / "run"), "none.png"], 3, "none.png: no such file")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_damaged_image_is_status_3(made, capsys, tmp_path):
+    image = tmp_path / "cut.png"
+    image.write_bytes((made / "image0.png").read_bytes()[:-20])
+    refused(capsys, ["predict", str(made / "run"), str(made / "image1.png"), str(image)], 3, "cut.png")
+
+
+@pytest.mark.parametrize("command", ["evaluate PLACE", "export PLACE --format onnx", "predict PLACE image.png"])
+def test_what_is_no_run_is_status_4(capsys, tmp_path, command):
+    for place in (tmp_path, tmp_path / "none"):
+        refused(capsys, command.replace("PLACE", str(place)).split(), 4, "no such file|no such run folder")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["evaluate RUN", "export RUN --format onnx", "predict RUN IMAGE"])
+def test_damaged_checkpoints_are_status_4(made, run, capsys, command):
+    for path in (run / "checkpoints").glob("*.pt"):
+        path.write_bytes(path.read_bytes()[:-1])
+    before = tiny.listing(run)
+    arguments = [{"RUN": str(run), "IMAGE": str(made / "image0.png")}.get(word, word) for word in command.split()]
+    assert main(arguments) == 4
+    *warnings, last = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("codistill: warning: ") for line in warnings)
+    assert re.match(r"codistill: error: .*epoch-000002\.pt: damaged: .*epoch-000001\.pt: damaged: ", last)
+    assert tiny.listing(run) == before
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.safetensors"])
+def test_a_damaged_model_file_is_status_4(made, capsys, tmp_path, name):
+    (tmp_path / name).write_bytes(np.random.default_rng(0).bytes(5000))
+    refused(capsys, ["predict", name, str(made / "image0.png")], 4, f"{name}: damaged, or not written by codistill")
+
+
+def test_a_divergence_is_status_5(made, capsys, tmp_path):
+    flags = ["--data-dir", str(made / "colours.npz"), "--epochs", "2", "--out", "out", "--lr", "1e9"]
+    refused(capsys, ["train", *TINY, *flags], 5, r"became NaN or infinite .*epoch 1 at learning rate 1e\+09")
+    assert cd.Run(tmp_path / "out").summary["status"] == "diverged"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (MemoryError("too much"), 6, "out of memory: use a smaller --batch-size"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 6, "out of memory: .*CUDA"),
+        (OSError(28, "No space left on device"), 6, "disk full or failing: .*No space left"),
+        (cd.errors.UsageError("wrong,\nin two lines"), 2, "wrong, in two lines$"),
+        (ZeroDivisionError("division by zero\nsomewhere"), 1, "bug: ZeroDivisionError: .* report it .*--debug"),
+        (OSError(5, "Input/output error"), 6, "failing: .*Input/output"),
+        (OSError(9, "Bad file descriptor"), 1, "bug: OSError"),
+        (KeyboardInterrupt(), 130, "interrupted; what was saved before is kept"),
+        (cli.Terminated(), 143, "terminated; what was saved before is kept"),
+    ],
+)
+def test_every_kind_of_failure_has_its_status(capsys, monkeypatch, error, status, message):
+    def fail(arguments):
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "list", fail)
+    refused(capsys, ["list"], status, message)
+    for arguments in (["--debug", "list"], ["list", "--debug"]):
+        with pytest.raises(type(error)):
+            main(arguments)
+
+
+def test_memory_that_runs_out_in_training_is_status_6(made, capsys, monkeypatch, tmp_path):
+    def fail(self, batch, progress):
+        raise MemoryError
+
+    monkeypatch.setattr(importlib.import_module("codistill.training.step").PlainStep, "__call__", fail)
+    flags = ["--data-dir", str(made / "colours.npz"), "--out", "out"]
+    words = "out of memory: mfef with tiny .* at batch size 8: use a smaller --batch-size, or fewer or smaller"
+    refused(capsys, ["train", *TINY, *flags], 6, words)
+    assert cd.Run(tmp_path / "out").summary["status"] == "failed"
+
+
+def test_debug_shows_the_traceback_of_a_real_error(capsys):
+    with pytest.raises(cd.errors.UsageError, match="unknown method"):
+        main(["train", "mfe", "--debug"])
+
+
+# A shell may have started the tests with SIGINT ignored, and children inherit that.
+TRAIN = """
+    import signal, sys
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    from codistill.cli import main
+    from tests import tiny
+    with tiny.registered():
+        sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_signals_end_a_training_in_order(made, tmp_path):
+    flags = ["--data-dir", str(made / "colours.npz"), "--epochs", "100000"]
+    processes = {}
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            processes[number] = subprocess.Popen(
+                [sys.executable, "-c", textwrap.dedent(TRAIN), "train", *TINY, *flags, "--out", tmp_path / number.name],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=Path(__file__).parents[2],
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            )
+        for number, process in processes.items():
+            assert process.stdout.readline().startswith("epoch 1/100000")
+            process.send_signal(number)
+        for number, status, word in ((signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")):
+            _, error = processes[number].communicate(timeout=60)
+            assert processes[number].returncode == status
+            place = r"after step [123] of epoch \d+ and saved: codistill resume "
+            assert re.fullmatch(rf"codistill: error: {word} {place}{tmp_path / number.name}\n", error)
+            run = cd.Run(tmp_path / number.name)
+            assert run.summary["status"] == "interrupted"
+            assert run.checkpoints.load()["epoch"] >= len(run.metrics()) >= 1
+            # And the folder is free: nobody holds the lock of a process that is gone.
+            cd.run_lock.RunLock(run.path).release()
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def closed(monkeypatch):
+    """A standard output whose reader has gone away, as of `| head`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        yield
+
+
+def test_a_reader_that_goes_away_is_no_error(closed, capsys):
+    assert main(["list", "--json"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_training_goes_on_when_nobody_reads(made, closed, capsys, tmp_path):
+    flags = ["--data-dir", str(made / "colours.npz"), "--epochs", "3", "--out", "out"]
+    assert main(["train", *TINY, *flags]) == 0
+    assert capsys.readouterr().err == ""
+    assert len(cd.Run(tmp_path / "out").metrics()) == 3 and cd.Run(tmp_path / "out").summary["status"] == "finished"

@@ -1,0 +1,147 @@
+"""What a person sees of a training."""
+
+import re
+
+import pytest
+from rich.console import Console
+
+from codistill.core import console
+from codistill.core.console import TrainingDisplay, duration, summary_table, term_text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0:00"),
+        (59.4, "0:59"),
+        (59.6, "1:00"),
+        (61, "1:01"),
+        (3599, "59:59"),
+        (3600, "1:00:00"),
+        (90061, "25:01:01"),
+    ],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_the_terms_of_students_stand_side_by_side():
+    terms = {"loss": 3.0, "ce/student0": 1.0, "ce/student1": 1.25, "kl/fused->student0": 0.5, "ce/fused": 0.25}
+    assert term_text(terms) == "loss 3.000  ce/student 1.000 1.250  kl/fused->student 0.500  ce/fused 0.250"
+    assert term_text({}) == ""
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that is set by hand."""
+    times = [100.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: times[0])
+
+    def advance(seconds: float) -> None:
+        times[0] += seconds
+
+    return advance
+
+
+def test_plain_lines_say_epoch_step_rate_terms_and_time_left(clock, capsys):
+    with TrainingDisplay(epochs=4, steps=10, images=1000) as display:
+        display.begin_epoch(0)
+        clock(5)
+        display.step(0, 5, {"loss": 2.0, "ce/student0": 1.0, "ce/student1": 1.0})
+        # 500 images in 5 s; 35 of 40 steps to go at a second each.
+        line = capsys.readouterr().out
+        assert line == "epoch 1/4  step 5/10  100 images/s  loss 2.000  ce/student 1.000 1.000  0:35 left\n"
+        clock(5)
+        row = {
+            "epoch": 0,
+            "images_per_second": 100.0,
+            "train": {"loss": 1.5},
+            "test": {"student0": {"top1_error": 12.5}},
+            "warnings": ["student0 has collapsed"],
+        }
+        display.end_epoch(row)
+        line, warning = capsys.readouterr().out.splitlines()
+        assert line == "epoch 1/4  100 images/s  loss 1.500  error %: student0 12.50  0:30 left"
+        assert "warning" in warning and "student0 has collapsed" in warning
+        display.begin_epoch(1)
+        clock(2)
+        display.step(1, 4, {})
+        # 400 images in 2 s; 14 of 40 steps took 12 s, so the other 26 take 22.3 s.
+        assert capsys.readouterr().out == "epoch 2/4  step 4/10  200 images/s    0:22 left\n"
+
+
+def test_long_lines_are_not_wrapped(clock, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    with TrainingDisplay(epochs=1, steps=2, images=10) as display:
+        display.begin_epoch(0)
+        clock(1)
+        display.step(0, 1, {f"kl/term{index}/x": 1.0 for index in range(20)})
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_lines_come_every_few_seconds(clock):
+    with TrainingDisplay(epochs=1, steps=100, images=100) as display:
+        display.begin_epoch(0)
+        assert not display.due()
+        clock(console.LINE_SECONDS)
+        assert display.due()
+        display.step(0, 1, {})
+        assert not display.due()
+
+
+def test_a_quiet_display_prints_nothing(clock, capsys):
+    with TrainingDisplay(epochs=1, steps=2, images=10, show=False) as display:
+        display.begin_epoch(0)
+        clock(60)
+        display.step(0, 1, {"loss": 1.0})
+        display.end_epoch({"epoch": 0, "images_per_second": 1.0, "train": {}, "test": {}, "warnings": []})
+        display.console.print("a table")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_gets_a_bar(clock, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with TrainingDisplay(epochs=3, steps=10, images=1000) as display:
+        display.begin_epoch(1)
+        assert not display.due()
+        clock(console.BAR_SECONDS)
+        assert display.due()
+        clock(5 - console.BAR_SECONDS)
+        display.step(1, 5, {"loss": 2.0})
+        display._bar.refresh()
+        shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out)
+    assert "epoch 2/3" in shown and "step 5/10" in shown and "100 images/s  loss 2.000" in shown
+
+
+def summary() -> tuple[dict, dict]:
+    names = ("student0", "student1", "ensemble", "fused")
+    errors = {name: 10.0 + index for index, name in enumerate(names)}
+    whole = {
+        "method": "mfef",
+        "data": "cifar100",
+        "epochs": 300,
+        "seed": 7,
+        "top1_error": errors,
+        "best_epoch": 299,
+        "best_epoch_top1_error": {name: error - 5 for name, error in errors.items()},
+        "parameters": dict.fromkeys(names, 12_345_678),
+    }
+    scores = {"top1_error": 10.0, "top5_error": 2.25, "nll": 0.4567, "ece": 3.5}
+    return whole, dict.fromkeys(names, scores)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_table_is_whole_in_a_terminal_of_any_usual_width(width):
+    screen = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    screen.print(summary_table(*summary()))
+    screen.file.close()
+    text = screen.export_text()
+    assert "…" not in text
+    title = re.sub(r"\s+", " ", text)
+    assert "mfef on cifar100, 300 epochs, seed 7" in title
+    for index, name in enumerate(("student0", "student1", "ensemble", "fused")):
+        row = next(line for line in text.splitlines() if name in line)
+        cells = [cell.strip() for cell in row.strip("│ ").split("│")]
+        assert cells == [name, f"{10 + index}.00", f"{5 + index}.00", "2.25", "3.50", "0.4567", "12,345,678"]

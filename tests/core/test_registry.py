@@ -1,0 +1,155 @@
+"""Names of plug-ins: look-up, discovery, specs and options."""
+
+import sys
+from typing import Literal
+
+import pytest
+
+from codistill.core.errors import UsageError
+from codistill.core.registry import checked_options, near_matches, parse_spec, write_spec
+from codistill.methods import METHODS, Method, MethodSettings
+
+
+@pytest.fixture
+def plugins(tmp_path, monkeypatch):
+    """A registry over a package with two modules, one of which counts how often it is imported."""
+    package = tmp_path / "colours_for_tests"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "from codistill.registry import Registry\nCOLOURS = Registry('colour', 'colours_for_tests')\nimported = []\n"
+    )
+    (package / "warm.py").write_text(
+        "import colours_for_tests as package\n"
+        "package.imported.append(__name__)\n"
+        "red = package.COLOURS.register('red')('#f00')\n"
+        "orange = package.COLOURS.register('orange')('#fa0')\n"
+    )
+    (package / "cold.py").write_text("import colours_for_tests as package\npackage.COLOURS.register('blue')('#00f')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import colours_for_tests
+
+    yield colours_for_tests
+    for name in [each for each in sys.modules if each.partition(".")[0] == "colours_for_tests"]:
+        del sys.modules[name]
+
+
+def test_the_first_look_up_imports_all_modules_once(plugins):
+    assert plugins.imported == []
+    assert plugins.COLOURS["blue"] == "#00f"
+    assert list(plugins.COLOURS) == ["blue", "orange", "red"]
+    assert plugins.imported == ["colours_for_tests.warm"]
+
+
+@pytest.mark.parametrize(
+    "look_up", [list, len, lambda colours: "red" in colours, lambda colours: colours.get("red"), dict]
+)
+def test_every_kind_of_look_up_discovers(plugins, look_up):
+    assert look_up(plugins.COLOURS)
+
+
+def test_is_a_mapping(plugins):
+    assert len(plugins.COLOURS) == 3
+    assert dict(plugins.COLOURS) == {"blue": "#00f", "orange": "#fa0", "red": "#f00"}
+    assert "pink" not in plugins.COLOURS
+
+
+def test_register_gives_back_the_entry(plugins):
+    assert plugins.COLOURS.register("green")("#0f0") == "#0f0"
+    assert plugins.COLOURS["green"] == "#0f0"
+
+
+def test_an_unknown_name_names_its_neighbours(plugins):
+    with pytest.raises(UsageError, match=r"^unknown colour 'orangey': did you mean orange\?$"):
+        plugins.COLOURS["orangey"]
+    with pytest.raises(UsageError, match=r"^unknown colour 'xyz': choose from blue, orange, red$"):
+        plugins.COLOURS["xyz"]
+
+
+def test_a_name_is_taken_once(plugins):
+    assert plugins.COLOURS["red"] == "#f00"
+    with pytest.raises(ValueError, match="two entries for the colour 'red'"):
+        plugins.COLOURS.register("red")("#e00")
+    assert plugins.COLOURS["red"] == "#f00"
+
+
+def test_near_matches():
+    known = ["resnet20", "resnet32", "wrn-16-2"]
+    assert near_matches("resnet20", reversed(known)).startswith("did you mean resnet20")
+    assert near_matches("wrn162", known) == "did you mean wrn-16-2?"
+    assert near_matches("nothing like it", known) == "choose from resnet20, resnet32, wrn-16-2"
+
+
+def test_methods_are_entered_under_their_own_names():
+    assert {"independent", "ffl", "mfef"} <= set(METHODS)
+    for name, method in METHODS.items():
+        assert issubclass(method, Method)
+        assert method.name == name
+        assert issubclass(method.Settings, MethodSettings)
+        assert method.__doc__
+
+
+@pytest.mark.parametrize(
+    ("spec", "parsed"),
+    [
+        ("resnet20", ("resnet20", {})),
+        ("resnet20:", ("resnet20", {})),
+        ("resnet20:shortcut=A", ("resnet20", {"shortcut": "A"})),
+        ("folder:resize=64,root=a=b", ("folder", {"resize": "64", "root": "a=b"})),
+    ],
+)
+def test_parse_spec(spec, parsed):
+    assert parse_spec(spec) == parsed
+
+
+def test_a_spec_without_a_value_is_refused():
+    with pytest.raises(UsageError, match="'resnet20:shortcut': options are written name:key=value,key=value"):
+        parse_spec("resnet20:shortcut")
+
+
+def test_write_spec_is_what_parse_spec_reads():
+    assert write_spec("resnet20", {}) == "resnet20"
+    assert write_spec("folder", {"size": 64, "flip": True}) == "folder:flip=True,size=64"
+    assert parse_spec(write_spec("folder", {"size": 64, "flip": True})) == ("folder", {"flip": "True", "size": "64"})
+
+
+def plugin(
+    num_classes: int, size: int = 32, flip: bool = True, mode: Literal["near", "far"] = "near", root: str = ""
+) -> None:
+    """Stand for a plug-in with an option of each type."""
+
+
+@pytest.mark.parametrize(
+    ("given", "typed"),
+    [
+        ({}, {}),
+        ({"size": "64"}, {"size": 64}),
+        ({"size": 64}, {"size": 64}),
+        *(({"flip": text}, {"flip": True}) for text in ("true", "True", "yes", "1")),
+        *(({"flip": text}, {"flip": False}) for text in ("false", "False", "no", "0")),
+        ({"mode": "far", "root": "7"}, {"mode": "far", "root": "7"}),
+    ],
+)
+def test_options_take_the_types_of_the_parameters(given, typed):
+    checked = checked_options("plugin", plugin, given)
+    assert checked == typed
+    assert [type(value) for value in checked.values()] == [type(value) for value in typed.values()]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"sise": "3"}, r"^plugin: unknown option 'sise': did you mean size\?$"),
+        ({"num_classes": "3"}, r"unknown option 'num_classes'"),
+        ({"size": "big"}, r"^plugin: option size is 'big': write a whole number$"),
+        ({"flip": "perhaps"}, r"^plugin: option flip is 'perhaps': write true or false$"),
+        ({"mode": "fat"}, r"^plugin: option mode is 'fat': did you mean far\?$"),
+    ],
+)
+def test_wrong_options_are_refused(given, says):
+    with pytest.raises(UsageError, match=says):
+        checked_options("plugin", plugin, given)
+
+
+def test_a_plugin_without_options_says_so():
+    with pytest.raises(UsageError, match="it has no options"):
+        checked_options("plugin", lambda num_classes: None, {"size": "3"})

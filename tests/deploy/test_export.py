@@ -1,0 +1,328 @@
+"""Every predictor in every format: the file alone answers as the run does, or it is not kept."""
+
+import copy
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import safetensors
+import torch
+from torch import nn
+
+import codistill as cd
+from codistill.core.errors import CheckpointError, CodistillError, DataError, UsageError
+from codistill.deploy import export
+from codistill.deploy.classifier import CARD_KEY, load_classifier
+from codistill.deploy.export import Exported, choose_format, export_predictor
+
+from .. import tiny
+
+PREDICTORS = ("student0", "ensemble", "fused")
+FORMATS = tuple(export.SUFFIXES)
+
+
+@pytest.fixture(scope="module")
+def exported(digits_run):
+    """Give a predictor of the run in a format; each is exported once."""
+    done: dict[tuple[str, str], Exported] = {}
+
+    def give(predictor: str, format: str) -> Exported:
+        if (predictor, format) not in done:
+            done[predictor, format] = export_predictor(digits_run, predictor, format=format)
+        return done[predictor, format]
+
+    return give
+
+
+@pytest.fixture(scope="module")
+def pixels(digits_run):
+    """Test images as the files take them: uint8 [images, 3, height, width]."""
+    return np.ascontiguousarray(digits_run.load_data().test.images.transpose(0, 3, 1, 2))
+
+
+@pytest.fixture(scope="module")
+def expected(digits_run, pixels):
+    """The logits of each predictor, computed from the checkpoint with nothing of export's."""
+    data, method = digits_run.load_data(), digits_run.load_method()
+    mean, std = (torch.tensor(each).reshape(1, 3, 1, 1) for each in data.statistics)
+    with torch.no_grad():
+        outputs = method((torch.from_numpy(pixels) / 255 - mean) / std)
+        return method.predictions(outputs)
+
+
+def test_the_run_tells_images_apart(expected):
+    # Or the comparisons below would pass with anything.
+    for name in PREDICTORS:
+        assert expected[name].std(dim=0).min() > 0.01, name
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("predictor", PREDICTORS)
+def test_a_file_answers_as_the_run_does(exported, digits_run, expected, pixels, predictor, format):
+    done = exported(predictor, format)
+    assert done.path == digits_run.path / "exports" / f"{predictor}{export.SUFFIXES[format]}"
+    assert (done.predictor, done.images, done.agreement) == (predictor, 40, 1.0)
+    assert done.difference < 1e-4
+    assert done.parameters == digits_run.summary["parameters"][predictor]
+    if format == "torch-export":
+        logits = torch.export.load(done.path).module()(torch.from_numpy(pixels))
+    elif format == "onnx":
+        session = onnxruntime.InferenceSession(done.path, providers=["CPUExecutionProvider"])
+        logits = torch.from_numpy(session.run(["logits"], {"images": pixels})[0])
+    else:
+        logits = load_classifier(done.path).logits(digits_run.load_data().test.images)
+    torch.testing.assert_close(logits, expected[predictor], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_file_says_what_it_is(exported, digits_run, format):
+    path = exported("student0", format).path
+    if format == "safetensors":
+        with safetensors.safe_open(path, "pt") as file:
+            card = json.loads(file.metadata()[CARD_KEY])
+    elif format == "onnx":
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        card = json.loads(session.get_modelmeta().custom_metadata_map[CARD_KEY])
+    else:
+        extra = {f"{CARD_KEY}.json": ""}
+        torch.export.load(path, extra_files=extra)
+        card = json.loads(extra[f"{CARD_KEY}.json"])
+    data = digits_run.load_data()
+    assert (card["predictor"], card["networks"], card["image_size"]) == ("student0", ["resnet20"] * 2, [32, 32])
+    assert card["class_names"] == [f"digit {digit}" for digit in range(10)]
+    assert (tuple(card["mean"]), tuple(card["std"])) == data.statistics
+    assert card["method"]["name"] == "mfef" and card["trained_on"] == "packed"
+    assert card["environment"]["torch"] == torch.__version__
+
+
+def test_weights_alone_are_those_of_the_student_and_no_others(exported, digits_run):
+    with safetensors.safe_open(exported("student0", "safetensors").path, "pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert not [name for name in weights if "peer" in name or "fusion" in name or "student" in name]
+    assert {name.partition(".")[0] for name in weights} == {"stages", "head"}
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    trained = {name: tensor for name, tensor in weights.items() if not name.endswith(buffers)}
+    assert sum(tensor.numel() for tensor in trained.values()) == digits_run.summary["parameters"]["student0"]
+    # They load into a network made by hand: student 0 with its components before the classifier.
+    student = digits_run.load_method().predictors()["student0"]
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in student.state_dict().items())
+    assert weights.keys() == student.state_dict().keys()
+
+
+def test_a_file_may_be_read_by_others(exported):
+    umask = 0o022
+    for format in FORMATS:
+        path = exported("student0", format).path
+        assert path.stat().st_mode & 0o444 & ~umask == 0o444, format
+
+
+@pytest.mark.parametrize("batch", [1, 3, 300])
+def test_onnx_takes_pixels_in_batches_of_any_size(exported, pixels, expected, batch):
+    session = onnxruntime.InferenceSession(exported("student0", "onnx").path, providers=["CPUExecutionProvider"])
+    (entry,) = session.get_inputs()
+    assert (entry.name, entry.type, entry.shape[1:]) == ("images", "tensor(uint8)", [3, 32, 32])
+    chosen = np.arange(batch) % 40
+    (logits,) = session.run(["logits"], {"images": pixels[chosen]})
+    np.testing.assert_allclose(logits, expected["student0"][chosen].numpy(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument, match="uint8"):
+        session.run(["logits"], {"images": pixels[chosen].astype(np.float32)})
+
+
+def test_onnx_is_one_file(exported):
+    path = exported("student0", "onnx").path
+    assert {each.name for each in path.parent.iterdir()} <= {
+        f"{name}{suffix}" for name in PREDICTORS for suffix in export.SUFFIXES.values()
+    }
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tiny_registered, tmp_path_factory):
+    """A run whose best and last epochs differ."""
+    folder = tmp_path_factory.mktemp("export")
+    data = tiny.data(train=96, test=30)
+    path = tiny.write_npz(
+        folder / "colours.npz",
+        dataclasses.replace(data, test=cd.Split(data.test.images, (data.test.labels + 1) % 3)),
+    )
+    torch.manual_seed(0)
+    method = cd.MFEF([cd.network("tiny", 3), cd.network("tiny", 3)], 3, image_size=(8, 8))
+    settings = tiny.settings(epochs=4, milestones=(), learning_rate=0.02)
+    cd.train(method, cd.dataset("packed", path), out=folder / "run", settings=settings, show=False)
+    run = cd.Run(folder / "run")
+    assert run.summary["best_epoch"] < 4
+    return run
+
+
+def test_last_and_best_weights_are_different_files(tiny_run, tmp_path):
+    for which in ("last", "best"):
+        path = tmp_path / f"{which}.safetensors"
+        export_predictor(tiny_run, "student1", path, which=which)
+        student = tiny_run.load_method(which).predictors()["student1"].state_dict()
+        with safetensors.safe_open(path, "pt") as file:
+            assert all(torch.equal(tensor, file.get_tensor(name)) for name, tensor in student.items())
+    assert (tmp_path / "last.safetensors").read_bytes() != (tmp_path / "best.safetensors").read_bytes()
+
+
+def test_the_best_student_is_the_default(tiny_run, tmp_path):
+    done = export_predictor(tiny_run, file=tmp_path / "x.safetensors")
+    assert done.predictor == tiny_run.best_student()
+
+
+@pytest.mark.parametrize(
+    ("file", "format", "chosen"),
+    [
+        ("x.onnx", None, "onnx"),
+        ("x.safetensors", None, "safetensors"),
+        ("x.pt2", None, "torch-export"),
+        (None, "onnx", "onnx"),
+        ("a.b.onnx", "onnx", "onnx"),
+    ],
+)
+def test_the_format_follows_the_file(file, format, chosen):
+    assert choose_format(None if file is None else Path(file), format) == chosen
+
+
+@pytest.mark.parametrize(
+    ("file", "format", "message"),
+    [
+        (None, None, "no format: give --format safetensors or onnx or torch-export"),
+        ("x.txt", None, "no format"),
+        ("x", None, "no format"),
+        ("x.onnx", "safetensors", "x.onnx: a safetensors file must end in .safetensors"),
+        ("x.onnx", "tflite", "unknown format 'tflite': choose from safetensors, onnx, torch-export"),
+    ],
+)
+def test_formats_that_cannot_be(file, format, message):
+    with pytest.raises(UsageError, match=message):
+        choose_format(None if file is None else Path(file), format)
+
+
+def test_an_unknown_predictor_is_refused(tiny_run, tmp_path):
+    with pytest.raises(UsageError, match="no predictor 'student2': choose from student0, student1, ensemble, fused"):
+        export_predictor(tiny_run, "student2", tmp_path / "x.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("out", ["folder.safetensors", "file/x.safetensors"])
+def test_a_place_that_cannot_be_written_is_refused(tiny_run, tmp_path, out):
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "file").write_text("precious")
+    before = tiny.listing(tmp_path)
+    with pytest.raises(UsageError, match="choose another file"):
+        export_predictor(tiny_run, "student0", tmp_path / out)
+    assert tiny.listing(tmp_path) == before
+
+
+def perturbing(write, amount: float):
+    """Make a writer that writes other weights than it was given."""
+
+    def perturbed(module: nn.Module, card: dict, path: Path) -> None:
+        other = copy.deepcopy(module)
+        with torch.no_grad():
+            next(other.parameters()).add_(amount)
+        write(other, card, path)
+
+    return perturbed
+
+
+@pytest.mark.parametrize(
+    ("format", "writer", "old"),
+    [
+        ("safetensors", "_write_safetensors", None),
+        ("safetensors", "_write_safetensors", b"a good file"),
+        ("torch-export", "_write_torch_export", b"a good file"),
+    ],
+)
+def test_a_file_that_answers_otherwise_is_not_kept(tiny_run, tmp_path, monkeypatch, format, writer, old):
+    path = tmp_path / f"x{export.SUFFIXES[format]}"
+    if old is not None:
+        path.write_bytes(old)
+    before = tiny.listing(tmp_path)
+    write = getattr(export, writer)
+    monkeypatch.setattr(export, writer, perturbing(write, 0.5))
+    with pytest.raises(CheckpointError, match=r"not kept, for it differs from the run by up to \d\S* in a logit"):
+        export_predictor(tiny_run, "student0", path)
+    assert tiny.listing(tmp_path) == before
+    # A difference as of rounding is allowed.
+    monkeypatch.setattr(export, writer, perturbing(write, 1e-7))
+    assert 0 < export_predictor(tiny_run, "student0", path).difference < 1e-4
+    assert list(tiny.listing(tmp_path)) == [path.name] and path.read_bytes() != old
+
+
+@pytest.mark.parametrize("changed", [{"difference": float("nan")}, {"difference": 0.01}, {"agreement": 0.9}])
+def test_what_is_not_alike_is_refused(tiny_run, tmp_path, monkeypatch, changed):
+    alike = {"images": 30, "difference": 0.0, "allowed": 0.001, "agreement": 1.0}
+    monkeypatch.setattr(export, "compare", lambda *_: alike | changed)
+    with pytest.raises(CheckpointError, match="not kept"):
+        export_predictor(tiny_run, "student0", tmp_path / "x.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_writer_that_breaks_off_leaves_nothing(tiny_run, tmp_path, monkeypatch):
+    def fail(module, card, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "_write_safetensors", fail)
+    (tmp_path / "x.safetensors").write_bytes(b"a good file")
+    with pytest.raises(OSError, match="No space"):
+        export_predictor(tiny_run, "student0", tmp_path / "x.safetensors")
+    assert tiny.listing(tmp_path) == {"x.safetensors": b"a good file"}
+
+
+def test_without_the_data_nothing_is_written(tiny_run, tmp_path):
+    other = tiny.write_npz(tmp_path / "other.npz", tiny.data(size=(9, 9)))
+    for data_dir, message in ((tmp_path / "none.npz", "no such file"), (other, "not those that .* was trained on")):
+        with pytest.raises(DataError, match=message):
+            export_predictor(tiny_run, "student0", tmp_path / "x.safetensors", data_dir=str(data_dir))
+    assert [path.name for path in tmp_path.iterdir()] == ["other.npz"]
+    moved = tiny.write_npz(tmp_path / "moved.npz", tiny.data(test=12))
+    assert export_predictor(tiny_run, "student0", tmp_path / "x.safetensors", data_dir=str(moved)).images == 12
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_package_is_named_with_the_mend(tiny_run, tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(
+        UsageError, match=rf"export to onnx needs the package {package}: pip install 'codistill\[onnx\]'"
+    ):
+        export_predictor(tiny_run, "student0", tmp_path / "x.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_modules_that_students_share_are_written_once(tiny_registered, tmp_path):
+    data = cd.dataset("packed", tiny.write_npz(tmp_path / "colours.npz", tiny.data()))
+    students = [cd.network("tiny", 3), cd.network("tiny", 3)]
+    method = cd.MFEF(students, 3, cd.MFEF.Settings(share_components=True), (8, 8))
+    cd.train(method, data, out=tmp_path / "run", settings=tiny.settings(epochs=1), show=False)
+    run = cd.Run(tmp_path / "run")
+    for predictor in PREDICTORS:
+        done = export_predictor(run, predictor, format="safetensors")
+        assert done.difference == 0
+        with safetensors.safe_open(done.path, "pt") as file:
+            sizes = [file.get_tensor(name).numel() for name in file.keys() if "num_batches" not in name]  # noqa: SIM118
+        counts = sum(buffer.numel() for name, buffer in run.load_method().predictors()[predictor].named_buffers())
+        batches = sum("num_batches" in name for name, _ in run.load_method().predictors()[predictor].named_buffers())
+        assert sum(sizes) == run.summary["parameters"][predictor] + counts - batches
+
+
+def test_networks_and_data_of_ones_own(tmp_path):
+    data, method = tiny.data(test=12), tiny.method()
+    run = cd.train(method, data, out=tmp_path / "run", settings=tiny.settings(epochs=1), show=False)
+    with pytest.raises(UsageError, match="networks of your own cannot be rebuilt: export to onnx"):
+        run.export("student0", tmp_path / "student.safetensors")
+    path = run.export("fused", tmp_path / "fused.onnx")
+    assert path == tmp_path / "fused.onnx"
+    logits = load_classifier(path).logits(data.test.images)
+    images = cd.data.augment.DeviceImages(data.test, data.statistics, torch.device("cpu"))
+    with torch.no_grad():
+        expected = method.eval()(images.plain(0, 12)[0]).fused_logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["fused.onnx", "run"]
+    # Another process has neither the networks nor the data.
+    with pytest.raises(CodistillError, match="of your own"):
+        cd.Run(run.path).export("student0", tmp_path / "student.onnx")

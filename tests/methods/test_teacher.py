@@ -1,0 +1,687 @@
+"""A frozen teacher: its terms worked by hand, what it leaves alone, and every place that it may come from."""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import codistill as cd
+from codistill.cli import main
+from codistill.core.errors import CheckpointError, UsageError
+from codistill.data.augment import Augmentation, DeviceImages, epoch_plan
+from codistill.deploy.classifier import load_classifier
+from codistill.deploy.export import export_predictor
+from codistill.methods import METHODS
+from codistill.methods.cohort import Outputs
+from codistill.methods.teacher import Renormalised, Taught
+from codistill.runs.evaluate import evaluate_run
+from codistill.settings.config import TeacherSettings
+from codistill.training.optim import make_optimizer
+from codistill.training.step import PlainStep
+from codistill.training.teacher import load_teacher, read_checkpoint
+
+from .. import tiny
+
+START = torch.tensor(0.0)
+STATISTICS = ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+TINY = ["--networks", "tiny", "tiny", "--data", "packed", "--batch-size", "8", "--lr", "0.05", "--threads", "1"]
+pytestmark = pytest.mark.usefixtures("empty_folder")
+
+
+def teacher_of(seed: int = 7, classes: int = 3) -> cd.Network:
+    torch.manual_seed(seed)
+    return tiny.own_students(1, classes)[0]
+
+
+def taught(kind: type[cd.Method] = cd.KD, weight: float = 1.0, temperature: float = 3.0, **settings) -> Taught:
+    return Taught(tiny.method(kind, **settings), teacher_of(), weight, temperature)
+
+
+def divergence(target: list[float], learned: list[float], temperature: float) -> float:
+    """KL between softened predictions of one image, with nothing but floats."""
+    powers = [[math.exp(value / temperature) for value in each] for each in (target, learned)]
+    p, q = ([power / sum(each) for power in each] for each in powers)
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+def copies(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+# The terms.
+
+
+@pytest.mark.parametrize(("weight", "temperature"), [(1.0, 3.0), (0.9, 4.0), (2.0, 1.0), (0.0, 3.0)])
+def test_the_terms_by_hand(weight, temperature):
+    teacher, students = [[0.0, 1.0, 2.0], [3.0, 0.0, 0.0]], [[[2.0, 0.5, -1.0], [0.0, 1.0, 0.0]], [[1.0, 0.0, 0.0]] * 2]
+    outputs = Outputs(tuple(map(torch.tensor, students)), (), teacher_logits=torch.tensor(teacher))
+    terms = taught(weight=weight, temperature=temperature).losses(outputs, torch.tensor([0, 1]), START)
+    assert list(terms) == ["ce/student0", "ce/student1", "kl/teacher->student0", "kl/teacher->student1"]
+    for index, student in enumerate(students):
+        images = [divergence(*pair, temperature) for pair in zip(teacher, student, strict=True)]
+        expected = weight * temperature**2 * sum(images) / 2
+        assert terms[f"kl/teacher->student{index}"].item() == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+
+def test_a_number_on_paper():
+    # The teacher is certain by log 2, the student knows nothing; T = 1: 2/3 log(4/3) + 1/3 log(2/3).
+    method = Taught(tiny.method(cd.KD, students=1), teacher_of(), weight=0.5, temperature=1.0)
+    outputs = Outputs(
+        (torch.zeros(1, 2),), (), teacher_logits=torch.tensor([[math.log(2), 0.0]])
+    )  # two classes will do here
+    term = method.losses(outputs, torch.tensor([0]), START)["kl/teacher->student0"]
+    assert term.item() == pytest.approx(0.5 * 0.0566330, abs=1e-7)
+
+
+def test_the_methods_own_terms_stay_what_they_are(batch):
+    method = taught(cd.MFEF).double()
+    images, labels = batch
+    outputs = method(images)
+    terms = method.losses(outputs, labels, START)
+    own = method.method.losses(method.method(images), labels, START)
+    assert list(terms) == [*own, "kl/teacher->student0", "kl/teacher->student1"]
+    torch.testing.assert_close({name: terms[name] for name in own}, own)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].teacher != "refused"])
+def test_every_method_that_may_have_a_teacher_learns_from_it(name, batch):
+    torch.manual_seed(0)
+    students = tiny.own_students(max(2, METHODS[name].min_students))
+    method = Taught(METHODS[name](students, 3, image_size=(8, 8)), teacher_of()).double()
+    images, labels = batch
+    views = images if method.views == 1 else images.expand(method.views, *images.shape)
+    outputs = method(views)
+    terms = method.losses(outputs, labels, START)
+    for index, logits in enumerate(outputs.logits):
+        term = terms[f"kl/teacher->student{index}"]
+        expected = 9 * F.kl_div(
+            (logits / 3).log_softmax(1), (method._frozen[0](images) / 3).softmax(1), reduction="sum"
+        )
+        torch.testing.assert_close(term, expected / 6)
+    sum(terms.values()).backward()
+
+
+def test_each_view_has_its_own_teacher_logits():
+    method = taught(cd.KDCL)
+    assert method.views == 2
+    views = torch.randn(2, 4, 3, 8, 8)
+    outputs = method(views)
+    assert outputs.teacher_logits.shape == (2, 4, 3)
+    terms = method.losses(outputs, torch.tensor([0, 1, 2, 0]), START)
+    for index in range(2):
+        target = method._frozen[0](views[index])
+        torch.testing.assert_close(outputs.teacher_logits[index], target)
+        expected = 9 * F.kl_div(
+            (outputs.logits[index] / 3).log_softmax(1), (target / 3).softmax(1), reduction="batchmean"
+        )
+        torch.testing.assert_close(terms[f"kl/teacher->student{index}"], expected)
+
+
+def test_what_is_the_methods_is_asked_of_it():
+    method = taught(cd.DML, update="alternating", shared_stages=0)
+    assert [[id(each) for each in turn] for turn in method.turns()] == [
+        [id(each) for each in turn] for turn in method.method.turns()
+    ]
+    assert len(method.turns()) == 2
+    plain = tiny.method(cd.MFEF)
+    whole = Taught(plain, teacher_of())
+    for name in ("name", "capturable", "views", "parallel_branches", "num_classes", "image_size"):
+        assert getattr(whole, name) == getattr(plain, name), name
+    assert whole.settings is plain.settings and whole.cohort is plain.cohort
+    assert list(whole.predictors()) == list(plain.predictors())
+
+
+def test_the_hooks_reach_the_method(monkeypatch):
+    called = []
+    for hook in ("after_step", "after_epoch"):
+        monkeypatch.setattr(cd.MFEF, hook, lambda self, hook=hook: called.append(hook))
+    method = taught(cd.MFEF)
+    method.after_step()
+    method.after_epoch()
+    assert called == ["after_step", "after_epoch"]
+
+
+# What a teacher leaves alone, and is left alone by.
+
+
+@pytest.mark.parametrize("kind", [cd.KD, cd.MFEF, cd.KDCL], ids=lambda kind: kind.name)
+def test_training_leaves_the_teacher_alone(kind):
+    method = taught(kind)
+    teacher = method._frozen[0]
+    before = copies(teacher)
+    run = cd.train(method, tiny.data(), out="run", settings=tiny.settings(), show=False)
+    assert run.summary["status"] == "finished"
+    assert same(copies(teacher), before)
+    assert not teacher.training and method.training
+    assert all(each.grad is None and not each.requires_grad for each in teacher.parameters())
+    assert all(row["train"]["kl/teacher->student1"] > 0 for row in run.metrics())
+
+
+def test_no_gradient_reaches_the_teacher(batch):
+    method = taught().double()
+    outputs = method(batch[0])
+    assert not outputs.teacher_logits.requires_grad
+    # Not even one that came with a graph.
+    given = outputs.teacher_logits.clone().requires_grad_()
+    terms = method.losses(dataclasses.replace(outputs, teacher_logits=given), batch[1], START)
+    sum(terms.values()).backward()
+    assert given.grad is None
+
+
+def test_the_teacher_is_in_evaluation_mode_in_every_mode(batch):
+    method = taught()
+    teacher = method._frozen[0]
+    teacher.train()  # whoever gave it away
+    method = Taught(method.method, teacher).double()
+    expected = copy.deepcopy(teacher).eval()(batch[0])
+    for mode in (True, False, True):
+        method.train(mode)
+        assert not teacher.training and method.method.training is mode
+    torch.testing.assert_close(method(batch[0]).teacher_logits, expected.detach())
+
+
+def test_the_teacher_belongs_to_nothing():
+    method, plain = taught(cd.MFEF), tiny.method(cd.MFEF)
+    theirs = {id(each) for each in method._frozen[0].parameters()}
+    assert theirs.isdisjoint(map(id, method.parameters()))
+    assert theirs.isdisjoint(id(each) for group in method.parameter_groups() for each in group.parameters)
+    assert not any(module is method._frozen[0] for module in method.modules())
+    assert same(copies(method), copies(plain))
+    other = tiny.method(cd.MFEF, seed=1)
+    other.load_state_dict(method.state_dict())
+    assert same(copies(other), copies(plain))
+    method.load_state_dict(tiny.method(cd.MFEF, seed=2).state_dict())
+    assert same(copies(method), copies(tiny.method(cd.MFEF, seed=2)))
+
+
+@pytest.mark.parametrize("move", [{"dtype": torch.float64}, {"device": "meta"}], ids=str)
+def test_the_teacher_moves_along(move):
+    method = taught()
+    assert method.to(**move) is method
+    for tensor in [*method._frozen[0].parameters(), *method._frozen[0].buffers(), *method.parameters()]:
+        assert tensor.device.type == move.get("device", "cpu")
+        assert not tensor.is_floating_point() or tensor.dtype == move.get("dtype", torch.float32)
+    assert {each.dtype for each in method.half()._frozen[0].parameters()} == {torch.float16}
+
+
+def test_a_copy_has_a_teacher_of_its_own():
+    method = taught()
+    other = copy.deepcopy(method).to("meta")
+    assert next(other._frozen[0].parameters()).is_meta and not next(method._frozen[0].parameters()).is_meta
+
+
+def test_in_evaluation_the_teacher_is_not_run(batch):
+    method = taught().double().eval()
+
+    def fail(*_: object) -> None:
+        raise AssertionError("the teacher was run")
+
+    method._frozen[0].register_forward_pre_hook(fail)
+    outputs = method(batch[0])
+    assert outputs.teacher_logits is None
+    assert list(method.predictions(outputs)) == ["student0", "student1", "ensemble"]
+    with pytest.raises(ValueError, match="no teacher logits: they were computed in evaluation mode"):
+        method.losses(outputs, batch[1], START)
+
+
+def test_a_teacher_of_other_classes_is_refused():
+    with pytest.raises(UsageError, match="the teacher has 4 classes, but the students 3"):
+        Taught(tiny.method(cd.KD), teacher_of(classes=4))
+
+
+def test_a_step_reads_nothing_on_the_host():
+    method, data = taught(cd.KDCL), tiny.data()
+    images = DeviceImages(data.train, data.statistics, torch.device("cpu"))
+    step = PlainStep(method.train(), images, Augmentation(), make_optimizer(method, 0.05, 0.9, True, 1e-4))
+    plan = epoch_plan(24, 0, 0, Augmentation(), torch.device("cpu"), method.views)
+    with tiny.HostReads() as reads:
+        step(plan.part(0, 8), START)
+    assert reads.found == []
+
+
+def test_settings_of_a_teacher():
+    for changes, message in (
+        ({"teacher_temperature": 0.0}, "teacher_temperature is 0.0; it must be a number above 0"),
+        ({"teacher_temperature": math.nan}, "teacher_temperature is nan; it must be a number above 0"),
+        ({"teacher_weight": -1.0}, "teacher_weight is -1.0; it must be a number, at least 0"),
+        ({"teacher_network": "resnet20"}, "teacher_network and teacher_predictor say more of a teacher"),
+        ({"teacher_predictor": "student0"}, "teacher_network and teacher_predictor say more of a teacher"),
+    ):
+        with pytest.raises(UsageError, match=re.escape(message)):
+            TeacherSettings(**changes)
+
+
+# Where a teacher comes from: runs and exported files.
+
+
+@pytest.fixture(scope="module")
+def made(tiny_registered, tmp_path_factory) -> Path:
+    """A data file, one of other classes, and a run of two students with a fused classifier; to be read only."""
+    folder = tmp_path_factory.mktemp("teacher")
+    data = tiny.data()
+    tiny.write_npz(folder / "colours.npz", data)
+    tiny.write_npz(folder / "others.npz", dataclasses.replace(data, class_names=("red", "green", "violet")))
+    dimmed = cd.Split(data.train.images // 2, data.train.labels)
+    tiny.write_npz(folder / "dimmed.npz", dataclasses.replace(data, train=dimmed))
+    flags = ["--data-dir", str(folder / "colours.npz"), "--epochs", "2", "--out", str(folder / "run")]
+    assert main(["train", "mfef", *TINY, *flags]) == 0
+    return folder
+
+
+def train_kd(made: Path, *flags: str, method: str = "kd", data: str = "colours.npz", out: str = "out") -> int:
+    """Train for an epoch with a teacher; an option that comes a second time wins."""
+    return main(["train", method, *TINY, "--data-dir", str(made / data), "--epochs", "1", "--out", out, *flags])
+
+
+def loaded(made: Path, place: Path, statistics: tuple | None = None, **settings: str) -> nn.Module:
+    record = cd.Run(made / "run").record["dataset"]
+    own = (tuple(record["mean"]), tuple(record["std"]))
+    return load_teacher(TeacherSettings(teacher=str(place), **settings), tiny.CLASSES, statistics or own)
+
+
+IMAGES = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+def test_a_run_teaches_with_its_best_student(made):
+    run = cd.Run(made / "run")
+    predictors = run.load_method().predictors()
+    assert torch.equal(loaded(made, run.path).eval()(IMAGES), predictors[run.best_student()](IMAGES))
+
+
+def test_a_run_teaches_with_the_predictor_that_is_named(made):
+    predictors = cd.Run(made / "run").load_method().predictors()
+    for name, predictor in predictors.items():
+        teacher = loaded(made, made / "run", teacher_predictor=name).eval()
+        assert torch.equal(teacher(IMAGES), predictor(IMAGES)), name
+    with pytest.raises(
+        UsageError, match="has no predictor 'student7': choose from student0, student1, ensemble, fused"
+    ):
+        loaded(made, made / "run", teacher_predictor="student7")
+
+
+@pytest.mark.parametrize("predictor", ["student1", "fused"])
+def test_an_exported_file_teaches_as_its_run_does(made, tmp_path, predictor):
+    run = cd.Run(made / "run")
+    path = export_predictor(run, predictor, tmp_path / "teacher.safetensors").path
+    expected = run.load_method().predictors()[predictor](IMAGES)
+    torch.testing.assert_close(loaded(made, path).eval()(IMAGES), expected)
+
+
+def test_a_teacher_gets_images_in_its_own_normalisation(made):
+    run = cd.Run(made / "run")
+    plain = loaded(made, run.path)
+    assert not isinstance(plain, Renormalised)
+    teacher = loaded(made, run.path, STATISTICS).eval()
+    assert isinstance(teacher, Renormalised)
+    pixels = tiny.data().test.images
+    expected = load_classifier(run.path).logits(pixels)
+    given = DeviceImages(tiny.data().test, STATISTICS, torch.device("cpu")).normalised(torch.from_numpy(pixels))
+    torch.testing.assert_close(teacher(given), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(plain.eval()(given), expected, atol=0.01)
+
+
+def test_a_teacher_from_another_normalisation_teaches(made, capsys):
+    assert train_kd(made, "--teacher", str(made / "run"), data="dimmed.npz") == 0
+    teacher, run = cd.Run(made / "run"), cd.Run("out")
+    assert run.record["dataset"]["mean"] != teacher.record["dataset"]["mean"]
+    assert set(run.load_method().state_dict()) == set(tiny.method(cd.Independent).state_dict())
+
+
+@pytest.mark.parametrize("method", ["kd", "mfef", "dml", "kdcl"])
+def test_a_taught_run_is_used_without_its_teacher(made, capsys, tmp_path, method):
+    elsewhere = tmp_path / "teacher"
+    elsewhere.symlink_to(made / "run")
+    flags = ["--teacher", str(elsewhere), "--teacher-weight", "0.5", "--teacher-temperature", "2"]
+    assert train_kd(made, *flags, method=method) == 0
+    elsewhere.unlink()
+    run = cd.Run("out")
+    (row,) = run.metrics()
+    kinds = {"mfef": "kl/fused->student0", "dml": "kl/student1->student0", "kdcl": "kl/teacher->student0"}
+    assert {"ce/student0", "kl/teacher->student0", "kl/teacher->student1", kinds.get(method, "loss")} <= set(
+        row["train"]
+    )
+    teaching = run.config.teaching
+    assert (teaching.teacher_weight, teaching.teacher_temperature) == (0.5, 2.0)
+    scores = evaluate_run(run)
+    assert {name: each.top1_error for name, each in scores.items()} == run.summary["top1_error"]
+    assert main(["evaluate", "out"]) == 0
+    assert main(["export", "out", "--format", "safetensors"]) == 0
+    assert not [name for name in run.checkpoints.load()["method"] if "teacher" in name or "frozen" in name]
+
+
+def test_a_taught_run_can_teach(made, capsys):
+    assert train_kd(made, "--teacher", str(made / "run")) == 0
+    assert train_kd(made, "--teacher", "out", method="mfef", out="second") == 0
+    assert cd.Run("second").summary["status"] == "finished"
+
+
+def test_the_place_of_the_teacher_is_recorded_in_full(made, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(made)
+    assert train_kd(made, "--teacher", "run", out=str(tmp_path / "out")) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--recipe", "out/config.json", "--out", "again"]) == 0
+    first, again = cd.Run("out"), cd.Run("again")
+    assert tiny.untimed(first.metrics()) == tiny.untimed(again.metrics())
+
+
+def test_weight_and_temperature_from_python_are_recorded():
+    method = taught(weight=0.9, temperature=4.0)
+    run = cd.train(method, tiny.data(), out="run", settings=tiny.settings(epochs=1), show=False)
+    assert (run.record["teacher"], run.record["teacher_weight"], run.record["teacher_temperature"]) == (None, 0.9, 4.0)
+
+
+def test_a_stronger_teacher_term_brings_the_students_closer(made, capsys):
+    gaps = []
+    for weight in ("0", "5"):
+        flags = ["--teacher", str(made / "run"), "--teacher-weight", weight, "--epochs", "8", "--milestones", "7"]
+        assert train_kd(made, *flags, "--method.label-weight", "0", out=f"weight{weight}") == 0
+        run = cd.Run(f"weight{weight}")
+        images = DeviceImages(tiny.data().test, tiny.data().statistics, torch.device("cpu")).plain(0, 9)[0]
+        taught_logits = loaded(made, made / "run").eval()(images)
+        gaps.append((run.load_method()(images).logits[0] - taught_logits).square().mean().item())
+    assert gaps[1] < gaps[0]
+
+
+# Where a teacher comes from: checkpoints of other repositories.
+
+
+class ForeignBlock(nn.Module):
+    def __init__(self, before: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = None
+        if before != width:
+            self.downsample = nn.Sequential(nn.Conv2d(before, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+        return (y + (x if self.downsample is None else self.downsample(x))).relu()
+
+
+class ForeignResNet20(nn.Module):
+    """ResNet-20 with the names of RepDistiller's."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(*(ForeignBlock(16, 16, 1) for _ in range(3)))
+        self.layer2 = nn.Sequential(ForeignBlock(16, 32, 2), ForeignBlock(32, 32, 1), ForeignBlock(32, 32, 1))
+        self.layer3 = nn.Sequential(ForeignBlock(32, 64, 2), ForeignBlock(64, 64, 1), ForeignBlock(64, 64, 1))
+        self.fc = nn.Linear(64, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer3(self.layer2(self.layer1(self.bn1(self.conv1(x)).relu())))
+        return self.fc(x.mean((2, 3)))
+
+
+class ForeignWideBlock(nn.Module):
+    def __init__(self, before: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(before)
+        self.conv1 = nn.Conv2d(before, width, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.convShortcut = None if before == width else nn.Conv2d(before, width, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn1(x).relu()
+        return self.conv2(self.bn2(self.conv1(y)).relu()) + (x if self.convShortcut is None else self.convShortcut(y))
+
+
+class ForeignWideGroup(nn.Module):
+    def __init__(self, before: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(ForeignWideBlock(before, width, stride), ForeignWideBlock(width, width, 1))
+
+
+class ForeignWRN162(nn.Module):
+    """WRN-16-2 with the names of RepDistiller's."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.block1, self.block2 = ForeignWideGroup(16, 32, 1), ForeignWideGroup(32, 64, 2)
+        self.block3 = ForeignWideGroup(64, 128, 2)
+        self.bn1 = nn.BatchNorm2d(128)
+        self.fc = nn.Linear(128, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block3.layer(self.block2.layer(self.block1.layer(self.conv1(x))))
+        return self.fc(self.bn1(x).relu().mean((2, 3)))
+
+
+FOREIGN = {
+    "resnet20": (ForeignResNet20, "layer1.0.conv1.weight"),
+    "wrn-16-2": (ForeignWRN162, "block1.layer.0.bn1.bias"),
+}
+FORMS: dict[str, Callable[[dict[str, Tensor]], object]] = {
+    "RepDistiller": lambda state: {
+        "epoch": 240,
+        "accuracy": torch.tensor(72.1),
+        "model": state,
+        "optimizer": {"a": [1]},
+    },
+    "mdistiller": lambda state: {"epoch": 240, "model": state, "best_acc": 72.1},
+    "state_dict": lambda state: {"state_dict": state, "arch": "net"},
+    "plain": lambda state: state,
+    "data parallel": lambda state: {"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}},
+    "old torch": lambda state: {"model": {name: each for name, each in state.items() if "num_batches" not in name}},
+}
+
+
+def shaken(module: nn.Module) -> nn.Module:
+    """Give batch normalisation statistics and weights that are not those of the start."""
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.normal_(layer.bias, std=0.2)
+            nn.init.normal_(layer.running_mean, std=0.2)
+            nn.init.uniform_(layer.running_var, 0.5, 1.5)
+    return module.eval()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", FOREIGN)
+def test_checkpoints_of_other_repositories_give_the_same_logits(tmp_path, name, form):
+    foreign = shaken(FOREIGN[name][0](10))
+    assert FOREIGN[name][1] in foreign.state_dict()
+    torch.save(FORMS[form](foreign.state_dict()), tmp_path / "teacher.pth")
+    teacher = read_checkpoint(tmp_path / "teacher.pth", name, 10).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(images), foreign(images), rtol=1e-4, atol=1e-5)
+    assert teacher.spec == name
+
+
+def test_a_file_of_an_old_torch_is_read(tmp_path):
+    foreign = shaken(ForeignResNet20(10))
+    path = tmp_path / "teacher.pth"
+    torch.save({"model": foreign.state_dict()}, path, _use_new_zipfile_serialization=False)
+    teacher = read_checkpoint(path, "resnet20", 10).eval()
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(teacher(images), foreign(images), rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_teaches(made, capsys, tmp_path):
+    state = {f"foreign{index}": value for index, value in enumerate(teacher_of().state_dict().values())}
+    torch.save({"model": state}, tmp_path / "ckpt_epoch_240.pth")
+    assert train_kd(made, "--teacher", "ckpt_epoch_240.pth", "--teacher-network", "tiny") == 0
+    assert cd.Run("out").metrics()[0]["train"]["kl/teacher->student0"] > 0
+
+
+# What cannot be.
+
+
+def refused(capsys, tmp_path, status: int, message: str, *arguments: str) -> None:
+    """Expect one line on stderr and an exit status, and that nothing was written."""
+    before = sorted(os.listdir(tmp_path))
+    capsys.readouterr()
+    assert main(["train", *arguments, "--out", "out"]) == status
+    out, error = capsys.readouterr()
+    assert out == "" and error.count("\n") == 1 and error.startswith("codistill: error: "), error
+    assert re.search(message, error), error
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.fixture
+def flags(made):
+    return [*TINY, "--data-dir", str(made / "colours.npz"), "--epochs", "1"]
+
+
+def test_kd_needs_a_teacher(flags, capsys, tmp_path):
+    message = "kd needs a teacher: give --teacher a run folder, an exported file or a checkpoint"
+    refused(capsys, tmp_path, 2, message, "kd", *flags)
+    with pytest.raises(UsageError, match="kd needs a teacher"):
+        cd.train(tiny.method(cd.KD), tiny.data(), out=tmp_path / "out", settings=tiny.settings(), show=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].teacher == "refused"])
+def test_some_methods_have_no_use_for_a_teacher(made, flags, capsys, tmp_path, method):
+    message = f"{method} has no use for a teacher: leave --teacher out, or choose kd"
+    refused(capsys, tmp_path, 2, message, method, *flags, "--teacher", str(made / "run"))
+
+
+def test_a_taught_method_that_has_no_use_for_it_is_refused(tmp_path):
+    method = Taught(tiny.method(cd.Independent), teacher_of())
+    with pytest.raises(UsageError, match="independent has no use for a teacher"):
+        cd.train(method, tiny.data(), out=tmp_path / "out", settings=tiny.settings(), show=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unlike_classes_are_refused(made, flags, capsys, tmp_path):
+    message = (
+        r"teacher \S*run knows 3 classes \(packed\S*\) that are not the 3 of the data set: give a teacher of the same"
+    )
+    arguments = ["kd", *flags, "--data-dir", str(made / "others.npz"), "--teacher", str(made / "run")]
+    refused(capsys, tmp_path, 2, message, *arguments)
+
+
+def test_a_checkpoint_without_its_network_is_refused(flags, capsys, tmp_path):
+    torch.save(teacher_of().state_dict(), tmp_path / "weights.pth")
+    message = "teacher weights.pth: name the network whose weights it holds with --teacher-network"
+    refused(capsys, tmp_path, 2, message, "kd", *flags, "--teacher", "weights.pth")
+
+
+def test_more_of_no_teacher_is_refused(flags, capsys, tmp_path):
+    message = "teacher_network and teacher_predictor say more of a teacher, but --teacher names none"
+    refused(capsys, tmp_path, 2, message, "kd", *flags, "--teacher-network", "tiny")
+
+
+@pytest.mark.parametrize(
+    "arguments", ["none", "none.safetensors", "none.pth", "none.pth --teacher-network tiny"], ids=str
+)
+def test_a_missing_teacher_is_refused(flags, capsys, tmp_path, arguments):
+    refused(capsys, tmp_path, 4, r"none\S*: no such", "kd", *flags, "--teacher", *arguments.split())
+
+
+def test_an_unknown_network_is_refused(flags, capsys, tmp_path):
+    torch.save(teacher_of().state_dict(), tmp_path / "weights.pth")
+    arguments = ["--teacher", "weights.pth", "--teacher-network", "resnet21"]
+    refused(capsys, tmp_path, 2, "unknown network 'resnet21': did you mean .*resnet20", "kd", *flags, *arguments)
+
+
+@pytest.mark.parametrize("damage", ["cut", "noise", "empty", "folder", "list", "no weights"])
+def test_a_damaged_checkpoint_is_refused(flags, capsys, tmp_path, damage):
+    path = tmp_path / "weights.pth"
+    torch.save(teacher_of().state_dict(), path)
+    whole = path.read_bytes()
+    if damage in ("list", "no weights"):
+        torch.save([1, 2] if damage == "list" else {"model": {"epoch": 3}}, path)
+    elif damage == "folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        path.write_bytes({"cut": whole[: len(whole) // 2], "noise": b"\x80\x02noise" * 40, "empty": b""}[damage])
+    message = "teacher weights.pth: (cannot be read: |holds no weights by name|has 0 tensors, but tiny)"
+    arguments = ["--teacher", "weights.pth", "--teacher-network", "tiny"]
+    refused(capsys, tmp_path, 4, message, "kd", *flags, *arguments)
+
+
+@pytest.mark.parametrize("name", ["run", "teacher.safetensors"])
+def test_a_damaged_run_or_file_is_refused(made, flags, capsys, tmp_path, name):
+    if name == "run":
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "config.json").write_text("{")
+    else:
+        export_predictor(cd.Run(made / "run"), "student0", tmp_path / name)
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[:-100])
+    refused(capsys, tmp_path, 4, f"{name}.*damaged", "kd", *flags, "--teacher", name)
+
+
+def test_a_run_that_did_not_finish_has_no_best_student(made, flags, capsys, tmp_path):
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    for name in ("config.json", "checkpoints", "metrics.jsonl"):
+        (copied / name).symlink_to(made / "run" / name)
+    summary = {**json.loads((made / "run" / "summary.json").read_text()), "status": "interrupted"}
+    del summary["top1_error"]
+    (copied / "summary.json").write_text(json.dumps(summary))
+    refused(capsys, tmp_path, 2, "copied .*interrupted.*name a predictor", "kd", *flags, "--teacher", "copied")
+    # Its last checkpoint is good enough for whoever names a predictor.
+    assert train_kd(made, "--teacher", "copied", "--teacher-predictor", "student0") == 0
+
+
+class Evil:
+    def __init__(self, sentinel: Path) -> None:
+        self.sentinel = sentinel
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.sentinel),)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
+def test_a_malicious_checkpoint_runs_nothing(flags, capsys, tmp_path, zipped):
+    sentinel = tmp_path / "sentinel"
+    content = {"model": {**teacher_of().state_dict(), "x": Evil(sentinel)}}
+    torch.save(content, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
+    arguments = ["--teacher", "evil.pth", "--teacher-network", "tiny"]
+    refused(capsys, tmp_path, 4, "teacher evil.pth: cannot be read: ", "kd", *flags, *arguments)
+    assert not sentinel.exists()
+    torch.load(tmp_path / "evil.pth", weights_only=False)  # and it would have
+    assert sentinel.exists()
+
+
+def test_weights_of_another_shape_name_the_first_tensor(flags, capsys, tmp_path):
+    torch.save({"model": tiny.network(3, width=9).state_dict()}, tmp_path / "wide.pth")
+    message = (
+        r"teacher wide\.pth: stages\.2\.0\.weight is \[9, 6, 3, 3\], but tiny with 3 classes has \[8, 6, 3, 3\] there: "
+        "name its network with --teacher-network"
+    )
+    refused(capsys, tmp_path, 4, message, "kd", *flags, "--teacher", "wide.pth", "--teacher-network", "tiny")
+
+
+def test_weights_for_other_classes_are_refused(tmp_path):
+    torch.save(ForeignResNet20(100).state_dict(), tmp_path / "hundred.pth")
+    message = r"fc\.weight is \[100, 64\], but resnet20 with 10 classes has \[10, 64\] there"
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(tmp_path / "hundred.pth", "resnet20", 10)
+
+
+@pytest.mark.parametrize(("change", "count"), [("more", 18), ("fewer", 16)])
+def test_another_number_of_tensors_is_refused(flags, capsys, tmp_path, change, count):
+    state = tiny.network(3).state_dict()
+    if change == "more":
+        state["another.weight"] = torch.zeros(3)
+    else:
+        del state["head.linear.bias"]
+    torch.save({"model": state}, tmp_path / "weights.pth")
+    message = f"teacher weights.pth: has {count} tensors, but tiny 17: not that network"
+    refused(capsys, tmp_path, 4, message, "kd", *flags, "--teacher", "weights.pth", "--teacher-network", "tiny")

@@ -1,0 +1,126 @@
+"""The page that a run ends with."""
+
+import html.parser
+import json
+import re
+
+import pytest
+
+import codistill as cd
+from codistill.report.page import curves, write_report
+
+from .. import tiny
+
+
+@pytest.fixture(scope="module", params=["plain", "validation, one epoch"])
+def run(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    changes = {"epochs": 2, "validation": 0} if request.param == "plain" else {"epochs": 1, "validation": 8}
+    data = tiny.data(name="<colours> & more")
+    return cd.train(tiny.method(), data, out=folder / "run", settings=tiny.settings(**changes), show=False)
+
+
+@pytest.fixture(scope="module")
+def page(run):
+    return (run.path / "report.html").read_text(encoding="utf-8")
+
+
+class Parser(html.parser.HTMLParser):
+    """Collects elements, and complains where they are not nested."""
+
+    void = ("meta", "br", "link", "img", "hr", "input")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attributes)))
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def parsed(page):
+    parser = Parser()
+    parser.feed(page)
+    assert parser.open == []
+    return parser
+
+
+def test_every_predictor_has_its_row(run, page, parsed):
+    cells = re.findall(r"<td>(.*?)</td>", page)
+    rows = [cells[start : start + 7] for start in range(0, len(cells), 7)]
+    summary = run.summary
+    assert [row[0] for row in rows] == ["student0", "student1", "ensemble", "fused"]
+    for name, *numbers in rows:
+        test = summary["test"][name]
+        assert numbers == [
+            f"{summary['top1_error'][name]:.2f}",
+            f"{summary['best_epoch_top1_error'][name]:.2f}",
+            f"{test['top5_error']:.2f}",
+            f"{test['nll']:.4f}",
+            f"{test['ece']:.2f}",
+            f"{summary['parameters'][name]:,}",
+        ]
+
+
+def test_the_curves_are_drawn_and_named(parsed, page):
+    assert sum(tag == "svg" for tag, _ in parsed.elements) == 1
+    drawing = page[page.index("<svg") : page.index("</svg>")]
+    for name in ("student0", "student1", "ensemble", "fused", "loss", "ce/student0", "kl/fused → student1"):
+        assert f"<!-- {name} -->" in drawing, name
+    for label in ("top-1 error on the test set, %", "training loss and its terms, nats"):
+        assert f"<!-- {label} -->" in drawing, label
+
+
+def test_nothing_is_loaded_from_elsewhere(parsed, page):
+    for tag, attributes in parsed.elements:
+        assert tag not in ("script", "link", "img", "iframe", "image", "object", "embed"), tag
+        for name, value in attributes.items():
+            if name in ("src", "href", "xlink:href", "data", "srcset"):
+                assert value.startswith("#"), (tag, name, value)
+    assert "@import" not in page and not re.search(r"url\((?!#)", page)
+
+
+def test_the_settings_are_whole_and_names_are_escaped(run, parsed, page):
+    assert "<colours>" not in page
+    text = "".join(parsed.text)
+    assert "mfef on <colours> & more" in text
+    shown = json.loads(text[text.index("{\n") : text.rindex("}") + 1])
+    assert shown == {key: value for key, value in run.record.items() if key != "dataset"}
+
+
+def test_it_says_what_the_best_epoch_was_chosen_on(run, parsed):
+    text = " ".join("".join(parsed.text).split())
+    if run.config.train.validation:
+        assert "chosen on validation images held out of the training set" in text
+    else:
+        assert "on this test set, which flatters it" in text
+
+
+def test_it_can_be_written_again_from_the_folder_alone(run, tmp_path):
+    before = (run.path / "report.html").read_text()
+    write_report(cd.Run(run.path), cd.Run(run.path).summary)
+
+    def without_ids(text: str) -> str:
+        return re.sub(r"(#|id=\"|<dc:date>)[^\")<]*", "", text)
+
+    assert without_ids((run.path / "report.html").read_text()) == without_ids(before)
+
+
+def test_terms_that_are_zero_or_huge_can_be_drawn():
+    scores = {"student0": {"top1_error": 100.0}}
+    rows = [{"epoch": epoch, "test": scores, "train": {"loss": 0.0, "ce/student0": 10.0**epoch}} for epoch in range(30)]
+    assert curves(rows).startswith("<svg")

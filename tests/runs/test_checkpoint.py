@@ -1,0 +1,319 @@
+"""Files that are whole or absent, and checkpoints that are checked before they are parsed."""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from codistill.core.errors import CheckpointError
+from codistill.core.files import read_json, write_atomically, write_json
+from codistill.runs import checkpoint
+from codistill.runs.checkpoint import CheckpointStore
+
+from .. import tiny
+
+
+def state(value: float) -> dict[str, object]:
+    return {"method": {"weight": torch.full((1000,), value)}, "optimizer": {"lr": 0.1, "steps": [1, 2]}, "epoch": 1}
+
+
+@pytest.fixture
+def store(tmp_path):
+    return CheckpointStore(tmp_path / "checkpoints")
+
+
+def saved(store: CheckpointStore, *best: bool) -> list[Path]:
+    """Save one checkpoint after the other; the values are the epochs."""
+    for epoch, is_best in enumerate(best, start=1):
+        store.save(state(float(epoch)), epoch, is_best)
+    return sorted(store.folder.glob("*.pt"))
+
+
+def value(loaded: dict[str, dict[str, torch.Tensor]]) -> float:
+    return loaded["method"]["weight"][0].item()
+
+
+def test_a_file_is_written_whole(tmp_path):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+    write_atomically(path, b"new")
+    assert tiny.listing(tmp_path) == {"file": b"new"}
+
+
+@pytest.mark.parametrize("fails", ["replace", "fsync"])
+@pytest.mark.parametrize("old", [b"old", None])
+def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch, fails, old):
+    path = tmp_path / "file"
+    if old is not None:
+        path.write_bytes(old)
+    before = tiny.listing(tmp_path)
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, fails, fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, b"new")
+    monkeypatch.undo()
+    assert tiny.listing(tmp_path) == before
+
+
+def test_bytes_reach_the_disk_before_the_name_does(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1])
+    write_atomically(tmp_path / "file", b"new")
+    assert calls == ["fsync", "replace", "fsync"]  # the content, the name, the folder
+
+
+def test_json_refuses_what_is_no_json(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": [1, 2.5, None, "ü"]})
+    assert read_json(path) == {"a": [1, 2.5, None, "ü"]}
+    for number in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="JSON compliant"):
+            write_json(path, {"a": number})
+    assert read_json(path) == {"a": [1, 2.5, None, "ü"]}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[" * 100_000, b'{"a": 1} 2'])
+def test_damaged_json_is_one_line(tmp_path, content):
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"^{path}: damaged: ") as error:
+        read_json(path)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_json_asks_for_the_run_folder(tmp_path):
+    with pytest.raises(CheckpointError, match=rf"no such file; is {tmp_path} a run folder\?"):
+        read_json(tmp_path / "config.json")
+
+
+def test_a_round_trip_keeps_every_bit(store):
+    tensors = {"wide": torch.randn(3, 4), "narrow": torch.randn(5).bfloat16(), "count": torch.tensor(7)}
+    store.save({"method": tensors, "optimizer": {"groups": [{"lr": torch.tensor(0.1)}]}, "epoch": 3}, 3, True)
+    loaded = store.load()
+    assert loaded["epoch"] == 3 and loaded["optimizer"]["groups"][0]["lr"] == torch.tensor(0.1)
+    for name, tensor in tensors.items():
+        assert torch.equal(loaded["method"][name], tensor) and loaded["method"][name].dtype == tensor.dtype
+
+
+def test_the_last_two_and_the_best_are_kept(store):
+    files = saved(store, True, True, False, False, False)
+    assert [file.name for file in files] == ["epoch-000002.pt", "epoch-000004.pt", "epoch-000005.pt"]
+    assert [entry["best"] for entry in store.entries()] == [True, False, False]
+    assert value(store.load()) == 5 and value(store.load("best")) == 2
+    for entry, file in zip(store.entries(), files, strict=True):
+        assert entry["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert sorted(each.name for each in store.folder.iterdir()) == [*(file.name for file in files), "index.json"]
+
+
+def test_a_new_best_frees_the_old_one(store):
+    files = saved(store, True, False, False, True, False, False)
+    assert [file.name for file in files] == ["epoch-000004.pt", "epoch-000005.pt", "epoch-000006.pt"]
+    assert value(store.load("best")) == 4
+
+
+def test_an_epoch_saved_again_replaces_itself(store):
+    saved(store, True, False)
+    store.save(state(20), 2, False)
+    assert [entry["epoch"] for entry in store.entries()] == [1, 2]
+    assert value(store.load()) == 20
+
+
+def test_nothing_is_deleted_before_the_new_one_is_safe(store, monkeypatch):
+    saved(store, True, False)
+    before = tiny.listing(store.folder)
+    real = checkpoint.write_atomically
+
+    def fail_at_index(path: Path, content: bytes) -> None:
+        if path.name == "index.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, content)
+
+    monkeypatch.setattr(checkpoint, "write_atomically", fail_at_index)
+    with pytest.raises(OSError, match="No space"):
+        store.save(state(3), 3, True)
+    after = tiny.listing(store.folder)
+    assert {name: after[name] for name in before} == before
+    assert value(store.load()) == 2
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "bit": flip,
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_bytes(b"hello"),
+    "missing": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_last_one_is_passed_over_with_one_warning(store, damage, capsys):
+    files = saved(store, True, False)
+    DAMAGES[damage](files[-1])
+    before = tiny.listing(store.folder)
+    assert value(store.load()) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith(f"codistill: warning: {files[-1]}: ")
+    assert tiny.listing(store.folder) == before
+
+
+def test_flipped_bits_are_found_where_torch_load_finds_none(store):
+    path = saved(store, True)[0]
+    content = path.read_bytes()
+    place = content.index(torch.full((1000,), 1.0).numpy().tobytes()) + 2000
+    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    assert torch.load(path, weights_only=True)["method"]["weight"].ne(1.0).sum() == 1
+    with pytest.raises(CheckpointError, match=r"damaged: SHA-256 is [0-9a-f]{12}\.\. instead of "):
+        store.load()
+
+
+def test_when_all_are_bad_each_is_named_and_none_deleted(store, capsys):
+    files = saved(store, True, False, False)
+    for file in files:
+        flip(file)
+    before = tiny.listing(store.folder)
+    with pytest.raises(CheckpointError) as error:
+        store.load()
+    assert all(file.name in str(error.value) for file in files) and "\n" not in str(error.value)
+    assert tiny.listing(store.folder) == before
+    assert capsys.readouterr().err == ""
+
+
+def test_a_damaged_best_one_is_not_replaced_by_another(store):
+    files = saved(store, True, False)
+    flip(files[0])
+    with pytest.raises(CheckpointError, match=r"epoch-000001\.pt: damaged"):
+        store.load("best")
+
+
+def test_without_a_checkpoint(store):
+    with pytest.raises(CheckpointError, match="no last checkpoint; the run did not complete an epoch"):
+        store.load()
+    assert not store.folder.exists()
+
+
+STRANGE_ENTRIES = [3, {}, {"file": "epoch-000001.pt"}, {"file": 1, "sha256": 2, "best": True}, {"file": "../x.pt"}]
+
+
+@pytest.mark.parametrize(
+    "index",
+    [None, "", "[]", "null", '{"files": []}', '{"format": 2}', '{"format": 2, "files": 3}', "{", "\x00\xff"]
+    + [json.dumps({"format": 2, "files": [entry]}) for entry in STRANGE_ENTRIES],
+)
+def test_a_lost_index_is_made_anew_from_the_whole_files(store, index, capsys):
+    files = saved(store, True, False, False)
+    flip(files[2])
+    before = store.entries()
+    path = store.folder / "index.json"
+    if index is None:
+        path.unlink()
+    else:
+        path.write_text(index)
+    again = CheckpointStore(store.folder)
+    assert again.entries() == before[:2]
+    assert (value(again.load()), value(again.load("best"))) == (2, 1)
+    error = capsys.readouterr().err
+    assert "index.json is " in error and "2 whole checkpoints were found" in error
+    again.save(state(4), 4, False)
+    assert [entry["epoch"] for entry in store.entries()] == [1, 2, 4] and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "words"), [(1, "format 1 < 2: made by an older"), (3, "format 3 > 2")])
+def test_an_index_of_another_format_is_refused(store, number, words):
+    saved(store, True)
+    index = store.folder / "index.json"
+    index.write_text(json.dumps({"format": number, "files": []}))
+    before = tiny.listing(store.folder)
+    with pytest.raises(CheckpointError, match=rf"index\.json: {words}"):
+        store.load()
+    with pytest.raises(CheckpointError, match=words):
+        store.save(state(2), 2, False)
+    assert tiny.listing(store.folder) == before
+
+
+def enter(store: CheckpointStore, content: bytes) -> None:
+    """Put bytes into the store with a right digest, as somebody could who passes a run folder on."""
+    store.folder.mkdir(exist_ok=True)
+    (store.folder / "epoch-000001.pt").write_bytes(content)
+    entry = {"file": "epoch-000001.pt", "sha256": hashlib.sha256(content).hexdigest(), "epoch": 1, "step": 0}
+    write_json(store.folder / "index.json", {"format": 2, "files": [{**entry, "best": True}]})
+
+
+def test_a_checkpoint_of_another_format_is_refused(store):
+    buffer = io.BytesIO()
+    torch.save({"format": 3}, buffer)
+    enter(store, buffer.getvalue())
+    with pytest.raises(CheckpointError, match=r"format 3 > 2: made by a newer version of codistill"):
+        store.load()
+
+
+@pytest.mark.parametrize("content", [[1], {}, {"format": "2"}, {"format": 2}, {"format": 2, "epoch": "1", "step": 0}])
+def test_what_is_no_checkpoint_is_refused(store, content):
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    enter(store, buffer.getvalue())
+    with pytest.raises(CheckpointError, match=r"not a checkpoint of codistill|does not say how far"):
+        store.load()
+
+
+def test_inside_an_epoch(store):
+    store.save(state(1), 1, True)
+    store.save(state(2), 1, False, step=7)
+    assert [(entry["file"], entry["epoch"], entry["step"]) for entry in store.entries()] == [
+        ("epoch-000001.pt", 1, 0),
+        ("epoch-000001-step-000007.pt", 1, 7),
+    ]
+    loaded = store.load()
+    assert (value(loaded), loaded["epoch"], loaded["step"]) == (2, 1, 7) and value(store.load("best")) == 1
+
+
+def test_after_a_damaged_one_two_whole_ones_are_kept(store):
+    files = saved(store, True, False, False)
+    flip(files[2])
+    assert value(store.load()) == 2
+    store.save(state(9), 3, False, step=5)
+    assert [entry["epoch"] for entry in store.entries()] == [1, 2, 3]
+    assert all(each.load() for each in (store, CheckpointStore(store.folder)))
+
+
+@pytest.mark.parametrize("wrapping", ["pickle", "torch.save", "zip"])
+def test_code_in_a_checkpoint_is_not_run(store, tmp_path, wrapping):
+    sentinel = tmp_path / "sentinel"
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {sentinel}",)
+
+    buffer = io.BytesIO()
+    if wrapping == "pickle":
+        pickle.dump({"format": 2, "method": Evil()}, buffer)
+    elif wrapping == "torch.save":
+        torch.save({"format": 2, "method": Evil()}, buffer)
+    else:
+        with zipfile.ZipFile(buffer, "w") as archive:
+            archive.writestr("x/data.pkl", pickle.dumps({"format": 2, "method": Evil()}))
+            archive.writestr("x/version", "3")
+    pickle.loads(pickle.dumps(Evil()))
+    assert sentinel.exists()  # unpickled carelessly, it runs
+    sentinel.unlink()
+    enter(store, buffer.getvalue())
+    with pytest.raises(CheckpointError, match=r"epoch-000001\.pt: cannot be read") as error:
+        store.load()
+    assert "\n" not in str(error.value) and not sentinel.exists()

@@ -1,0 +1,278 @@
+"""Run folders: what is in one, and what damage does."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import codistill as cd
+from codistill.core.errors import CheckpointError, UsageError
+from codistill.runs.metadata import checked_record
+from codistill.settings.build import build_method
+
+from .. import tiny
+
+PREDICTORS = ["student0", "student1", "ensemble", "fused"]
+EPOCHS = 3
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_registered, tmp_path_factory):
+    """The folder of a finished run; to be read only."""
+    place = tmp_path_factory.mktemp("run")
+    data = cd.dataset("packed", tiny.write_npz(place / "colours.npz", tiny.data()))
+    torch.manual_seed(0)
+    method = cd.MFEF([cd.network("tiny", 3), cd.network("tiny:width=8", 3)], 3, image_size=(8, 8))
+    settings = tiny.settings(epochs=EPOCHS, validation=6)
+    cd.train(method, data, out=place / "run", settings=settings, show=False)
+    return place / "run"
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    """A copy that may be damaged."""
+    for name, content in tiny.listing(folder).items():
+        path = tmp_path / "copy" / name
+        if content is None:
+            path.mkdir(parents=True, exist_ok=True)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    return tmp_path / "copy"
+
+
+def test_the_summary_has_what_the_design_promises(folder):
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert (summary["method"], summary["networks"]) == ("mfef", ["tiny", "tiny:width=8"])
+    assert (summary["data"], summary["seed"], summary["epochs"]) == ("packed", 0, EPOCHS)
+    for key in ("top1_error", "best_epoch_top1_error", "parameters"):
+        assert list(summary[key]) == PREDICTORS, key
+    assert all(0 <= error <= 100 for error in summary["top1_error"].values())
+    assert all(isinstance(count, int) and count > 500 for count in summary["parameters"].values())
+    assert 0 < summary["train_seconds"] < summary["wall_seconds"]
+    assert summary["images_per_second"] == pytest.approx(18 * EPOCHS / summary["train_seconds"])
+    environment = summary["environment"]
+    assert {"codistill", "python", "torch", "numpy", "platform", "device", "threads"} <= set(environment)
+    assert (environment["torch"], environment["codistill"]) == (torch.__version__, cd.__version__)
+    assert cd.Run(folder).summary == summary
+
+
+def test_metrics_are_a_line_an_epoch(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["epoch"] for row in rows] == list(range(EPOCHS))
+    for row in rows:
+        assert list(row["test"]) == list(row["validation"]) == PREDICTORS
+        assert set(row["test"]["fused"]) == {"top1_error", "top5_error", "nll", "ece"}
+        terms = dict(row["train"])
+        assert terms.pop("loss") == pytest.approx(sum(terms.values()))
+        assert {"ce/student0", "ce/student1", "ce/fused", "kl/fused->student0", "kl/ensemble->fused"} <= set(terms)
+        assert row["images_per_second"] == pytest.approx(18 / row["seconds"])
+    assert cd.Run(folder).metrics() == rows
+    assert rows[-1]["test"]["fused"]["top1_error"] == cd.Run(folder).summary["top1_error"]["fused"]
+
+
+def test_the_folder_holds_nothing_else(folder):
+    names = {name for name in tiny.listing(folder) if "/" not in name}
+    expected = {"config.json", "metrics.jsonl", "summary.json", "report.html", "checkpoints", "tensorboard", ".lock"}
+    assert names == expected
+    checkpoints = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert (
+        {"index.json", "epoch-000002.pt", "epoch-000003.pt"}
+        <= checkpoints
+        <= {
+            "index.json",
+            *(f"epoch-{epoch:06d}.pt" for epoch in (1, 2, 3)),
+        }
+    )
+
+
+def test_tensorboard_can_read_the_events(folder):
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    rows = cd.Run(folder).metrics()
+    for tag, values in {
+        "train/loss": [row["train"]["loss"] for row in rows],
+        "train/learning_rate": [row["learning_rate"] for row in rows],
+        "train/kl/fused_to_student1": [row["train"]["kl/fused->student1"] for row in rows],
+        "test/student0/top1_error": [row["test"]["student0"]["top1_error"] for row in rows],
+        "validation/fused/ece": [row["validation"]["fused"]["ece"] for row in rows],
+    }.items():
+        scalars = events.Scalars(tag)
+        assert [scalar.step for scalar in scalars] == [1, 2, 3]
+        assert [scalar.value for scalar in scalars] == pytest.approx(values)
+
+
+def test_the_record_says_what_was_run(folder):
+    record = json.loads((folder / "config.json").read_text())
+    assert record["method"]["name"] == "mfef" and record["method"]["temperature"] == 3.0
+    assert (record["networks"], record["data"], record["epochs"]) == (["tiny", "tiny:width=8"], "packed", EPOCHS)
+    assert record["data_dir"] == str(folder.parent / "colours.npz")
+    assert record["dataset"]["class_names"] == ["red", "green", "blue"]
+    assert record["dataset"]["image_size"] == [8, 8]
+    assert (record["dataset"]["train_images"], record["dataset"]["test_images"]) == (24, 9)
+    assert record["environment"]["torch"] == torch.__version__
+
+
+def test_the_config_comes_back(folder):
+    config = cd.Run(folder).config
+    settings = tiny.settings(epochs=EPOCHS, validation=6)
+    assert config.train == settings and config.method == cd.MFEF.Settings()
+    assert (config.method_name, config.networks) == ("mfef", ("tiny", "tiny:width=8"))
+    assert config.as_mapping() == {
+        key: value for key, value in cd.Run(folder).record.items() if key not in ("dataset", "environment")
+    }
+
+
+def test_load_method_rebuilds_the_networks(folder):
+    run = cd.Run(folder)
+    loaded = run.load_method()
+    assert not any(module.training for module in loaded.modules())
+    saved = run.checkpoints.load()["method"]
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in loaded.state_dict().items())
+    best = run.load_method("best").state_dict()
+    assert all(torch.equal(tensor, best[name]) for name, tensor in run.checkpoints.load("best")["method"].items())
+
+
+def test_the_best_student_is_the_one_with_the_lowest_error(copy):
+    summary = json.loads((copy / "summary.json").read_text())
+    for errors, best in (((9, 8, 1, 1), "student1"), ((7, 8, 1, 1), "student0"), ((8, 8, 1, 1), "student0")):
+        summary["top1_error"] = dict(zip(PREDICTORS, errors, strict=True))
+        (copy / "summary.json").write_text(json.dumps(summary))
+        assert cd.Run(copy).best_student() == best
+
+
+def test_initial_weights_are_a_function_of_the_seed(folder):
+    config = cd.Run(folder).config
+    first = build_method(config, 3, (8, 8)).state_dict()
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    again = build_method(config, 3, (8, 8)).state_dict()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+
+
+def test_the_data_are_loaded_again(folder):
+    data = cd.Run(folder).load_data()
+    assert (data.test.images == tiny.data().test.images).all()
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", "null", "3", '"x"', "\xff"])
+def test_without_a_sound_config_it_is_no_run_folder(copy, content):
+    (copy / "config.json").unlink()
+    if content is not None:
+        (copy / "config.json").write_text(content, encoding="latin-1")
+    before = tiny.listing(copy)
+    with pytest.raises(CheckpointError, match=r"config\.json: ") as error:
+        cd.Run(copy)
+    assert "\n" not in str(error.value) and tiny.listing(copy) == before
+
+
+@pytest.mark.parametrize("key", ["method", "networks", "dataset", "environment"])
+def test_a_config_must_be_whole(copy, key):
+    record = json.loads((copy / "config.json").read_text())
+    for damaged in ({**record, key: 3}, {each: value for each, value in record.items() if each != key}):
+        if key == "networks" and key in damaged:
+            continue
+        with pytest.raises(CheckpointError, match=r"config\.json: "):
+            checked_record(damaged, copy)
+
+
+def test_the_keys_that_a_record_lacks_are_named(copy):
+    record = json.loads((copy / "config.json").read_text())
+    del record["dataset"]["mean"]
+    with pytest.raises(CheckpointError, match="it says nothing of dataset mean"):
+        checked_record(record, copy)
+
+
+@pytest.mark.parametrize("change", [{"learning_rte": 0.1}, {"epochs": "ten"}, {"method": {"name": "mfeff"}}])
+def test_settings_that_this_version_does_not_know_are_a_damaged_file(copy, change):
+    record = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(record | change))
+    with pytest.raises(CheckpointError, match=r"config\.json: damaged, or of another version: "):
+        _ = cd.Run(copy).config
+
+
+@pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl"])
+def test_missing_and_damaged_results_are_named(copy, name):
+    run = cd.Run(copy)
+    read = (lambda: run.summary) if name == "summary.json" else run.metrics
+    (copy / name).write_text('{"status": ')
+    with pytest.raises(CheckpointError, match=f"{copy}/{name}: "):
+        read()
+    (copy / name).unlink()
+    with pytest.raises(CheckpointError, match=f"{copy}/{name}: "):
+        read()
+
+
+def test_weights_of_other_shapes_are_refused(copy):
+    record = json.loads((copy / "config.json").read_text())
+    record["networks"] = ["tiny:width=12", "tiny:width=12"]
+    (copy / "config.json").write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=r"the last checkpoint does not fit the networks: .* shape") as error:
+        cd.Run(copy).load_method()
+    assert "\n" not in str(error.value)
+
+
+def test_a_damaged_last_checkpoint_leaves_the_one_before(copy, capsys):
+    path = copy / "checkpoints" / "epoch-000003.pt"
+    path.write_bytes(path.read_bytes()[:-1])
+    loaded = cd.Run(copy).load_method().state_dict()
+    before = torch.load(copy / "checkpoints" / "epoch-000002.pt", weights_only=True)["method"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.items())
+    assert capsys.readouterr().err.startswith(f"codistill: warning: {path}: damaged")
+
+
+def test_networks_of_ones_own_need_the_program_that_made_them(tmp_path):
+    data = cd.dataset("packed", tiny.write_npz(tmp_path / "colours.npz", tiny.data()))
+    method = tiny.method()
+    run = cd.train(method, data, out=tmp_path / "run", settings=tiny.settings(epochs=1), show=False)
+    loaded = run.load_method()
+    assert loaded is not method  # the caller's own goes on as it is
+    assert all(torch.equal(value, method.state_dict()[name]) for name, value in loaded.state_dict().items())
+    later = cd.Run(tmp_path / "run")
+    assert later.config.networks == ("", "") and later.config.train == tiny.settings(epochs=1)
+    with pytest.raises(CheckpointError, match="networks of your own, which only your program can build"):
+        later.load_method()
+
+
+def test_a_method_without_networks_cannot_be_built():
+    with pytest.raises(UsageError, match="no networks: name one for each student"):
+        build_method(cd.config.RunConfig(data="digits"), 10, (32, 32))
+
+
+@pytest.mark.parametrize(
+    "present", ["file in it", "hidden file in it", "folder in it", "a run", "is a file", "below a file"]
+)
+def test_what_is_there_is_not_touched(tmp_path, present, folder):
+    out = tmp_path / "out"
+    if present == "is a file":
+        out.write_text("precious")
+    elif present == "below a file":
+        out.write_text("precious")
+        out /= "run"
+    elif present == "a run":
+        out = folder
+    else:
+        out.mkdir()
+        {
+            "file in it": lambda: (out / "x").write_text("precious"),
+            "hidden file in it": lambda: (out / ".x").write_text("precious"),
+            "folder in it": lambda: (out / "x").mkdir(),
+        }[present]()
+    place = folder if present == "a run" else tmp_path
+
+    def files() -> dict[str, bytes | None]:
+        return {name: None if name == ".lock" else content for name, content in tiny.listing(place).items()}
+
+    before = files()
+    with pytest.raises(UsageError, match="choose another --out"):
+        cd.train(tiny.method(), tiny.data(), out=out, settings=tiny.settings(), show=False)
+    assert files() == before
+
+
+def test_an_empty_folder_will_do(tmp_path):
+    run = cd.train(tiny.method(), tiny.data(), out=tmp_path, settings=tiny.settings(epochs=1), show=False)
+    assert run.path == Path(tmp_path) and run.summary["status"] == "finished"

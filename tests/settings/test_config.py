@@ -1,0 +1,211 @@
+"""Settings: their bounds, their defaults, and the way through JSON and back."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from codistill.cli.flags import parse_config
+from codistill.core.errors import UsageError
+from codistill.methods import METHODS
+from codistill.settings.config import RunConfig, TrainSettings, default_config
+from codistill.settings.recipe import read_recipe
+from codistill.training.optim import learning_rate_at
+
+from .. import tiny
+
+BAD_VALUES = [
+    ("epochs", 0),
+    ("epochs", -3),
+    ("batch_size", 0),
+    ("batch_size", -1),
+    ("batch_size", 1),
+    ("learning_rate", 0.0),
+    ("learning_rate", -0.1),
+    ("learning_rate", float("nan")),
+    ("learning_rate", float("inf")),
+    ("momentum", 1.5),
+    ("momentum", 1.0),
+    ("momentum", -0.1),
+    ("momentum", float("nan")),
+    ("weight_decay", -1e-4),
+    ("weight_decay", 2.0),
+    ("weight_decay", float("nan")),
+    ("learning_rate_decay", 1.1),
+    ("learning_rate_decay", -0.5),
+    ("learning_rate_decay", float("nan")),
+    ("milestones", (3, 2)),
+    ("milestones", (2, 2)),
+    ("milestones", (0, 2)),
+    ("milestones", (-1,)),
+    ("milestones", (2, 5)),
+    ("padding", -1),
+    ("train_limit", 0),
+    ("validation", -1),
+    ("seed", -1),
+    ("seed", 2**32),
+    ("threads", 0),
+]
+BAD_METHOD_VALUES = [
+    ("temperature", 0.0),
+    ("temperature", -1.0),
+    ("temperature", float("nan")),
+    ("temperature", float("inf")),
+    ("ramp_up", -0.1),
+    ("ramp_up", 1.5),
+    ("fusion_weight_decay", -1e-5),
+    ("target_epsilon", 1.0),
+]
+
+
+def named(key: str, value: object) -> str:
+    shown = list(value) if isinstance(value, tuple) else value
+    return rf"\b{key} (is|are) {re.escape(str(shown))}; "
+
+
+def as_flags(key: str, value: object, prefix: str = "") -> list[str]:
+    values = value if isinstance(value, tuple) else (value,)
+    return [f"--{prefix}{key.replace('_', '-')}", *map(str, values)]
+
+
+@pytest.mark.parametrize(("key", "value"), BAD_VALUES)
+def test_bad_values_are_refused(key, value):
+    with pytest.raises(UsageError, match=named(key, value)):
+        TrainSettings(**({"epochs": 5} | {key: value}))
+    with pytest.raises(UsageError, match=named(key, value)):
+        parse_config("mfef", ["--epochs", "5", *as_flags(key, value)])
+
+
+@pytest.mark.parametrize(("key", "value"), BAD_METHOD_VALUES)
+def test_bad_values_of_a_method_are_refused(key, value):
+    with pytest.raises(UsageError, match=named(f"method.{key}", value)):
+        parse_config("mfef", as_flags(key, value, "method."))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"epochs": 1},
+        {"batch_size": 2},
+        {"momentum": 0.0},
+        {"weight_decay": 0.0},
+        {"learning_rate_decay": 1.0},
+        {"milestones": ()},
+        {"milestones": (1, 299)},
+        {"padding": 0},
+        {"train_limit": 1},
+        {"seed": 2**32 - 1},
+        {"threads": 1},
+    ],
+)
+def test_the_ends_of_the_ranges_are_allowed(changes):
+    settings = TrainSettings(**changes)
+    assert parse_config("mfef", [flag for key in changes for flag in as_flags(key, changes[key])]).train == settings
+
+
+@pytest.mark.parametrize(
+    ("epochs", "falls"),
+    [(300, [150, 225]), (200, [100, 150]), (10, [5, 8]), (5, [3, 4]), (4, [2, 3]), (3, [2]), (2, [1]), (1, [])],
+)
+def test_the_learning_rate_falls_at_one_half_and_three_quarters(epochs, falls):
+    settings = TrainSettings(epochs=epochs)
+    rates = [learning_rate_at(epoch, 1.0, settings.learning_rate_steps, 0.1) for epoch in range(epochs)]
+    assert [epoch for epoch in range(1, epochs) if rates[epoch] < rates[epoch - 1]] == falls
+    assert rates[0] == 1 and rates[-1] == pytest.approx(0.1 ** len(falls))
+
+
+def test_milestones_of_ones_own():
+    assert TrainSettings(epochs=10, milestones=(2, 3, 9)).learning_rate_steps == (2, 3, 9)
+    assert TrainSettings(epochs=10, milestones=()).learning_rate_steps == ()
+
+
+def test_augmentation_follows_the_data_set_unless_told():
+    data = tiny.data()
+    for of_data in (True, False):
+        for told in (None, True, False):
+            chosen = TrainSettings(flip=told).augmentation(dataclasses.replace(data, flip=of_data))
+            assert chosen.flip is (of_data if told is None else told)
+    chosen = TrainSettings(padding=3, padding_mode="reflect").augmentation(data)
+    assert (chosen.padding, chosen.padding_mode) == (3, "reflect")
+
+
+def test_reflection_needs_pixels_to_reflect():
+    data = tiny.data(size=(9, 8))
+    TrainSettings(padding=7, padding_mode="reflect").augmentation(data)
+    TrainSettings(padding=8).augmentation(data)
+    with pytest.raises(UsageError, match="padding is 8, but reflection needs less than 8 pixels"):
+        TrainSettings(padding=8, padding_mode="reflect").augmentation(data)
+
+
+def settings_of(kind: type) -> st.SearchStrategy:
+    """Draw values for the simple fields of a method's settings."""
+    of_type = {bool: st.booleans(), float: st.floats(0.01, 0.9), int: st.integers(2, 9)}
+    fields = {field.name: of_type[field.type] for field in dataclasses.fields(kind) if field.type in of_type}
+    return st.builds(kind, **fields, shared_stages=st.none() | st.integers(0, 3))
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> RunConfig:
+    epochs = draw(st.integers(1, 400))
+    milestones = st.lists(st.integers(1, epochs - 1), unique=True, max_size=4) if epochs > 1 else st.just([])
+    settings = st.builds(
+        TrainSettings,
+        epochs=st.just(epochs),
+        batch_size=st.integers(2, 4096),
+        drop_last=st.booleans(),
+        learning_rate=st.floats(0, 1e6, exclude_min=True),
+        momentum=st.floats(0, 1, exclude_max=True),
+        nesterov=st.booleans(),
+        weight_decay=st.floats(0, 1),
+        milestones=st.none() | milestones.map(lambda each: tuple(sorted(each))),
+        learning_rate_decay=st.floats(0, 1),
+        padding=st.integers(0, 16),
+        padding_mode=st.sampled_from(["zeros", "reflect"]),
+        flip=st.none() | st.booleans(),
+        train_limit=st.none() | st.integers(1, 10**6),
+        validation=st.integers(0, 10**6),
+        seed=st.integers(0, 2**32 - 1),
+        device=st.sampled_from(["auto", "cpu", "cuda:1"]),
+        precision=st.sampled_from(["float32", "bf16"]),
+        threads=st.none() | st.integers(1, 64),
+    )
+    name = draw(st.sampled_from(sorted(METHODS)))
+    networks = st.lists(st.sampled_from(["resnet20", "wrn-16-2", "resnet20:shortcut=A", ""]), max_size=4)
+    place = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20).map(lambda text: f"/{text}")
+    return RunConfig(
+        method_name=name,
+        networks=tuple(draw(networks)),
+        data=draw(st.sampled_from(["", "digits", "folder:resize=64", "colours of my own"])),
+        data_dir=draw(st.none() | place),
+        train=draw(settings),
+        method=draw(settings_of(METHODS[name].Settings)),
+    )
+
+
+@hypothesis_settings(deadline=None, max_examples=40, derandomize=True)
+@given(config=configs())
+def test_a_config_survives_being_written_and_read(tmp_path_factory, config):
+    path = tmp_path_factory.mktemp("config") / "config.json"
+    path.write_text(json.dumps({**config.as_mapping(), "dataset": {}, "environment": {}}))
+    name, arguments = read_recipe(path)
+    assert name == config.method_name
+    assert parse_config(name, arguments) == config
+
+
+def test_what_is_written_is_plain_json():
+    config = dataclasses.replace(default_config("mfef"), networks=("a", "b"), train=TrainSettings(milestones=(2, 3)))
+    mapping = config.as_mapping()
+    assert json.loads(json.dumps(mapping, allow_nan=False)) == mapping
+    assert mapping["networks"] == ["a", "b"] and mapping["milestones"] == [2, 3]
+    assert {"method", "data", "data_dir", *(each.name for each in dataclasses.fields(TrainSettings))} <= set(mapping)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_defaults_are_those_of_the_method(name):
+    config = default_config(name)
+    assert config.method == METHODS[name].Settings() and config.train == TrainSettings()
+    assert parse_config(name, []) == config

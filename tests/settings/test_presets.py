@@ -1,0 +1,253 @@
+"""Settings of papers as a whole: what each sets, how it is overridden, and the networks that it means by a name."""
+
+import dataclasses
+import importlib
+import json
+import re
+import signal
+
+import pytest
+
+from codistill.cli import main
+from codistill.cli.flags import parse_config
+from codistill.core.errors import UsageError
+from codistill.methods import METHODS
+from codistill.networks import NETWORKS
+from codistill.settings.build import build_method
+from codistill.settings.config import RunConfig, default_config
+from codistill.settings.mapping import mapping_arguments
+from codistill.settings.presets import PRESETS, find_preset, preset_run, renamed
+from codistill.training import fleet
+
+DATA = ["--data", "digits"]
+PAIR = ["--networks", "resnet20", "resnet20"]
+
+
+@pytest.fixture(autouse=True)
+def own_handler(tmp_path, monkeypatch):
+    """Stand in an empty folder, and give SIGTERM back to pytest."""
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """Give the run that a command line stands for, without training it."""
+    seen: list[RunConfig] = []
+    train = importlib.import_module("codistill.training.train")
+    monkeypatch.setattr(train, "train_from_config", lambda config, *_, **__: seen.append(config))
+    monkeypatch.setattr(fleet, "train_seeds", lambda config, seeds, out: seen.append(config) or [])
+
+    def parse(*arguments: str) -> RunConfig:
+        assert main(["train", *arguments, *DATA]) == 0
+        return seen.pop()
+
+    return parse
+
+
+def refused(capsys, tmp_path, message: str, *arguments: str) -> None:
+    assert main(["train", *arguments, *DATA]) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.count("\n") == 1 and re.search(message, error), error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_sets_all_that_it_says_and_nothing_else(chosen, name):
+    preset = PRESETS[name]
+    config = chosen("--preset", name, *PAIR)
+    default = default_config(preset.method)
+    expected = {**preset.run, "milestones": tuple(preset.run["milestones"])}
+    assert dataclasses.asdict(config.train) == dataclasses.asdict(default.train) | expected
+    assert dataclasses.asdict(config.method) == dataclasses.asdict(default.method) | dict(preset.settings)
+    assert config.method_name == preset.method == name and isinstance(config.method, METHODS[name].Settings)
+    assert config.teaching == default.teaching
+    flags = mapping_arguments(preset_run(preset, None), preset.settings, name, lambda key: "preset")
+    assert parse_config(name, flags) == dataclasses.replace(config, networks=(), data="")
+    assert preset.source.strip()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_builds_a_method(chosen, name):
+    networks = ["resnet20"] * max(2, METHODS[name].min_students)
+    config = chosen("--preset", name, "--networks", *networks)
+    method = build_method(config, 10, (32, 32))
+    assert method.name == name and len(method.cohort) == len(networks)
+
+
+# What the sources say, written out here once more.
+SAYS = {
+    "mfef": {"epochs": 300, "milestones": (150, 225), "nesterov": True, "weight_decay": 1e-4, "padding_mode": "zeros"},
+    "ffl": {"epochs": 301, "milestones": (150, 225), "padding_mode": "reflect", "weight_decay": 1e-4, "nesterov": True},
+    "one": {"epochs": 300, "milestones": (151, 225), "nesterov": False, "weight_decay": 1e-4},
+    "okddip": {"epochs": 300, "milestones": (150, 225), "nesterov": True, "weight_decay": 5e-4},
+    "dml": {"epochs": 200, "milestones": (60, 120, 180), "nesterov": True},
+    "kdcl": {"epochs": 300, "milestones": (150, 225)},
+}
+METHOD_SAYS = {
+    "mfef": {"temperature": 3.0, "ramp_up": 80 / 300, "detach_teachers": True, "groups": 4, "target_epsilon": 0.0},
+    "ffl": {"temperature": 3.0, "ramp_up": 80 / 301, "target_epsilon": 1e-7},
+    "one": {"temperature": 3.0, "target_epsilon": 1e-7, "detach_teachers": True},
+    "okddip": {"temperature": 3.0, "target_epsilon": 1e-7, "detach_teachers": False},
+    "dml": {"temperature": 1.0, "update": "alternating", "divide_by_peers": False, "target": "pairwise"},
+    "kdcl": {"variant": "general", "temperature": 2.0, "views_per_student": True},
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_what_the_sources_say(chosen, name):
+    config = chosen("--preset", name, *PAIR)
+    assert {key: getattr(config.train, key) for key in SAYS[name]} == SAYS[name]
+    assert {key: getattr(config.method, key) for key in METHOD_SAYS[name]} == METHOD_SAYS[name]
+    common = (config.train.batch_size, config.train.learning_rate, config.train.momentum, config.train.padding)
+    assert common == (128, 0.1, 0.9, 4) and config.train.learning_rate_decay == 0.1
+
+
+def test_mfefs_preset_is_the_default(chosen):
+    config = chosen("--preset", "mfef", *PAIR)
+    default = chosen(*PAIR)
+    assert config.train.milestones == default.train.learning_rate_steps
+    same = dataclasses.replace(config, train=dataclasses.replace(config.train, milestones=None))
+    assert same == default
+
+
+def test_a_flag_overrides_one_setting(chosen):
+    plain = chosen("--preset", "okddip", *PAIR)
+    for flags, changed in (
+        (["--wd", "0.001"], {"weight_decay": 0.001}),
+        (["--no-nesterov"], {"nesterov": False}),
+        (["--padding-mode", "reflect", "--lr", "0.05"], {"padding_mode": "reflect", "learning_rate": 0.05}),
+        (["--milestones", "10", "20"], {"milestones": (10, 20)}),
+    ):
+        for order in ([*flags, "--preset", "okddip"], ["--preset", "okddip", *flags], ["--preset=okddip", *flags]):
+            config = chosen(*order, *PAIR)
+            assert config == dataclasses.replace(plain, train=dataclasses.replace(plain.train, **changed)), flags
+    config = chosen("okddip", "--preset", "okddip", *PAIR, "--method.temperature", "2", "--method.detach-teachers")
+    method = dataclasses.replace(plain.method, temperature=2.0, detach_teachers=True)
+    assert config == dataclasses.replace(plain, method=method)
+
+
+def test_a_recipe_overrides_the_preset_and_flags_the_recipe(chosen, tmp_path):
+    (tmp_path / "recipe.toml").write_text(
+        'networks = ["resnet20", "resnet20"]\nweight_decay = 0.002\nnesterov = false\n'
+        '[method]\nname = "okddip"\ntemperature = 5.0\n'
+    )
+    config = chosen("--preset", "okddip", "--recipe", "recipe.toml", "--wd", "0.003")
+    plain = chosen("--preset", "okddip", *PAIR)
+    assert config.train == dataclasses.replace(plain.train, weight_decay=0.003, nesterov=False)
+    assert config.method == dataclasses.replace(plain.method, temperature=5.0)
+    assert config.networks == ("resnet20", "resnet20")
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "milestones"),
+    [
+        ("mfef", 300, (150, 225)),
+        ("mfef", 30, (15, 22)),
+        ("mfef", 600, (300, 450)),
+        ("mfef", 4, (2, 3)),
+        ("mfef", 2, (1,)),
+        ("mfef", 1, ()),
+        ("one", 300, (151, 225)),
+        ("one", 100, (50, 75)),
+        ("dml", 20, (6, 12, 18)),
+        ("dml", 3, (1, 2)),
+        ("ffl", 301, (150, 225)),
+        ("ffl", 10, (5, 7)),
+    ],
+)
+def test_milestones_move_with_the_epochs(chosen, tmp_path, name, epochs, milestones):
+    for flags in (["--epochs", str(epochs)], [f"--epochs={epochs}"], ["--epochs", "7", "--epochs", str(epochs)]):
+        config = chosen("--preset", name, *PAIR, *flags)
+        assert (config.train.epochs, config.train.milestones) == (epochs, milestones)
+    # Milestones that are written stay.
+    if epochs > 5:
+        assert chosen("--preset", name, *PAIR, "--epochs", str(epochs), "--milestones", "5").train.milestones == (5,)
+    (tmp_path / "recipe.toml").write_text(f"epochs = {epochs}\n")
+    config = chosen("--preset", name, *PAIR, "--recipe", "recipe.toml")
+    assert (config.train.epochs, config.train.milestones) == (epochs, milestones)
+    for later in (["--epochs", "40"], ["--epochs=40"]):
+        config = chosen("--preset", name, *PAIR, "--recipe", "recipe.toml", *later)
+        assert config == chosen("--preset", name, *PAIR, "--epochs", "40")
+
+
+@pytest.mark.parametrize("epochs", ["ten", "-3", "0", "1.5", ""])
+def test_epochs_that_are_no_number_are_refused(capsys, tmp_path, epochs):
+    refused(capsys, tmp_path, "epochs", "--preset", "mfef", *PAIR, f"--epochs={epochs}")
+
+
+def test_networks_are_renamed_where_the_papers_code_builds_others(chosen):
+    four = ("--networks", "resnet110", "resnet110", "resnet56", "resnet20")
+    names = {name: chosen("--preset", name, *four).networks for name in PRESETS}
+    plain = ("resnet110", "resnet110", "resnet56", "resnet20")
+    assert names.pop("okddip") == ("resnet110-bottleneck", "resnet110-bottleneck", "resnet56", "resnet20")
+    one = ("resnet164-bottleneck", "resnet164-bottleneck", "resnet83-bottleneck", "resnet20")
+    assert names.pop("one") == one
+    assert set(names.values()) == {plain}
+    assert chosen("okddip", *four).networks == plain
+    # A second time, with the names that a run folder has, nothing changes.
+    assert renamed(PRESETS["one"], one) == one
+    for preset in PRESETS.values():
+        assert {*preset.networks, *preset.networks.values()} <= set(NETWORKS)
+        assert not set(preset.networks) & set(preset.networks.values())
+
+
+def test_networks_of_a_recipe_are_renamed(chosen, tmp_path):
+    (tmp_path / "recipe.toml").write_text('networks = ["resnet110", "resnet110"]\n')
+    assert chosen("--preset", "one", "--recipe", "recipe.toml").networks == ("resnet164-bottleneck",) * 2
+
+
+def test_seeds_go_with_a_preset(chosen):
+    assert chosen("--preset", "okddip", "--networks", "resnet110", "--seeds", "0", "1").networks == (
+        "resnet110-bottleneck",
+    )
+
+
+def test_an_unknown_preset_is_refused(capsys, tmp_path):
+    refused(capsys, tmp_path, "unknown preset 'okdip': did you mean okddip", "--preset", "okdip", *PAIR)
+    refused(capsys, tmp_path, "unknown preset 'x': choose from dml, ffl, kdcl, mfef, okddip, one", "--preset=x", *PAIR)
+    refused(capsys, tmp_path, "unknown preset '--data'", *PAIR, "--preset")  # its value was forgotten
+
+
+def test_a_preset_of_another_method_is_refused(capsys, tmp_path):
+    message = "preset okddip is for okddip, not for mfef: leave the method or the preset out"
+    refused(capsys, tmp_path, message, "mfef", "--preset", "okddip", *PAIR)
+    (tmp_path / "recipe.toml").write_text('method = "mfef"\n')
+    assert main(["train", "--recipe", "recipe.toml", "--preset", "okddip", *PAIR, *DATA]) == 2
+    assert message in capsys.readouterr().err
+    with pytest.raises(UsageError, match=message):
+        find_preset("okddip", "mfef")
+    assert find_preset("okddip", None) is find_preset("okddip", "okddip") is PRESETS["okddip"]
+
+
+def test_list_shows_the_presets(capsys):
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    for name, preset in PRESETS.items():
+        (block,) = re.findall(rf"^--preset {name}: (.*)\n  (.*)$", out, flags=re.MULTILINE)
+        assert block[0] == preset.source
+        assert f"weight_decay {preset.run['weight_decay']}" in block[1] and "method.temperature " in block[1]
+        for network, other in preset.networks.items():
+            assert f"{network} is {other}" in block[1]
+
+
+def test_list_as_json_has_presets_within_methods(capsys):
+    assert main(["list", "--json"]) == 0
+    entries = json.loads(capsys.readouterr().out)
+    assert list(entries) == ["methods", "networks", "data"]
+    found = {each["name"]: each["preset"] for each in entries["methods"] if "preset" in each}
+    assert set(found) == set(PRESETS)
+    assert found["okddip"]["sets"]["weight_decay"] == 5e-4
+    assert found["okddip"]["sets"]["method.detach_teachers"] is False
+    assert found["okddip"]["networks"] == {"resnet110": "resnet110-bottleneck"}
+    assert all(each["source"] == PRESETS[name].source for name, each in found.items())
+    assert all(set(each) <= {"name", "summary", "preset"} for kind in entries.values() for each in kind)
+
+
+def test_the_help_names_every_preset(capsys):
+    assert main(["train", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    said = re.search(r"Settings of a paper as a whole: (.*?); codistill list", text)
+    assert set(re.split(r", | or ", said[1])) == set(PRESETS)

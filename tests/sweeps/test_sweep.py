@@ -1,0 +1,592 @@
+"""Sweeps: what a spec stands for, what is done again and what is not, and what the tables say."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import statistics
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import codistill as cd
+from codistill.cli import main
+from codistill.core.errors import UsageError
+from codistill.runs.lock import RunLock
+from codistill.settings.build import build_method
+from codistill.sweeps import driver as sweep_module
+from codistill.sweeps.driver import own_program, sweep
+from codistill.sweeps.spec import read_spec
+from codistill.sweeps.table import Row
+
+from ..faults.asserting import refused
+
+WORKER = Path(__file__).with_name("sweep_worker.py")
+SHARED = 'networks = ["resnet20", "resnet20"]\ndata = "digits"\nepochs = 4\n'
+SEEDS = f"{SHARED}[grid]\nseed = [0, 1, 2]\n"
+SPECS = sorted((Path(__file__).parents[2] / "recipes").glob("sweep-*.toml"))
+
+
+class Bench:
+    """A folder with a spec and a worker that ends as it is told."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.out = folder, folder / "sweep"
+        shutil.copy(WORKER, folder / "worker.py")
+        self.act()
+        self.program = [sys.executable, "-S", str(folder / "worker.py")]
+
+    def act(self, **acts: list[str]) -> None:
+        """Tell the runs what to do in each attempt; after these they finish."""
+        (self.folder / "acts.json").write_text(json.dumps(acts))
+
+    def sweep(self, text: str = SEEDS, **settings: object) -> dict[str, Row]:
+        (self.folder / "spec.toml").write_text(text)
+        (self.folder / "calls.txt").unlink(missing_ok=True)
+        rows = sweep(self.folder / "spec.toml", self.out, program=self.program, **settings)
+        assert [row.name for row in rows] == [row["name"] for row in self.table()["runs"]]
+        return {row.name: row for row in rows}
+
+    def calls(self) -> list[str]:
+        """Commands and runs, in the order in which they began."""
+        file = self.folder / "calls.txt"
+        return [" ".join(line.split()[:2]) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def words(self) -> list[list[str]]:
+        return [line.split() for line in (self.folder / "calls.txt").read_text().splitlines()]
+
+    def table(self) -> dict[str, list[dict[str, object]]]:
+        return json.loads((self.out / "table.json").read_text())
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("codistill.executor.POLL_SECONDS", 0.01)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return Bench(tmp_path)
+
+
+def planned(tmp_path, text):
+    (tmp_path / "spec.toml").write_text(text)
+    return read_spec(tmp_path / "spec.toml")
+
+
+def test_a_grid_is_a_product(tmp_path):
+    runs = planned(
+        tmp_path,
+        'data = "digits"\nepochs = 4\n[grid]\nnetworks = [["resnet20", "resnet20"], ["resnet32", "wrn-16-2"]]\n'
+        'method = ["dml", {name = "mfef", groups = 2}]\n"method.temperature" = [2, 3.5]\nseed = [0, 1]\n',
+    )
+    assert [run.name for run in runs[:3]] == [
+        "dml-resnet20x2-temperature-2-seed0",
+        "dml-resnet20x2-temperature-2-seed1",
+        "dml-resnet20x2-temperature-3.5-seed0",
+    ]
+    assert len({run.name for run in runs}) == len(runs) == 16 and len({run.group for run in runs}) == 8
+    last = runs[-1]
+    assert last.name == "mfef-resnet32+wrn-16-2-groups-2-temperature-3.5-seed1"
+    assert last.group == "mfef-resnet32+wrn-16-2-groups-2-temperature-3.5"
+    assert last.config.method == cd.MFEF.Settings(groups=2, temperature=3.5)
+    assert (last.config.networks, last.config.train.seed) == (("resnet32", "wrn-16-2"), 1)
+    assert all(run.config.train.epochs == 4 and run.config.data == "digits" for run in runs)
+
+
+def test_every_entry_of_runs_is_taken_at_every_point_of_the_grid(tmp_path):
+    runs = planned(
+        tmp_path,
+        f'{SHARED}method = {{name = "ffl", temperature = 2}}\n[grid]\nseed = [3, 4]\n[[runs]]\n[[runs]]\n'
+        'learning_rate = 0.05\nmethod.temperature = 5\n[[runs]]\nmethod = "dml"\n',
+    )
+    assert [run.name for run in runs[::2]] == [
+        "ffl-temperature-2-seed3",
+        "ffl-learning-rate-0.05-temperature-5-seed3",
+        "dml-temperature-2-seed3",
+    ]
+    assert [(run.config.method.temperature, run.config.train.learning_rate) for run in runs] == [
+        (2, 0.1), (2, 0.1), (5, 0.05), (5, 0.05), (2, 0.1), (2, 0.1)
+    ]  # fmt: skip
+
+
+def test_names_are_unlike_whatever_the_values(tmp_path):
+    long = "x" * 200
+    values = ["a/b", "a b", "A_B", "..", f"{long}1", f"{long}2"]
+    text = f"{SHARED}[grid]\nteacher = {json.dumps(values)}\nmethod.name = ['kd']\n"
+    names = [run.name for run in planned(tmp_path, text)]
+    assert len({name.lower() for name in names}) == len(values)
+    assert all(len(name) < 120 and "/" not in name and not name.startswith((".", "-")) for name in names)
+    assert names == [run.name for run in planned(tmp_path, text)]
+
+
+def test_a_single_run_is_named_by_its_method(tmp_path):
+    assert [run.name for run in planned(tmp_path, f'{SHARED}method = "dml"')] == ["dml"]
+
+
+WRONG = {
+    "epoch = 3": r"spec\.toml:4: unknown key 'epoch': did you mean epochs",
+    "[grid]\nlearning_rte = [1]": r"spec\.toml:5: unknown key 'learning_rte': did you mean learning_rate",
+    "[[runs]]\n[[runs]]\nmethod.temprature = 1": r"spec\.toml:6: unknown key 'temprature': did you mean temperature",
+    '[grid]\n"method.temprature" = [1]': r"spec\.toml:5: unknown key 'temprature': did you mean temperature",
+    '[grid]\nmethod = ["dml", "mfe"]': r"spec\.toml:5: unknown method 'mfe': did you mean mfef",
+    "[grid]\nseed = 0": r"spec\.toml:5: seed in \[grid\] must be a list of values",
+    "[grid]\nseed = []": r"spec\.toml:5: seed in \[grid\] must be a list of values",
+    '[grid]\nnetworks = ["resnet20", "resnet20"]': r"spec\.toml:5: networks in \[grid\] must be a list of lists, ",
+    "[grid]\nseed = [0]\n[[runs]]\nseed = 1": r"spec\.toml:7: seed is in \[grid\] and in \[\[runs\]\]",
+    "[grid]\nseed = [0, 1, 0]": "are the same run",
+    "[[runs]]\n[[runs]]\nlearning_rate = 0.1": "mfef and learning-rate-0.1 are the same run",
+    "[grid]\nseed = ['a']": r"spec\.toml:5: seed is 'a'; it must be a whole number",
+    "runs = 3": r"spec\.toml:4: runs must be tables of settings: \[\[runs\]\]",
+    "grid = 3": r"spec\.toml:4: grid must be a table of lists: \[grid\]",
+    "method = 3": r"spec\.toml:4: method must be a name, or a table",
+    "momentum = 2": r"no run can work: .*momentum is 2",
+    "[grid": "spec.toml: ",
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_a_wrong_spec_is_status_2_and_makes_nothing(bench, capsys, text):
+    Path("spec.toml").write_text(SHARED + text)
+    line = refused(capsys, ["sweep", "spec.toml", "--out", "new"], 2, unchanged=bench.folder)
+    with pytest.raises(UsageError, match=WRONG[text]):
+        sweep("spec.toml", "new", show=False)
+    assert "sweep spec.toml" in line
+
+
+def test_wrong_usage(bench, capsys):
+    Path("spec.toml").write_text(SEEDS)
+    refused(capsys, ["sweep", "none.toml", "--out", "new"], 2, "none.toml", "No such file")
+    refused(capsys, ["sweep", "spec.toml", "--out", "new", "--executor", "ray"], 2, "--executor", "local")
+    refused(capsys, ["sweep", "spec.toml", "--out", "new", "--slots", "0"], 2, "slots is 0")
+    refused(capsys, ["sweep", "spec.toml", "--out", "spec.toml"], 2, "sweep folder spec.toml", "choose another --out")
+    refused(capsys, ["sweep", "spec.toml"], 2, "--out")
+    with pytest.raises(UsageError, match="unknown executor 'ray': choose from local"):
+        sweep("spec.toml", "new", executor="ray")
+    assert not Path("new").exists()
+
+
+def test_finished_runs_make_tables(bench, capsys):
+    rows = bench.sweep()
+    out, error = capsys.readouterr()
+    assert error == "" and [row.status for row in rows.values()] == ["finished"] * 3
+    assert [row.top1_error["student0"] for row in rows.values()] == [10, 14, 12]
+    assert "seed1: finished  error %: student0 14.00  ensemble 9.00" in out
+    assert "12.00 ± 2.00" in out and "7.00 ± 2.00" in out
+    (group,) = bench.table()["groups"]
+    assert group["mean"] == {"student0": 12, "ensemble": 7} and (group["runs"], group["failed"]) == (3, 0)
+    assert group["deviation"]["student0"] == statistics.stdev([10, 14, 12])
+    page = (bench.out / "table.md").read_text().splitlines()
+    assert "| seed2 | finished | 12.00 | 7.00 |  |" in page and "| mfef | 3 | 12.00 ± 2.00 | 7.00 ± 2.00 |  |" in page
+    assert bench.calls() == ["train seed0", "train seed1", "train seed2"]
+
+
+def test_a_group_with_a_failed_run_has_no_mean(bench, capsys):
+    bench.act(**{"ffl-seed1": ["exit 5 student0 diverged | in epoch 3"]})
+    rows = bench.sweep(f'{SHARED}[grid]\nmethod = ["ffl", "dml"]\nseed = [0, 1]')
+    assert (rows["ffl-seed1"].status, rows["ffl-seed1"].reason) == ("FAILED", "student0 diverged | in epoch 3")
+    assert [row.status for row in rows.values()].count("finished") == 3
+    ffl, dml = bench.table()["groups"]
+    assert (ffl["name"], ffl["runs"], ffl["failed"], ffl["mean"], ffl["deviation"]) == ("ffl", 2, 1, {}, {})
+    assert dml["mean"]["student0"] == 12
+    page = (bench.out / "table.md").read_text().splitlines()
+    assert "| ffl-seed1 | FAILED |  |  | student0 diverged \\| in epoch 3 |" in page
+    assert "| ffl | 2 |  |  | 1 of 2 failed: no mean |" in page
+    assert "1 of 2 failed: no mean" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("status", [1, 2, 3, 4, 5, 6])
+def test_errors_of_a_run_are_not_tried_again(bench, status):
+    bench.act(seed1=[f"exit {status} what, where and the mend"])
+    rows = bench.sweep()
+    assert (rows["seed1"].status, rows["seed1"].reason) == ("FAILED", "what, where and the mend")
+    assert bench.calls().count("train seed1") == 1 and rows["seed2"].status == "finished"
+
+
+def test_without_a_line_the_log_is_named(bench):
+    bench.act(seed1=["exit 1"])
+    assert bench.sweep()["seed1"].reason == f"ended with status 1: {bench.out}/logs/seed1.log has what it said"
+
+
+def test_a_run_that_says_it_is_done_but_left_nothing_has_failed(bench):
+    bench.act(seed1=["exit 0"])
+    assert "summary.json" in bench.sweep()["seed1"].reason
+
+
+@pytest.mark.parametrize(
+    ("act", "reason"),
+    [
+        (f"kill {signal.SIGKILL.value}", "killed by SIGKILL"),
+        (f"kill {signal.SIGSEGV.value}", "killed by SIGSEGV"),
+        ("exit 143 terminated", "killed by SIGTERM"),
+        ("exit 7 rank 1 was lost", "rank 1 was lost"),
+    ],
+)
+def test_a_killed_run_is_tried_again_twice(bench, capsys, act, reason):
+    bench.act(seed0=["kill 9", act], seed1=["kill 9", act, act])
+    rows = bench.sweep()
+    assert rows["seed0"].status == "finished"
+    assert rows["seed1"].reason == f"{reason}, the last of 3 attempts"
+    assert bench.calls() == [
+        "train seed0", "resume seed0", "resume seed0", "train seed1", "resume seed1", "resume seed1", "train seed2"
+    ]  # fmt: skip
+    assert "seed0: killed by SIGKILL: trying again, 1 of 2" in capsys.readouterr().out
+
+
+def test_before_the_first_checkpoint_a_run_begins_anew(bench):
+    bench.act(seed0=["kill-early"])
+    assert bench.sweep()["seed0"].status == "finished"
+    assert bench.calls()[:2] == ["train seed0", "resume seed0"]
+
+
+def test_what_is_left_of_a_run_without_a_config_begins_and_nothing_of_others_is_touched(bench):
+    (bench.out / "seed0").mkdir(parents=True)
+    (bench.out / "seed0" / "config.json.tmp-77").touch()
+    (bench.out / "seed0" / ".lock").touch()
+    (bench.out / "seed1").mkdir()
+    (bench.out / "seed1" / "thesis.txt").write_text("mine")
+    rows = bench.sweep()
+    assert rows["seed0"].status == "finished"
+    assert rows["seed1"].reason == f"run folder {bench.out}/seed1 is not empty"
+    assert [path.name for path in (bench.out / "seed1").iterdir()] == ["thesis.txt"]
+
+
+def test_a_sweep_goes_on(bench):
+    bench.act(seed0=["exit 5 diverged"], seed1=["exit 3 no data"], seed2=["kill 9", "kill 9", "kill 9"])
+    rows = bench.sweep()
+    assert [row.status for row in rows.values()] == ["FAILED"] * 3
+    (bench.out / "seed1" / "checkpoints").mkdir()
+    (bench.out / "seed1" / "checkpoints" / "epoch-000002.pt").touch()
+    bench.act()
+    rows = bench.sweep(SEEDS.replace("epochs", 'data_dir = "moved"\nepochs'))
+    assert [row.status for row in rows.values()] == ["FAILED", "finished", "finished"]
+    assert rows["seed0"].reason == "diverged"
+    assert bench.calls() == ["resume seed1", "resume seed2"]
+    assert all(line[-2:] == ["--data-dir", "moved"] for line in bench.words())
+    again = bench.sweep()
+    assert again == rows and bench.calls() == []
+
+
+def test_runs_are_known_by_their_settings_and_not_by_their_names(bench):
+    bench.sweep()
+    for age, path in enumerate(sorted(bench.out.rglob("*"))):
+        os.utime(path, (age * 1000, age * 1000))
+    # The default written out, an axis more, another order, another device.
+    text = f'{SHARED}device = "cpu"\nlearning_rate = 0.1\n[grid]\nmethod = ["dml", "mfef"]\nseed = [2, 1, 0]'
+    rows = bench.sweep(text)
+    assert list(rows) == ["dml-seed2", "dml-seed1", "dml-seed0", "seed2", "seed1", "seed0"]
+    assert bench.calls() == ["train dml-seed2", "train dml-seed1", "train dml-seed0"]
+    assert [group["name"] for group in bench.table()["groups"]] == ["dml", "mfef"]
+
+
+def test_another_run_in_the_folder_is_status_2(bench, capsys):
+    bench.sweep()
+    Path("spec.toml").write_text(SEEDS.replace("epochs = 4", "epochs = 5\nmethod.name = 'ffl'"))
+    line = refused(capsys, ["sweep", "spec.toml", "--out", "sweep"], 2, "epochs 4 -> 5", "method.name mfef -> ffl")
+    assert "sweep/seed0 holds a run with other settings" in line
+
+
+def test_no_folder_is_that_of_two_runs(bench, capsys):
+    shared = f'{SHARED}teacher_predictor = "student0"\n'
+    bench.sweep(f'{shared}teacher = "big"')
+    # The first entry is the run that there is, called mfef; the second one, which cannot be, would be called so.
+    Path("spec.toml").write_text(f'{shared}[[runs]]\nteacher = "big"\n[[runs]]\n')
+    assert [run.name for run in read_spec(Path("spec.toml"))] == ["teacher-big", "mfef"]
+    refused(capsys, ["sweep", "spec.toml", "--out", "sweep"], 2, "sweep/mfef would be the folder of two runs")
+
+
+def test_a_run_folder_is_no_sweep_folder(bench, capsys):
+    bench.sweep()
+    refused(capsys, ["sweep", "spec.toml", "--out", "sweep/seed0"], 2, "sweep/seed0 is a run folder")
+
+
+def test_a_value_that_cannot_be_is_a_failed_row(bench):
+    rows = bench.sweep(f"{SHARED}[grid]\nmomentum = [0.9, 1.5]")
+    assert [row.status for row in rows.values()] == ["finished", "FAILED"]
+    assert "momentum is 1.5" in rows["momentum-1.5"].reason
+    assert bench.calls() == ["train momentum-0.9"]
+
+
+def test_one_process_at_a_time_works_on_a_sweep(bench, capsys):
+    bench.sweep()
+    lock = RunLock(bench.out)
+    try:
+        refused(capsys, ["sweep", "spec.toml", "--out", "sweep"], 2, f"pid {os.getpid()}")
+    finally:
+        lock.release()
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_process_that_outlived_its_sweep_is_waited_for(bench, monkeypatch, ends):
+    bench.act(seed1=["kill 9"] * 3)
+    bench.sweep()
+    bench.act()
+    said, say, waits = [], sweep_module.Sweep.say, threading.Event()
+
+    def listen(state, line):
+        say(state, line)
+        said.append(line)
+        if "waits for a process of an earlier sweep" in line:
+            waits.set()
+
+    monkeypatch.setattr(sweep_module.Sweep, "say", listen)
+    summary = (bench.out / "seed0" / "summary.json").read_text()
+    log = open(bench.out / "logs" / "seed1.log", "a")  # noqa: SIM115
+    fcntl.flock(log, fcntl.LOCK_EX)
+
+    def end():
+        assert waits.wait(60)
+        if ends:
+            (bench.out / "seed1" / "summary.json").write_text(summary)
+        with (bench.folder / "calls.txt").open("a") as calls:
+            calls.write("end seed1\n")
+        log.close()
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    rows = bench.sweep(slots=2)
+    thread.join()
+    assert [row.status for row in rows.values()] == ["finished"] * 3
+    assert bench.calls() == ["end seed1"] + ["resume seed1"] * (not ends)
+    assert sum("seed1: waits" in line for line in said) == 1
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_lets_the_runs_save(bench, capsys, monkeypatch, number, status):
+    monkeypatch.setattr(sweep_module, "own_program", lambda arguments: bench.program)
+    Path("spec.toml").write_text(SEEDS)
+    bench.act(seed1=["wait"])
+
+    def send():
+        while not (bench.out / "seed1" / "waiting").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
+    try:
+        refused(capsys, ["sweep", "spec.toml", "--out", "sweep"], status, "the same command goes on")
+    finally:
+        signal.signal(signal.SIGINT, before)
+        thread.join()
+    assert [row["status"] for row in bench.table()["runs"]] == ["finished", "unfinished", "unfinished"]
+    assert json.loads((bench.out / "seed1" / "summary.json").read_text())["status"] == "interrupted"
+    assert "2 of 3 unfinished: no mean" in (bench.out / "table.md").read_text()
+    bench.act()
+    assert all(row.status == "finished" for row in bench.sweep().values())
+    assert bench.calls() == ["resume seed1", "train seed2"]
+
+
+def test_slots_share_the_threads(bench, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    bench.sweep(slots=3)
+    assert [line[3] for line in bench.words()] == ["threads=2"] * 3
+    shutil.rmtree(bench.out)
+    bench.sweep(slots=1)
+    assert [line[3] for line in bench.words()] == ["threads=-"] * 3
+    shutil.rmtree(bench.out)
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    bench.sweep(slots=3)
+    assert [line[3] for line in bench.words()] == ["threads=5"] * 3
+
+
+def test_slots_share_the_gpus(bench, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    bench.sweep()
+    assert sorted({line[2] for line in bench.words()}) == ["gpu=4", "gpu=7"]
+    shutil.rmtree(bench.out)
+    bench.sweep(SEEDS.replace("epochs", 'device = "cuda:1"\nepochs'))
+    assert {line[2] for line in bench.words()} == {"gpu=4,7"}
+
+
+# Runs side by side in one process.
+
+ALL = "seed0+seed1+seed2"
+
+
+def test_runs_side_by_side_share_a_process(bench, capsys):
+    rows = bench.sweep(side_by_side=True)
+    assert bench.calls() == [f"train {ALL}"]
+    assert [row.status for row in rows.values()] == ["finished"] * 3
+    recipes = [str(bench.out / "recipes" / f"seed{seed}.json") for seed in (0, 1, 2)]
+    assert bench.words()[0][4:] == ["--recipes", *recipes, "--out", str(bench.out)]
+    assert "seed0, seed1, seed2: start side by side" in capsys.readouterr().out
+    logs = [(bench.out / "logs" / f"seed{seed}.log").read_text() for seed in (0, 1, 2)]
+    assert logs[1] == logs[2] == f"{logs[0]}{bench.out}/logs/seed0.log has what it says\n"
+    bench.act(**{f"seed{seed}": ["kill-early"] for seed in (0, 1, 2)})
+    assert bench.sweep(side_by_side=True) == rows and bench.calls() == []
+
+
+def test_what_can_train_side_by_side_is_dealt_out_to_the_slots(bench):
+    text = f"{SHARED.replace('epochs = 4', '')}[grid]\nepochs = [4, 5]\nseed = [0, 1, 2, 3]\n"
+    text += "[[runs]]\nmethod = 'dml'\n[[runs]]\nprocesses = 2\n"
+    rows = bench.sweep(text, side_by_side=True, slots=3)
+    assert all(row.status == "finished" for row in rows.values())
+    alone = [f"train {name}" for name in rows if "processes" in name]
+    shares = [(0, 3), (1,), (2,)]
+    together = [
+        "train " + "+".join(f"dml-epochs-{epochs}-seed{seed}" for seed in share)
+        for epochs in (4, 5)
+        for share in shares
+    ]
+    assert len(alone) == 8 and sorted(bench.calls()) == sorted(alone + together)
+
+
+def test_no_process_gets_too_many_runs(bench, monkeypatch):
+    monkeypatch.setattr("codistill.sweep_work.LARGEST_SHARE", 2)
+    bench.sweep(side_by_side=True)
+    assert bench.calls() == ["train seed0+seed2", "train seed1"]
+
+
+@pytest.mark.parametrize(
+    ("device", "capturable", "calls"),
+    [("auto", True, 1), ("cuda:1", True, 1), ("cpu", True, 3), ("auto", False, 3)],
+)
+def test_by_default_runs_share_a_process_where_they_share_a_graph(bench, monkeypatch, device, capturable, calls):
+    text = SEEDS.replace("epochs", f'device = "{device}"\nepochs')
+    monkeypatch.setattr(cd.MFEF, "capturable", capturable)
+    bench.sweep(text)
+    assert len(bench.calls()) == 3
+    shutil.rmtree(bench.out)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert all(row.status == "finished" for row in bench.sweep(text).values())
+    assert len(bench.calls()) == calls
+    shutil.rmtree(bench.out)
+    bench.sweep(text, side_by_side=False)
+    assert len(bench.calls()) == 3
+
+
+def test_one_that_diverges_does_not_cost_those_beside_it(bench):
+    bench.act(seed1=["exit 5 student0 diverged"])
+    rows = bench.sweep(side_by_side=True)
+    assert [row.status for row in rows.values()] == ["finished", "FAILED", "finished"]
+    assert rows["seed1"].reason == "student0 diverged" and bench.calls() == [f"train {ALL}"]
+
+
+def test_after_a_kill_begun_runs_go_on_and_the_others_begin(bench, capsys):
+    bench.act(seed1=["kill 9"])
+    spec = SEEDS.replace("epochs", 'data_dir = "here"\nepochs')
+    rows = bench.sweep(spec, side_by_side=True)
+    assert [row.status for row in rows.values()] == ["finished"] * 3
+    assert bench.calls() == [f"train {ALL}", f"resume {ALL}"]
+    assert bench.words()[1][-2:] == ["--data-dir", "here"]
+    assert "seed2: killed by SIGKILL: trying again, 1 of 2" in capsys.readouterr().out
+    for name in ("seed0", "seed2"):
+        shutil.rmtree(bench.out / name)
+    (bench.out / "seed1" / "summary.json").unlink()
+    bench.act()
+    assert [row.status for row in bench.sweep(spec, side_by_side=True).values()] == ["finished"] * 3
+    assert bench.calls() == ["resume seed1", "train seed0+seed2"]
+
+
+def test_the_last_attempt_is_alone(bench):
+    bench.act(seed1=["kill-early"] * 3)
+    rows = bench.sweep(side_by_side=True)
+    assert [row.status for row in rows.values()] == ["finished", "FAILED", "finished"]
+    assert rows["seed1"].reason == "killed by SIGKILL, the last of 3 attempts"
+    assert bench.calls() == [f"train {ALL}", f"resume {ALL}", "resume seed0", "resume seed1", "resume seed2"]
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 3, 4, 6])
+def test_after_other_errors_runs_are_tried_in_halves(bench, status):
+    bench.act(seed3=[f"exit {status} what, where and the mend"] * 4)
+    rows = bench.sweep(SEEDS.replace("2]", "2, 3]"), side_by_side=True)
+    assert [row.status for row in rows.values()] == ["finished"] * 3 + ["FAILED"]
+    assert ("summary.json" if status == 0 else "what, where and the mend") in rows["seed3"].reason
+    assert bench.calls() == [
+        f"train {ALL}+seed3",
+        "train seed0+seed1",
+        "train seed2+seed3",
+        "train seed2",
+        "train seed3",
+    ]
+
+
+def test_of_a_stopped_process_the_table_knows_what_had_ended_and_the_rest_goes_on_together(bench, capsys, monkeypatch):
+    monkeypatch.setattr(sweep_module, "own_program", lambda arguments: bench.program)
+    Path("spec.toml").write_text(SEEDS)
+    bench.act(seed0=["done"], seed1=["wait"])
+    held = []
+
+    def ended() -> list[object]:
+        return [row["status"] for row in bench.table()["runs"]]
+
+    def send():
+        late = time.monotonic() + 30
+        while not (bench.out / "seed1" / "waiting").exists() or ended()[0] != "finished":
+            if time.monotonic() > late:
+                break
+            time.sleep(0.01)
+        for seed in (0, 1, 2):
+            with open(bench.out / "logs" / f"seed{seed}.log") as log:
+                try:
+                    fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    held.append(seed)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        line = ["sweep", "spec.toml", "--out", "sweep", "--side-by-side", "True"]
+        refused(capsys, line, 143, "the same command goes on")
+    finally:
+        thread.join()
+    assert held == [0, 1, 2] and ended() == ["finished", "unfinished", "unfinished"]
+    bench.act()
+    assert all(row.status == "finished" for row in bench.sweep(side_by_side=True).values())
+    assert bench.calls() == ["resume seed1+seed2"]
+
+
+def test_a_process_that_works_on_one_of_several_is_waited_for(bench, monkeypatch):
+    (bench.out / "logs").mkdir(parents=True)
+    log = open(bench.out / "logs" / "seed1.log", "a")  # noqa: SIM115
+    fcntl.flock(log, fcntl.LOCK_EX)
+    said, say = [], sweep_module.Sweep.say
+
+    def listen(state, line):
+        say(state, line)
+        said.append(line)
+        if "waits for a process of an earlier sweep" in line:
+            assert bench.calls() == []
+            log.close()
+
+    monkeypatch.setattr(sweep_module.Sweep, "say", listen)
+    rows = bench.sweep(side_by_side=True)
+    assert [row.status for row in rows.values()] == ["finished"] * 3
+    assert bench.calls() == [f"train {ALL}"] and sum("waits" in line for line in said) == 1
+
+
+def test_workers_are_started_as_the_sweep_was(monkeypatch):
+    command = ["sweep", "spec.toml", "--out", "x"]
+    for start in (["mine.py"], ["-m", "mine"], ["-c", "import mine"]):
+        for given in ([*start, *command], [*start, "--debug", *command], [*start, *command, "--debug"]):
+            monkeypatch.setattr(sys, "orig_argv", ["python", *given])
+            assert own_program(command) == [sys.executable, *start]
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "pytest"])
+    assert own_program(command) == [sys.executable, "-m", "codistill"]
+
+
+def test_status_7_names_the_failed_runs(bench, capsys, monkeypatch):
+    monkeypatch.setattr(sweep_module, "own_program", lambda arguments: bench.program)
+    bench.act(seed2=["exit 3 no data"])
+    Path("spec.toml").write_text(SEEDS)
+    refused(capsys, ["sweep", "spec.toml", "--out", "sweep"], 7, "1 of 3 runs failed: seed2", "sweep/table.md")
+    bench.act()
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["sweep", "spec.toml", "--out", "sweep"]) == 0
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+def test_specs_of_the_repository_are_sweeps(path):
+    runs = read_spec(path)
+    assert len(runs) > 1 and path.read_text().startswith("# ")
+    for run in {run.group: run for run in runs}.values():
+        build_method(run.config, {"digits": 10, "cifar100": 100}[run.config.data.partition(":")[0]], (32, 32))

@@ -1,0 +1,254 @@
+"""Interrupted runs go on with the same bits; what kills and damages them is in tests/faults/test_resuming.py."""
+
+import json
+import math
+import signal
+from pathlib import Path
+
+import pytest
+
+import codistill as cd
+from codistill.cli import main
+from codistill.core.errors import CheckpointError, UsageError
+from codistill.data.augment import DeviceImages
+from codistill.report.page import write_report
+from codistill.training import trainer as loop
+from codistill.training.resume import resume, resume_together
+from codistill.training.verify import end_state as end_digest
+
+from .. import tiny
+from ..faults.running import arguments, at_step, end_state, run_here
+
+pytestmark = pytest.mark.usefixtures("tiny_registered", "no_pages")
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory) -> str:
+    return str(tiny.write_npz(tmp_path_factory.mktemp("resume") / "colours.npz", tiny.data(train=20, test=21)))
+
+
+def stopped(colours: str, out: Path, step: int, *more: str, method: str = "mfef") -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, step, lambda _: signal.raise_signal(signal.SIGTERM))
+        assert run_here(arguments(colours, out, *more, method=method)) == 143
+    return out
+
+
+@pytest.mark.parametrize("method", ["mfef", "kdcl", "pcl", "dml", "rocket", "cl-ilr"])
+@pytest.mark.parametrize("step", [2, 6])
+def test_summary_and_metrics_are_those_of_an_undisturbed_run(colours, tmp_path, method, step):
+    assert run_here(arguments(colours, tmp_path / "whole", method=method)) == 0
+    broken = resume(stopped(colours, tmp_path / "broken", step, method=method), show=False)
+    assert end_state(tmp_path / "broken") == end_state(tmp_path / "whole")
+    whole = cd.Run(tmp_path / "whole").summary
+    assert tiny.untimed(broken.summary) == tiny.untimed(whole)
+
+
+def test_with_a_teacher_and_validation_images(colours, tmp_path):
+    assert run_here(arguments(colours, tmp_path / "teacher", method="independent")) == 0
+    more = ("--teacher", str(tmp_path / "teacher"), "--validation", "4")
+    assert run_here(arguments(colours, tmp_path / "whole", *more, method="kd")) == 0
+    resume(stopped(colours, tmp_path / "broken", 3, *more, method="kd"), show=False)
+    assert end_state(tmp_path / "broken") == end_state(tmp_path / "whole")
+
+
+def test_runs_that_stopped_at_different_steps(colours, tmp_path):
+    outs = [stopped(colours, tmp_path / f"run{step}", step) for step in (2, 5)]
+    assert run_here(arguments(colours, tmp_path / "whole")) == 0
+    runs = resume_together(outs, show=False)
+    assert [run.path for run in runs] == outs
+    for out in outs:
+        assert end_state(out) == end_state(tmp_path / "whole")
+
+
+def test_runs_that_go_on_side_by_side_have_one_copy_of_their_images(colours, tmp_path, monkeypatch):
+    outs = [stopped(colours, tmp_path / f"seed{seed}", 2, "--seed", str(seed)) for seed in (0, 1)]
+    made, build = [], DeviceImages.__init__
+    monkeypatch.setattr(DeviceImages, "__init__", lambda self, *rest: made.append(build(self, *rest)))
+    resume_together(outs, show=False)
+    assert len(made) == 2  # training and test
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_one_that_diverges_does_not_cost_those_that_go_on_after_it(colours, tmp_path, monkeypatch, capsys, step):
+    outs = [stopped(colours, tmp_path / "bad", step), stopped(colours, tmp_path / "good", 2)]
+    assert run_here(arguments(colours, tmp_path / "whole")) == 0
+    bad, losses = [], cd.MFEF.losses
+
+    def poisoned(self, *arguments):
+        bad[:] = bad or [self]
+        return {name: term * (math.nan if self is bad[0] else 1) for name, term in losses(self, *arguments).items()}
+
+    monkeypatch.setattr(cd.MFEF, "losses", poisoned)
+    capsys.readouterr()
+    assert run_here(["resume", *map(str, outs)]) == 5
+    line = f"codistill: error: 1 of 2 runs diverged: {outs[0]}; the others are finished"
+    assert capsys.readouterr().err.splitlines()[-1] == line
+    assert cd.Run(outs[0]).status == "diverged" and end_state(outs[1]) == end_state(tmp_path / "whole")
+
+
+def test_what_is_printed_goes_on_where_it_stopped(colours, tmp_path, capsys):
+    out = stopped(colours, tmp_path / "run", 5)
+    capsys.readouterr()
+    assert run_here(["resume", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("epoch 2/2") and f"run folder: {out}" in lines
+
+
+def test_a_run_that_is_stopped_before_its_page_is_written_gets_it(colours, tmp_path, monkeypatch):
+    def stopping(run, summary):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "write_report", stopping)
+    assert run_here(arguments(colours, tmp_path / "run")) == 130
+    run = cd.Run(tmp_path / "run")
+    assert not run.finished
+    monkeypatch.setattr(loop, "write_report", write_report)
+    assert run_here(["resume", str(run.path)]) == 0
+    assert cd.Run(run.path).finished and "</html>" in (run.path / "report.html").read_text()
+    assert run_here(arguments(colours, tmp_path / "whole")) == 0
+    assert end_state(run.path) == end_state(tmp_path / "whole")
+
+
+def test_resume_of_nothing(capsys):
+    assert main(["resume"]) == 2
+    assert capsys.readouterr().err == "codistill: error: codistill resume: no run: name at least one run folder\n"
+
+
+def test_refusals(colours, tmp_path, capsys):
+    assert run_here(arguments(colours, tmp_path / "run")) == 0
+    before = tiny.listing(tmp_path / "run")
+    with pytest.raises(UsageError, match="is finished"):
+        resume(tmp_path / "run", show=False)
+    assert tiny.listing(tmp_path / "run") == before
+    with pytest.raises(CheckpointError, match=r"is .* a run folder"):
+        resume(tmp_path / "nothing", show=False)
+
+
+def test_the_host_waits_once_an_epoch(colours, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        # On a GPU terms are not shown inside an epoch.
+        patch.setattr(loop.TrainingDisplay, "due", lambda self: False)
+        counts = []
+        for epochs in (1, 4):
+            with tiny.HostReads() as reads:
+                out = tmp_path / str(epochs)
+                assert run_here([*arguments(colours, out), "--epochs", str(epochs), "--validation", "4"]) == 0
+            counts.append(len(reads.found))
+    assert counts[1] - counts[0] == 3
+
+
+def test_a_fleet_waits_once_an_epoch_for_all(colours, tmp_path):
+    counts = []
+    for epochs in (1, 4):
+        with tiny.HostReads() as reads:
+            line = arguments(colours, tmp_path / str(epochs), "--epochs", str(epochs), "--seeds", "0", "1", "2")
+            assert run_here(line) == 0
+        counts.append(len(reads.found))
+    assert counts[1] - counts[0] == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("more", [(), ("--seeds", "0", "1")], ids=["one run", "fleet"])
+@pytest.mark.parametrize("step", [2, 8, 13])
+def test_captured_steps_go_on_with_the_same_bits(colours, tmp_path, step, more):
+    # Eight steps an epoch: three plain ones, then the graph; and a last batch of another size.
+    flags = ("--device", "cuda", "--deterministic", "-b", "3", "--epochs", "2", *more)
+    outs = [tmp_path / name for name in ("whole", "broken")]
+    assert run_here(arguments(colours, outs[0], *flags)) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        count = iter(range(1, 1000))
+        after = loop.Loop.after_step
+
+        def stopping(self, epoch, number):
+            after(self, epoch, number)
+            if next(count) == step:
+                signal.raise_signal(signal.SIGTERM)
+
+        patch.setattr(loop.Loop, "after_step", stopping)
+        assert run_here(arguments(colours, outs[1], *flags)) == 143
+    assert run_here(["resume", str(outs[1])]) == 0
+    for name in ("seed0", "seed1") if more else (".",):
+        assert end_state(outs[1] / name) == end_state(outs[0] / name)
+
+
+# --- codistill train --verify-resume ---
+
+
+@pytest.mark.parametrize("method", ["mfef", "kdcl"])
+def test_verify_resume(colours, tmp_path, capsys, method):
+    out = tmp_path / "run"
+    assert run_here(arguments(colours, out, "--verify-resume", "--milestones", "1", method=method)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("resume verified: 3 breaks in 6 steps change no bit of ")
+    assert cd.Run(out).summary["status"] == "finished"
+
+
+def test_verify_resume_finds_what_is_not_restored(colours, tmp_path, capsys, monkeypatch):
+    restore = loop.Loop.restore
+
+    def forgetful(self, state):
+        restore(self, {**state, "momentum": [each * 0 for each in state["momentum"]]})
+
+    monkeypatch.setattr(loop.Loop, "restore", forgetful)
+    assert main(arguments(colours, tmp_path / "run", "--verify-resume")) == 4
+    error = capsys.readouterr().err
+    assert error.startswith("codistill: error: resume is not bit for bit here: ") and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_verify_resume_looks_at_the_metrics_too(colours, tmp_path, capsys, monkeypatch):
+    restore = loop.Loop.restore
+
+    def forgetful(self, state):
+        restore(self, state)
+        self.step.sums.sums[:1] += 1
+
+    monkeypatch.setattr(loop.Loop, "restore", forgetful)
+    assert main(arguments(colours, tmp_path / "run", "--verify-resume")) == 4
+    assert "metrics do" in capsys.readouterr().err
+
+
+def test_rows_are_in_the_checkpoint_too(colours, tmp_path):
+    run = resume(stopped(colours, tmp_path / "run", 4), show=False)
+    assert [json.loads(row) for row in run.checkpoints.load()["rows"]] == run.metrics()
+
+
+def test_a_folder_of_runs_leaves_out_those_that_ended(colours, tmp_path):
+    outs = [stopped(colours, tmp_path / f"runs/{name}", 2) for name in ("a", "b")]
+    summary = json.loads((outs[0] / "summary.json").read_text())
+    (outs[0] / "summary.json").write_text(json.dumps({**summary, "status": "diverged"}))
+    assert [run.path for run in resume_together([tmp_path / "runs"], show=False)] == outs[1:]
+    with pytest.raises(UsageError, match=r"all 2 runs in .* are finished or diverged"):
+        resume_together([tmp_path / "runs"], show=False)
+
+
+def test_while_it_goes_on_a_run_does_not_say_how_it_ended(colours, tmp_path):
+    out = stopped(colours, tmp_path / "run", 2)
+    assert cd.Run(out).status == "interrupted"
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 1, lambda _: seen.append(cd.Run(out).status))
+        resume(out, show=False)
+    assert seen == [None] and cd.Run(out).status == "finished"
+
+
+def test_the_digest_of_an_end_sees_each_part(colours, tmp_path):
+    assert run_here(arguments(colours, tmp_path / "run")) == 0
+    run = cd.Run(tmp_path / "run")
+    state, rows = run.checkpoints.load(), run.metrics()
+    found = {end_digest(run)}
+    for part in ({"epoch": 3}, {"step": 1}, {"momentum": [each + 1 for each in state["momentum"]]}):
+        place = {key: part.get(key, state[key]) for key in ("epoch", "step")}
+        run.checkpoints.save({**state, **part}, best=False, **place)
+        found.add(end_digest(run))
+    for name in ("cohort.students.0.head.linear.bias", "cohort.students.1.stages.2.1.running_mean"):
+        run.checkpoints.save({**state, "method": {**state["method"], name: state["method"][name] + 1}}, 9, False)
+        found.add(end_digest(run))
+    rows[0]["train"]["loss"] += 1
+    run.write_metrics([json.dumps(row) for row in rows])
+    found.add(end_digest(run))
+    assert len(found) == 7
+    rows[0]["seconds"] += 1
+    run.write_metrics([json.dumps(row) for row in rows])
+    assert end_digest(run) in found

@@ -1,0 +1,193 @@
+"""A step against the same step written out by hand."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+import codistill as cd
+from codistill.data.augment import Augmentation, Batch, DeviceImages, epoch_plan
+from codistill.training.capture import SequentialFleet, make_fleet
+from codistill.training.optim import make_optimizer
+from codistill.training.ranks import ALONE
+from codistill.training.step import PlainStep
+
+from .. import tiny
+
+CPU = torch.device("cpu")
+AUGMENTATION = Augmentation(padding=2)
+RATE, DECAY, FUSION_DECAY = 0.05, 0.01, 0.2
+KINDS = pytest.mark.parametrize("kind", [cd.MFEF, cd.FFL, cd.Independent], ids=lambda kind: kind.name)
+
+
+def settings_of(kind: type[cd.Method]) -> dict[str, float]:
+    return {} if kind is cd.Independent else {"fusion_weight_decay": FUSION_DECAY}
+
+
+def images_of(data: cd.Dataset) -> DeviceImages:
+    return DeviceImages(data.train, data.statistics, CPU)
+
+
+def make_step(method: cd.Method, precision: str = "float32", momentum: float = 0.9) -> PlainStep:
+    optimizer = make_optimizer(method.train(), RATE, momentum, nesterov=True, weight_decay=DECAY)
+    return PlainStep(method, images_of(tiny.data()), AUGMENTATION, optimizer, precision)
+
+
+def batches(count: int, size: int = 6) -> list[Batch]:
+    plan = epoch_plan(24, 0, 0, AUGMENTATION, CPU)
+    return [plan.part(start, start + size) for start in range(0, count * size, size)]
+
+
+def by_hand(method: cd.Method, taken: list[Batch], progress: Tensor) -> list[dict[str, float]]:
+    """Plain SGD, neither fused nor foreach; two groups, for the fusion has its own weight decay."""
+    fusion = [parameter for name, parameter in method.named_parameters() if name.startswith("fusion.")]
+    rest = [parameter for name, parameter in method.named_parameters() if not name.startswith("fusion.")]
+    groups = [{"params": rest, "weight_decay": DECAY}, {"params": fusion, "weight_decay": FUSION_DECAY}]
+    optimizer = torch.optim.SGD(
+        [group for group in groups if group["params"]], lr=RATE, momentum=0.9, nesterov=True, foreach=False
+    )
+    images, seen = images_of(tiny.data()), []
+    for batch in taken:
+        pixels, labels = images.augmented(batch, AUGMENTATION)
+        terms = method.losses(method(pixels.contiguous()), labels, progress)
+        optimizer.zero_grad()
+        sum(terms.values()).backward()
+        optimizer.step()
+        seen.append({name: term.item() for name, term in terms.items()})
+    return seen
+
+
+@KINDS
+def test_three_steps_equal_those_written_by_hand(kind):
+    method = tiny.method(kind, **settings_of(kind)).train()
+    other = copy.deepcopy(method)
+    start = copy.deepcopy(method.state_dict())
+    progress = torch.tensor(0.2)
+    step, taken = make_step(method), batches(3)
+    for batch in taken:
+        step(batch, progress)
+    seen = by_hand(other, taken, progress)
+    expected = other.state_dict()
+    for name, tensor in method.state_dict().items():
+        torch.testing.assert_close(
+            tensor, expected[name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: name + text
+        )
+        assert not torch.equal(tensor, start[name]), name
+    means = step.sums.means()
+    assert list(means) == ["loss", *seen[0]]
+    for name in seen[0]:
+        assert means[name] == pytest.approx(sum(each[name] for each in seen) / 3, rel=1e-4, abs=1e-6)
+
+
+@KINDS
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_no_host_read(kind, precision):
+    step = make_step(tiny.method(kind), precision)
+    with tiny.HostReads() as reads:
+        for batch in batches(3):
+            step(batch, torch.tensor(0.5))
+    assert reads.found == []
+    with tiny.HostReads() as reads:
+        step.sums.means()
+    assert reads.found == ["tolist"]
+
+
+def test_the_learning_rate_is_read_at_every_step():
+    # It is a tensor that the loop writes into.
+    methods = [tiny.method(), tiny.method()]
+    for method, rate in zip(methods, (0.0, 0.1), strict=True):
+        step = make_step(method)
+        before = copy.deepcopy(list(method.parameters()))
+        for group in step.optimizer.param_groups:
+            group["lr"].fill_(rate)
+        step(batches(1)[0], torch.tensor(0.0))
+        moved = any(not torch.equal(old, new) for old, new in zip(before, method.parameters(), strict=True))
+        assert moved is (rate > 0)
+
+
+def test_bf16_computes_the_losses_in_float32(monkeypatch):
+    method = tiny.method()
+    seen = []
+    losses = method.losses
+
+    def watched(outputs, labels, progress):
+        terms = losses(outputs, labels, progress)
+        seen.append((outputs.logits[0].dtype, {term.dtype for term in terms.values()}))
+        return terms
+
+    monkeypatch.setattr(method, "losses", watched)
+    step = make_step(method, "bf16")
+    for batch in batches(2):
+        step(batch, torch.tensor(0.5))
+    assert seen == [(torch.bfloat16, {torch.float32})] * 2
+    assert all(value == value for value in step.sums.means().values())
+    floats = {tensor.dtype for tensor in method.state_dict().values() if tensor.is_floating_point()}
+    assert floats == {torch.float32}
+
+
+def test_bf16_is_near_float32():
+    means = []
+    for precision in ("float32", "bf16"):
+        step = make_step(tiny.method(), precision)
+        step(batches(1)[0], torch.tensor(0.5))
+        means.append(step.sums.means())
+    assert means[0] != means[1]
+    assert means[1] == pytest.approx(means[0], rel=0.1, abs=0.02)
+
+
+def test_gradients_do_not_add_up_and_are_gone_after_the_step():
+    # With neither momentum nor decay, a batch seen twice at rate 0 leaves nothing behind.
+    method = tiny.method()
+    optimizer = make_optimizer(method.train(), 0.0, 0.0, False, 0.0)
+    step = PlainStep(method, images_of(tiny.data()), AUGMENTATION, optimizer)
+    step(batches(1)[0], torch.tensor(0.5))
+    assert all(parameter.grad is None for parameter in method.parameters())
+
+
+def test_after_step_follows_the_update():
+    class Watching(cd.Independent):
+        """Keeps a moving average, as a method with a teacher of its own past would."""
+
+        weights: list[Tensor]
+
+        def after_step(self) -> None:
+            self.weights.append(self.cohort[0].head.linear.weight.detach().clone())
+
+    method = Watching(tiny.own_students(), 3, image_size=(8, 8))
+    method.weights = []
+    step = make_step(method)
+    before = method.cohort[0].head.linear.weight.detach().clone()
+    for batch in batches(2):
+        step(batch, torch.tensor(0.5))
+    assert len(method.weights) == 2
+    assert not torch.equal(method.weights[0], before)
+    assert torch.equal(method.weights[1], method.cohort[0].head.linear.weight)
+
+
+@pytest.mark.gpu
+def test_a_plain_step_on_a_gpu_equals_the_cpu():
+    states = []
+    for device in (CPU, torch.device("cuda")):
+        method = tiny.method().to(device).train()
+        data = tiny.data()
+        optimizer = make_optimizer(method, RATE, 0.9, True, DECAY)
+        step = PlainStep(method, DeviceImages(data.train, data.statistics, device), AUGMENTATION, optimizer)
+        for batch in batches(3):
+            step(Batch(*(table.to(device) for table in batch)), torch.tensor(0.5, device=device))
+        states.append({name: tensor.cpu() for name, tensor in method.state_dict().items()})
+    torch.testing.assert_close(states[1], states[0], rtol=1e-2, atol=1e-3)
+
+
+def test_a_method_that_cannot_be_captured_runs_plainly_and_is_named(capsys):
+    def member(name: str, capturable: bool) -> SimpleNamespace:
+        on_gpu = SimpleNamespace(labels=SimpleNamespace(device=torch.device("cuda")))
+        method = SimpleNamespace(name=name, capturable=capturable)
+        return SimpleNamespace(images=on_gpu, method=method, ranks=ALONE)
+
+    members = [member("mine", False), member("mfef", True), member("mine", False)]
+    fleet = make_fleet(members)
+    assert isinstance(fleet, SequentialFleet) and fleet.members == members
+    line = "codistill: warning: mine cannot be captured as a CUDA graph: the steps run one by one, which is slower\n"
+    assert capsys.readouterr().err == line
