@@ -5,15 +5,21 @@ BIN := $(VENV)/bin
 DEPENDENCIES := pyproject.toml constraints.txt
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: train test check clean
+.PHONY: train test test-all check clean
 
 # Two ResNet-20, co-trained with MFEF on the embedded digits: 10 epochs.
 train: $(VENV)/.core
 	$(BIN)/codistill train mfef --networks resnet20 resnet20 --data digits --epochs 10 --batch-size 64
 
-# A worker for each core, and one thread in each: more would wait for each other.
-test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+# A worker for each core, and one thread in each: more would wait for each other. Style and types run beside the tests.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+test: $(VENV)/.dev
+	@$(MAKE) --no-print-directory check > $(VENV)/check.log 2>&1 & \
+	  $(PYTEST) -m 'not slow'; tests=$$?; wait $$!; checks=$$?; cat $(VENV)/check.log; exit $$((tests || checks))
+
+# The long ones, too.
+test-all: check
+	$(PYTEST)
 
 # Style and types.
 check: $(VENV)/.dev
