@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from codistill.core.signals import Interrupted, Terminated, deferred, terminate
+from codistill.core.signals import Interrupted, Terminated, defer_signals, terminate
 
 
 class Stopped(BaseException):
@@ -41,7 +41,7 @@ def handler():
 )
 def test_it_waits_and_is_not_swallowed(number, own, kind):
     signal.signal(number, own)
-    with pytest.raises(kind) as stopped, deferred() as pending:
+    with pytest.raises(kind) as stopped, defer_signals() as pending:
         assert pending.stopping is None
         with contextlib.suppress(BaseException):
             os.kill(os.getpid(), number)
@@ -59,14 +59,14 @@ def test_sigterm_ends_a_program_with_143():
 
 
 def test_a_second_one_acts_at_once():
-    with pytest.raises(Stopped), deferred():
+    with pytest.raises(Stopped), defer_signals():
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("the second signal waited")
 
 
 def test_another_one_does_not_overtake_the_first():
-    with pytest.raises(Stopped), deferred() as pending:
+    with pytest.raises(Stopped), defer_signals() as pending:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
         pending.act("now")
@@ -75,7 +75,7 @@ def test_another_one_does_not_overtake_the_first():
 def test_a_program_whose_own_handler_returns_goes_on():
     seen = []
     signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
-    with deferred() as pending:
+    with defer_signals() as pending:
         os.kill(os.getpid(), signal.SIGTERM)
         assert seen == []
         pending.act("and saved")
@@ -83,7 +83,7 @@ def test_a_program_whose_own_handler_returns_goes_on():
 
 
 def test_usr1_asks_for_a_checkpoint():
-    with deferred() as pending:
+    with defer_signals() as pending:
         os.kill(os.getpid(), signal.SIGUSR1)
         assert pending.saving and pending.stopping is None
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
@@ -92,13 +92,13 @@ def test_usr1_asks_for_a_checkpoint():
 @pytest.mark.parametrize("own", [stop, signal.SIG_IGN])
 def test_a_programs_own_use_of_usr1_stays(own):
     signal.signal(signal.SIGUSR1, own)
-    with deferred():
+    with defer_signals():
         assert signal.getsignal(signal.SIGUSR1) is own
 
 
 def test_what_is_ignored_stays_ignored():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with deferred() as pending:
+    with defer_signals() as pending:
         os.kill(os.getpid(), signal.SIGINT)
         assert pending.stopping is None
 
@@ -107,7 +107,7 @@ def test_other_threads_set_no_handlers():
     seen = []
 
     def work():
-        with deferred() as pending:
+        with defer_signals() as pending:
             seen.append((signal.getsignal(signal.SIGTERM), pending.stopping))
 
     thread = threading.Thread(target=work)

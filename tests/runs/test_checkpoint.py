@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and checkpoints that are checked before they are parsed."""
+"""Checkpoints that are checked before they are parsed."""
 
 import errno
 import hashlib
@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from codistill.core.errors import CheckpointError
-from codistill.core.files import read_json, write_atomically, write_json
-from codistill.runs import checkpoint
+from codistill.core.files import write_json
 from codistill.runs.checkpoint import CheckpointStore
 
 from .. import tiny
@@ -38,64 +37,6 @@ def saved(store: CheckpointStore, *best: bool) -> list[Path]:
 
 def value(loaded: dict[str, dict[str, torch.Tensor]]) -> float:
     return loaded["method"]["weight"][0].item()
-
-
-def test_a_file_is_written_whole(tmp_path):
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-    write_atomically(path, b"new")
-    assert tiny.listing(tmp_path) == {"file": b"new"}
-
-
-@pytest.mark.parametrize("fails", ["replace", "fsync"])
-@pytest.mark.parametrize("old", [b"old", None])
-def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch, fails, old):
-    path = tmp_path / "file"
-    if old is not None:
-        path.write_bytes(old)
-    before = tiny.listing(tmp_path)
-
-    def fail(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, fails, fail)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomically(path, b"new")
-    monkeypatch.undo()
-    assert tiny.listing(tmp_path) == before
-
-
-def test_bytes_reach_the_disk_before_the_name_does(tmp_path, monkeypatch):
-    calls = []
-    for name in ("fsync", "replace"):
-        real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1])
-    write_atomically(tmp_path / "file", b"new")
-    assert calls == ["fsync", "replace", "fsync"]  # the content, the name, the folder
-
-
-def test_json_refuses_what_is_no_json(tmp_path):
-    path = tmp_path / "x.json"
-    write_json(path, {"a": [1, 2.5, None, "ü"]})
-    assert read_json(path) == {"a": [1, 2.5, None, "ü"]}
-    for number in (float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="JSON compliant"):
-            write_json(path, {"a": number})
-    assert read_json(path) == {"a": [1, 2.5, None, "ü"]}
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[" * 100_000, b'{"a": 1} 2'])
-def test_damaged_json_is_one_line(tmp_path, content):
-    path = tmp_path / "x.json"
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=rf"^{path}: damaged: ") as error:
-        read_json(path)
-    assert "\n" not in str(error.value)
-
-
-def test_missing_json_asks_for_the_run_folder(tmp_path):
-    with pytest.raises(CheckpointError, match=rf"no such file; is {tmp_path} a run folder\?"):
-        read_json(tmp_path / "config.json")
 
 
 def test_a_round_trip_keeps_every_bit(store):
@@ -133,14 +74,14 @@ def test_an_epoch_saved_again_replaces_itself(store):
 def test_nothing_is_deleted_before_the_new_one_is_safe(store, monkeypatch):
     saved(store, True, False)
     before = tiny.listing(store.folder)
-    real = checkpoint.write_atomically
+    real = files.write_atomically
 
     def fail_at_index(path: Path, content: bytes) -> None:
         if path.name == "index.json":
             raise OSError(errno.ENOSPC, "No space left on device")
         real(path, content)
 
-    monkeypatch.setattr(checkpoint, "write_atomically", fail_at_index)
+    monkeypatch.setattr(files, "write_atomically", fail_at_index)
     with pytest.raises(OSError, match="No space"):
         store.save(state(3), 3, True)
     after = tiny.listing(store.folder)

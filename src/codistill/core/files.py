@@ -1,32 +1,49 @@
 """Files that are whole or absent: written beside their place, then renamed."""
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from codistill.core.errors import CheckpointError
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a crash leaves the old content or the new one, never a part.
+@contextlib.contextmanager
+def replaced(path: Path, suffix: str = "") -> Iterator[Path]:
+    """Yield a temporary path in the same folder, and rename what was written there to `path` at the end.
 
-    Temporary file, flush, fsync, replace, fsync of the folder.
+    A crash leaves the old file or the new one, never a part: the file is flushed to disk before it is renamed, and its
+    folder after that. The temporary file is removed when the body raises; one that a killed process left has `.tmp-` in
+    its name.
+
+    Args:
+        path: The file to write or to replace.
+        suffix: How the temporary name has to end, for writers and readers that go by it.
     """
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}{suffix}")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        _flush(temporary)
         os.replace(temporary, path)
+        _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a crash leaves the old content or the new one, never a part."""
+    with replaced(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_json(path: Path, value: Any) -> None:

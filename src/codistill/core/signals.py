@@ -33,7 +33,7 @@ def terminate(*_: object) -> None:
     raise Terminated
 
 
-class Pending:
+class SignalRequests:
     """What signals have asked for since the last look.
 
     Attributes:
@@ -77,13 +77,13 @@ class Pending:
 
 
 @contextlib.contextmanager
-def deferred() -> Iterator[Pending]:
+def defer_signals() -> Iterator[SignalRequests]:
     """Hold SIGINT and SIGTERM back, and take SIGUSR1 and SIGUSR2 as requests to save, while this is entered.
 
     A signal that is ignored stays ignored, and a program's own handlers of SIGUSR1 and SIGUSR2 stay. Outside the main
     thread, which alone may set handlers, all stays as it is.
     """
-    pending = Pending()
+    pending = SignalRequests()
     if threading.current_thread() is threading.main_thread():
         for number in STOPPING + SAVING:
             handler = signal.getsignal(number)

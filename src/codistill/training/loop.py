@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from codistill.core.errors import DivergedError
-from codistill.core.signals import Pending, deferred
+from codistill.core.signals import SignalRequests, defer_signals
 from codistill.evaluation.metrics import read_together
 from codistill.training.capture import CapturedFleet, SequentialFleet, make_fleet
 from codistill.training.trainer import Loop
@@ -37,7 +37,7 @@ def run_epochs(
     started = time.monotonic()
     fleet: CapturedFleet | SequentialFleet | None = None
     with contextlib.ExitStack() as shown:
-        pending = shown.enter_context(deferred())
+        pending = shown.enter_context(defer_signals())
         pending.breaks = breaks
         # One signal may reach a rank from several sides.
         pending.insistent = loops[0].step.ranks.count == 1
@@ -79,7 +79,7 @@ def train_epoch(
         loop.watch.stop()
 
 
-def heed(pending: Pending, loops: Sequence[Loop], epoch: int, step: int) -> None:
+def heed(pending: SignalRequests, loops: Sequence[Loop], epoch: int, step: int) -> None:
     """Do what signals have asked for: save the runs, and stop.
 
     Args:
