@@ -17,7 +17,6 @@ from codistill.bench import bench
 from codistill.cli import main
 from codistill.methods import METHODS
 from codistill.training import trainer as loop
-from codistill.training.execution import choices
 from codistill.training.fleet import train_fleet
 
 from .. import tiny

@@ -18,10 +18,14 @@ from PIL import Image
 
 import codistill as cd
 from codistill.cli import main
-from codistill.cli import main as cli
+from codistill.core import errors
+from codistill.runs.lock import RunLock
+from codistill.settings.build import build_method
 
 from .. import tiny
 
+# By its full name, for `codistill.cli.main` is the function.
+cli = importlib.import_module("codistill.cli.main")
 PREDICTORS = ["student0", "student1", "ensemble", "fused"]
 TINY = ["--networks", "tiny", "tiny", "--data", "packed", "--batch-size", "8", "--lr", "0.05", "--threads", "1"]
 
@@ -111,7 +115,7 @@ def test_the_config_of_a_run_repeats_it(made, capsys, tmp_path):
 def test_python_and_the_command_line_train_alike(made, capsys, tmp_path):
     # The command draws the weights of the networks from the seed; Python gets them as they are.
     config = cd.Run(made / "run").config
-    method = cd.run.build_method(config, 3, (8, 8))
+    method = build_method(config, 3, (8, 8))
     run = cd.train(
         method, cd.dataset("packed", made / "colours.npz"), settings=config.train, out=tmp_path / "py", show=False
     )
@@ -327,7 +331,7 @@ def test_a_divergence_is_status_5(made, capsys, tmp_path):
         (MemoryError("too much"), 6, "out of memory: use a smaller --batch-size"),
         (torch.OutOfMemoryError("CUDA out of memory"), 6, "out of memory: .*CUDA"),
         (OSError(28, "No space left on device"), 6, "disk full or failing: .*No space left"),
-        (cd.errors.UsageError("wrong,\nin two lines"), 2, "wrong, in two lines$"),
+        (errors.UsageError("wrong,\nin two lines"), 2, "wrong, in two lines$"),
         (ZeroDivisionError("division by zero\nsomewhere"), 1, "bug: ZeroDivisionError: .* report it .*--debug"),
         (OSError(5, "Input/output error"), 6, "failing: .*Input/output"),
         (OSError(9, "Bad file descriptor"), 1, "bug: OSError"),
@@ -358,7 +362,7 @@ def test_memory_that_runs_out_in_training_is_status_6(made, capsys, monkeypatch,
 
 
 def test_debug_shows_the_traceback_of_a_real_error(capsys):
-    with pytest.raises(cd.errors.UsageError, match="unknown method"):
+    with pytest.raises(errors.UsageError, match="unknown method"):
         main(["train", "mfe", "--debug"])
 
 
@@ -398,7 +402,7 @@ def test_signals_end_a_training_in_order(made, tmp_path):
             assert run.summary["status"] == "interrupted"
             assert run.checkpoints.load()["epoch"] >= len(run.metrics()) >= 1
             # And the folder is free: nobody holds the lock of a process that is gone.
-            cd.run_lock.RunLock(run.path).release()
+            RunLock(run.path).release()
     finally:
         for process in processes.values():
             process.kill()

@@ -4,7 +4,6 @@ import pytest
 
 from codistill.cli.flags import flag_value, has_flag
 from codistill.core.errors import UsageError
-from codistill.settings.mapping import mapping_arguments
 
 
 def test_unknown_flags_name_their_neighbours(parsed):
@@ -23,13 +22,8 @@ def test_short_names_of_flags(parsed):
 
 
 def test_a_choice_that_there_is_not_is_said_once(parsed):
-    with pytest.raises(UsageError, match=r"train \S+: invalid choice 'maybe' for argument '--overlap'\. Expected"):
-        parsed("--overlap", "maybe")
-
-
-def test_settings_of_a_file_are_flags():
-    flags = mapping_arguments({"epochs": 3, "data_dir": None}, {"attention": False}, "mfef", lambda key: "here")
-    assert flags == ["--epochs=3", "--data-dir=None", "--method.no-attention"]
+    with pytest.raises(UsageError, match=r"train \S+: invalid choice 'maybe' for argument '--compile'\. Expected"):
+        parsed("--compile", "maybe")
 
 
 def test_the_last_flag_counts():

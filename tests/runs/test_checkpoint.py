@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from codistill.core import files
 from codistill.core.errors import CheckpointError
 from codistill.core.files import write_json
 from codistill.runs.checkpoint import CheckpointStore

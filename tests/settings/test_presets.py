@@ -9,14 +9,12 @@ import signal
 import pytest
 
 from codistill.cli import main
-from codistill.cli.flags import parse_config
 from codistill.core.errors import UsageError
 from codistill.methods import METHODS
 from codistill.networks import NETWORKS
 from codistill.settings.build import build_method
 from codistill.settings.config import RunConfig, default_config
-from codistill.settings.mapping import mapping_arguments
-from codistill.settings.presets import PRESETS, find_preset, preset_run, renamed
+from codistill.settings.presets import PRESETS, find_preset, preset_config, renamed
 from codistill.training import fleet
 
 DATA = ["--data", "digits"]
@@ -64,8 +62,7 @@ def test_a_preset_sets_all_that_it_says_and_nothing_else(chosen, name):
     assert dataclasses.asdict(config.method) == dataclasses.asdict(default.method) | dict(preset.settings)
     assert config.method_name == preset.method == name and isinstance(config.method, METHODS[name].Settings)
     assert config.teaching == default.teaching
-    flags = mapping_arguments(preset_run(preset, None), preset.settings, name, lambda key: "preset")
-    assert parse_config(name, flags) == dataclasses.replace(config, networks=(), data="")
+    assert preset_config(preset, None) == dataclasses.replace(config, networks=(), data="")
     assert preset.source.strip()
 
 

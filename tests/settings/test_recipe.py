@@ -9,6 +9,7 @@ import pytest
 
 import codistill as cd
 from codistill.core.errors import UsageError
+from codistill.settings.build import build_method
 from codistill.settings.config import RunConfig, TrainSettings, default_config
 
 ROOT = Path(__file__).parents[2]
@@ -149,7 +150,7 @@ def test_a_recipe_that_cannot_be_read(parsed, tmp_path):
 def test_recipes_of_the_repository_are_runs(parsed, path):
     config = parsed("--recipe", str(path))
     data = {"digits": 10, "cifar10": 10, "cifar100": 100, "cinic10": 10}[config.data.partition(":")[0]]
-    method = cd.run.build_method(config, data, (32, 32))
+    method = build_method(config, data, (32, 32))
     assert len(method.cohort) == len(config.networks) > 0
     assert path.read_text().startswith("# ") and path.stem.startswith(config.method_name)
 

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from codistill.kernels import install_fused
 
 import codistill as cd
 from codistill.core.console import warn_once
 from codistill.core.errors import UsageError
 from codistill.training import compiling, execution
-from codistill.training.execution import PAID_BACK_STEPS, Execution, as_asked, choices
+from codistill.training.execution import PAID_BACK_STEPS, Execution
 
 from .. import tiny
 

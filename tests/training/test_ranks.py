@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from codistill.training.launcher import launch
 from torch import nn
 
 import codistill as cd
@@ -17,7 +16,7 @@ from codistill.training.fleet import train_fleet
 from codistill.training.optim import make_optimizer, momentum_buffers
 from codistill.training.ranks import ALONE, Ranks
 from codistill.training.step import PlainStep
-from codistill.training.train import train_from_config, train_on_processes
+from codistill.training.train import train_from_config
 
 from .. import tiny
 
