@@ -30,7 +30,7 @@ from codistill.methods.okddip import OKDDip
 from codistill.methods.one import ONE
 from codistill.methods.pcl import PCL
 from codistill.methods.rocket import Rocket
-from codistill.methods.teacher import Taught
+from codistill.methods.teacher import WithTeacher
 from codistill.networks import NETWORKS, Network, network
 from codistill.runs.metadata import VERSION as __version__
 from codistill.runs.run import Run
@@ -59,7 +59,7 @@ __all__ = [
     "Rocket",
     "Run",
     "Split",
-    "Taught",
+    "WithTeacher",
     "TrainSettings",
     "__version__",
     "dataset",

@@ -244,9 +244,9 @@ def test_a_turn_sees_the_update_before_it():
 
 
 def test_turns_are_the_students_own_parameters(make):
-    assert make().turns() == ()
+    assert make().alternating_updates() == ()
     method = make((8, 2), (10, 1), (8, 2), update="alternating")
-    turns = method.turns()
+    turns = method.alternating_updates()
     assert [[id(each) for each in turn] for turn in turns] == [
         [id(each) for each in student.parameters()] for student in method.cohort
     ]
@@ -263,7 +263,7 @@ def test_students_that_share_cannot_take_turns(make, shared):
 
 
 def test_unlike_students_share_nothing_and_take_turns(make):
-    assert len(make((8, 2), (10, 1), update="alternating", shared_stages=None).turns()) == 2
+    assert len(make((8, 2), (10, 1), update="alternating", shared_stages=None).alternating_updates()) == 2
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def make(name: str, seed: int, settings: MethodSettings | None = None) -> Method
 def parts(method: Method) -> dict[str, nn.Module]:
     """Name modules that together hold all parameters of a method, each once; those of its teacher too."""
     found: dict[str, nn.Module] = {}
-    inner = method.method if isinstance(method, cd.Taught) else method
+    inner = method.method if isinstance(method, cd.WithTeacher) else method
     shared = inner.cohort.shared_stages
     for number, stage in enumerate(inner.cohort[0].stages[:shared]):
         found[f"trunk/stage{number}"] = stage
@@ -66,7 +66,7 @@ def parts(method: Method) -> dict[str, nn.Module]:
     held = [id(parameter) for module in found.values() for parameter in module.parameters()]
     assert len(held) == len(set(held))
     assert set(held) == {id(parameter) for parameter in method.parameters()}
-    if isinstance(method, cd.Taught):
+    if isinstance(method, cd.WithTeacher):
         found["teacher"] = method._frozen[0]
     return found
 
@@ -150,7 +150,7 @@ def assert_as_listed(name: str, found: dict[str, set[str]]) -> None:
 
 
 def taught(name: str, seed: int) -> Method:
-    return cd.Taught(make(name, seed), small_network())
+    return cd.WithTeacher(make(name, seed), small_network())
 
 
 def test_the_table_has_every_method_and_no_other():

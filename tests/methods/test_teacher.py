@@ -22,7 +22,7 @@ from codistill.deploy.classifier import load_classifier
 from codistill.deploy.export import export_predictor
 from codistill.methods import METHODS
 from codistill.methods.cohort import Outputs
-from codistill.methods.teacher import Renormalised, Taught
+from codistill.methods.teacher import Renormalised, WithTeacher
 from codistill.runs.evaluate import evaluate_run
 from codistill.settings.config import TeacherSettings
 from codistill.training.optim import make_optimizer
@@ -42,8 +42,8 @@ def teacher_of(seed: int = 7, classes: int = 3) -> cd.Network:
     return tiny.own_students(1, classes)[0]
 
 
-def taught(kind: type[cd.Method] = cd.KD, weight: float = 1.0, temperature: float = 3.0, **settings) -> Taught:
-    return Taught(tiny.method(kind, **settings), teacher_of(), weight, temperature)
+def taught(kind: type[cd.Method] = cd.KD, weight: float = 1.0, temperature: float = 3.0, **settings) -> WithTeacher:
+    return WithTeacher(tiny.method(kind, **settings), teacher_of(), weight, temperature)
 
 
 def divergence(target: list[float], learned: list[float], temperature: float) -> float:
@@ -78,7 +78,7 @@ def test_the_terms_by_hand(weight, temperature):
 
 def test_a_number_on_paper():
     # The teacher is certain by log 2, the student knows nothing; T = 1: 2/3 log(4/3) + 1/3 log(2/3).
-    method = Taught(tiny.method(cd.KD, students=1), teacher_of(), weight=0.5, temperature=1.0)
+    method = WithTeacher(tiny.method(cd.KD, students=1), teacher_of(), weight=0.5, temperature=1.0)
     outputs = Outputs(
         (torch.zeros(1, 2),), (), teacher_logits=torch.tensor([[math.log(2), 0.0]])
     )  # two classes will do here
@@ -100,7 +100,7 @@ def test_the_methods_own_terms_stay_what_they_are(batch):
 def test_every_method_that_may_have_a_teacher_learns_from_it(name, batch):
     torch.manual_seed(0)
     students = tiny.own_students(max(2, METHODS[name].min_students))
-    method = Taught(METHODS[name](students, 3, image_size=(8, 8)), teacher_of()).double()
+    method = WithTeacher(METHODS[name](students, 3, image_size=(8, 8)), teacher_of()).double()
     images, labels = batch
     views = images if method.views == 1 else images.expand(method.views, *images.shape)
     outputs = method(views)
@@ -132,12 +132,12 @@ def test_each_view_has_its_own_teacher_logits():
 
 def test_what_is_the_methods_is_asked_of_it():
     method = taught(cd.DML, update="alternating", shared_stages=0)
-    assert [[id(each) for each in turn] for turn in method.turns()] == [
-        [id(each) for each in turn] for turn in method.method.turns()
+    assert [[id(each) for each in turn] for turn in method.alternating_updates()] == [
+        [id(each) for each in turn] for turn in method.method.alternating_updates()
     ]
-    assert len(method.turns()) == 2
+    assert len(method.alternating_updates()) == 2
     plain = tiny.method(cd.MFEF)
-    whole = Taught(plain, teacher_of())
+    whole = WithTeacher(plain, teacher_of())
     for name in ("name", "capturable", "views", "parallel_branches", "num_classes", "image_size"):
         assert getattr(whole, name) == getattr(plain, name), name
     assert whole.settings is plain.settings and whole.cohort is plain.cohort
@@ -185,7 +185,7 @@ def test_the_teacher_is_in_evaluation_mode_in_every_mode(batch):
     method = taught()
     teacher = method._frozen[0]
     teacher.train()  # whoever gave it away
-    method = Taught(method.method, teacher).double()
+    method = WithTeacher(method.method, teacher).double()
     expected = copy.deepcopy(teacher).eval()(batch[0])
     for mode in (True, False, True):
         method.train(mode)
@@ -239,7 +239,7 @@ def test_in_evaluation_the_teacher_is_not_run(batch):
 
 def test_a_teacher_of_other_classes_is_refused():
     with pytest.raises(UsageError, match="the teacher has 4 classes, but the students 3"):
-        Taught(tiny.method(cd.KD), teacher_of(classes=4))
+        WithTeacher(tiny.method(cd.KD), teacher_of(classes=4))
 
 
 def test_a_step_reads_nothing_on_the_host():
@@ -559,7 +559,7 @@ def test_some_methods_have_no_use_for_a_teacher(made, flags, capsys, tmp_path, m
 
 
 def test_a_taught_method_that_has_no_use_for_it_is_refused(tmp_path):
-    method = Taught(tiny.method(cd.Independent), teacher_of())
+    method = WithTeacher(tiny.method(cd.Independent), teacher_of())
     with pytest.raises(UsageError, match="independent has no use for a teacher"):
         cd.train(method, tiny.data(), out=tmp_path / "out", settings=tiny.settings(), show=False)
     assert not (tmp_path / "out").exists()

@@ -20,7 +20,7 @@ from codistill.core.errors import DataError, UsageError
 from codistill.data.augment import Augmentation, Batch, DeviceImages, epoch_plan
 from codistill.methods import METHODS
 from codistill.methods.kdcl import KDCLSettings
-from codistill.methods.teacher import Taught
+from codistill.methods.teacher import WithTeacher
 from codistill.settings.config import RunConfig, TeacherSettings, default_config
 from codistill.training import fleet, resume
 from codistill.training import trainer as loop
@@ -489,7 +489,7 @@ def test_a_step_of_several_calls_each_member_once():
 def method_of(name: str, seed: int = 0, image_size: tuple[int, int] = (8, 8)) -> cd.Method:
     torch.manual_seed(seed)
     method = METHODS[name](tiny.own_students(STUDENTS.get(name, 2)), 3, image_size=image_size)
-    return Taught(method, tiny.own_students(1)[0]) if METHODS[name].teacher == "required" else method
+    return WithTeacher(method, tiny.own_students(1)[0]) if METHODS[name].teacher == "required" else method
 
 
 def member_of(

@@ -36,7 +36,7 @@ def gradients(method: cd.Method, forward) -> dict[str, Tensor | None]:
     """Gradients of each turn's total for its parameters, named."""
     names = {id(parameter): name for name, parameter in method.named_parameters()}
     found: dict[str, Tensor | None] = {}
-    for turn in method.turns() or [tuple(method.parameters())]:
+    for turn in method.alternating_updates() or [tuple(method.parameters())]:
         method.zero_grad()
         total = torch.stack(list(method.losses(forward(images(method)), LABELS, PROGRESS).values())).sum()
         total.backward(inputs=[each for each in turn if each.requires_grad])

@@ -81,8 +81,8 @@ class DML(Method):
                 "set method.shared_stages to 0, or method.update to simultaneous"
             )
 
-    def turns(self) -> Sequence[Sequence[nn.Parameter]]:
-        """Give each student a turn where they alternate; see `Method.turns`."""
+    def alternating_updates(self) -> Sequence[Sequence[nn.Parameter]]:
+        """Give each student a turn where they alternate; see `Method.alternating_updates`."""
         if self.settings.update == "simultaneous":
             return ()
         return [tuple(student.parameters()) for student in self.cohort]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from codistill.core.errors import UsageError
 from codistill.methods.cohort import Outputs
 from codistill.methods.losses import mean_logits, mixture_logits
-from codistill.methods.method import METHODS, GroupPredictor, Method, ParameterGroup
+from codistill.methods.method import METHODS, EnsembleNetwork, Method, ParameterGroup
 from codistill.methods.terms import DistillationSettings, cross_entropy_terms, ramped_kl
 from codistill.modules import FeatureFusion
 from codistill.modules.fusion import MapShape, Projection
@@ -129,4 +129,4 @@ class FFL(Method):
     def predictors(self) -> dict[str, nn.Module]:
         """Give the students, their ensemble and the fused classifier; see `Method.predictors`."""
         members = [Network(list(each.stages), nn.Identity(), each.widths) for each in self.cohort]
-        return {**super().predictors(), "fused": GroupPredictor(members, self.cohort.shared_stages, self.fusion)}
+        return {**super().predictors(), "fused": EnsembleNetwork(members, self.cohort.shared_stages, self.fusion)}

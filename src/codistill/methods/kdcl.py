@@ -41,8 +41,8 @@ class KDCLSettings(MethodSettings):
     """Whether each student is trained on crops and flips of its own instead of the same ones for all."""
 
     @property
-    def whole_batch(self) -> str:
-        """The weights of variants general and linear come from all images; see `MethodSettings.whole_batch`."""
+    def needs_full_batch(self) -> str:
+        """The weights of variants general and linear come from all images; see `MethodSettings.needs_full_batch`."""
         return f"method.variant {self.variant}" if self.variant in ("general", "linear") else ""
 
     def __post_init__(self) -> None:

@@ -25,7 +25,7 @@ class MethodSettings:
     """Low stages that the students share. None: all but the last where the students are equal, else none."""
 
     @property
-    def whole_batch(self) -> str:
+    def needs_full_batch(self) -> str:
         """What of the method needs the whole batch in one process; empty: nothing, it may be split over several."""
         return ""
 
@@ -56,7 +56,7 @@ class MeanLogits(nn.Module):
         return mean_logits(logits)
 
 
-class GroupPredictor(nn.Module):
+class EnsembleNetwork(nn.Module):
     """A predictor that needs several students: their trunk once, each branch and head once, then a combination.
 
     Args:
@@ -144,7 +144,7 @@ class Method(nn.Module):
         """Whether the students' branches have nothing in common and may run at the same time."""
         return True
 
-    def turns(self) -> Sequence[Sequence[nn.Parameter]]:
+    def alternating_updates(self) -> Sequence[Sequence[nn.Parameter]]:
         """Say which parameters are updated one after the other, each from a fresh forward pass, within a step.
 
         Empty: all at once. A turn minimises the sum of all terms over its own parameters.
@@ -201,7 +201,7 @@ class Method(nn.Module):
         students = [self.deployed_student(index) for index in range(len(self.cohort))]
         named: dict[str, nn.Module] = {f"student{index}": student for index, student in enumerate(students)}
         if len(students) > 1:
-            named["ensemble"] = GroupPredictor(students, self.cohort.shared_stages, MeanLogits())
+            named["ensemble"] = EnsembleNetwork(students, self.cohort.shared_stages, MeanLogits())
         return named
 
     def after_step(self) -> None:

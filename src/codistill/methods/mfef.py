@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from codistill.core.errors import UsageError
 from codistill.methods.cohort import Outputs
 from codistill.methods.ffl import FusionSettings, fusion_terms, group_logits, map_shapes
-from codistill.methods.method import METHODS, GroupPredictor, Method, ParameterGroup
+from codistill.methods.method import METHODS, EnsembleNetwork, Method, ParameterGroup
 from codistill.methods.terms import cross_entropy_terms, ramped_kl
 from codistill.modules import DualAttention, FeatureFusion, MultiScaleExtraction
 from codistill.modules.multiscale import Half
@@ -214,5 +214,5 @@ class MFEF(Method):
                 Network(list(each.stages), nn.Sequential(*self._steps(index, self.fusion_point)), each.widths)
                 for index, each in enumerate(self.cohort)
             ]
-            named["fused"] = GroupPredictor(members, self.cohort.shared_stages, self.fusion)
+            named["fused"] = EnsembleNetwork(members, self.cohort.shared_stages, self.fusion)
         return named

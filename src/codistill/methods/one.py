@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from codistill.methods.cohort import Outputs
 from codistill.methods.losses import weighted_logits
-from codistill.methods.method import METHODS, GroupPredictor, Method
+from codistill.methods.method import METHODS, EnsembleNetwork, Method
 from codistill.methods.terms import DistillationSettings, cross_entropy_terms, ramped_kl
 from codistill.networks import Network
 
@@ -41,7 +41,7 @@ class Gate(nn.Module):
         return torch.softmax(self.layers(pooled), dim=1)
 
 
-class GatedPredictor(GroupPredictor):
+class GatedPredictor(EnsembleNetwork):
     """The gated ensemble alone; `combine` is the gate, which sees what it sees in training.
 
     Without a trunk that is the members' feature maps.

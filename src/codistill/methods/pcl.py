@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from codistill.core.errors import UsageError
 from codistill.methods.cohort import Outputs
-from codistill.methods.method import METHODS, GroupPredictor, Method, ParameterGroup
+from codistill.methods.method import METHODS, EnsembleNetwork, Method, ParameterGroup
 from codistill.methods.terms import DistillationSettings, cross_entropy_terms, ramped_kl
 from codistill.networks import Network
 
@@ -162,6 +162,6 @@ class PCL(Method):
     def predictors(self) -> dict[str, nn.Module]:
         """Give the students, their ensemble, the classifier and the mean teachers; see `Method.predictors`."""
         members = [Network(list(each.stages), nn.Identity(), each.widths) for each in self.cohort]
-        fused = GroupPredictor(members, self.cohort.shared_stages, self.fusion)
+        fused = EnsembleNetwork(members, self.cohort.shared_stages, self.fusion)
         means = {f"mean{index}": mean for index, mean in enumerate(self.means)}
         return {**super().predictors(), "fused": fused, **means}

@@ -13,7 +13,7 @@ from codistill.methods.losses import soft_target_kl
 from codistill.methods.method import Method, ParameterGroup
 
 
-class Taught(Method):
+class WithTeacher(Method):
     """A method whose students also learn from a frozen teacher.
 
     Adds to the method's terms, for each student, weight * T^2 KL(softmax(z_t / T) || softmax(z_j / T)). The teacher
@@ -47,7 +47,7 @@ class Taught(Method):
         self.settings, self.num_classes, self.image_size = method.settings, method.num_classes, method.image_size
         self.cohort = method.cohort
 
-    def _apply(self, *arguments: Any, **options: Any) -> "Taught":
+    def _apply(self, *arguments: Any, **options: Any) -> "WithTeacher":
         self._frozen[0]._apply(*arguments, **options)  # type: ignore[no-untyped-call]
         super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
         return self
@@ -62,9 +62,9 @@ class Taught(Method):
         """See `Method.parallel_branches`."""
         return self.method.parallel_branches
 
-    def turns(self) -> Any:
-        """See `Method.turns`."""
-        return self.method.turns()
+    def alternating_updates(self) -> Any:
+        """See `Method.alternating_updates`."""
+        return self.method.alternating_updates()
 
     def forward(self, images: Float[Tensor, "*view batch channel height width"]) -> Outputs:
         """Run the method and, in training, the teacher."""

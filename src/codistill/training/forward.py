@@ -35,7 +35,7 @@ class TrainingForward:
         self._weights = _lowered(method) if precision == "bf16" else {}
         # What is cast together is differentiated together: not with what has a turn of its own, or is not trained.
         frozen = [each for each in self._weights.values() if not each.requires_grad]
-        self._groups = _grouped(self._weights.values(), [*method.turns(), frozen])
+        self._groups = _grouped(self._weights.values(), [*method.alternating_updates(), frozen])
         self._kept: list[Tensor] = []
         self._norms = [module for module in method.modules() if isinstance(module, _BatchNorm) and _counts(module)]
 

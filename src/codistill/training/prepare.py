@@ -16,7 +16,7 @@ from codistill.core.host import set_up_cpu
 from codistill.data.augment import DeviceImages, seeded_order
 from codistill.data.dataset import Dataset, Split
 from codistill.methods import METHODS, Method
-from codistill.methods.teacher import Taught
+from codistill.methods.teacher import WithTeacher
 from codistill.runs.lock import RunLock
 from codistill.runs.metadata import dataset_record, environment
 from codistill.runs.run import Run
@@ -102,7 +102,7 @@ def build_taught(config: RunConfig, data: Dataset) -> Method:
     if config.teaching.teacher is None:
         return method
     teacher = load_teacher(config.teaching, data.class_names, data.statistics)
-    return Taught(method, teacher, config.teaching.teacher_weight, config.teaching.teacher_temperature)
+    return WithTeacher(method, teacher, config.teaching.teacher_weight, config.teaching.teacher_temperature)
 
 
 def check_teacher(method: type[Method], given: bool) -> None:

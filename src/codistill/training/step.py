@@ -59,7 +59,7 @@ class PlainStep:
         flat = Batch(*(table.flatten() for table in batch))
         images, labels = self.images.augmented(flat, self.augmentation)
         images, labels = images.reshape(*batch.image.shape, *images.shape[1:]), labels[:own]
-        turns: Sequence[Sequence[Tensor] | None] = self.method.turns() or [None]
+        turns: Sequence[Sequence[Tensor] | None] = self.method.alternating_updates() or [None]
         names: list[str] = []
         sizes: list[Tensor] = []
         for parameters in turns:

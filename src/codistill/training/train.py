@@ -10,7 +10,7 @@ from codistill.core.device import choose_device
 from codistill.core.errors import DivergedError
 from codistill.data.dataset import Dataset
 from codistill.methods import Method
-from codistill.methods.teacher import Taught
+from codistill.methods.teacher import WithTeacher
 from codistill.runs.run import Run
 from codistill.settings.build import load_named_data
 from codistill.settings.config import ExecutionSettings, RunConfig, TeacherSettings, TrainSettings
@@ -76,7 +76,7 @@ def train(
         DivergedError: A loss became NaN or infinite; the last whole checkpoint is kept.
     """
     inner, teaching = method, TeacherSettings()
-    if isinstance(method, Taught):
+    if isinstance(method, WithTeacher):
         inner = method.method
         teaching = TeacherSettings(teacher_weight=method.weight, teacher_temperature=method.temperature)
     check_teacher(type(inner), inner is not method)
