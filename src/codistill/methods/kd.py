@@ -29,7 +29,7 @@ class KDSettings(IndependentSettings):
 class KD(Method):
     """Each student learns from the labels and from a frozen teacher: loss = sum_j [a CE(z_j) + b T^2 KL(z_t -> z_j)].
 
-    The teacher's terms are added by `codistill.teacher.WithTeacher`, as they are for every method that is given a teacher.
+    The terms of the teacher are added by `WithTeacher`, as for every method that is given a teacher.
 
     Source: Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv 1503.02531. Weights a = b = 1 and T = 3
         as in DefangChen/OKDDip-AAAI2020 at c6a05de, train_kd.py; MFEF (ICANN 2022) prints none.
