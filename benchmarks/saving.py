@@ -25,15 +25,15 @@ from unittest import mock
 import codistill as cd  # isort: skip
 import torch
 
-from codistill.core.signals import Pending
+from codistill.core.signals import SignalRequests
 from codistill.runs.metadata import environment
 from codistill.runs.saving import Saver
 from codistill.settings.build import load_named_data
 from codistill.settings.config import default_config
 from codistill.training.capture import make_fleet
-from codistill.training.loop import completed, heed
-from codistill.training.prepare import build_taught, prepared
-from codistill.training.trainer import Loop
+from codistill.training.loop import completed, handle_signals
+from codistill.training.prepare import build_taught, set_up
+from codistill.training.trainer import Trainer
 
 
 @contextlib.contextmanager
@@ -41,7 +41,7 @@ def unsafe() -> Iterator[None]:
     """Take out all that makes a run safe."""
     with (
         mock.patch("codistill.step.norms", lambda gradients: []),
-        mock.patch.object(cd.watch.FiniteWatch, "update", lambda self, names, values: None),
+        mock.patch.object(cd.watch.NonFiniteDetector, "update", lambda self, names, values: None),
         mock.patch("codistill.divergence.state_damage", lambda state: ([], torch.zeros(0))),
         mock.patch.object(Saver, "copy", lambda self, state: {}),
         mock.patch.object(Saver, "log", lambda self, row, state, best: None),
@@ -52,7 +52,7 @@ def unsafe() -> Iterator[None]:
 class Training:
     """One of the two trainings, and what its parts took, in seconds."""
 
-    def __init__(self, loop: Loop, safe: bool) -> None:
+    def __init__(self, loop: Trainer, safe: bool) -> None:
         self.loop, self.safe = loop, safe
         self.fleet = make_fleet([loop.step])
         self.steps: list[float] = []
@@ -62,7 +62,7 @@ class Training:
     def begin(self, epoch: int) -> None:
         """Draw the order of an epoch."""
         self.plan = self.loop.begin_epoch(epoch)
-        self.loop.watch.start()
+        self.loop.stopwatch.start()
 
     @contextlib.contextmanager
     def timed(self, times: list[float]) -> Iterator[None]:
@@ -77,11 +77,11 @@ class Training:
         progress = torch.full((), epoch / self.loop.config.train.epochs)
         with self.timed(self.steps):
             self.fleet([self.plan.part(*place)], progress)
-            heed(Pending(), [self.loop], epoch, number)
+            handle_signals(SignalRequests(), [self.loop], epoch, number)
 
     def end(self, epoch: int) -> None:
         """Evaluate and save."""
-        self.loop.watch.stop()
+        self.loop.stopwatch.stop()
         with self.timed(self.evaluations):
             self.loop.evaluation.run()
         with self.timed(self.ends):
@@ -110,7 +110,7 @@ def main() -> int:
         safe, bare = (
             Training(
                 held.enter_context(
-                    prepared(build_taught(config, data), data, config, Path(folder) / name, device, False)
+                    set_up(build_taught(config, data), data, config, Path(folder) / name, device, False)
                 ),
                 name == "safe",
             )

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import cases as processes
 import tyro
 
-from codistill.training.execution import Execution
+from codistill.training.compiling import Execution
 
 
 @dataclass(frozen=True)

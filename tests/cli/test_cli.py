@@ -354,7 +354,7 @@ def test_memory_that_runs_out_in_training_is_status_6(made, capsys, monkeypatch,
     def fail(self, batch, progress):
         raise MemoryError
 
-    monkeypatch.setattr(importlib.import_module("codistill.training.step").PlainStep, "__call__", fail)
+    monkeypatch.setattr(importlib.import_module("codistill.training.step").TrainStep, "__call__", fail)
     flags = ["--data-dir", str(made / "colours.npz"), "--out", "out"]
     words = "out of memory: mfef with tiny .* at batch size 8: use a smaller --batch-size, or fewer or smaller"
     refused(capsys, ["train", *TINY, *flags], 6, words)

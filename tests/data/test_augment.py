@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from codistill.data import Split, dataset
-from codistill.data.augment import Augmentation, Batch, DeviceImages, epoch_plan, generator, seeded_order
+from codistill.data.augment import Augmentation, BatchIndices, DeviceImages, epoch_indices, generator, seeded_order
 
 from .. import tiny
 
@@ -26,7 +26,7 @@ def random_split(count: int, height: int, width: int) -> Split:
     return Split(rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8), rng.integers(0, 9, count))
 
 
-def slowly(split: Split, batch: Batch, augmentation: Augmentation) -> np.ndarray:
+def slowly(split: Split, batch: BatchIndices, augmentation: Augmentation) -> np.ndarray:
     """Pad, crop, flip and normalise each image by itself, in float64."""
     height, width = split.images.shape[1:3]
     border = (augmentation.padding, augmentation.padding)
@@ -41,11 +41,11 @@ def slowly(split: Split, batch: Batch, augmentation: Augmentation) -> np.ndarray
     return np.stack(done)
 
 
-def every_offset(padding: int, images: int) -> Batch:
+def every_offset(padding: int, images: int) -> BatchIndices:
     """Each offset with and without a flip; the images in turn."""
     steps = range(2 * padding + 1)
     top, left, mirror = map(torch.tensor, zip(*itertools.product(steps, steps, (False, True)), strict=True))
-    return Batch(torch.arange(len(top)) % images, top, left, mirror)
+    return BatchIndices(torch.arange(len(top)) % images, top, left, mirror)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -83,7 +83,7 @@ def test_equals_the_slow_way_for_any_plan(size, padding, mode, flip, seed):
         padding %= min(size)
     split = random_split(5, *size)
     augmentation = Augmentation(padding=padding, padding_mode=mode, flip=flip)
-    plan = epoch_plan(5, seed, 0, augmentation, CPU)
+    plan = epoch_indices(5, seed, 0, augmentation, CPU)
     images, _ = DeviceImages(split, STATISTICS, CPU).augmented(plan, augmentation)
     np.testing.assert_allclose(images.numpy(), slowly(split, plan, augmentation), rtol=0, atol=1e-5)
 
@@ -91,7 +91,7 @@ def test_equals_the_slow_way_for_any_plan(size, padding, mode, flip, seed):
 def test_padding_is_black_and_not_grey():
     # Black before normalisation: 0 of 255, not the mean.
     white = Split(np.full((1, 4, 4, 3), 255, np.uint8), np.zeros(1, np.int64))
-    batch = Batch(torch.tensor([0]), torch.tensor([0]), torch.tensor([2]), torch.tensor([False]))
+    batch = BatchIndices(torch.tensor([0]), torch.tensor([0]), torch.tensor([2]), torch.tensor([False]))
     images, _ = DeviceImages(white, STATISTICS, CPU).augmented(batch, Augmentation(padding=2))
     mean, std = map(torch.tensor, STATISTICS)
     black, bright = -mean / std, (1 - mean) / std
@@ -103,36 +103,36 @@ def test_nothing_to_augment_leaves_the_images_as_they_are():
     split = random_split(11, 6, 7)
     images = DeviceImages(split, STATISTICS, CPU)
     nothing = Augmentation(padding=0, flip=False)
-    plan = epoch_plan(11, 3, 0, nothing, CPU)
+    plan = epoch_indices(11, 3, 0, nothing, CPU)
     assert not plan.top.any() and not plan.left.any() and not plan.mirror.any()
     augmented, labels = images.augmented(plan, nothing)
-    plain, in_order = images.plain(0, 11)
+    plain, in_order = images.batch(0, 11)
     assert torch.equal(augmented, plain[plan.image]) and torch.equal(labels, in_order[plan.image])
 
 
 def test_normalisation_of_every_pixel_value():
     values = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
     split = Split(np.repeat(values, 3, axis=3), np.zeros(1, np.int64))
-    pixels, _ = DeviceImages(split, STATISTICS, CPU).plain(0, 1)
+    pixels, _ = DeviceImages(split, STATISTICS, CPU).batch(0, 1)
     expected = (np.arange(256).reshape(16, 16) / 255 - np.reshape(STATISTICS[0], (3, 1, 1))) / np.reshape(
         STATISTICS[1], (3, 1, 1)
     )
     np.testing.assert_allclose(pixels[0].numpy(), expected, rtol=0, atol=1e-6)
 
 
-def test_plain_gives_a_range_in_order_and_stops_at_the_end():
+def test_batch_gives_a_range_in_order_and_stops_at_the_end():
     split = random_split(10, 4, 4)
     images = DeviceImages(split, STATISTICS, CPU)
     assert len(images) == 10
-    pixels, labels = images.plain(8, 20)
-    whole, _ = images.plain(0, 10)
+    pixels, labels = images.batch(8, 20)
+    whole, _ = images.batch(0, 10)
     assert torch.equal(pixels, whole[8:]) and labels.tolist() == split.labels[8:].tolist()
     assert pixels.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_the_digits_are_normalised_by_their_own_statistics():
     data = dataset("digits")
-    pixels, _ = DeviceImages(data.train, data.statistics, CPU).plain(0, len(data.train))
+    pixels, _ = DeviceImages(data.train, data.statistics, CPU).batch(0, len(data.train))
     wide = pixels.double()
     torch.testing.assert_close(wide.mean(dim=(0, 2, 3)), torch.zeros(3).double(), rtol=0, atol=1e-5)
     torch.testing.assert_close(wide.std(dim=(0, 2, 3), correction=0), torch.ones(3).double(), rtol=0, atol=1e-5)
@@ -142,7 +142,7 @@ def test_augmenting_reads_nothing_back():
     images = DeviceImages(random_split(6, 8, 8), STATISTICS, CPU)
     for mode in MODES:
         augmentation = Augmentation(padding=2, padding_mode=mode)
-        plan = epoch_plan(6, 0, 0, augmentation, CPU)
+        plan = epoch_indices(6, 0, 0, augmentation, CPU)
         with tiny.HostReads() as reads:
             images.augmented(plan.part(1, 4), augmentation)
         assert reads.found == []
@@ -157,35 +157,37 @@ def test_a_read_would_be_found(read):
     assert len(reads.found) == 1
 
 
-def tables(plan: Batch) -> list[Tensor]:
+def tables(plan: BatchIndices) -> list[Tensor]:
     return list(plan)
 
 
-def same(one: Batch, other: Batch) -> bool:
+def same(one: BatchIndices, other: BatchIndices) -> bool:
     return all(map(torch.equal, tables(one), tables(other)))
 
 
 def test_a_plan_is_a_pure_function_of_seed_and_epoch():
     augmentation = Augmentation()
-    plan = epoch_plan(1000, 7, 3, augmentation, CPU)
+    plan = epoch_indices(1000, 7, 3, augmentation, CPU)
     state = torch.get_rng_state()
     torch.manual_seed(99)
     torch.set_num_threads(2)
     np.random.seed(5)
-    assert same(epoch_plan(1000, 7, 3, augmentation, CPU), plan)
+    assert same(epoch_indices(1000, 7, 3, augmentation, CPU), plan)
     elsewhere = []
-    thread = threading.Thread(target=lambda: elsewhere.append(epoch_plan(1000, 7, 3, augmentation, CPU)))
+    thread = threading.Thread(target=lambda: elsewhere.append(epoch_indices(1000, 7, 3, augmentation, CPU)))
     thread.start()
     thread.join()
     assert same(elsewhere[0], plan)
     torch.set_rng_state(state)
-    epoch_plan(1000, 8, 3, augmentation, CPU)
+    epoch_indices(1000, 8, 3, augmentation, CPU)
     assert torch.equal(torch.get_rng_state(), state)  # and takes nothing from the program's own random numbers
 
 
 def test_each_seed_and_each_epoch_has_a_plan_of_its_own():
     augmentation = Augmentation()
-    plans = {(seed, epoch): epoch_plan(500, seed, epoch, augmentation, CPU) for seed in (0, 1, 2) for epoch in range(3)}
+    plans = {
+        (seed, epoch): epoch_indices(500, seed, epoch, augmentation, CPU) for seed in (0, 1, 2) for epoch in range(3)
+    }
     for one, other in itertools.combinations(plans, 2):
         for first, second in zip(tables(plans[one]), tables(plans[other]), strict=True):
             assert not torch.equal(first, second), (one, other)
@@ -194,7 +196,7 @@ def test_each_seed_and_each_epoch_has_a_plan_of_its_own():
 @pytest.mark.parametrize("padding", [1, 4])
 def test_order_offsets_and_flips_are_fair(padding):
     count, places = 20_000, 2 * padding + 1
-    plan = epoch_plan(count, 0, 0, Augmentation(padding=padding), CPU)
+    plan = epoch_indices(count, 0, 0, Augmentation(padding=padding), CPU)
     assert torch.equal(plan.image.sort().values, torch.arange(count))
     assert not torch.equal(plan.image, torch.arange(count))
     for offsets in (plan.top, plan.left):
@@ -208,10 +210,10 @@ def test_order_offsets_and_flips_are_fair(padding):
 
 
 def test_parts_of_a_plan_are_its_steps():
-    plan = epoch_plan(10, 0, 0, Augmentation(), CPU)
+    plan = epoch_indices(10, 0, 0, Augmentation(), CPU)
     parts = [plan.part(start, start + 4) for start in (0, 4, 8)]
     assert [len(part.image) for part in parts] == [4, 4, 2]
-    assert same(Batch(*(torch.cat(column) for column in zip(*parts, strict=True))), plan)
+    assert same(BatchIndices(*(torch.cat(column) for column in zip(*parts, strict=True))), plan)
 
 
 @hypothesis_settings(deadline=None, max_examples=30, derandomize=True)
@@ -224,7 +226,7 @@ def test_the_seeded_order_is_a_permutation_that_the_seed_fixes(count, seed):
 
 def test_seeded_orders_differ_from_each_other_and_from_the_epochs():
     orders = [seeded_order(200, seed) for seed in range(4)]
-    orders += [epoch_plan(200, 0, epoch, Augmentation(), CPU).image for epoch in range(2)]
+    orders += [epoch_indices(200, 0, epoch, Augmentation(), CPU).image for epoch in range(2)]
     assert all(not torch.equal(one, other) for one, other in itertools.combinations(orders, 2))
 
 
@@ -240,8 +242,8 @@ def test_a_generator_depends_on_the_seed_and_on_every_part_of_its_stream():
 def test_a_gpu_gives_the_same_images(mode):
     split = random_split(50, 9, 7)
     augmentation = Augmentation(padding=3, padding_mode=mode)
-    plans = [epoch_plan(50, 1, 2, augmentation, device) for device in (CPU, torch.device("cuda"))]
-    assert same(plans[0], Batch(*(table.cpu() for table in plans[1])))
+    plans = [epoch_indices(50, 1, 2, augmentation, device) for device in (CPU, torch.device("cuda"))]
+    assert same(plans[0], BatchIndices(*(table.cpu() for table in plans[1])))
     images = [
         DeviceImages(split, STATISTICS, plan.image.device).augmented(plan, augmentation)[0].cpu() for plan in plans
     ]

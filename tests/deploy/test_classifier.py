@@ -48,7 +48,7 @@ def images(run):
 
 def test_pixels_are_normalised_as_in_training():
     data = tiny.data()
-    normalised, _ = DeviceImages(data.test, data.statistics, torch.device("cpu")).plain(0, 9)
+    normalised, _ = DeviceImages(data.test, data.statistics, torch.device("cpu")).batch(0, 9)
     module = PixelsIn(torch.nn.Flatten(), *map(list, data.statistics))
     pixels = torch.from_numpy(data.test.images.transpose(0, 3, 1, 2).copy())
     torch.testing.assert_close(module(pixels), normalised.flatten(1), rtol=0, atol=1e-6)
@@ -72,7 +72,7 @@ def test_batches_do_not_matter(files, images, name):
 
 def test_each_predictor_of_a_run(run, images):
     method = run.load_method()
-    normalised, _ = DeviceImages(run.load_data().test, run.load_data().statistics, torch.device("cpu")).plain(0, 30)
+    normalised, _ = DeviceImages(run.load_data().test, run.load_data().statistics, torch.device("cpu")).batch(0, 30)
     with torch.no_grad():
         expected = method.predictions(method(normalised))
     assert set(expected) == {"student0", "student1", "ensemble", "fused"}

@@ -320,7 +320,7 @@ def test_networks_and_data_of_ones_own(tmp_path):
     logits = load_classifier(path).logits(data.test.images)
     images = cd.data.augment.DeviceImages(data.test, data.statistics, torch.device("cpu"))
     with torch.no_grad():
-        expected = method.eval()(images.plain(0, 12)[0]).fused_logits
+        expected = method.eval()(images.batch(0, 12)[0]).fused_logits
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["fused.onnx", "run"]
     # Another process has neither the networks nor the data.

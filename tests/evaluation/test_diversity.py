@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import codistill as cd
-from codistill.evaluation.diversity import Diversity, DiversitySums, troubles
+from codistill.evaluation.diversity import Diversity, DiversitySums, health_warnings
 from codistill.training import trainer as loop
 
 from .. import tiny
@@ -129,18 +129,18 @@ def history(errors: list[list[float]]) -> list[dict]:
 )
 def test_a_collapse_is_named_after_a_twentieth(epochs, epoch, named):
     before = history([[90.0, 90.0]] * epoch)
-    found = troubles(row(epoch, [90.0, 90.0], [0.3, 0.95]), before, epochs)
+    found = health_warnings(row(epoch, [90.0, 90.0], [0.3, 0.95]), before, epochs)
     assert found == ["student1 has collapsed: it names one class for 95 % of the test images"] * named
 
 
 @pytest.mark.parametrize(("share", "named"), [(0.9, False), (0.901, True), (1.0, True), (0.5, False)])
 def test_a_collapse_is_more_than_nine_tenths(share, named):
-    found = troubles(row(9, [90.0], [share]), history([[90.0]] * 9), 10)
+    found = health_warnings(row(9, [90.0], [share]), history([[90.0]] * 9), 10)
     assert bool(found) is named
 
 
 def test_all_that_have_collapsed_are_named():
-    found = troubles(row(9, [90.0, 30.0, 90.0], [0.99, 0.1, 1.0]), history([[90.0, 30.0, 90.0]] * 9), 10)
+    found = health_warnings(row(9, [90.0, 30.0, 90.0], [0.99, 0.1, 1.0]), history([[90.0, 30.0, 90.0]] * 9), 10)
     assert [each.split()[0] for each in found] == ["student0", "student2"]
 
 
@@ -158,7 +158,7 @@ def test_all_that_have_collapsed_are_named():
     ],
 )
 def test_a_student_that_falls_behind_is_named(before, now, named):
-    found = troubles(row(len(before), now), history(before), 100)
+    found = health_warnings(row(len(before), now), history(before), 100)
     message = (
         f"student0 is diverging: test error {now[0]:.1f} %, after 40.0 % before and {now[1]:.1f} % of the best peer"
     )
@@ -166,19 +166,19 @@ def test_a_student_that_falls_behind_is_named(before, now, named):
 
 
 def test_the_best_of_several_peers_counts():
-    found = troubles(row(1, [70.0, 75.0, 45.0]), history([[40.0, 74.0, 45.0]]), 100)
+    found = health_warnings(row(1, [70.0, 75.0, 45.0]), history([[40.0, 74.0, 45.0]]), 100)
     assert found == ["student0 is diverging: test error 70.0 %, after 40.0 % before and 45.0 % of the best peer"]
 
 
 def test_one_student_alone_does_not_fall_behind():
-    assert troubles(row(1, [90.0]), history([[20.0]]), 100) == []
+    assert health_warnings(row(1, [90.0]), history([[20.0]]), 100) == []
 
 
 def test_who_has_collapsed_is_not_named_twice():
-    found = troubles(row(5, [90.0, 30.0], [1.0, 0.2]), history([[30.0, 30.0]] * 5), 10)
+    found = health_warnings(row(5, [90.0, 30.0], [1.0, 0.2]), history([[30.0, 30.0]] * 5), 10)
     assert len(found) == 1 and "collapsed" in found[0]
     # Within the first epochs, where a collapse is not yet named, falling behind is.
-    found = troubles(row(1, [90.0, 30.0], [1.0, 0.2]), history([[30.0, 30.0]]), 300)
+    found = health_warnings(row(1, [90.0, 30.0], [1.0, 0.2]), history([[30.0, 30.0]]), 300)
     assert len(found) == 1 and "diverging" in found[0]
 
 
@@ -202,7 +202,7 @@ def test_a_run_records_it(tmp_path, kind):
         assert gaps == expected and bool(gaps) is (kind is cd.MFEF)
     assert summary["diversity"] == rows[-1]["diversity"]
     images = loop.DeviceImages(data.test, data.statistics, CPU)
-    logits = run.load_method()(images.plain(0, 9)[0]).logits
+    logits = run.load_method()(images.batch(0, 9)[0]).logits
     disagreement, kl, shares = slow([each.detach().numpy() for each in logits])
     found = summary["diversity"]
     assert (found["disagreement"], found["kl"]) == pytest.approx((disagreement, kl), rel=1e-3, abs=1e-6)
@@ -242,6 +242,6 @@ def test_the_held_out_images_do_not_stand_in_for_the_test_images(tmp_path):
     run = cd.train(
         tiny.method(cd.Independent), data, out=tmp_path / "run", settings=tiny.settings(validation=8), show=False
     )
-    logits = run.load_method()(loop.DeviceImages(data.test, data.statistics, CPU).plain(0, 9)[0]).logits
+    logits = run.load_method()(loop.DeviceImages(data.test, data.statistics, CPU).batch(0, 9)[0]).logits
     expected = slow([each.detach().numpy() for each in logits])[2]
     assert list(run.summary["diversity"]["largest_class_share"].values()) == pytest.approx(expected)

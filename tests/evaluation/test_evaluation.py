@@ -35,7 +35,7 @@ def images():
 
 def test_one_pass_equals_the_predictors_one_by_one(trained, images):
     found = evaluate(trained, images, batch_size=20)
-    pixels, labels = images.plain(0, 50)
+    pixels, labels = images.batch(0, 50)
     predictors = trained.eval().predictors()
     assert list(found) == list(predictors)
     for name, predictor in predictors.items():

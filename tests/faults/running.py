@@ -14,7 +14,7 @@ import pytest
 
 import codistill as cd
 from codistill.cli import main
-from codistill.training.step import PlainStep
+from codistill.training.step import TrainStep
 
 from .. import tiny
 
@@ -69,16 +69,16 @@ def in_child(work: Callable[[], int]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def at_step(patch: pytest.MonkeyPatch, number: int, act: Callable[[PlainStep], None]) -> None:
+def at_step(patch: pytest.MonkeyPatch, number: int, act: Callable[[TrainStep], None]) -> None:
     """Do something before a step of the training, counted from 1."""
-    call, count = PlainStep.__call__, iter(range(1, 1000))
+    call, count = TrainStep.__call__, iter(range(1, 1000))
 
-    def stepping(self: PlainStep, *arguments: Any) -> None:
+    def stepping(self: TrainStep, *arguments: Any) -> None:
         if next(count) == number:
             act(self)
         call(self, *arguments)
 
-    patch.setattr(PlainStep, "__call__", stepping)
+    patch.setattr(TrainStep, "__call__", stepping)
 
 
 def kill_at_step(patch: pytest.MonkeyPatch, number: int, what: int = signal.SIGKILL) -> None:

@@ -17,7 +17,7 @@ import torch
 
 import codistill as cd
 from codistill.cli import main
-from codistill.training.step import PlainStep
+from codistill.training.step import TrainStep
 
 from .. import tiny
 from .asserting import refused
@@ -403,7 +403,7 @@ def test_resume_with_other_data(broken, tmp_path, capsys):
 def test_a_second_process_is_kept_out_and_a_dead_one_is_not(colours, undisturbed, tmp_path, capsys):
     out, go = tmp_path / "run", tmp_path / "go"
 
-    def waiting(_: PlainStep) -> None:
+    def waiting(_: TrainStep) -> None:
         while not go.exists():
             time.sleep(0.01)
 
@@ -440,7 +440,7 @@ def test_a_second_process_is_kept_out_and_a_dead_one_is_not(colours, undisturbed
 
 @pytest.mark.fault(9)
 def test_a_lone_process_ends_as_if_nobody_had_asked(colours, undisturbed, tmp_path, capsys):
-    def asked(_: PlainStep) -> None:
+    def asked(_: TrainStep) -> None:
         # Another open file, as another process has.
         with pytest.raises(cd.errors.UsageError, match="in use by pid"):
             cd.run_lock.RunLock(tmp_path / "run")

@@ -18,7 +18,7 @@ from codistill.cli import main
 from codistill.data.augment import DeviceImages
 from codistill.evaluation import evaluation as evaluate
 from codistill.runs import checkpoint
-from codistill.training.step import PlainStep
+from codistill.training.step import TrainStep
 
 from .asserting import refused
 from .running import EPOCHS, STEPS, arguments, at_step, end_state, in_child, kill_at_step, run_here
@@ -133,7 +133,7 @@ def test_a_fleet_goes_on_side_by_side(colours, tmp_path, capsys):
 def test_sigint_twice_ends_at_once(colours, undisturbed, tmp_path, capfd):
     out = tmp_path / "run"
 
-    def twice(_: PlainStep) -> None:
+    def twice(_: TrainStep) -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("the second one waited")
@@ -250,7 +250,7 @@ def test_a_limit_on_the_size_of_files(colours, undisturbed, tmp_path):
     def work() -> int:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
-        def limit(_: PlainStep) -> None:
+        def limit(_: TrainStep) -> None:
             while not (out / "metrics.jsonl").exists():  # the first epoch is saved beside the steps of the second
                 time.sleep(0.01)
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
@@ -326,10 +326,10 @@ def test_a_closed_standard_output(colours, undisturbed, tmp_path, capsys, monkey
 # --- 36: numbers that are none ---
 
 
-def poison(name: str, value: float) -> Callable[[PlainStep], None]:
+def poison(name: str, value: float) -> Callable[[TrainStep], None]:
     """Put a number into one weight."""
 
-    def change(step: PlainStep) -> None:
+    def change(step: TrainStep) -> None:
         with torch.no_grad():
             parameter = dict(step.method.named_parameters())[name]
             parameter[(0,) * parameter.ndim] = value
@@ -337,10 +337,10 @@ def poison(name: str, value: float) -> Callable[[PlainStep], None]:
     return change
 
 
-def poison_gradient(name: str, value: float) -> Callable[[PlainStep], None]:
+def poison_gradient(name: str, value: float) -> Callable[[TrainStep], None]:
     """Put a number into one gradient, of that step only."""
 
-    def change(step: PlainStep) -> None:
+    def change(step: TrainStep) -> None:
         parameter = dict(step.method.named_parameters())[name]
         handle = parameter.register_hook(lambda gradient: torch.full_like(gradient, value))
         step.handle = handle  # type: ignore[attr-defined]
@@ -406,7 +406,7 @@ def test_a_state_that_is_no_number_is_not_saved_at_a_signal(colours, undisturbed
 def test_memory_that_ends(colours, undisturbed, tmp_path, capsys, monkeypatch, error):
     out = tmp_path / "run"
 
-    def full(_: PlainStep) -> None:
+    def full(_: TrainStep) -> None:
         raise error
 
     with monkeypatch.context() as patch:

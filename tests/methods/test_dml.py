@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from codistill.core.errors import UsageError
-from codistill.data.augment import Augmentation, DeviceImages, epoch_plan
+from codistill.data.augment import Augmentation, DeviceImages, epoch_indices
 from codistill.methods.cohort import Outputs
 from codistill.methods.dml import DML, DMLSettings
 from codistill.training.optim import make_optimizer
-from codistill.training.step import PlainStep
+from codistill.training.step import TrainStep
 
 from .. import tiny
 from . import slow
@@ -210,8 +210,8 @@ def test_turns_equal_a_loop_written_by_hand(students):
     method = tiny.method(DML, students=students, update="alternating").train()
     other, images = copy.deepcopy(method), DeviceImages(tiny.data().train, tiny.data().statistics, CPU)
     start = copy.deepcopy(method.state_dict())
-    step = PlainStep(method, images, AUGMENTATION, make_optimizer(method, RATE, 0.9, True, DECAY))
-    plan = epoch_plan(24, 0, 0, AUGMENTATION, CPU)
+    step = TrainStep(method, images, AUGMENTATION, make_optimizer(method, RATE, 0.9, True, DECAY))
+    plan = epoch_indices(24, 0, 0, AUGMENTATION, CPU)
     taken = [plan.part(begin, begin + 6) for begin in range(0, 24, 6)]
     for batch in taken:
         step(batch, START)
@@ -235,8 +235,8 @@ def test_a_turn_sees_the_update_before_it():
     for update in ("simultaneous", "alternating"):
         method = tiny.method(DML, update=update).train()
         images = DeviceImages(tiny.data().train, tiny.data().statistics, CPU)
-        step = PlainStep(method, images, AUGMENTATION, make_optimizer(method, RATE, 0.0, False, 0.0))
-        step(epoch_plan(24, 0, 0, AUGMENTATION, CPU).part(0, 6), START)
+        step = TrainStep(method, images, AUGMENTATION, make_optimizer(method, RATE, 0.0, False, 0.0))
+        step(epoch_indices(24, 0, 0, AUGMENTATION, CPU).part(0, 6), START)
         states.append([[each.detach().clone() for each in student.parameters()] for student in method.cohort])
     for together, in_turn in zip(states[0][0], states[1][0], strict=True):
         torch.testing.assert_close(together, in_turn)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import codistill as cd
 from codistill.core.errors import UsageError
-from codistill.data.augment import Augmentation, DeviceImages, epoch_plan
+from codistill.data.augment import Augmentation, DeviceImages, epoch_indices
 from codistill.methods.cohort import Outputs
 from codistill.methods.kdcl import (
     KDCL,
@@ -26,7 +26,7 @@ from codistill.methods.kdcl import (
     naive_target,
 )
 from codistill.training.optim import make_optimizer
-from codistill.training.step import PlainStep
+from codistill.training.step import TrainStep
 
 from .. import tiny
 from . import slow
@@ -372,8 +372,8 @@ def test_a_student_sees_its_own_view(make, batch):
 
 def run_epoch(method: cd.Method, epoch: int = 0) -> tuple[DeviceImages, list]:
     images = DeviceImages(tiny.data().train, tiny.data().statistics, CPU)
-    step = PlainStep(method.train(), images, AUGMENTATION, make_optimizer(method, 0.05, 0.9, True, 0.01))
-    plan = epoch_plan(24, 0, epoch, AUGMENTATION, CPU, method.views)
+    step = TrainStep(method.train(), images, AUGMENTATION, make_optimizer(method, 0.05, 0.9, True, 0.01))
+    plan = epoch_indices(24, 0, epoch, AUGMENTATION, CPU, method.views)
     taken = [plan.part(begin, begin + 6) for begin in range(0, 24, 6)]
     for batch in taken:
         step(batch, torch.tensor(epoch / 2))
@@ -471,8 +471,8 @@ def test_no_host_read_with_own_views(variant, precision):
     method = tiny.method(KDCL, variant=variant).train()
     images = DeviceImages(tiny.data().train, tiny.data().statistics, CPU)
     optimizer = make_optimizer(method, 0.05, 0.9, True, 0.01)
-    step = PlainStep(method, images, AUGMENTATION, optimizer, precision)
-    plan = epoch_plan(24, 0, 0, AUGMENTATION, CPU, method.views)
+    step = TrainStep(method, images, AUGMENTATION, optimizer, precision)
+    plan = epoch_indices(24, 0, 0, AUGMENTATION, CPU, method.views)
     with tiny.HostReads() as reads:
         step(plan.part(0, 6), START)
         step(plan.part(6, 12), START)

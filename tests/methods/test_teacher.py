@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import codistill as cd
 from codistill.cli import main
 from codistill.core.errors import CheckpointError, UsageError
-from codistill.data.augment import Augmentation, DeviceImages, epoch_plan
+from codistill.data.augment import Augmentation, DeviceImages, epoch_indices
 from codistill.deploy.classifier import load_classifier
 from codistill.deploy.export import export_predictor
 from codistill.methods import METHODS
@@ -26,7 +26,7 @@ from codistill.methods.teacher import Renormalised, WithTeacher
 from codistill.runs.evaluate import evaluate_run
 from codistill.settings.config import TeacherSettings
 from codistill.training.optim import make_optimizer
-from codistill.training.step import PlainStep
+from codistill.training.step import TrainStep
 from codistill.training.teacher import load_teacher, read_checkpoint
 
 from .. import tiny
@@ -245,8 +245,8 @@ def test_a_teacher_of_other_classes_is_refused():
 def test_a_step_reads_nothing_on_the_host():
     method, data = taught(cd.KDCL), tiny.data()
     images = DeviceImages(data.train, data.statistics, torch.device("cpu"))
-    step = PlainStep(method.train(), images, Augmentation(), make_optimizer(method, 0.05, 0.9, True, 1e-4))
-    plan = epoch_plan(24, 0, 0, Augmentation(), torch.device("cpu"), method.views)
+    step = TrainStep(method.train(), images, Augmentation(), make_optimizer(method, 0.05, 0.9, True, 1e-4))
+    plan = epoch_indices(24, 0, 0, Augmentation(), torch.device("cpu"), method.views)
     with tiny.HostReads() as reads:
         step(plan.part(0, 8), START)
     assert reads.found == []
@@ -389,7 +389,7 @@ def test_a_stronger_teacher_term_brings_the_students_closer(made, capsys):
         flags = ["--teacher", str(made / "run"), "--teacher-weight", weight, "--epochs", "8", "--milestones", "7"]
         assert train_kd(made, *flags, "--method.label-weight", "0", out=f"weight{weight}") == 0
         run = cd.Run(f"weight{weight}")
-        images = DeviceImages(tiny.data().test, tiny.data().statistics, torch.device("cpu")).plain(0, 9)[0]
+        images = DeviceImages(tiny.data().test, tiny.data().statistics, torch.device("cpu")).batch(0, 9)[0]
         taught_logits = loaded(made, made / "run").eval()(images)
         gaps.append((run.load_method()(images).logits[0] - taught_logits).square().mean().item())
     assert gaps[1] < gaps[0]

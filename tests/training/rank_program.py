@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 
 from codistill.networks import NETWORKS
-from codistill.training.step import PlainStep
+from codistill.training.step import TrainStep
 
 from .. import tiny
 
 FAULT = Path("fault")
-step, calls = PlainStep.__call__, iter(range(1, 1000))
+step, calls = TrainStep.__call__, iter(range(1, 1000))
 
 
-def faulty(self: PlainStep, *arguments: object) -> None:
+def faulty(self: TrainStep, *arguments: object) -> None:
     number = next(calls)
     rank, at, act = FAULT.read_text().split(" ") if FAULT.exists() else ("", "", "")
     if (rank, at) == (os.environ["RANK"], str(number)):
@@ -37,4 +37,4 @@ def faulty(self: PlainStep, *arguments: object) -> None:
 
 if __name__ == "__mp_main__":
     NETWORKS._discover()["tiny"] = tiny.network
-    PlainStep.__call__ = faulty
+    TrainStep.__call__ = faulty

@@ -6,15 +6,23 @@ import pytest
 import torch
 
 import codistill as cd
-from codistill.training.finite import GRADIENT, FiniteWatch, culprits, norms, parameter_names, part_of, state_damage
+from codistill.training.finite import (
+    GRADIENT,
+    NonFiniteDetector,
+    culprits,
+    norms,
+    parameter_names,
+    part_of,
+    state_damage,
+)
 
 from .. import tiny
 
 CPU = torch.device("cpu")
 
 
-def watched(*steps: list[float]) -> FiniteWatch:
-    watch = FiniteWatch(CPU)
+def watched(*steps: list[float]) -> NonFiniteDetector:
+    watch = NonFiniteDetector(CPU)
     for values in steps:
         watch.update(["a", "b", "c"], torch.tensor(values))
     return watch
@@ -41,7 +49,7 @@ def test_it_begins_anew():
 
 def test_it_goes_on_from_its_state():
     first = watched([1, 1, 1], [1, 1, 1])
-    second = FiniteWatch(CPU)
+    second = NonFiniteDetector(CPU)
     second.load({name: value.clone() if torch.is_tensor(value) else value for name, value in first.state().items()})
     for watch in (first, second):
         watch.update(["a", "b", "c"], torch.tensor([1, 1, math.nan]))
@@ -49,7 +57,7 @@ def test_it_goes_on_from_its_state():
 
 
 def test_the_host_reads_nothing():
-    watch = FiniteWatch(CPU)
+    watch = NonFiniteDetector(CPU)
     with tiny.HostReads() as reads:
         for _ in range(3):
             watch.update(["a"], torch.stack(norms([torch.ones(3, 2)])))

@@ -17,20 +17,20 @@ import codistill as cd
 from codistill.cli import main
 from codistill.core.device import set_up_gpu
 from codistill.core.errors import DataError, UsageError
-from codistill.data.augment import Augmentation, Batch, DeviceImages, epoch_plan
+from codistill.data.augment import Augmentation, BatchIndices, DeviceImages, epoch_indices
 from codistill.methods import METHODS
 from codistill.methods.kdcl import KDCLSettings
 from codistill.methods.teacher import WithTeacher
 from codistill.settings.config import RunConfig, TeacherSettings, default_config
 from codistill.training import fleet, resume
 from codistill.training import trainer as loop
-from codistill.training.capture import CapturedFleet, SequentialFleet, make_fleet
-from codistill.training.execution import Execution
+from codistill.training.capture import EagerSteps, GraphedSteps, make_fleet
+from codistill.training.compiling import Execution
 from codistill.training.fleet import train_fleet, train_seeds
 from codistill.training.optim import make_optimizer
-from codistill.training.prepare import prepared
+from codistill.training.prepare import set_up
 from codistill.training.resume import resume_together
-from codistill.training.step import PlainStep
+from codistill.training.step import TrainStep
 from codistill.training.train import train_from_config
 
 from .. import tiny
@@ -306,15 +306,15 @@ def test_a_group_has_gone_when_the_next_one_begins(config, monkeypatch):
     @contextlib.contextmanager
     def watched(*arguments, **named):
         there.append([each() is not None for each in gone])
-        with prepared(*arguments, **named) as loop:
+        with set_up(*arguments, **named) as loop:
             gone.append(weakref.ref(loop.step))
             yield loop
         del loop
 
     there: list[list[bool]] = []
-    gone: list[weakref.ref[PlainStep]] = []
+    gone: list[weakref.ref[TrainStep]] = []
     monkeypatch.setattr(fleet, "side_by_side", lambda *_: [1, 1])
-    monkeypatch.setattr(fleet, "prepared", watched)
+    monkeypatch.setattr(fleet, "set_up", watched)
     monkeypatch.setattr(loop, "write_report", drawing)
     gc.disable()
     try:
@@ -329,7 +329,7 @@ def test_groups_that_wait_are_resumed_too(config, monkeypatch):
     sizes = {3: [2, 1], 2: [1, 1], 1: [1]}
     for module in (fleet, resume):
         monkeypatch.setattr(module, "side_by_side", lambda methods, *_: sizes[len(methods)])
-    call, count = PlainStep.__call__, iter(range(100))
+    call, count = TrainStep.__call__, iter(range(100))
 
     def stopping(self, *arguments):
         if next(count) == 5:
@@ -337,7 +337,7 @@ def test_groups_that_wait_are_resumed_too(config, monkeypatch):
         call(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PlainStep, "__call__", stopping)
+        patch.setattr(TrainStep, "__call__", stopping)
         with pytest.raises(SystemExit):
             train_fleet(configs, folders(3), show=False)
     resume_together([Path("fleet")], show=False)
@@ -354,14 +354,14 @@ def test_runs_side_by_side_have_one_copy_of_their_images(config, monkeypatch):
 
 
 def test_what_breaks_a_fleet_off_is_written_everywhere(config, monkeypatch):
-    count, call = iter(range(100)), PlainStep.__call__
+    count, call = iter(range(100)), TrainStep.__call__
 
     def breaking(self, batch, progress):
         if next(count) == 7:
             raise KeyboardInterrupt
         call(self, batch, progress)
 
-    monkeypatch.setattr(PlainStep, "__call__", breaking)
+    monkeypatch.setattr(TrainStep, "__call__", breaking)
     with pytest.raises(KeyboardInterrupt):
         train_fleet([config(seed=0), config(seed=1)], folders(2), show=False)
     for path in folders(2):
@@ -479,7 +479,7 @@ def test_a_step_of_several_calls_each_member_once():
         def __call__(self, batch: Any, progress: Any) -> None:
             seen.append((self.name, batch, progress))
 
-    fleet = SequentialFleet([Member("a"), Member("b"), Member("c")])
+    fleet = EagerSteps([Member("a"), Member("b"), Member("c")])
     fleet(["x", "y", "z"], 0.5)
     assert seen == [("a", "x", 0.5), ("b", "y", 0.5), ("c", "z", 0.5)]
     with pytest.raises(ValueError, match="zip"):
@@ -494,29 +494,29 @@ def method_of(name: str, seed: int = 0, image_size: tuple[int, int] = (8, 8)) ->
 
 def member_of(
     name: str, seed: int, device: torch.device = CPU, precision: str = "float32", overlap: bool = False
-) -> PlainStep:
+) -> TrainStep:
     method = method_of(name, seed).to(device, memory_format=torch.channels_last).train()
     data = tiny.data()
     optimizer = make_optimizer(method, 0.05, 0.9, True, 1e-4)
     images = DeviceImages(data.train, data.statistics, device)
-    return PlainStep(method, images, Augmentation(), optimizer, precision, execution=Execution(overlap=overlap))
+    return TrainStep(method, images, Augmentation(), optimizer, precision, execution=Execution(overlap=overlap))
 
 
 def test_on_a_cpu_a_fleet_is_sequential():
     members = [member_of("mfef", 0), member_of("kdcl", 1)]
     fleet = make_fleet(members)
-    assert isinstance(fleet, SequentialFleet) and fleet.members == members
+    assert isinstance(fleet, EagerSteps) and fleet.members == members
 
 
 def test_every_step_of_a_fleet_gets_its_own_batch(config, monkeypatch):
-    seen: list[tuple[PlainStep, Batch, float]] = []
-    call = PlainStep.__call__
+    seen: list[tuple[TrainStep, BatchIndices, float]] = []
+    call = TrainStep.__call__
 
     def watched(self, batch, progress):
         seen.append((self, batch, float(progress)))
         call(self, batch, progress)
 
-    monkeypatch.setattr(PlainStep, "__call__", watched)
+    monkeypatch.setattr(TrainStep, "__call__", watched)
     train_fleet([config("kdcl", seed=0), config("mfef", seed=1)], folders(2), show=False)
     first, second = dict.fromkeys(member for member, *_ in seen)
     assert [member for member, *_ in seen] == [first, second] * 6
@@ -525,7 +525,7 @@ def test_every_step_of_a_fleet_gets_its_own_batch(config, monkeypatch):
         batches = [batch for each, batch, _ in seen if each is member]
         assert [tuple(batch.image.shape) for batch in batches] == [(*views, size) for size in (8, 8, 4)] * 2
         for epoch in (0, 1):
-            plan = epoch_plan(20, seed, epoch, member.augmentation, CPU, member.method.views)
+            plan = epoch_indices(20, seed, epoch, member.augmentation, CPU, member.method.views)
             for number, (start, stop) in enumerate(((0, 8), (8, 16), (16, 20))):
                 taken, expected = batches[3 * epoch + number], plan.part(start, stop)
                 assert all(map(torch.equal, taken, expected))
@@ -551,12 +551,12 @@ def test_a_captured_fleet_equals_plain_steps(repeatable, name, precision, member
     plain = [member_of(name, seed, device, precision) for seed in range(members)]
     fast = [member_of(name, seed, device, precision, overlap) for seed in range(members)]
     fleet = make_fleet(fast)
-    assert isinstance(fleet, CapturedFleet) or not fast[0].method.capturable
+    assert isinstance(fleet, GraphedSteps) or not fast[0].method.capturable
     for number in range(20 if precision == "float32" else 10):
         progress = torch.tensor(number / 20, device=device)
         size = 6 if number % 2 else 8  # two sizes: three plain steps of each, then two graphs take turns
         batches = [
-            epoch_plan(24, seed, number, Augmentation(), device, member.method.views).part(0, size)
+            epoch_indices(24, seed, number, Augmentation(), device, member.method.views).part(0, size)
             for seed, member in enumerate(fast)
         ]
         for member, batch in zip(plain, batches, strict=True):

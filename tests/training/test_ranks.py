@@ -9,13 +9,13 @@ from torch import nn
 import codistill as cd
 from codistill.cli import main
 from codistill.core.errors import UsageError
-from codistill.data.augment import Augmentation, DeviceImages, epoch_plan
+from codistill.data.augment import Augmentation, DeviceImages, epoch_indices
 from codistill.networks import Network, PooledLinear
 from codistill.settings.config import default_config
 from codistill.training.fleet import train_fleet
 from codistill.training.optim import make_optimizer, momentum_buffers
 from codistill.training.ranks import ALONE, Ranks
-from codistill.training.step import PlainStep
+from codistill.training.step import TrainStep
 from codistill.training.train import train_from_config
 
 from .. import tiny
@@ -44,8 +44,8 @@ def after_steps(name, sizes, ranks):
     data = tiny.data()
     images = DeviceImages(data.train, data.statistics, CPU)
     optimizer = make_optimizer(method, 0.1, 0.9, True, 1e-4)
-    step = PlainStep(method, images, CROPS, optimizer, ranks=ranks)
-    plan, start = epoch_plan(len(images), 0, 0, CROPS, CPU, method.views), 0
+    step = TrainStep(method, images, CROPS, optimizer, ranks=ranks)
+    plan, start = epoch_indices(len(images), 0, 0, CROPS, CPU, method.views), 0
     for size in sizes:
         step(plan.part(start, start + size), torch.tensor(0.5))
         start += size
@@ -83,7 +83,7 @@ def test_the_steps_are_those_of_one_process_on_whole_batches(on_two, name):
 
 @pytest.mark.parametrize("size", [6, 7, 8])
 def test_parts_are_contiguous_and_differ_by_an_image_at_most(size):
-    batch = epoch_plan(size, 0, 0, CROPS, CPU, views=2)
+    batch = epoch_indices(size, 0, 0, CROPS, CPU, views=2)
     parts = [Ranks(number, 3).part(batch) for number in range(3)]
     assert torch.equal(torch.cat([each.image for each in parts], dim=1), batch.image)
     assert torch.equal(torch.cat([each.mirror for each in parts], dim=1), batch.mirror)

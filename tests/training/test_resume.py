@@ -158,14 +158,14 @@ def test_captured_steps_go_on_with_the_same_bits(colours, tmp_path, step, more):
     assert run_here(arguments(colours, outs[0], *flags)) == 0
     with pytest.MonkeyPatch.context() as patch:
         count = iter(range(1, 1000))
-        after = loop.Loop.after_step
+        after = loop.Trainer.after_step
 
         def stopping(self, epoch, number):
             after(self, epoch, number)
             if next(count) == step:
                 signal.raise_signal(signal.SIGTERM)
 
-        patch.setattr(loop.Loop, "after_step", stopping)
+        patch.setattr(loop.Trainer, "after_step", stopping)
         assert run_here(arguments(colours, outs[1], *flags)) == 143
     assert run_here(["resume", str(outs[1])]) == 0
     for name in ("seed0", "seed1") if more else (".",):
@@ -185,12 +185,12 @@ def test_verify_resume(colours, tmp_path, capsys, method):
 
 
 def test_verify_resume_finds_what_is_not_restored(colours, tmp_path, capsys, monkeypatch):
-    restore = loop.Loop.restore
+    restore = loop.Trainer.restore
 
     def forgetful(self, state):
         restore(self, {**state, "momentum": [each * 0 for each in state["momentum"]]})
 
-    monkeypatch.setattr(loop.Loop, "restore", forgetful)
+    monkeypatch.setattr(loop.Trainer, "restore", forgetful)
     assert main(arguments(colours, tmp_path / "run", "--verify-resume")) == 4
     error = capsys.readouterr().err
     assert error.startswith("codistill: error: resume is not bit for bit here: ") and error.count("\n") == 1
@@ -198,13 +198,13 @@ def test_verify_resume_finds_what_is_not_restored(colours, tmp_path, capsys, mon
 
 
 def test_verify_resume_looks_at_the_metrics_too(colours, tmp_path, capsys, monkeypatch):
-    restore = loop.Loop.restore
+    restore = loop.Trainer.restore
 
     def forgetful(self, state):
         restore(self, state)
         self.step.sums.sums[:1] += 1
 
-    monkeypatch.setattr(loop.Loop, "restore", forgetful)
+    monkeypatch.setattr(loop.Trainer, "restore", forgetful)
     assert main(arguments(colours, tmp_path / "run", "--verify-resume")) == 4
     assert "metrics do" in capsys.readouterr().err
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 import codistill as cd
-from codistill.data.augment import Augmentation, Batch, DeviceImages, epoch_plan
-from codistill.training.capture import SequentialFleet, make_fleet
+from codistill.data.augment import Augmentation, BatchIndices, DeviceImages, epoch_indices
+from codistill.training.capture import EagerSteps, make_fleet
 from codistill.training.optim import make_optimizer
 from codistill.training.ranks import ALONE
-from codistill.training.step import PlainStep
+from codistill.training.step import TrainStep
 
 from .. import tiny
 
@@ -30,17 +30,17 @@ def images_of(data: cd.Dataset) -> DeviceImages:
     return DeviceImages(data.train, data.statistics, CPU)
 
 
-def make_step(method: cd.Method, precision: str = "float32", momentum: float = 0.9) -> PlainStep:
+def make_step(method: cd.Method, precision: str = "float32", momentum: float = 0.9) -> TrainStep:
     optimizer = make_optimizer(method.train(), RATE, momentum, nesterov=True, weight_decay=DECAY)
-    return PlainStep(method, images_of(tiny.data()), AUGMENTATION, optimizer, precision)
+    return TrainStep(method, images_of(tiny.data()), AUGMENTATION, optimizer, precision)
 
 
-def batches(count: int, size: int = 6) -> list[Batch]:
-    plan = epoch_plan(24, 0, 0, AUGMENTATION, CPU)
+def batches(count: int, size: int = 6) -> list[BatchIndices]:
+    plan = epoch_indices(24, 0, 0, AUGMENTATION, CPU)
     return [plan.part(start, start + size) for start in range(0, count * size, size)]
 
 
-def by_hand(method: cd.Method, taken: list[Batch], progress: Tensor) -> list[dict[str, float]]:
+def by_hand(method: cd.Method, taken: list[BatchIndices], progress: Tensor) -> list[dict[str, float]]:
     """Plain SGD, neither fused nor foreach; two groups, for the fusion has its own weight decay."""
     fusion = [parameter for name, parameter in method.named_parameters() if name.startswith("fusion.")]
     rest = [parameter for name, parameter in method.named_parameters() if not name.startswith("fusion.")]
@@ -141,7 +141,7 @@ def test_gradients_do_not_add_up_and_are_gone_after_the_step():
     # With neither momentum nor decay, a batch seen twice at rate 0 leaves nothing behind.
     method = tiny.method()
     optimizer = make_optimizer(method.train(), 0.0, 0.0, False, 0.0)
-    step = PlainStep(method, images_of(tiny.data()), AUGMENTATION, optimizer)
+    step = TrainStep(method, images_of(tiny.data()), AUGMENTATION, optimizer)
     step(batches(1)[0], torch.tensor(0.5))
     assert all(parameter.grad is None for parameter in method.parameters())
 
@@ -173,9 +173,9 @@ def test_a_plain_step_on_a_gpu_equals_the_cpu():
         method = tiny.method().to(device).train()
         data = tiny.data()
         optimizer = make_optimizer(method, RATE, 0.9, True, DECAY)
-        step = PlainStep(method, DeviceImages(data.train, data.statistics, device), AUGMENTATION, optimizer)
+        step = TrainStep(method, DeviceImages(data.train, data.statistics, device), AUGMENTATION, optimizer)
         for batch in batches(3):
-            step(Batch(*(table.to(device) for table in batch)), torch.tensor(0.5, device=device))
+            step(BatchIndices(*(table.to(device) for table in batch)), torch.tensor(0.5, device=device))
         states.append({name: tensor.cpu() for name, tensor in method.state_dict().items()})
     torch.testing.assert_close(states[1], states[0], rtol=1e-2, atol=1e-3)
 
@@ -188,6 +188,6 @@ def test_a_method_that_cannot_be_captured_runs_plainly_and_is_named(capsys):
 
     members = [member("mine", False), member("mfef", True), member("mine", False)]
     fleet = make_fleet(members)
-    assert isinstance(fleet, SequentialFleet) and fleet.members == members
+    assert isinstance(fleet, EagerSteps) and fleet.members == members
     line = "codistill: warning: mine cannot be captured as a CUDA graph: the steps run one by one, which is slower\n"
     assert capsys.readouterr().err == line

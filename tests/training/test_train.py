@@ -13,7 +13,7 @@ from codistill.core.errors import CodistillError, DivergedError, UsageError
 from codistill.data.augment import seeded_order
 from codistill.training import prepare
 from codistill.training import trainer as loop
-from codistill.training.step import PlainStep
+from codistill.training.step import TrainStep
 
 from .. import tiny
 
@@ -39,7 +39,7 @@ def train(tmp_path, monkeypatch):
 def steps(monkeypatch):
     """Watch the steps: for each, the positions of its images, the progress, the learning rate and what they were."""
     seen = []
-    call = PlainStep.__call__
+    call = TrainStep.__call__
 
     def watched(self, batch, progress):
         rates = {float(group["lr"]) for group in self.optimizer.param_groups}
@@ -47,7 +47,7 @@ def steps(monkeypatch):
         assert self.method.training
         call(self, batch, progress)
 
-    monkeypatch.setattr(PlainStep, "__call__", watched)
+    monkeypatch.setattr(TrainStep, "__call__", watched)
     return seen
 
 
@@ -381,14 +381,14 @@ def test_too_large_a_learning_rate_diverges(train, tmp_path, batch_size):
     [(KeyboardInterrupt(), "interrupted"), (RuntimeError("broken"), "failed")],
 )
 def test_a_run_that_is_broken_off_says_so(train, tmp_path, monkeypatch, error, status):
-    call, count = PlainStep.__call__, iter(range(100))
+    call, count = TrainStep.__call__, iter(range(100))
 
     def breaking(self, batch, progress):
         if next(count) == 4:
             raise error
         call(self, batch, progress)
 
-    monkeypatch.setattr(PlainStep, "__call__", breaking)
+    monkeypatch.setattr(TrainStep, "__call__", breaking)
     with pytest.raises(type(error)):
         train(epochs=4)
     run = cd.Run(tmp_path / "run0")

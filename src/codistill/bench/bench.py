@@ -20,7 +20,7 @@ from codistill.networks.network import parameter_count
 from codistill.runs.metadata import environment
 from codistill.settings.build import build_method
 from codistill.settings.config import RunConfig
-from codistill.training.execution import Execution, choose_execution
+from codistill.training.compiling import Execution, choose_execution
 
 STEPS_UNTIL_CAPTURED = 8
 

@@ -11,14 +11,14 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from codistill.core.device import autocast
-from codistill.data.augment import Augmentation, DeviceImages, epoch_plan
+from codistill.data.augment import Augmentation, DeviceImages, epoch_indices
 from codistill.data.dataset import Split
 from codistill.methods import Method
 from codistill.settings.config import RunConfig
 from codistill.training.capture import make_fleet
-from codistill.training.execution import PLAIN, Execution
+from codistill.training.compiling import PLAIN, Execution
 from codistill.training.optim import make_optimizer
-from codistill.training.step import PlainStep
+from codistill.training.step import TrainStep
 
 IMAGES, CLASSES, SIDE, PADDING = 10_240, 100, 32, 4
 
@@ -140,10 +140,10 @@ def resident_loop(
             method, settings.learning_rate, settings.momentum, settings.nesterov, settings.weight_decay
         )
         members.append(
-            PlainStep(method, resident, augmentation, optimizer, config.execution.precision, execution=execution)
+            TrainStep(method, resident, augmentation, optimizer, config.execution.precision, execution=execution)
         )
     fleet = make_fleet(members)
-    plan = epoch_plan(IMAGES, 0, 0, augmentation, device, methods[0].views)
+    plan = epoch_indices(IMAGES, 0, 0, augmentation, device, methods[0].views)
     progress = torch.tensor(0.5, device=device)
     size, batches = settings.batch_size, IMAGES // settings.batch_size
 

@@ -22,7 +22,7 @@ class Augmentation:
     flip: bool = True
 
 
-class Batch(NamedTuple):
+class BatchIndices(NamedTuple):
     """Which images, where each is cropped and whether it is mirrored; index tables, no pixels.
 
     Attributes:
@@ -37,9 +37,9 @@ class Batch(NamedTuple):
     left: Int[Tensor, " batch"]
     mirror: Bool[Tensor, " batch"]
 
-    def part(self, start: int, stop: int) -> "Batch":
+    def part(self, start: int, stop: int) -> "BatchIndices":
         """Take some of the images; tables may have a leading axis of views."""
-        return Batch(*(table[..., start:stop] for table in self))
+        return BatchIndices(*(table[..., start:stop] for table in self))
 
 
 def generator(seed: int, *stream: int) -> torch.Generator:
@@ -56,9 +56,9 @@ def seeded_order(count: int, seed: int) -> Int[Tensor, " count"]:
     return torch.randperm(count, generator=generator(seed, ORDER_STREAM))
 
 
-def epoch_plan(
+def epoch_indices(
     count: int, seed: int, epoch: int, augmentation: Augmentation, device: torch.device, views: int = 1
-) -> Batch:
+) -> BatchIndices:
     """Draw the order, crops and flips of one epoch, a pure function of (seed, epoch), equal on all devices.
 
     Args:
@@ -77,10 +77,10 @@ def epoch_plan(
     index = torch.randperm(count, generator=source).expand(shape).contiguous()
     offsets = torch.randint(0, 2 * augmentation.padding + 1, (2, *shape), generator=source)
     mirror = torch.rand(shape, generator=source) < 0.5 if augmentation.flip else torch.zeros(shape, dtype=torch.bool)
-    return Batch(*(sent(table, device) for table in (index, offsets[0], offsets[1], mirror)))
+    return BatchIndices(*(to_device_async(table, device) for table in (index, offsets[0], offsets[1], mirror)))
 
 
-def sent(table: Tensor, device: torch.device) -> Tensor:
+def to_device_async(table: Tensor, device: torch.device) -> Tensor:
     """Copy to a device without waiting for it."""
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
 
@@ -156,12 +156,12 @@ class DeviceImages:
         """Compute (pixels / 255 - mean) / std; the result is in channels_last memory format."""
         return (pixels * self.scale + self.shift).permute(0, 3, 1, 2)
 
-    def plain(self, start: int, stop: int) -> tuple[Float[Tensor, "batch 3 height width"], Int[Tensor, " batch"]]:
+    def batch(self, start: int, stop: int) -> tuple[Float[Tensor, "batch 3 height width"], Int[Tensor, " batch"]]:
         """Give images in order, normalised and otherwise as they are, and their labels."""
         return self.normalised(self.images[start:stop]), self.labels[start:stop]
 
     def augmented(
-        self, batch: Batch, augmentation: Augmentation
+        self, batch: BatchIndices, augmentation: Augmentation
     ) -> tuple[Float[Tensor, "batch 3 height width"], Int[Tensor, " batch"]]:
         """Give the cropped, flipped and normalised images of a batch, and their labels.
 

@@ -79,7 +79,7 @@ class DiversitySums:
         )
 
 
-def troubles(row: Mapping[str, Any], history: Sequence[Mapping[str, Any]], epochs: int) -> list[str]:
+def health_warnings(row: Mapping[str, Any], history: Sequence[Mapping[str, Any]], epochs: int) -> list[str]:
     """Name the students that have collapsed or fall behind, as soon as it shows.
 
     Collapsed: one class is named for more than 90 % of the test images, once a twentieth of the training (and the first

@@ -78,7 +78,7 @@ class Evaluation:
         for name, images in self.splits.items():
             sums = self._sums[name]
             for start in range(0, len(images), self.batch_size):
-                pixels, labels = images.plain(start, start + self.batch_size)
+                pixels, labels = images.batch(start, start + self.batch_size)
                 with autocast(self.device, self.precision):
                     outputs: Outputs = self.method(pixels)
                     predictions: dict[str, Tensor] = self.method.predictions(outputs)

@@ -13,7 +13,7 @@ from codistill.methods.cohort import Cohort
 from codistill.networks.network import parameter_count
 from codistill.runs.run import Run
 from codistill.settings.config import RunConfig
-from codistill.training.execution import Execution
+from codistill.training.compiling import Execution
 
 
 def network_names(cohort: Cohort) -> list[str]:

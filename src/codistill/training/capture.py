@@ -9,13 +9,13 @@ from torch import Tensor
 from codistill.core.console import warn
 from codistill.core.device import critical_stream
 from codistill.core.errors import UsageError
-from codistill.data.augment import Batch
-from codistill.training.step import PlainStep
+from codistill.data.augment import BatchIndices
+from codistill.training.step import TrainStep
 
 WARM_UP_STEPS = 3
 
 
-class CapturedFleet:
+class GraphedSteps:
     """The plain steps of several independent runs as one CUDA graph per batch size, each run on a stream of its own.
 
     The first calls with a size run plainly, on the stream that is captured later: they are real training steps, and
@@ -27,7 +27,7 @@ class CapturedFleet:
         warm_up: How many calls of a size run plainly.
     """
 
-    def __init__(self, members: Sequence[PlainStep], warm_up: int = WARM_UP_STEPS) -> None:
+    def __init__(self, members: Sequence[TrainStep], warm_up: int = WARM_UP_STEPS) -> None:
         self.members = list(members)
         self.warm_up = warm_up
         self.device = members[0].images.labels.device
@@ -35,14 +35,14 @@ class CapturedFleet:
         self._forks = [critical_stream(self.device) for _ in members]
         self._progress = torch.zeros((), device=self.device)
         self._calls: dict[int, int] = {}
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, list[Batch]]] = {}
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, list[BatchIndices]]] = {}
         # Graphs of different sizes have their memory in common: what lasts from step to step was made before them.
         self._pool = torch.cuda.graph_pool_handle()
         for member in members:
             if member.execution.overlap:
                 member.overlap()
 
-    def __call__(self, batches: Sequence[Batch], progress: Float[Tensor, ""]) -> None:
+    def __call__(self, batches: Sequence[BatchIndices], progress: Float[Tensor, ""]) -> None:
         """Train each run on its batch and add its loss terms to its `sums`."""
         size = batches[0].image.shape[-1]
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -60,7 +60,7 @@ class CapturedFleet:
                 graph.replay()
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
-    def _run(self, batches: Sequence[Batch]) -> None:
+    def _run(self, batches: Sequence[BatchIndices]) -> None:
         if len(self.members) == 1:
             self.members[0](batches[0], self._progress)
             return
@@ -71,8 +71,8 @@ class CapturedFleet:
         for fork in self._forks:
             self.stream.wait_stream(fork)
 
-    def _capture(self, batches: Sequence[Batch]) -> tuple[torch.cuda.CUDAGraph, list[Batch]]:
-        static = [Batch(*(table.clone() for table in batch)) for batch in batches]
+    def _capture(self, batches: Sequence[BatchIndices]) -> tuple[torch.cuda.CUDAGraph, list[BatchIndices]]:
+        static = [BatchIndices(*(table.clone() for table in batch)) for batch in batches]
         graph = torch.cuda.CUDAGraph()
         cause: BaseException | None = None
         try:
@@ -95,28 +95,28 @@ class CapturedFleet:
         return graph, static
 
 
-class SequentialFleet:
+class EagerSteps:
     """The plain steps of several independent runs, one after the other: a CPU's fleet.
 
     Args:
         members: The steps.
     """
 
-    def __init__(self, members: Sequence[PlainStep]) -> None:
+    def __init__(self, members: Sequence[TrainStep]) -> None:
         self.members = list(members)
 
-    def __call__(self, batches: Sequence[Batch], progress: Float[Tensor, ""]) -> None:
+    def __call__(self, batches: Sequence[BatchIndices], progress: Float[Tensor, ""]) -> None:
         """Train each run on its batch and add its loss terms to its `sums`."""
         for member, batch in zip(self.members, batches, strict=True):
             member(batch, progress)
 
 
-def make_fleet(members: Sequence[PlainStep]) -> CapturedFleet | SequentialFleet:
+def make_fleet(members: Sequence[TrainStep]) -> GraphedSteps | EagerSteps:
     """Capture steps where they can be: on CUDA, in one process, and where every method allows it; else say why not."""
     if members[0].images.labels.device.type != "cuda" or members[0].ranks.count > 1:
-        return SequentialFleet(members)
+        return EagerSteps(members)
     plain = sorted({member.method.name for member in members if not member.method.capturable})
     if plain:
         warn(f"{', '.join(plain)} cannot be captured as a CUDA graph: the steps run one by one, which is slower")
-        return SequentialFleet(members)
-    return CapturedFleet(members)
+        return EagerSteps(members)
+    return GraphedSteps(members)

@@ -15,7 +15,7 @@ import torch
 from codistill.core.console import warn
 from codistill.core.device import choose_device
 from codistill.core.errors import DivergedError, UsageError
-from codistill.data.augment import DeviceImages, epoch_plan
+from codistill.data.augment import DeviceImages, epoch_indices
 from codistill.data.dataset import Dataset, Split
 from codistill.evaluation.evaluation import EVALUATION_BATCH, evaluate
 from codistill.methods import Method
@@ -23,20 +23,20 @@ from codistill.runs.run import Run
 from codistill.runs.summary import write_summary_of_failure
 from codistill.settings.build import load_named_data
 from codistill.settings.config import RunConfig
-from codistill.training.loop import run_epochs
+from codistill.training.loop import train_loop
 from codistill.training.optim import make_optimizer
 from codistill.training.prepare import (
-    Resident,
+    DeviceSplits,
     build_taught,
     check_shapes,
-    placed,
-    prepared,
     run_record,
+    set_up,
     split_training,
+    with_absolute_paths,
 )
-from codistill.training.step import PlainStep
+from codistill.training.step import TrainStep
 from codistill.training.train import free_folder
-from codistill.training.trainer import Loop
+from codistill.training.trainer import Trainer
 
 SHARED_IN_A_FLEET = (
     "data",
@@ -54,7 +54,7 @@ SHARED_IN_A_FLEET = (
 
 
 # Puts a run on its device, and closes it at the end.
-Opening = Callable[[], contextlib.AbstractContextManager[Loop]]
+Opening = Callable[[], contextlib.AbstractContextManager[Trainer]]
 
 
 # Convolutions take memory to work in, and allocators leave gaps.
@@ -86,8 +86,8 @@ def memory_of_a_run(method: Method, config: RunConfig, data: Dataset, device: to
     probe = copy.deepcopy(method).to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimizer = make_optimizer(probe, settings.learning_rate, settings.momentum, settings.nesterov, 0.0)
     augmentation = settings.augmentation(data)
-    step = PlainStep(probe, images, augmentation, optimizer, config.execution.precision)
-    plan = epoch_plan(len(images), settings.seed, 0, augmentation, device, probe.views)
+    step = TrainStep(probe, images, augmentation, optimizer, config.execution.precision)
+    plan = epoch_indices(len(images), settings.seed, 0, augmentation, device, probe.views)
     for _ in range(2):
         step(plan, torch.zeros((), device=device))
     kept = torch.cuda.memory_allocated(device)
@@ -195,12 +195,12 @@ def train_fleet(configs: Sequence[RunConfig], outs: Sequence[Path], show: bool =
     waiting: dict[Path, Run] = {}
     # The runs of later groups have a folder from the beginning, so that `resume` knows them.
     for method, config, out in list(zip(methods, configs, outs, strict=True))[sizes[0] :]:
-        waiting[out], lock = Run.create(out, run_record(placed(config, data), data, device), method, data)
+        waiting[out], lock = Run.create(out, run_record(with_absolute_paths(config, data), data, device), method, data)
         lock.release()
-    resident = Resident(data.statistics, device)
+    resident = DeviceSplits(data.statistics, device)
     openings = [
         functools.partial(
-            prepared,
+            set_up,
             method,
             data,
             config,
@@ -218,14 +218,14 @@ def train_fleet(configs: Sequence[RunConfig], outs: Sequence[Path], show: bool =
 
 
 def train_in_groups(
-    openings: Sequence[Opening], sizes: Sequence[int], diverged: Callable[[Loop, DivergedError], None]
+    openings: Sequence[Opening], sizes: Sequence[int], diverged: Callable[[Trainer, DivergedError], None]
 ) -> list[Run]:
     """Train runs side by side, one group after the other.
 
     Args:
         openings: What puts each run on its device.
         sizes: How many runs each group has.
-        diverged: See `run_epochs`.
+        diverged: See `train_loop`.
 
     Returns:
         The runs, in order.
@@ -234,12 +234,12 @@ def train_in_groups(
     return [run for size in sizes for run in train_side_by_side(list(itertools.islice(waiting, size)), diverged)]
 
 
-def train_side_by_side(openings: Sequence[Opening], diverged: Callable[[Loop, DivergedError], None]) -> list[Run]:
+def train_side_by_side(openings: Sequence[Opening], diverged: Callable[[Trainer, DivergedError], None]) -> list[Run]:
     """Train one group of runs, and leave its methods on the host; see `train_in_groups`."""
     collect_finished_runs()
     with contextlib.ExitStack() as held:
         loops = [held.enter_context(opening()) for opening in openings]
-        run_epochs(loops, diverged)
+        train_loop(loops, diverged)
         for loop in loops:
             loop.method.cpu()
     return [loop.run for loop in loops]
@@ -251,7 +251,7 @@ def shared(config: RunConfig) -> dict[str, Any]:
     return {key: mapping[key] for key in SHARED_IN_A_FLEET}
 
 
-def mark_diverged(loop: Loop, error: DivergedError) -> None:
+def mark_diverged(loop: Trainer, error: DivergedError) -> None:
     """Write how a run ended that is dropped from a fleet, and say so."""
     write_summary_of_failure(loop.run.path, loop.config, loop.method, error)
     warn(f"{loop.run.path.name} is dropped: {error}")

@@ -11,13 +11,13 @@ import torch
 from codistill.core.errors import DivergedError
 from codistill.core.signals import SignalRequests, defer_signals
 from codistill.evaluation.metrics import read_together
-from codistill.training.capture import CapturedFleet, SequentialFleet, make_fleet
-from codistill.training.trainer import Loop
+from codistill.training.capture import EagerSteps, GraphedSteps, make_fleet
+from codistill.training.trainer import Trainer
 
 
-def run_epochs(
-    loops: Sequence[Loop],
-    diverged: Callable[[Loop, DivergedError], None],
+def train_loop(
+    loops: Sequence[Trainer],
+    diverged: Callable[[Trainer, DivergedError], None],
     breaks: Collection[tuple[int, int]] = (),
 ) -> None:
     """Train runs side by side until their last epoch; each ends as it would have ended alone.
@@ -35,7 +35,7 @@ def run_epochs(
     """
     active = list(loops)
     started = time.monotonic()
-    fleet: CapturedFleet | SequentialFleet | None = None
+    fleet: GraphedSteps | EagerSteps | None = None
     with contextlib.ExitStack() as shown:
         pending = shown.enter_context(defer_signals())
         pending.breaks = breaks
@@ -45,9 +45,9 @@ def run_epochs(
             shown.enter_context(loop.display)
         for epoch in range(loops[0].position[0], loops[0].config.train.epochs):
             fleet = fleet or make_fleet([loop.step for loop in active])
-            train_epoch(active, fleet, epoch, functools.partial(heed, pending, active, epoch))
+            train_epoch(active, fleet, epoch, functools.partial(handle_signals, pending, active, epoch))
             for loop in active:
-                loop.evaluate(functools.partial(heed, pending, active, epoch, len(loop.steps)))
+                loop.evaluate(functools.partial(handle_signals, pending, active, epoch, len(loop.steps)))
             for loop, (numbers, state) in zip(list(active), completed(active), strict=True):
                 try:
                     loop.end_epoch(epoch, numbers, state)
@@ -63,23 +63,23 @@ def run_epochs(
 
 
 def train_epoch(
-    loops: Sequence[Loop], fleet: CapturedFleet | SequentialFleet, epoch: int, after_step: Callable[[int], None]
+    loops: Sequence[Trainer], fleet: GraphedSteps | EagerSteps, epoch: int, after_step: Callable[[int], None]
 ) -> None:
     """Run the steps of an epoch that are still to do for all runs, and call something after each with its number."""
     first = loops[0].first_step(epoch)
     plans = [loop.begin_epoch(epoch) for loop in loops]
     progress = torch.full((), epoch / loops[0].config.train.epochs, device=loops[0].step.images.labels.device)
     for loop in loops:
-        loop.watch.start()
+        loop.stopwatch.start()
     for number, (start, stop) in enumerate(loops[0].steps[first:], start=first + 1):
         fleet([plan.part(start, stop) for plan in plans], progress)
         loops[0].after_step(epoch, number)
         after_step(number)
     for loop in loops:
-        loop.watch.stop()
+        loop.stopwatch.stop()
 
 
-def heed(pending: SignalRequests, loops: Sequence[Loop], epoch: int, step: int) -> None:
+def handle_signals(pending: SignalRequests, loops: Sequence[Trainer], epoch: int, step: int) -> None:
     """Do what signals have asked for: save the runs, and stop.
 
     Args:
@@ -101,12 +101,12 @@ def heed(pending: SignalRequests, loops: Sequence[Loop], epoch: int, step: int) 
         pending.act(f"after step {step} of epoch {epoch + 1} and saved: codistill resume {runs}")
 
 
-def completed(loops: Sequence[Loop]) -> list[tuple[list[list[float]], dict[str, Any]]]:
+def completed(loops: Sequence[Trainer]) -> list[tuple[list[list[float]], dict[str, Any]]]:
     """Read the numbers of an epoch of all runs at once, and copy their states to the host on the way."""
     vectors, states = [], []
     for loop in loops:
         vectors.append([loop.step.sums.packed(), *loop.guard.health(), *loop.evaluation.packed()])
         loop.method.after_epoch()
-        states.append(loop.saver.copy(loop.state()))
+        states.append(loop.saver.copy(loop.state()) if loop.step.ranks.leads else {})
     numbers = iter(read_together([vector for run in vectors for vector in run]))
     return [([next(numbers) for _ in run], state) for run, state in zip(vectors, states, strict=True)]

@@ -24,12 +24,12 @@ from codistill.runs.saving import Saver
 from codistill.runs.summary import network_names, write_summary_of_failure
 from codistill.settings.build import build_method
 from codistill.settings.config import RunConfig, TrainSettings
-from codistill.training.execution import choose_execution
+from codistill.training.compiling import choose_execution
 from codistill.training.optim import make_optimizer
 from codistill.training.ranks import ALONE, Ranks
-from codistill.training.step import PlainStep
+from codistill.training.step import TrainStep
 from codistill.training.teacher import load_teacher
-from codistill.training.trainer import Loop
+from codistill.training.trainer import Trainer
 
 
 def split_training(data: Dataset, settings: TrainSettings) -> tuple[Split, Split | None]:
@@ -119,7 +119,7 @@ def check_teacher(method: type[Method], given: bool) -> None:
         )
 
 
-class Resident:
+class DeviceSplits:
     """Splits on a device; runs side by side have one copy of what they have in common.
 
     Args:
@@ -141,7 +141,7 @@ class Resident:
         return images
 
 
-def placed(config: RunConfig, data: Dataset) -> RunConfig:
+def with_absolute_paths(config: RunConfig, data: Dataset) -> RunConfig:
     """Write the places of data and teacher in full: a run is used from other folders than it was started in."""
     teaching = config.teaching
     if teaching.teacher is not None:
@@ -155,7 +155,7 @@ def run_record(config: RunConfig, data: Dataset, device: torch.device) -> dict[s
 
 
 @contextlib.contextmanager
-def prepared(
+def set_up(
     method: Method,
     data: Dataset,
     config: RunConfig,
@@ -165,9 +165,9 @@ def prepared(
     label: str = "",
     run: Run | None = None,
     ranks: Ranks = ALONE,
-    resident: Resident | None = None,
+    resident: DeviceSplits | None = None,
     runs: int = 1,
-) -> Iterator[Loop]:
+) -> Iterator[Trainer]:
     """Check everything, make the run folder and put the run on its device; close all at the end, however it comes.
 
     A `run` that has a folder is opened again instead of made. Of the processes that share a run, rank 0 holds the
@@ -182,9 +182,9 @@ def prepared(
     steps = settings.epochs * math.ceil(len(training) / settings.batch_size)
     execution = choose_execution(config.execution, device, 1 if ranks.count > 1 else runs, steps)
     execution.prepare(method, device, config.execution.deterministic)
-    config = placed(config, data)
-    run, lock = taken(run, out, run_record(config, data, device), method, data, ranks)
-    resident = resident or Resident(data.statistics, device)
+    config = with_absolute_paths(config, data)
+    run, lock = opened_folder(run, out, run_record(config, data, device), method, data, ranks)
+    resident = resident or DeviceSplits(data.statistics, device)
     try:
         method.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         optimizer = make_optimizer(
@@ -193,9 +193,9 @@ def prepared(
         splits = {"validation": validation, "test": data.test}
         held = {name: resident.images(each) for name, each in splits.items() if each is not None}
         images = resident.images(training)
-        step = PlainStep(method, images, augmentation, optimizer, config.execution.precision, ranks, execution)
+        step = TrainStep(method, images, augmentation, optimizer, config.execution.precision, ranks, execution)
         with contextlib.closing(Saver(run)) as saver:
-            yield Loop(run, config, step, held, saver, show, label)
+            yield Trainer(run, config, step, held, saver, show, label)
     except (torch.OutOfMemoryError, MemoryError) as error:
         lack = out_of_memory(config, method, error)
         if ranks.leads:
@@ -210,7 +210,7 @@ def prepared(
             lock.release()
 
 
-def taken(
+def opened_folder(
     run: Run | None, out: Path, record: dict[str, Any], method: Method, data: Dataset, ranks: Ranks
 ) -> tuple[Run, RunLock | None]:
     """Make or open the run folder; rank 0 holds it for all."""

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from codistill.core.errors import UsageError
-from codistill.data.augment import Batch
+from codistill.data.augment import BatchIndices
 
 # How long a rank that has lost another one waits for its end, in seconds: the launcher is to see the other one first.
 GRACE_SECONDS = 30.0
@@ -34,7 +34,7 @@ class Ranks:
         """Whether this process evaluates, writes and prints."""
         return self.number == 0
 
-    def part(self, batch: Batch) -> Batch:
+    def part(self, batch: BatchIndices) -> BatchIndices:
         """Take this process's part of a batch: contiguous, and of all parts none is larger by more than an image."""
         if self.count == 1:
             return batch

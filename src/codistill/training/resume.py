@@ -1,18 +1,27 @@
 """Interrupted runs that go on, alone or side by side."""
 
+import contextlib
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from codistill.core.device import choose_device
-from codistill.core.errors import UsageError
+from codistill.core.errors import CheckpointError, DataError, UsageError
+from codistill.data.dataset import Dataset
+from codistill.methods import Method
+from codistill.runs.checkpoint import position
 from codistill.runs.run import Run
+from codistill.settings.config import PLACES, RunConfig
+from codistill.settings.mapping import run_from_mapping
 from codistill.training.fleet import mark_diverged, shared, side_by_side, train_in_groups
-from codistill.training.interrupted import InterruptedRun
-from codistill.training.prepare import Resident, build_taught
+from codistill.training.prepare import DeviceSplits, build_taught, set_up
+from codistill.training.ranks import ALONE, Ranks
 from codistill.training.train import fail
+from codistill.training.trainer import Trainer
 
 
 def resume(
@@ -71,7 +80,7 @@ def resume_together(
         data = group[0].load_data()
         methods = [build_taught(config, data) for config in configs]
         sizes = side_by_side(methods, configs, data, device)
-        resident = Resident(data.statistics, device)
+        resident = DeviceSplits(data.statistics, device)
         openings = [
             functools.partial(
                 each.taken_up, method, data, device, show, label=several, resident=resident, runs=sizes[0]
@@ -97,3 +106,86 @@ def unfinished(path: Path) -> list[Run]:
     if not left:
         raise UsageError(f"all {len(runs)} runs in {path} are finished or diverged: there is nothing to resume")
     return left
+
+
+class InterruptedRun:
+    """A run that can go on: its settings, and what its last whole checkpoint holds.
+
+    Args:
+        run: The run.
+        override: New values of settings by name.
+
+    Raises:
+        UsageError: The run is finished, its settings are not those that it was started with, or an override of one
+            that belongs to the experiment.
+        CheckpointError: No whole checkpoint among those that are there.
+    """
+
+    def __init__(self, run: Run, override: Mapping[str, Any]) -> None:
+        self.run = run
+        if run.finished:
+            raise UsageError(f"run {run.path} is finished: there is nothing to resume")
+        config = run.config
+        self.state = run.checkpoints.load() if run.checkpoints.entries() else None
+        if self.state is not None:
+            began, now = self.state.get("config"), config.as_mapping()
+            if not isinstance(began, dict):
+                raise CheckpointError(f"{run.path}: the last checkpoint does not say what run it is of: damaged")
+            changed = [key for key in now if key not in PLACES and now[key] != began.get(key)]
+            if changed:
+                listed = "; ".join(f"{key}: {began.get(key)!r} -> {now[key]!r}" for key in changed)
+                raise UsageError(
+                    f"{run.path}/config.json was changed since the run began: {listed}: put it back, or train anew"
+                )
+        self.config = overridden(config, override)
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """Completed epochs, and steps done of the one after them."""
+        return position(self.state) if self.state is not None else (0, 0)
+
+    def load_data(self) -> Dataset:
+        """Load the run's data set.
+
+        Raises:
+            DataError: It is missing, or not that of the run.
+        """
+        data = self.run.load_data(self.config.data_dir)
+        for split, found in (("train", len(data.train)), ("test", len(data.test))):
+            began = self.run.record["dataset"].get(f"{split}_images")
+            if found != began:
+                raise DataError(
+                    f"data set {self.config.data}: {found} {split} images, but {self.run.path} began with {began}"
+                )
+        return data
+
+    @contextlib.contextmanager
+    def taken_up(
+        self,
+        method: Method,
+        data: Dataset,
+        device: torch.device,
+        show: bool,
+        label: bool = False,
+        ranks: Ranks = ALONE,
+        resident: DeviceSplits | None = None,
+        runs: int = 1,
+    ) -> Iterator[Trainer]:
+        """Put the run on its device as its checkpoint left it; see `set_up`."""
+        out, name = self.run.path, self.run.path.name if label else ""
+        with set_up(method, data, self.config, out, device, show, name, self.run, ranks, resident, runs) as loop:
+            if self.state is not None:
+                loop.restore(self.state)
+            yield loop
+
+
+def overridden(config: RunConfig, override: Mapping[str, Any]) -> RunConfig:
+    """Change settings that do not belong to the experiment.
+
+    Raises:
+        UsageError: One that does, or a value that it does not take.
+    """
+    for key in override:
+        if key not in PLACES:
+            raise UsageError(f"override of {key}: a run goes on as it began; only {', '.join(PLACES)} can change")
+    return run_from_mapping(override, lambda key: "codistill resume --override", base=config)

@@ -6,16 +6,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from codistill.data.augment import Augmentation, Batch, DeviceImages
+from codistill.data.augment import Augmentation, BatchIndices, DeviceImages
 from codistill.evaluation.metrics import TermSums
 from codistill.methods import Method
-from codistill.training.execution import PLAIN, Execution
-from codistill.training.finite import GRADIENT, FiniteWatch, norms, parameter_names
+from codistill.training.compiling import PLAIN, Execution
+from codistill.training.finite import GRADIENT, NonFiniteDetector, norms, parameter_names
 from codistill.training.forward import TrainingForward
 from codistill.training.ranks import ALONE, Ranks
 
 
-class PlainStep:
+class TrainStep:
     """Gather, augment, forward, losses, one backward, one optimiser step; no host read.
 
     Args:
@@ -48,15 +48,15 @@ class PlainStep:
         self.forward = TrainingForward(method, precision)
         self.ranks = ranks
         self.sums = TermSums(images.labels.device)
-        self.watch = FiniteWatch(images.labels.device)
+        self.finite = NonFiniteDetector(images.labels.device)
         self._names = parameter_names(method)
 
-    def __call__(self, batch: Batch, progress: Float[Tensor, ""]) -> None:
+    def __call__(self, batch: BatchIndices, progress: Float[Tensor, ""]) -> None:
         """Train on a batch, add its loss terms to `sums` and let `watch` look at them and at all gradients."""
         count = batch.image.shape[-1]
         batch = self.ranks.part(batch)
         own = batch.image.shape[-1]
-        flat = Batch(*(table.flatten() for table in batch))
+        flat = BatchIndices(*(table.flatten() for table in batch))
         images, labels = self.images.augmented(flat, self.augmentation)
         images, labels = images.reshape(*batch.image.shape, *images.shape[1:]), labels[:own]
         turns: Sequence[Sequence[Tensor] | None] = self.method.alternating_updates() or [None]
@@ -75,7 +75,7 @@ class PlainStep:
             self.optimizer.zero_grad(set_to_none=True)
         self.method.after_step()
         self.sums.update(terms, count)
-        self.watch.update([*terms, *names], torch.stack([term.detach().float() for term in terms.values()] + sizes))
+        self.finite.update([*terms, *names], torch.stack([term.detach().float() for term in terms.values()] + sizes))
 
     def overlap(self) -> None:
         """Let the branches run at the same time from now on, on streams of their own; for a step that is captured."""

@@ -14,9 +14,9 @@ from codistill.methods.teacher import WithTeacher
 from codistill.runs.run import Run
 from codistill.settings.build import load_named_data
 from codistill.settings.config import ExecutionSettings, RunConfig, TeacherSettings, TrainSettings
-from codistill.training.loop import run_epochs
-from codistill.training.prepare import build_taught, check_teacher, prepared
-from codistill.training.trainer import Loop
+from codistill.training.loop import train_loop
+from codistill.training.prepare import build_taught, check_teacher, set_up
+from codistill.training.trainer import Trainer
 
 
 def free_folder(config: RunConfig, ending: str | None = None) -> Path:
@@ -98,11 +98,11 @@ def train(
 
 
 def _train(method: Method, data: Dataset, config: RunConfig, out: Path, device: torch.device, show: bool) -> Run:
-    with prepared(method, data, config, out, device, show) as loop:
-        run_epochs([loop], fail)
+    with set_up(method, data, config, out, device, show) as loop:
+        train_loop([loop], fail)
     return loop.run
 
 
-def fail(_: Loop, error: DivergedError) -> None:
+def fail(_: Trainer, error: DivergedError) -> None:
     """End with the one run that there is."""
     raise error

@@ -9,8 +9,8 @@ from codistill.core.console import TrainingDisplay, summary_table, warn
 from codistill.core.device import Stopwatch
 from codistill.core.errors import CheckpointError, DivergedError
 from codistill.core.files import write_json
-from codistill.data.augment import Batch, DeviceImages, epoch_plan
-from codistill.evaluation.diversity import troubles
+from codistill.data.augment import BatchIndices, DeviceImages, epoch_indices
+from codistill.evaluation.diversity import health_warnings
 from codistill.evaluation.evaluation import Evaluation
 from codistill.evaluation.metrics import read_together
 from codistill.report.page import write_report
@@ -19,12 +19,12 @@ from codistill.runs.run import Run
 from codistill.runs.saving import Saver
 from codistill.runs.summary import summarise
 from codistill.settings.config import RunConfig
-from codistill.training.divergence import DivergenceGuard
+from codistill.training.finite import DivergenceGuard
 from codistill.training.optim import learning_rate_at, momentum_buffers, set_learning_rate
-from codistill.training.step import PlainStep
+from codistill.training.step import TrainStep
 
 
-class Loop:
+class Trainer:
     """The state of a training between steps.
 
     Args:
@@ -44,7 +44,7 @@ class Loop:
         self,
         run: Run,
         config: RunConfig,
-        step: PlainStep,
+        step: TrainStep,
         held: dict[str, DeviceImages],
         saver: Saver,
         show: bool,
@@ -52,13 +52,13 @@ class Loop:
     ) -> None:
         self.run, self.config, self.step, self.saver = run, config, step, saver
         self.method = step.method
-        self.guard = DivergenceGuard(run, step, saver)
+        self.guard = DivergenceGuard(run, step.method, step.finite, saver)
         self.evaluation = Evaluation(self.method, held, config.execution.precision, captured=step.ranks.count == 1)
         size, images = config.train.batch_size, len(step.images)
         self.used = images // size * size if config.train.drop_last else images
         self.steps = [(start, min(start + size, self.used)) for start in range(0, self.used, size)]
         self.display = TrainingDisplay(config.train.epochs, len(self.steps), self.used, show, label)
-        self.watch = Stopwatch(step.images.labels.device)
+        self.stopwatch = Stopwatch(step.images.labels.device)
         self.rate = config.train.learning_rate
         self.position = (0, 0)
         self.best: dict[str, Any] | None = None
@@ -79,7 +79,7 @@ class Loop:
                 own.copy_(saved)
             if state["step"]:
                 self.step.sums.load(state["sums"])
-                self.step.watch.load(state["watch"])
+                self.step.finite.load(state["watch"])
             self.rows = [json.loads(line) for line in state["rows"]]
             if len(self.rows) != state["epoch"] or state["step"] > len(self.steps):
                 raise ValueError("its epochs and steps are not those of the run")
@@ -93,7 +93,7 @@ class Loop:
         self.best = min(self.rows, key=self.selection_error, default=None)
         self.display.resume(*self.position)
 
-    def begin_epoch(self, epoch: int) -> Batch:
+    def begin_epoch(self, epoch: int) -> BatchIndices:
         """Set the learning rate and draw the order, crops and flips of an epoch."""
         settings = self.config.train
         self.rate = learning_rate_at(
@@ -103,7 +103,7 @@ class Loop:
         self.display.begin_epoch(epoch)
         device = self.step.images.labels.device
         count, augmentation = len(self.step.images), self.step.augmentation
-        return epoch_plan(count, settings.seed, epoch, augmentation, device, self.method.views)
+        return epoch_indices(count, settings.seed, epoch, augmentation, device, self.method.views)
 
     def first_step(self, epoch: int) -> int:
         """Say how many steps of an epoch are done already, by the process before."""
@@ -117,17 +117,17 @@ class Loop:
             self.display.step(epoch, number, self.step.sums.means() if readable else {})
 
     def evaluate(self, between: Callable[[], None]) -> None:
-        """Score all predictors on the held splits.
+        """Score all predictors on the held splits; of several ranks the first one does, and the others wait for it.
 
         Args:
-            between: Called between batches; where others wait for this process, which does not evaluate in step with
-                them, once at the end.
+            between: Called between batches; where other ranks wait, once at the end.
         """
         if self.step.ranks.count == 1:
             self.evaluation.run(between)
-        else:
+            return
+        if self.step.ranks.leads:
             self.evaluation.run()
-            between()
+        between()
 
     def state(self, step: int = 0) -> dict[str, Any]:
         """Give all that a resume needs, on the device; `step` steps into an epoch, what has been summed in it too."""
@@ -136,7 +136,7 @@ class Loop:
             "method": self.method.state_dict(),
             "momentum": momentum_buffers(self.step.optimizer),
         }
-        inside = {"sums": self.step.sums.state(), "watch": self.step.watch.state()} if step else {}
+        inside = {"sums": self.step.sums.state(), "watch": self.step.finite.state()} if step else {}
         return {**state, **inside}
 
     def save_inside(self, epoch: int, step: int) -> None:
@@ -146,7 +146,7 @@ class Loop:
             epoch: Counted from 0.
             step: Steps done of it; after none there is nothing to save.
         """
-        if step == 0:
+        if step == 0 or not self.step.ranks.leads:
             return
         copy = self.saver.copy(self.state(step))
         try:
@@ -158,7 +158,7 @@ class Loop:
         self.saver.settle()
 
     def end_epoch(self, epoch: int, numbers: Sequence[Sequence[float]], state: dict[str, Any]) -> None:
-        """Keep what came out of an epoch.
+        """Keep what came out of an epoch; rank 0 does for all.
 
         Args:
             epoch: Counted from 0.
@@ -168,15 +168,19 @@ class Loop:
         Raises:
             DivergedError: A number is none any more; nothing of the epoch is kept.
         """
+        if not self.step.ranks.leads:
+            self.step.sums.reset()
+            self.step.finite.reset()
+            return
         terms, watched, damage, *packed = numbers
         self.guard.refuse_divergence(epoch, self.rate, watched, damage)
         row: dict[str, Any] = {"epoch": epoch, "learning_rate": self.rate, "train": self.step.sums.means(terms)}
         self.step.sums.reset()
-        self.step.watch.reset()
+        self.step.finite.reset()
         row |= self.scored(packed)
         self.guard.refuse_bad_scores(row, self.evaluation.splits)
-        row["warnings"] = troubles(row, self.rows, self.config.train.epochs)
-        seconds = self.watch.seconds()
+        row["warnings"] = health_warnings(row, self.rows, self.config.train.epochs)
+        seconds = self.stopwatch.seconds()
         trained = self.used - sum(stop - start for start, stop in self.steps[: self.first_step(epoch)])
         row |= {"seconds": seconds, "images_per_second": trained / seconds}
         score = self.selection_error(row)
@@ -209,6 +213,8 @@ class Loop:
         Raises:
             ResourceError: The last checkpoint or the metrics could not be written.
         """
+        if not self.step.ranks.leads:
+            return
         lost = self.saver.finish()
         best = self.best or self.rows[-1]
         summary = summarise(self.run, self.config, self.method, self.rows, best, seconds, self.step.execution)

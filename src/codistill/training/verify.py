@@ -18,9 +18,9 @@ from codistill.data.dataset import Split
 from codistill.runs.run import Run
 from codistill.settings.build import load_named_data
 from codistill.settings.config import RunConfig
-from codistill.training.interrupted import InterruptedRun
-from codistill.training.loop import run_epochs
-from codistill.training.prepare import build_taught, prepared
+from codistill.training.loop import train_loop
+from codistill.training.prepare import build_taught, set_up
+from codistill.training.resume import InterruptedRun
 from codistill.training.train import fail
 
 STEPS, TEST_IMAGES = 3, 200
@@ -51,20 +51,20 @@ def verify_resume(config: RunConfig) -> str:
     short = dataclasses.replace(config, train=settings)
     with tempfile.TemporaryDirectory(prefix="codistill-verify-") as folder:
         whole, broken = Path(folder) / "whole", Path(folder) / "broken"
-        with prepared(build_taught(short, data), data, short, whole, device, show=False) as loop:
-            run_epochs([loop], fail)
+        with set_up(build_taught(short, data), data, short, whole, device, show=False) as loop:
+            train_loop([loop], fail)
         with (
             contextlib.suppress(Interrupted),
-            prepared(build_taught(short, data), data, short, broken, device, show=False) as loop,
+            set_up(build_taught(short, data), data, short, broken, device, show=False) as loop,
         ):
-            run_epochs([loop], fail, BREAKS[:1])
+            train_loop([loop], fail, BREAKS[:1])
         for place in (*BREAKS[1:], None):
             run = InterruptedRun(Run(broken), {})
             with (
                 contextlib.suppress(Interrupted),
                 run.taken_up(build_taught(run.config, data), data, device, show=False) as loop,
             ):
-                run_epochs([loop], fail, [place] if place else [])
+                train_loop([loop], fail, [place] if place else [])
         return compared(Run(whole), Run(broken), device, config.execution.deterministic)
 
 
