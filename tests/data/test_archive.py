@@ -40,8 +40,8 @@ def test_a_leading_dot_and_long_names_are_understood(tmp_path):
         (tar_info("evil", kind=tarfile.LNKTYPE, link="top/a.bin"), "a hard link"),
         (tar_info("evil", kind=tarfile.CHRTYPE), "a device"),
         (tar_info("evil", kind=tarfile.FIFOTYPE), "a device"),
-        (tar_info("top/a.bin", 1), "there twice"),
-        (tar_info("./top/a.bin", 1), "there twice"),
+        (tar_info("top/a.bin", 1), "occurs twice"),
+        (tar_info("./top/a.bin", 1), "occurs twice"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )

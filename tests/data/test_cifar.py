@@ -7,7 +7,7 @@ import pytest
 
 from codistill.core.errors import DataError
 from codistill.data import cifar, dataset
-from codistill.data.cifar_releases import CIFAR10, CIFAR100
+from codistill.data.cifar_files import CIFAR10, CIFAR100
 
 from .writers import (
     cifar_binary,

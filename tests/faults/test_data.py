@@ -18,7 +18,7 @@ import pytest
 
 from codistill.cli import main
 from codistill.data import cifar, cinic10, dataset
-from codistill.data.cifar_releases import CIFAR10, CIFAR100
+from codistill.data.cifar_files import CIFAR10, CIFAR100
 
 from ..data.writers import (
     cifar_binary,
@@ -389,7 +389,7 @@ def test_an_archive_that_never_ends(tmp_path):
         assert len(content) < 11 << 20
         places.append((f"{name}:check=false", str(path)))
     program = f"""
-        import resource, torch, codistill.train
+        import resource, torch, codistill.training.train
         from codistill.cli import main
         torch.set_num_threads(1)
         with open("/proc/self/statm") as file:

@@ -69,7 +69,7 @@ def damaged(draw, *seeds: bytes, most: int = 4) -> bytes:
 
 
 def refuses_or(read) -> object:
-    """Read; a refusal must be one line that names the file and the mend."""
+    """Read; a refusal must be one line that names the file and a fix."""
     try:
         return read()
     except DataError as error:
@@ -88,7 +88,7 @@ RECORDS = records(ARRAYS.train_images[:3], ARRAYS.train_labels[:3], coarse=True)
 @budget(100)
 @given(damaged(RECORDS[:3074], RECORDS), st.sampled_from((1, 2)))
 def test_records_of_cifar(content, label_bytes):
-    if (result := refuses_or(lambda: decode_records(content, "where", "mend", label_bytes))) is not None:
+    if (result := refuses_or(lambda: decode_records(content, "where", "fix", label_bytes))) is not None:
         check_images(*result)
         assert len(result[1]) == len(content) / (3072 + label_bytes)
 
@@ -96,7 +96,7 @@ def test_records_of_cifar(content, label_bytes):
 @budget(100)
 @given(damaged(b"cat\ndog\n", "größe\n".encode()))
 def test_class_names_of_cifar(content):
-    if (names := refuses_or(lambda: decode_lines(content, "where", "mend"))) is not None:
+    if (names := refuses_or(lambda: decode_lines(content, "where", "fix"))) is not None:
         assert all(isinstance(name, str) and name.strip() for name in names)
 
 
@@ -133,9 +133,9 @@ def stand_ins() -> list[dict[str, object]]:
 
 def check_pickle(content: bytes) -> None:
     before = stand_ins()
-    if (result := refuses_or(lambda: decode_batch(content, "where", "mend", "labels"))) is not None:
+    if (result := refuses_or(lambda: decode_batch(content, "where", "fix", "labels"))) is not None:
         check_images(*result)
-    if (names := refuses_or(lambda: decode_meta(content, "where", "mend", "label_names"))) is not None:
+    if (names := refuses_or(lambda: decode_meta(content, "where", "fix", "label_names"))) is not None:
         assert all(isinstance(name, str) for name in names)
     assert stand_ins() == before and not SENTINEL.exists()
 
@@ -321,7 +321,7 @@ def test_tar_archives(folder, content):
     place = folder / "where" / "x.npz"
     place.write_bytes(content)
     os.chdir(folder)
-    found = refuses_or(lambda: dict(members(Path("where/x.npz"), lambda name: True, "mend", 1 << 16, 1 << 18)))
+    found = refuses_or(lambda: dict(members(Path("where/x.npz"), lambda name: True, "fix", 1 << 16, 1 << 18)))
     for name in found or ():
         assert Path(os.path.normpath(folder / name)).is_relative_to(folder)
     assert [each.name for each in folder.rglob("*")] == ["where", "x.npz"]

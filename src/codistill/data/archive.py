@@ -8,25 +8,25 @@ from pathlib import Path, PurePosixPath
 from typing import Self
 
 from codistill.core.errors import DataError
-from codistill.data.reading import reading
+from codistill.data.untrusted import reading
 
 HEADER_LIMIT = 1 << 20  # bytes of one member's headers; long names and PAX records need some hundred
 
 
 class _CappedGzip(gzip.GzipFile):
-    """A gzip stream that refuses to grow beyond limits, so that a bomb or a lying header costs no memory."""
+    """A gzip stream with limits, so that a bomb or a false header costs no memory."""
 
-    def __init__(self, path: Path, total_limit: int, mend: str) -> None:
+    def __init__(self, path: Path, total_limit: int, fix: str) -> None:
         super().__init__(path, mode="rb")
-        self.allowance = HEADER_LIMIT  # bytes that may still be asked for
+        self.allowance = HEADER_LIMIT  # bytes that may still be read
         self.total_limit = total_limit
-        self.mend = mend
+        self.fix = fix
 
     def read(self, size: int | None = -1) -> bytes:
-        # tarfile asks for as much as a header claims, also for long names, PAX records and maps of sparse files.
+        # tarfile reads as much as a header claims, also for long names, PAX records and maps of sparse files.
         if size is None or not 0 <= size <= self.allowance:
             raise DataError(
-                f"{self.name}: the headers of a member have more than the {HEADER_LIMIT} bytes possible: {self.mend}"
+                f"{self.name}: the headers of a member have more than the {HEADER_LIMIT} bytes possible: {self.fix}"
             )
         self.allowance -= size
         content = super().read(size)
@@ -41,7 +41,7 @@ class _CappedGzip(gzip.GzipFile):
     def _check(self, position: int) -> None:
         if position > self.total_limit:
             raise DataError(
-                f"{self.name}: unpacks to more than the {self.total_limit} bytes that can be right: {self.mend}"
+                f"{self.name}: unpacks to more than the {self.total_limit} bytes that can be right: {self.fix}"
             )
 
 
@@ -59,21 +59,18 @@ class _StrictTarInfo(tarfile.TarInfo):
 
 
 def members(
-    path: Path, wanted: Callable[[str], bool], mend: str, member_limit: int, total_limit: int
+    path: Path, wanted: Callable[[str], bool], fix: str, member_limit: int, total_limit: int
 ) -> Iterator[tuple[str, bytes]]:
-    """Give the wanted regular files of a .tar.gz, one after the other, in the order of the archive.
+    """Yield name and content of the wanted regular files of a .tar.gz, in the order of the archive.
 
-    The whole archive is read to its end, so that every member is looked at and gzip's own checksum is compared.
+    The archive is read to its end, so that every member is checked and gzip's own checksum compared.
 
     Args:
         path: The archive.
-        wanted: Says of a member's name (without a leading `./`) whether its content is wanted.
-        mend: What the user can do about a bad archive, for the error line.
+        wanted: Whether the content of a member of this name (without a leading `./`) is wanted.
+        fix: What the user can do about a bad archive, for the error line.
         member_limit: Most bytes of one member.
         total_limit: Most bytes of the unpacked archive.
-
-    Yields:
-        Name and content.
 
     Raises:
         DataError: The archive is missing, cut or damaged, is larger than the limits, or holds anything but folders and
@@ -81,8 +78,8 @@ def members(
     """
     seen: set[str] = set()
     with (
-        reading(path, mend),
-        _CappedGzip(path, total_limit, mend) as stream,
+        reading(path, fix),
+        _CappedGzip(path, total_limit, fix) as stream,
         tarfile.open(fileobj=stream, mode="r:", tarinfo=_StrictTarInfo) as archive,
     ):
         while (member := archive.next()) is not None:
@@ -93,17 +90,15 @@ def members(
             if member.isdir() or not wanted(name):
                 continue
             if member.size > member_limit:
-                raise DataError(
-                    f"{path}: {name} has {member.size} bytes, more than the {member_limit} possible: {mend}"
-                )
+                raise DataError(f"{path}: {name} has {member.size} bytes, more than the {member_limit} possible: {fix}")
             stream.allowance += member.size
             file = archive.extractfile(member)
             assert file is not None  # a regular file has content
             content = file.read()
             if len(content) != member.size:
-                raise DataError(f"{path}: {name} is cut at {len(content)} of {member.size} bytes: {mend}")
+                raise DataError(f"{path}: {name} is cut at {len(content)} of {member.size} bytes: {fix}")
             yield name, content
-        stream.allowance = sys.maxsize  # what is left is not kept: only the total counts
+        stream.allowance = sys.maxsize  # the rest is not kept: only the total counts
         while stream.read(1 << 20):
             pass
 
@@ -117,7 +112,7 @@ def _safe_name(path: Path, member: tarfile.TarInfo, seen: set[str]) -> str:
     if member.size < 0:
         raise DataError(f"{path}: member {member.name!r} has a negative size: do not use this archive")
     if str(name) in seen:
-        raise DataError(f"{path}: member {member.name!r} is there twice: do not use this archive")
+        raise DataError(f"{path}: member {member.name!r} occurs twice: do not use this archive")
     if not member.isdir():
         seen.add(str(name))
     return str(name)

@@ -1,4 +1,4 @@
-"""Keep decoded arrays in a file, so that a data set of many small images is decoded once."""
+"""A cache file of decoded arrays, so that a data set of many small images is decoded once."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from codistill.core.errors import CodistillError, DataError
-from codistill.data.reading import reading, reason
+from codistill.data.untrusted import reading, reason
 
 FORMAT = 1
 Arrays = dict[str, npt.NDArray[Any]]
@@ -21,16 +21,16 @@ logger = logging.getLogger(__name__)
 
 
 def cached(path: Path, source: str, names: Iterable[str], build: Callable[[], Arrays]) -> Arrays:
-    """Give arrays from a cache file, or build them and write the file.
+    """Return arrays from a cache file, or build them and write the file.
 
     A cache that is damaged or belongs to other sources is replaced, with one line of warning. One that cannot be
     written costs a warning and the time to build it again.
 
     Args:
         path: The cache file, a .npz.
-        source: Identifies what the arrays were made from; a change makes the cache stale.
-        names: Which arrays are wanted; the others are not read.
-        build: Makes all arrays.
+        source: Identifies the files that the arrays were made from; a change makes the cache stale.
+        names: The arrays that are wanted; the others are not read.
+        build: Make all arrays.
 
     Returns:
         At least the wanted arrays.
@@ -40,7 +40,7 @@ def cached(path: Path, source: str, names: Iterable[str], build: Callable[[], Ar
     """
     try:
         arrays = _read(path, source, names)
-    except CodistillError as error:  # a damaged header may ask for more memory than there is
+    except CodistillError as error:  # also ResourceError: a damaged header may claim more memory than there is
         logger.warning("%s", error)
         arrays = None
     if arrays is None:
@@ -53,16 +53,16 @@ def _read(path: Path, source: str, names: Iterable[str]) -> Arrays | None:
     """Read and check the wanted arrays; None when there is no cache."""
     if not path.exists():
         return None
-    mend = "building it again"
+    fix = "building it again"
     # Opened here: NumPy leaves a file open that it cannot read.
-    with reading(path, mend), path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+    with reading(path, fix), path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
         about = json.loads(str(file["about"]))
         if about["format"] != FORMAT or about["source"] != source:
-            raise DataError(f"{path}: was made from other files or by another version: {mend}")
+            raise DataError(f"{path}: was made from other files or by another version: {fix}")
         arrays = {name: file[name] for name in names}
         for name, array in arrays.items():
             if _digest(array) != about["sha256"][name]:
-                raise DataError(f"{path}: the sha256 of {name} is wrong: {mend}")
+                raise DataError(f"{path}: the sha256 of {name} is wrong: {fix}")
     return arrays
 
 

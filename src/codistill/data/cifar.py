@@ -6,16 +6,16 @@ import numpy as np
 
 from codistill.core.errors import DataError
 from codistill.data.archive import members
-from codistill.data.cifar_releases import CIFAR10, CIFAR100, HOST, Release
+from codistill.data.cifar_files import CIFAR10, CIFAR100, HOST, Release
 from codistill.data.dataset import DATASETS, Dataset, Split, check_split
 from codistill.data.download import fetch
-from codistill.data.reading import check_digest, check_file, read_file, reading
+from codistill.data.untrusted import check_digest, check_file, read_file, reading
 
 TRAIN_IMAGES = 50_000
 TEST_IMAGES = 10_000
 MEMBER_LIMIT = 200 << 20  # bytes; the largest file, CIFAR-100's pickle, has 155 MB
 ARCHIVE_LIMIT = 256 << 20  # bytes, unpacked
-MEND = "delete it and fetch it again (--data NAME:download=true), or give check=false for files of your own"
+FIX = "delete it and fetch it again (--data NAME:download=true), or give check=false for files of your own"
 
 
 @DATASETS.register("cifar10")
@@ -72,10 +72,10 @@ def _load(
 ) -> Dataset:
     release, place = _find(name, releases, root, download, url)
     contents = _read(release, place, check)
-    class_names = release.decode_names(contents.pop(release.names), str(place / release.names), MEND)
+    class_names = release.decode_names(contents.pop(release.names), str(place / release.names), FIX)
     if len(set(class_names)) != num_classes or len(class_names) != num_classes:
         raise DataError(
-            f"{place / release.names}: has {len(class_names)} class names, not {num_classes} distinct ones: {MEND}"
+            f"{place / release.names}: has {len(class_names)} class names, not {num_classes} distinct ones: {FIX}"
         )
     # Popped, so that a file's bytes are freed as soon as they are decoded.
     parts = [_decode(release, place, file, contents.pop(file), num_classes) for file in release.train]
@@ -112,23 +112,23 @@ def _find(name: str, releases: tuple[Release, ...], root: Path, download: bool, 
 def _read(release: Release, place: Path, check: bool) -> dict[str, bytes]:
     """Read the files of a release from an extracted folder or an archive."""
     if place.is_dir():
-        contents = {file: read_file(place / file, MEMBER_LIMIT, MEND) for file in release.files}
+        contents = {file: read_file(place / file, MEMBER_LIMIT, FIX) for file in release.files}
         for file, digest in release.digests.items() if check else ():
-            check_digest(place / file, contents[file], digest, MEND)
+            check_digest(place / file, contents[file], digest, FIX)
         return contents
     if check:
-        check_file(place, release.size, release.digest, MEND)
+        check_file(place, release.size, release.digest, FIX)
     wanted = {f"{release.folder}/{file}": file for file in release.files}
-    found = members(place, wanted.__contains__, MEND, MEMBER_LIMIT, ARCHIVE_LIMIT)
+    found = members(place, wanted.__contains__, FIX, MEMBER_LIMIT, ARCHIVE_LIMIT)
     contents = {wanted[member]: content for member, content in found}
     for member, file in wanted.items():
         if file not in contents:
-            raise DataError(f"{place}: has no {member}: {MEND}")
+            raise DataError(f"{place}: has no {member}: {FIX}")
     return contents
 
 
 def _decode(release: Release, place: Path, file: str, content: bytes, num_classes: int) -> Split:
-    split = Split(*release.decode(content, str(place / file), MEND))
+    split = Split(*release.decode(content, str(place / file), FIX))
     check_split(split, num_classes, str(place / file))
     return split
 
@@ -138,5 +138,5 @@ def _check_counts(where: str, split: Split, num_classes: int, images: int) -> No
     odd = np.flatnonzero(counts != images // num_classes)
     if len(odd):
         raise DataError(
-            f"{where}: class {odd[0]} has {counts[odd[0]]} images instead of {images // num_classes}: {MEND}"
+            f"{where}: class {odd[0]} has {counts[odd[0]]} images instead of {images // num_classes}: {FIX}"
         )

@@ -1,4 +1,4 @@
-"""What every data set is: two splits of uint8 images in memory, their labels and the names of the classes."""
+"""A data set: two splits of uint8 images in memory, their labels and the names of the classes."""
 
 import inspect
 from collections.abc import Callable
@@ -41,12 +41,12 @@ class Dataset:
 
     Attributes:
         name: As registered.
-        train: What is trained on.
-        test: What is tested on.
+        train: Training images and labels.
+        test: Test images and labels.
         class_names: One per label, in order.
         flip: Whether a mirrored image keeps its label; the default of the augmentation.
-        spec: What `dataset` was called with, so that a run can be repeated; empty for arrays of your own.
-        root: Where the files lie; empty for an embedded data set.
+        spec: Name and options given to `dataset`, so that a run can be repeated; empty for arrays of your own.
+        root: Path of the files; empty for an embedded data set.
 
     Raises:
         DataError: Wrong array shapes or types, no images, or a label out of range.
@@ -99,15 +99,15 @@ class Dataset:
 
 
 def size_of(images: Pixels) -> str:
-    """Write the size of images as height x width."""
+    """Return the size of images as text, height x width."""
     return "x".join(str(length) for length in images.shape[1:3])
 
 
 def check_split(split: Split, num_classes: int, where: str) -> None:
-    """Refuse arrays that are not images and labels.
+    """Raise an error for arrays that are not images and labels.
 
     Raises:
-        DataError: Naming the array, its type and shape, or the first bad label and its place.
+        DataError: Names the array, its type and shape, or the first bad label and its index.
     """
     images, labels = split.images, split.labels
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
@@ -137,7 +137,7 @@ def dataset(spec: str, root: str | Path | None = None, **options: Any) -> Datase
         **options: The same options by keyword.
 
     Returns:
-        The data set, checked; its `spec` and `root` say how to load it again.
+        The data set, checked; `dataset(spec, root)` with its `spec` and `root` loads it again.
 
     Raises:
         UsageError: Unknown name or option, or no root where one is needed.
@@ -149,7 +149,7 @@ def dataset(spec: str, root: str | Path | None = None, **options: Any) -> Datase
     if "root" not in inspect.signature(load).parameters:
         loaded = load(**chosen)
     elif root is None:
-        raise UsageError(f"data set {name}: needs to know where its files are: give --data-dir (root=)")
+        raise UsageError(f"data set {name}: needs the path of its files: give --data-dir (root=)")
     else:
         loaded = load(root=Path(root), **chosen)
     return replace(loaded, spec=write_spec(name, chosen), root="" if root is None else str(Path(root).resolve()))

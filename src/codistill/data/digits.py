@@ -11,16 +11,16 @@ TEST_IMAGES = 360
 
 @DATASETS.register("digits")
 def digits() -> Dataset:
-    """Load scikit-learn's digits, 1,437 to train on and 360 to test on, the same ones every time.
+    """Load scikit-learn's digits: 1,437 for training and 360 for testing, always the same split.
 
     The 8x8 grey images with values 0 to 16 become 32x32 RGB by bilinear interpolation, which keeps the strokes smooth.
 
     Returns:
-        Images [images, 32, 32, 3], ten classes; `flip` is off, for a mirrored digit is no digit.
+        Images [images, 32, 32, 3], ten classes; `flip` is off, since a mirrored digit is no digit.
 
     Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI 1998, its test part.
     """
-    # Importing scikit-learn takes a second, and every data set's module is imported to list their names.
+    # Importing scikit-learn takes a second, and listing the data sets imports this file.
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

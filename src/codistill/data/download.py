@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from codistill.core.errors import DataError, ResourceError, UsageError
-from codistill.data.reading import check_file, reason
+from codistill.data.untrusted import check_file, reason
 
 if sys.platform != "win32":
     import fcntl

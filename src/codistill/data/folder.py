@@ -11,28 +11,28 @@ from codistill.core.errors import DataError, ResourceError, UsageError
 from codistill.data.dataset import DATASETS, Dataset, Pixels, Split, size_of
 from codistill.data.images import SUFFIXES, open_image
 from codistill.data.progress import track
-from codistill.data.reading import reading
+from codistill.data.untrusted import visible
 
 LAYOUT = "images belong in train/<class>/ and test/<class>/"
 
 
 @DATASETS.register("folder")
 def folder(root: Path, resize: int = 0) -> Dataset:
-    """Load images that are sorted into one folder a class: train/<class>/* and test/<class>/*.
+    """Load images in one folder per class: train/<class>/* and test/<class>/*.
 
     The names of the folders in train, sorted, are the classes. Images are PNG, JPEG, BMP, WEBP or GIF; grey, palette
     and transparent ones become RGB. Hidden files are skipped, files of any other kind are refused.
 
     Args:
         root: The folder that holds train and test.
-        resize: Side of the square that every image is brought to, pixels: its shorter side is scaled to that length
-            and the middle is cut out. 0: all images must have one size, and keep it.
+        resize: Side of the square that every image becomes, pixels: its shorter side is scaled to that length and
+            the centre is cropped. 0: all images must have one size, and keep it.
 
     Returns:
         The data set, its images in the order of the sorted class and file names.
 
     Raises:
-        DataError: Folders missing or empty, classes of test unlike those of train, a file that is no image, a damaged
+        DataError: Folders missing or empty, other classes in test than in train, a file that is no image, a damaged
             image, or one of another size where resize is 0.
         ResourceError: The images do not fit into memory.
         UsageError: resize is negative.
@@ -56,12 +56,12 @@ def folder(root: Path, resize: int = 0) -> Dataset:
 
 
 def _class_files(part: Path) -> dict[str, list[Path]]:
-    """List the images of each class, both sorted."""
+    """Return the image files of each class, classes and files sorted."""
     files = {}
-    for class_folder in _visible(part):
+    for class_folder in visible(part, LAYOUT):
         if not class_folder.is_dir():
             raise DataError(f"{class_folder}: is not a folder: {LAYOUT}")
-        files[class_folder.name] = _visible(class_folder)
+        files[class_folder.name] = visible(class_folder, LAYOUT)
         for file in files[class_folder.name]:
             if not file.is_file() or file.suffix.lower() not in SUFFIXES:
                 raise DataError(f"{file}: is not an image file ({' '.join(SUFFIXES)}): remove it; {LAYOUT}")
@@ -70,11 +70,6 @@ def _class_files(part: Path) -> dict[str, list[Path]]:
     if not files:
         raise DataError(f"{part}: holds no class folders: {LAYOUT}")
     return files
-
-
-def _visible(folder: Path) -> list[Path]:
-    with reading(folder, LAYOUT):
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def _read_split(root: Path, files: Mapping[str, list[Path]], size: tuple[int, int], resize: bool) -> Split:

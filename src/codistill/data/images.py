@@ -1,4 +1,4 @@
-"""Decode one image file of any kind into RGB pixels; used by data sets and by `codistill predict`."""
+"""Decode one image file into RGB pixels; used by data sets and by `codistill predict`."""
 
 import io
 import threading
@@ -10,14 +10,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from codistill.core.errors import DataError
 from codistill.data.dataset import Pixels
-from codistill.data.reading import read_file, reading
+from codistill.data.untrusted import read_file, reading
 
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
 
 MAX_FILE = 256 << 20  # bytes
 MAX_PIXELS = 64 << 20  # a bomb of a few kB can claim billions
-MEND = "repair or remove it"
+FIX = "repair or remove it"
 
 PNG_END = b"IEND\xaeB`\x82"  # name and checksum of the last chunk, which are always the same
 
@@ -29,16 +29,16 @@ def open_image(path: Path, size: tuple[int, int] | None = None) -> Pixels:
 
     Args:
         path: The file.
-        size: Height and width wanted, pixels: the image is scaled until it covers them, keeping its proportions, and
-            what sticks out is cut off evenly on both sides. None: as it is.
+        size: Height and width wanted, pixels: the image is scaled until it covers them, keeping its aspect ratio, and
+            its centre is cropped. None: as it is.
 
     Returns:
-        uint8 [height, width, 3], RGB; transparent parts lie on white, a photo's orientation mark is applied.
+        uint8 [height, width, 3], RGB; transparent parts become white, a photo's EXIF orientation is applied.
 
     Raises:
-        DataError: Missing, not one of these kinds, damaged, or larger than 64 million pixels.
+        DataError: Missing, not one of these formats, damaged, or larger than 64 million pixels.
     """
-    return decode_image(read_file(path, MAX_FILE, MEND), str(path), size)
+    return decode_image(read_file(path, MAX_FILE, FIX), str(path), size)
 
 
 def decode_image(
@@ -55,25 +55,25 @@ def decode_image(
         content: The bytes.
         where: The file, for the error line.
         size: As in `open_image`.
-        formats: Kinds to accept, as Pillow names them.
-        exact: Height and width that it must have, pixels; looked at before anything is decoded.
+        formats: Formats to accept, as Pillow names them.
+        exact: Height and width that it must have, pixels; checked before anything is decoded.
 
     Returns:
         As `open_image`.
 
     Raises:
-        DataError: As `open_image`, or not of the exact size.
+        DataError: As `open_image`, or it is not of the exact size.
     """
-    with reading(where, MEND):
-        # Pillow warns of large images, and the list of warning filters is one for all threads.
+    with reading(where, FIX):
+        # Pillow warns of large images, and all threads share one list of warning filters.
         with _opening, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = _open(content, where, formats)
         with image:
             if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{where}: is {_size(image)} pixels, more than {MAX_PIXELS} in all: {MEND}")
+                raise DataError(f"{where}: is {_size(image)} pixels, more than {MAX_PIXELS} in all: {FIX}")
             if exact is not None and (image.height, image.width) != exact:
-                raise DataError(f"{where}: is {_size(image)} pixels instead of {exact[0]}x{exact[1]}: {MEND}")
+                raise DataError(f"{where}: is {_size(image)} pixels instead of {exact[0]}x{exact[1]}: {FIX}")
             rgb = _to_rgb(ImageOps.exif_transpose(image))
             if size is not None:
                 rgb = ImageOps.fit(rgb, (size[1], size[0]), Image.Resampling.BILINEAR)
@@ -90,7 +90,7 @@ def _open(content: bytes, where: str, formats: tuple[str, ...]) -> Image.Image:
             image.verify()
             image = Image.open(io.BytesIO(content), formats=formats)
     except UnidentifiedImageError as error:
-        raise DataError(f"{where}: is not a {', '.join(formats)} image: {MEND}") from error
+        raise DataError(f"{where}: is not a {', '.join(formats)} image: {FIX}") from error
     return image
 
 

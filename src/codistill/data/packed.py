@@ -1,4 +1,4 @@
-"""Arrays in one .npz file: the quickest way to bring data of one's own."""
+"""Arrays in one .npz file: the quickest way to use data of your own."""
 
 import math
 import zipfile
@@ -11,12 +11,12 @@ from numpy.lib import format as npy
 
 from codistill.core.errors import DataError
 from codistill.data.dataset import DATASETS, Dataset, Split, check_split
-from codistill.data.reading import reading
+from codistill.data.untrusted import reading
 
 NEEDED = ("train_images", "train_labels", "test_images", "test_labels")
 SMALL = 64 << 20  # bytes that any array may unpack to
 MOST_COMPRESSED = 200  # times; a file of zeros is a thousand times its compressed size
-MEND = (
+FIX = (
     "make it with numpy.savez(path, train_images=, train_labels=, test_images=, test_labels=, class_names=), images "
     "uint8 [images, height, width, 3]"
 )
@@ -24,12 +24,12 @@ MEND = (
 
 @DATASETS.register("packed")
 def packed(root: Path) -> Dataset:
-    """Load a .npz file with train_images, train_labels, test_images, test_labels and, if it has them, class_names.
+    """Load a .npz file of train_images, train_labels, test_images, test_labels and, optionally, class_names.
 
     Args:
         root: The file, or a folder that holds no other .npz file. Images are uint8 [images, height, width, 3], RGB;
-            labels are of any integer type [images]; class_names are texts, by default "0", "1" and so on. Compressed
-            files will do.
+            labels are of any integer type [images]; class_names are texts, by default "0", "1" and so on. It may be
+            compressed.
 
     Returns:
         The data set.
@@ -38,10 +38,10 @@ def packed(root: Path) -> Dataset:
         DataError: File missing or damaged, an array missing or of a wrong type or shape, a label out of range.
     """
     path = _find(root)
-    with reading(path, MEND), zipfile.ZipFile(path) as archive:
+    with reading(path, FIX), zipfile.ZipFile(path) as archive:
         present = {name.removesuffix(".npy") for name in archive.namelist()}
         if missing := [name for name in NEEDED if name not in present]:
-            raise DataError(f"{path}: has no array {missing[0]} (it has {', '.join(sorted(present))}): {MEND}")
+            raise DataError(f"{path}: has no array {missing[0]} (it has {', '.join(sorted(present))}): {FIX}")
         arrays = {name: _read_array(archive, path, name) for name in (*NEEDED, "class_names") if name in present}
     train, test = (_split(path, part, arrays) for part in ("train", "test"))
     class_names = _class_names(path, arrays, train, test)
@@ -62,26 +62,26 @@ def _find(root: Path) -> Path:
             return root
         found = sorted(root.glob("*.npz"))
     if len(found) != 1:
-        raise DataError(f"{root}: holds {len(found)} .npz files: name the file itself, or {MEND}")
+        raise DataError(f"{root}: holds {len(found)} .npz files: name the file itself, or {FIX}")
     return found[0]
 
 
 def _read_array(archive: zipfile.ZipFile, path: Path, name: str) -> npt.NDArray[Any]:
-    """Read one array after a look at its header: nothing is unpickled, and nothing allocated that is not there."""
+    """Read one array after its header was checked: nothing is unpickled, and no more allocated than the file holds."""
     member = f"{name}.npy"
     about = archive.getinfo(member)
     if about.file_size > SMALL and about.file_size > MOST_COMPRESSED * about.compress_size:
         raise DataError(
-            f"{path}: {name} unpacks to {about.file_size} bytes from {about.compress_size}, which no images do: {MEND}"
+            f"{path}: {name} unpacks to {about.file_size} bytes from {about.compress_size}, more than images can: {FIX}"
         )
     with archive.open(member) as file:
         read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(file)]
         shape, _, dtype = read_header(file)
         if dtype.hasobject or dtype.itemsize == 0:
-            raise DataError(f"{path}: {name} is {dtype} {list(shape)}; it must be an array of numbers or texts: {MEND}")
+            raise DataError(f"{path}: {name} is {dtype} {list(shape)}; it must be an array of numbers or texts: {FIX}")
         size = about.file_size - file.tell()
         if size != math.prod(shape) * dtype.itemsize:
-            raise DataError(f"{path}: {name} is {dtype} {list(shape)} but has {size} bytes: {MEND}")
+            raise DataError(f"{path}: {name} is {dtype} {list(shape)} but has {size} bytes: {FIX}")
     with archive.open(member) as file:
         return np.asarray(npy.read_array(file, allow_pickle=False))
 
@@ -108,7 +108,7 @@ def _class_names(path: Path, arrays: dict[str, npt.NDArray[Any]], train: Split, 
     names = arrays["class_names"]
     if names.ndim != 1 or names.dtype.kind not in "SU":
         raise DataError(f"{path}: class_names is {names.dtype} {list(names.shape)}; it must be texts [classes]")
-    with reading(f"{path}: class_names", MEND):
+    with reading(f"{path}: class_names", FIX):
         texts = tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names.tolist())
     if len(set(texts)) != len(texts):
         raise DataError(f"{path}: class_names has a name twice: give each class a name of its own")

@@ -1,8 +1,8 @@
-"""Read the pickles of the CIFAR python archives without being able to run anything.
+"""Read the pickles of the CIFAR python archives without running code that they name.
 
-A pickle is a little program, and it names the callables that rebuild its objects. Here only the instructions are known
-that plain data needs, and five names, the ones of NumPy arrays and bytes; those lead to stand-ins written below, so no
-code outside this file is ever called with what the file says.
+A pickle is a small program that names the callables which rebuild its objects. Only the instructions that plain data
+needs are accepted here, and five names, those of NumPy arrays and bytes. Each of them stands for a class written below,
+so that no code outside this file is called with arguments from the file.
 """
 
 import io
@@ -14,14 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from codistill.core.errors import DataError
-from codistill.data.reading import reading
+from codistill.data.untrusted import reading
 
 # Integer types only: pixels and labels.
 _DTYPES = {"u1", "i1", "i2", "i4", "i8"}
 
 
 class _Type:
-    """Stands in for numpy.dtype."""
+    """Stand-in for numpy.dtype."""
 
     def __init__(self, code: Any, *_flags: Any) -> None:
         self.code = code.decode("latin1") if isinstance(code, bytes) else str(code)
@@ -38,7 +38,7 @@ class _Type:
 
 
 class _Array:
-    """Stands in for numpy.ndarray, and for the function that makes one; `array` is the result."""
+    """Stand-in for numpy.ndarray, and for the function that makes one; `array` is the result."""
 
     array: npt.NDArray[Any]
 
@@ -53,7 +53,7 @@ class _Array:
 
 
 class _Bytes:
-    """Stands in for _codecs.encode; the result is plain bytes."""
+    """Stand-in for _codecs.encode; the result is plain bytes."""
 
     def __new__(cls, text: str, encoding: str) -> bytes:  # type: ignore[misc]
         if encoding not in ("latin1", "latin-1"):
@@ -84,8 +84,8 @@ _INSTRUCTIONS = frozenset(
 )
 
 
-# What may be used again from the memo. No tuples: one that holds a tuple twice, which holds a tuple twice, and so on,
-# is a short program, but to hash it, as a dictionary's key, would take for ever.
+# Values that may be used again from the memo. No tuples: one that holds a tuple twice, which holds a tuple twice, and
+# so on, is a short program, but hashing it, as a key of a dictionary, would take for ever.
 _SHARED = frozenset(
     """
     STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8
@@ -96,7 +96,7 @@ _MOST_INSTRUCTIONS = 4_000_000  # CIFAR-100 needs 400,000: two labels and a file
 
 
 def _check_instructions(content: bytes) -> None:
-    """Read the program without running it: a few bytes could ask for any amount of memory or time."""
+    """Check the program before it runs: a few bytes could ask for any amount of memory or time."""
     memo: dict[Any, bool] = {}  # index -> may be used again
     before = ""
     for count, (instruction, argument, _) in enumerate(pickletools.genops(content)):
@@ -122,28 +122,22 @@ class _RestrictedUnpickler(pickle.Unpickler):
         return _STAND_INS[module, name]
 
 
-def read_pickle(content: bytes, where: str, mend: str) -> dict[str, Any]:
-    """Read a pickled dictionary of integer arrays, lists, texts and numbers.
+def read_pickle(content: bytes, where: str, fix: str) -> dict[str, Any]:
+    """Return a pickled dictionary of integer arrays, lists, texts and numbers.
 
-    Args:
-        content: The pickle, also one that Python 2 wrote.
-        where: The file, for the error line.
-        mend: What the user can do, for the error line.
-
-    Returns:
-        The dictionary; keys are texts, arrays are NumPy arrays, texts of Python 2 are bytes.
+    Keys become texts, arrays NumPy arrays; texts that Python 2 wrote are bytes.
 
     Raises:
         DataError: It is damaged, names any other global, or is not a dictionary.
     """
-    with reading(where, mend):
+    with reading(where, fix):
         try:
             _check_instructions(content)
             value = _RestrictedUnpickler(io.BytesIO(content), encoding="bytes").load()
         except DataError as error:
-            raise DataError(f"{where}: {error}: {mend}") from error
+            raise DataError(f"{where}: {error}: {fix}") from error
         if not isinstance(value, dict):
-            raise DataError(f"{where}: holds a {type(value).__name__}, not a dictionary: {mend}")
+            raise DataError(f"{where}: holds a {type(value).__name__}, not a dictionary: {fix}")
         return {
             key.decode("latin1") if isinstance(key, bytes) else str(key): item.array
             if isinstance(item, _Array)

@@ -1,7 +1,7 @@
 import pytest
 
 from codistill.core.errors import DataError, ResourceError, UsageError
-from codistill.data.reading import check_digest, check_file, read_file, reading
+from codistill.data.untrusted import check_digest, check_file, read_file, reading
 
 from .writers import sha256
 

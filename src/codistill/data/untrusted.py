@@ -1,0 +1,94 @@
+"""Read files that may be missing, cut, altered or hostile: whatever goes wrong is one line, not a traceback.
+
+In this package `where` is the file as an error line names it, and `fix` what the user can do about it.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from codistill.core.errors import CodistillError, DataError, ResourceError
+
+
+@contextmanager
+def reading(where: str | Path, fix: str) -> Iterator[None]:
+    """Turn whatever a parser raises on bad bytes into one error that names the file.
+
+    The parsers in use (zipfile, tarfile, gzip, pickle, Pillow, NumPy) raise a dozen different types on damaged input,
+    so everything is caught here; keep the block as small as the call of the parser.
+
+    Raises:
+        DataError: Anything went wrong inside the block.
+        ResourceError: Memory ran out inside the block.
+    """
+    try:
+        yield
+    except CodistillError:
+        raise
+    except FileNotFoundError as error:
+        raise DataError(f"{where}: no such file: {fix}") from error
+    except MemoryError as error:
+        raise ResourceError(f"{where}: not enough memory to read it: use a machine with more") from error
+    except Exception as error:
+        raise DataError(f"{where}: cannot be read ({reason(error)}): {fix}") from error
+
+
+def reason(error: BaseException) -> str:
+    """Return an exception's message in one line, without the path that an OSError carries."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def visible(folder: Path, fix: str) -> list[Path]:
+    """Return what a folder holds, sorted by name, without hidden files.
+
+    Raises:
+        DataError: It is missing or unreadable.
+    """
+    with reading(folder, fix):
+        return [folder / name for name in sorted(os.listdir(folder)) if not name.startswith(".")]
+
+
+def read_file(path: Path, limit: int, fix: str) -> bytes:
+    """Read a whole file of at most `limit` bytes.
+
+    Raises:
+        DataError: It is missing, unreadable or larger.
+    """
+    with reading(path, fix), path.open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise DataError(f"{path}: has {path.stat().st_size} bytes, more than the {limit} that can be right: {fix}")
+    return content
+
+
+def check_digest(where: str | Path, content: bytes, digest: str, fix: str) -> None:
+    """Compare bytes with a published digest, `md5:` or `sha256:` and hexadecimal digits.
+
+    Raises:
+        DataError: With both digests.
+    """
+    algorithm, expected = digest.split(":")
+    _compare(where, algorithm, expected, hashlib.new(algorithm, content, usedforsecurity=False).hexdigest(), fix)
+
+
+def check_file(path: Path, size: int, digest: str, fix: str) -> None:
+    """Compare a file, read piece by piece, with a published size in bytes, then with a digest as `check_digest` has.
+
+    Raises:
+        DataError: With both sizes, or both digests.
+    """
+    with reading(path, fix), path.open("rb") as file:
+        actual_size = path.stat().st_size
+        if actual_size != size:
+            raise DataError(f"{path}: has {actual_size} bytes instead of {size}: {fix}")
+        algorithm, expected = digest.split(":")
+        actual = hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
+    _compare(path, algorithm, expected, actual, fix)
+
+
+def _compare(where: str | Path, algorithm: str, expected: str, actual: str, fix: str) -> None:
+    if actual != expected:
+        raise DataError(f"{where}: its {algorithm} is {actual} instead of {expected}: {fix}")
