@@ -17,8 +17,8 @@ from pathlib import Path
 import tyro
 
 from codistill.core.errors import DivergedError
+from codistill.deploy.run import Run
 from codistill.methods import METHODS
-from codistill.runs.run import Run
 from codistill.settings.config import RunConfig, TeacherSettings, TrainSettings, default_config
 from codistill.training.fleet import train_fleet
 from codistill.training.resume import resume_together
@@ -116,7 +116,7 @@ def main(options: Options) -> None:
         part = wanted[index * options.side_by_side : (index + 1) * options.side_by_side]
         train_fleet([configs[name] for name in part], [outs[name] for name in part])
     text = table([Run(out) for out in (teacher, *outs.values())])
-    environment = json.dumps(Run(teacher).record["environment"])
+    environment = json.dumps(Run(teacher).metadata["environment"])
     (options.out / "table.md").write_text(f"{text}\n\n`{environment}`\n")
     print(text)
 

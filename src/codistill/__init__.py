@@ -8,6 +8,7 @@ run = cd.train(method, data, epochs=300, out="runs/pair")
 run.export("student0", "student.onnx")
 """
 
+import importlib.metadata
 import os
 
 # Waiting threads of OpenMP spin for long unless told otherwise, and on a busy machine take the cores from those that
@@ -17,6 +18,7 @@ if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
 
 from codistill.data import DATASETS, Dataset, Split, dataset
+from codistill.deploy.run import Run
 from codistill.methods import METHODS, Method
 from codistill.methods.byot import BYOT
 from codistill.methods.cl_ilr import CLILR
@@ -32,10 +34,10 @@ from codistill.methods.pcl import PCL
 from codistill.methods.rocket import Rocket
 from codistill.methods.teacher import WithTeacher
 from codistill.networks import NETWORKS, Network, network
-from codistill.runs.metadata import VERSION as __version__
-from codistill.runs.run import Run
 from codistill.settings.config import ExecutionSettings, TrainSettings
 from codistill.training.train import train
+
+__version__ = importlib.metadata.version("codistill")
 
 __all__ = [
     "BYOT",

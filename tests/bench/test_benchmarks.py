@@ -58,7 +58,7 @@ def test_all_methods_on_digits(all_methods, tiny_registered, tmp_path, capsys, s
         assert len(cells(row)) == len(cells(head))
     assert "kl/teacher→student1 " in rows[2] and "loss " not in rows[2]
     assert cd.Run(tmp_path / "kd").config.teaching.teacher == str(tmp_path / "teacher")
-    assert json.loads(environment.strip().strip("`")) == cd.Run(tmp_path / "teacher").record["environment"]
+    assert json.loads(environment.strip().strip("`")) == cd.Run(tmp_path / "teacher").metadata["environment"]
     # What is there already is not trained again.
     before = tiny.listing(tmp_path)
     all_methods.main(options)

@@ -17,6 +17,7 @@ import torch
 
 import codistill as cd
 from codistill.cli import main
+from codistill.runs.lock import RunLock
 from codistill.training.step import TrainStep
 
 from .. import tiny
@@ -443,7 +444,7 @@ def test_a_lone_process_ends_as_if_nobody_had_asked(colours, undisturbed, tmp_pa
     def asked(_: TrainStep) -> None:
         # Another open file, as another process has.
         with pytest.raises(cd.errors.UsageError, match="in use by pid"):
-            cd.run_lock.RunLock(tmp_path / "run")
+            RunLock(tmp_path / "run")
 
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, 4, asked)

@@ -287,7 +287,7 @@ def train_kd(made: Path, *flags: str, method: str = "kd", data: str = "colours.n
 
 
 def loaded(made: Path, place: Path, statistics: tuple | None = None, **settings: str) -> nn.Module:
-    record = cd.Run(made / "run").record["dataset"]
+    record = cd.Run(made / "run").metadata["dataset"]
     own = (tuple(record["mean"]), tuple(record["std"]))
     return load_teacher(TeacherSettings(teacher=str(place), **settings), tiny.CLASSES, statistics or own)
 
@@ -336,7 +336,7 @@ def test_a_teacher_gets_images_in_its_own_normalisation(made):
 def test_a_teacher_from_another_normalisation_teaches(made, capsys):
     assert train_kd(made, "--teacher", str(made / "run"), data="dimmed.npz") == 0
     teacher, run = cd.Run(made / "run"), cd.Run("out")
-    assert run.record["dataset"]["mean"] != teacher.record["dataset"]["mean"]
+    assert run.metadata["dataset"]["mean"] != teacher.metadata["dataset"]["mean"]
     assert set(run.load_method().state_dict()) == set(tiny.method(cd.Independent).state_dict())
 
 
@@ -380,7 +380,11 @@ def test_the_place_of_the_teacher_is_recorded_in_full(made, capsys, tmp_path, mo
 def test_weight_and_temperature_from_python_are_recorded():
     method = taught(weight=0.9, temperature=4.0)
     run = cd.train(method, tiny.data(), out="run", settings=tiny.settings(epochs=1), show=False)
-    assert (run.record["teacher"], run.record["teacher_weight"], run.record["teacher_temperature"]) == (None, 0.9, 4.0)
+    assert (run.metadata["teacher"], run.metadata["teacher_weight"], run.metadata["teacher_temperature"]) == (
+        None,
+        0.9,
+        4.0,
+    )
 
 
 def test_a_stronger_teacher_term_brings_the_students_closer(made, capsys):

@@ -99,7 +99,7 @@ def test_the_settings_are_whole_and_names_are_escaped(run, parsed, page):
     text = "".join(parsed.text)
     assert "mfef on <colours> & more" in text
     shown = json.loads(text[text.index("{\n") : text.rindex("}") + 1])
-    assert shown == {key: value for key, value in run.record.items() if key != "dataset"}
+    assert shown == {key: value for key, value in run.metadata.items() if key != "dataset"}
 
 
 def test_it_says_what_the_best_epoch_was_chosen_on(run, parsed):

@@ -9,8 +9,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import codistill as cd
 from codistill.core.errors import CheckpointError, UsageError
-from codistill.runs.metadata import checked_record
+from codistill.runs.metadata import checked_metadata
 from codistill.settings.build import build_method
+from codistill.settings.config import RunConfig
 
 from .. import tiny
 
@@ -122,7 +123,7 @@ def test_the_config_comes_back(folder):
     assert config.train == settings and config.method == cd.MFEF.Settings()
     assert (config.method_name, config.networks) == ("mfef", ("tiny", "tiny:width=8"))
     assert config.as_mapping() == {
-        key: value for key, value in cd.Run(folder).record.items() if key not in ("dataset", "environment")
+        key: value for key, value in cd.Run(folder).metadata.items() if key not in ("dataset", "environment")
     }
 
 
@@ -177,14 +178,14 @@ def test_a_config_must_be_whole(copy, key):
         if key == "networks" and key in damaged:
             continue
         with pytest.raises(CheckpointError, match=r"config\.json: "):
-            checked_record(damaged, copy)
+            checked_metadata(damaged, copy)
 
 
 def test_the_keys_that_a_record_lacks_are_named(copy):
     record = json.loads((copy / "config.json").read_text())
     del record["dataset"]["mean"]
-    with pytest.raises(CheckpointError, match="it says nothing of dataset mean"):
-        checked_record(record, copy)
+    with pytest.raises(CheckpointError, match="dataset mean is missing"):
+        checked_metadata(record, copy)
 
 
 @pytest.mark.parametrize("change", [{"learning_rte": 0.1}, {"epochs": "ten"}, {"method": {"name": "mfeff"}}])
@@ -240,7 +241,7 @@ def test_networks_of_ones_own_need_the_program_that_made_them(tmp_path):
 
 def test_a_method_without_networks_cannot_be_built():
     with pytest.raises(UsageError, match="no networks: name one for each student"):
-        build_method(cd.config.RunConfig(data="digits"), 10, (32, 32))
+        build_method(RunConfig(data="digits"), 10, (32, 32))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from codistill.data.augment import Augmentation, BatchIndices, DeviceImages, epo
 from codistill.methods import METHODS
 from codistill.methods.kdcl import KDCLSettings
 from codistill.methods.teacher import WithTeacher
+from codistill.runs.lock import RunLock
 from codistill.settings.config import RunConfig, TeacherSettings, default_config
 from codistill.training import fleet, resume
 from codistill.training import trainer as loop
@@ -78,7 +79,7 @@ def bits(value: Any) -> Any:
 def assert_equal(run: cd.Run, alone: cd.Run) -> None:
     assert tiny.untimed(run.metrics()) == tiny.untimed(alone.metrics())
     assert tiny.untimed(run.summary) == tiny.untimed(alone.summary)
-    assert run.record == alone.record
+    assert run.metadata == alone.metadata
     assert [entry["epoch"] for entry in run.checkpoints.entries()] == [
         entry["epoch"] for entry in alone.checkpoints.entries()
     ]
@@ -367,7 +368,7 @@ def test_what_breaks_a_fleet_off_is_written_everywhere(config, monkeypatch):
     for path in folders(2):
         run = cd.Run(path)
         assert run.summary["status"] == "interrupted" and len(run.metrics()) == 1
-        cd.run_lock.RunLock(path).release()  # nobody holds it
+        RunLock(path).release()  # nobody holds it
 
 
 # What does not go together.

@@ -30,7 +30,7 @@ from codistill.settings.config import default_config
 from codistill.settings.presets import PRESETS
 
 if TYPE_CHECKING:
-    from codistill.runs.run import Run
+    from codistill.deploy.run import Run
 
 
 BENCH_FLAGS = ("runs", "compare", "seconds", "profile", "json")
@@ -119,8 +119,8 @@ def key_values(written: Sequence[str]) -> dict[str, Any]:
 def evaluate_command(arguments: Sequence[str]) -> None:
     """Run `codistill evaluate`."""
     chosen = options(EvaluateOptions, arguments, "codistill evaluate")
+    from codistill.deploy.run import Run
     from codistill.runs.evaluate import evaluate_run
-    from codistill.runs.run import Run
 
     scores = evaluate_run(Run(chosen.run), chosen.checkpoint, chosen.data_dir, chosen.device)
     if chosen.json:
@@ -157,7 +157,7 @@ def export_command(arguments: Sequence[str]) -> None:
     """Run `codistill export`."""
     chosen = options(ExportOptions, arguments, "codistill export")
     from codistill.deploy.export import export_predictor
-    from codistill.runs.run import Run
+    from codistill.deploy.run import Run
 
     done = export_predictor(
         Run(chosen.run), chosen.predictor, chosen.out, chosen.format, chosen.checkpoint, chosen.data_dir

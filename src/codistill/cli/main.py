@@ -56,9 +56,9 @@ def run_command(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
     elif arguments[0] == "--version":
-        from codistill.runs.metadata import VERSION
+        import importlib.metadata
 
-        print(f"codistill {VERSION}")
+        print(f"codistill {importlib.metadata.version('codistill')}")
     elif arguments[0] in COMMANDS:
         COMMANDS[arguments[0]](arguments[1:])
     else:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from codistill.core.errors import CheckpointError, CodistillError, UsageError
 from codistill.data.dataset import Pixels
-from codistill.runs.run import Run
+from codistill.runs.folder import RunFolder
 from codistill.settings.build import build_method
 from codistill.settings.mapping import run_from_mapping
 
@@ -85,17 +85,17 @@ class Classifier:
         return torch.cat([self.compute(part) for part in torch.split(planes, batch_size)])
 
 
-def make_card(run: Run, predictor: str) -> dict[str, Any]:
+def make_card(run: RunFolder, predictor: str) -> dict[str, Any]:
     """Collect what an exported file must say of itself."""
-    data = run.record["dataset"]
+    data = run.metadata["dataset"]
     return {
         "format": CARD_FORMAT,
         "predictor": predictor,
-        "method": run.record["method"],
-        "networks": run.record["networks"],
+        "method": run.metadata["method"],
+        "networks": run.metadata["networks"],
         **{key: data[key] for key in ("class_names", "image_size", "mean", "std")},
         "trained_on": data["name"],
-        "environment": run.record["environment"],
+        "environment": run.metadata["environment"],
     }
 
 
@@ -116,7 +116,7 @@ def from_module(card: Mapping[str, Any], module: nn.Module) -> Classifier:
     return Classifier(card, compute)
 
 
-def run_predictor(run: Run, predictor: str | None = None, which: str = "last") -> tuple[str, nn.Module]:
+def run_predictor(run: RunFolder, predictor: str | None = None, which: str = "last") -> tuple[str, nn.Module]:
     """Load one predictor of a run.
 
     Args:
@@ -164,7 +164,7 @@ def load_predictor(path: Path, predictor: str | None = None) -> tuple[dict[str, 
         UsageError: A predictor that the run does not have.
     """
     if path.is_dir():
-        run = Run(path)
+        run = RunFolder(path)
         name, module = run_predictor(run, predictor)
         return make_card(run, name), module
     with _damage(path):

@@ -26,7 +26,7 @@ from codistill.deploy.classifier import (
     tensors_once,
 )
 from codistill.networks.network import parameter_count
-from codistill.runs.run import Run
+from codistill.runs.folder import RunFolder
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
 
@@ -78,7 +78,7 @@ def choose_format(file: Path | None, format: str | None) -> str:
 
 
 def export_predictor(
-    run: Run,
+    run: RunFolder,
     predictor: str | None = None,
     file: Path | None = None,
     format: str | None = None,
@@ -109,7 +109,7 @@ def export_predictor(
     format = choose_format(file, format)
     name, module = run_predictor(run, predictor, which)
     path = run.path / "exports" / f"{name}{SUFFIXES[format]}" if file is None else file
-    if format == "safetensors" and "" in run.record["networks"]:
+    if format == "safetensors" and "" in run.metadata["networks"]:
         raise UsageError("safetensors holds weights alone, and networks of your own cannot be rebuilt: export to onnx")
     card = make_card(run, name)
     data = run.load_data(data_dir)

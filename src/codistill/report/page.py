@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 
 from codistill.core.console import duration
 from codistill.core.files import write_atomically
-from codistill.runs.run import Run
+from codistill.runs.folder import RunFolder
 
 
-def write_report(run: Run, summary: Mapping[str, Any]) -> None:
+def write_report(run: RunFolder, summary: Mapping[str, Any]) -> None:
     """Write `report.html` of a run: scores, curves and settings in one file that loads nothing else.
 
     Args:
@@ -28,7 +28,7 @@ def write_report(run: Run, summary: Mapping[str, Any]) -> None:
         summary=summary,
         duration=duration(summary["wall_seconds"]),
         curves=curves(run.metrics()),
-        settings=json.dumps({key: value for key, value in run.record.items() if key != "dataset"}, indent=2),
+        settings=json.dumps({key: value for key, value in run.metadata.items() if key != "dataset"}, indent=2),
     )
     write_atomically(run.path / "report.html", page.encode())
 

@@ -6,10 +6,12 @@ from codistill.core.device import choose_device
 from codistill.data.augment import DeviceImages
 from codistill.evaluation.evaluation import evaluate
 from codistill.evaluation.metrics import Scores
-from codistill.runs.run import Run
+from codistill.runs.folder import RunFolder
 
 
-def evaluate_run(run: Run, which: str = "last", data_dir: str | None = None, device: str = "auto") -> dict[str, Scores]:
+def evaluate_run(
+    run: RunFolder, which: str = "last", data_dir: str | None = None, device: str = "auto"
+) -> dict[str, Scores]:
     """Score a checkpoint of a run on the test set of its data set, in the precision of its training.
 
     Args:
@@ -26,5 +28,7 @@ def evaluate_run(run: Run, which: str = "last", data_dir: str | None = None, dev
     where = choose_device(device, config.execution.precision)
     data = run.load_data(data_dir)
     method = run.load_method(which).to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = DeviceImages(data.test, (tuple(run.record["dataset"]["mean"]), tuple(run.record["dataset"]["std"])), where)
+    facts = run.metadata["dataset"]
+    statistics = (tuple(facts["mean"]), tuple(facts["std"]))
+    images = DeviceImages(data.test, statistics, where)
     return evaluate(method, images, config.execution.precision)

@@ -1,5 +1,6 @@
-"""The record of a run, its config.json: what it says of environment and data set, and how it is checked."""
+"""The metadata of a run, its config.json: settings, environment and data set; and the checks of a file that is read."""
 
+import importlib.metadata
 import os
 import platform
 from pathlib import Path
@@ -11,15 +12,14 @@ import torch
 from codistill.core.errors import CheckpointError
 from codistill.core.host import keep_freed_memory
 from codistill.data.dataset import Dataset
+from codistill.settings.config import RunConfig
 from codistill.settings.mapping import shown
-
-VERSION = "0.1.0"
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Record what a result may depend on: versions, machine, device; and its speed: threads, cores, memory."""
+    """Return what a result may depend on: versions, machine, device; and its speed: threads, cores, memory."""
     return {
-        "codistill": VERSION,
+        "codistill": importlib.metadata.version("codistill"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
@@ -33,10 +33,10 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def dataset_record(data: Dataset) -> dict[str, Any]:
-    """Record what a trained network must know of its data set: classes, image size, normalisation, counts."""
+def run_metadata(config: RunConfig, data: Dataset, device: torch.device) -> dict[str, Any]:
+    """Return the contents of config.json: settings, environment, and the facts of the data set that networks need."""
     mean, std = data.statistics
-    return {
+    facts = {
         "name": data.name,
         "class_names": list(data.class_names),
         "image_size": list(data.image_size),
@@ -45,22 +45,23 @@ def dataset_record(data: Dataset) -> dict[str, Any]:
         "train_images": len(data.train),
         "test_images": len(data.test),
     }
+    return {**config.as_mapping(), "dataset": facts, "environment": environment(device)}
 
 
-def checked_record(record: Any, path: Path) -> dict[str, Any]:
-    """Refuse the contents of a config.json that no run has written.
+def checked_metadata(metadata: Any, path: Path) -> dict[str, Any]:
+    """Return the contents of a config.json, or refuse those that no run has written.
 
     Raises:
         CheckpointError: Names the folder.
     """
     needed = {"method": ("name",), "dataset": ("name", "class_names", "image_size", "mean", "std"), "environment": ()}
-    if not isinstance(record, dict) or "networks" not in record:
-        raise CheckpointError(f"{path}/config.json: not the record of a run: is {path} a run folder?")
+    if not isinstance(metadata, dict) or "networks" not in metadata:
+        raise CheckpointError(f"{path}/config.json: not that of a run: is {path} a run folder?")
     for part, keys in needed.items():
-        missing = [key for key in keys if key not in record[part]] if isinstance(record.get(part), dict) else [part]
+        missing = [key for key in keys if key not in metadata[part]] if isinstance(metadata.get(part), dict) else [part]
         if missing:
-            raise CheckpointError(f"{path}/config.json: damaged: it says nothing of {part} {missing[0]}")
-    data = record["dataset"]
+            raise CheckpointError(f"{path}/config.json: damaged: {part} {missing[0]} is missing")
+    data = metadata["dataset"]
     right = {
         "class_names": is_list(data["class_names"], str),
         "image_size": is_list(data["image_size"], int, 2) and min(data["image_size"]) > 0,
@@ -69,11 +70,11 @@ def checked_record(record: Any, path: Path) -> dict[str, Any]:
     for key, whole in right.items():
         if not whole:
             raise CheckpointError(f"{path}/config.json: damaged: {key} of the dataset is {shown(data[key])}")
-    return record
+    return metadata
 
 
 def is_list(value: Any, kind: type, length: int | None = None) -> bool:
-    """Say whether a value from a JSON file is a list of one type, not empty, and of the length, if one is given."""
+    """Whether a value from a JSON file is a list of one type, not empty, and of the length, if one is given."""
     return (
         isinstance(value, list)
         and 0 < len(value) == (length or len(value))

@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from codistill.core.console import warn
 from codistill.core.errors import ResourceError
 from codistill.evaluation.metrics import Scores
-from codistill.runs.run import Run
+from codistill.runs.folder import RunFolder
 
 
 class HostCopies:
@@ -52,7 +52,7 @@ class Saver:
         rows: Lines of metrics.jsonl that are there, without their ends.
     """
 
-    def __init__(self, run: Run, rows: Sequence[str] = ()) -> None:
+    def __init__(self, run: RunFolder, rows: Sequence[str] = ()) -> None:
         self.run = run
         self.rows = list(rows)
         self._copies = HostCopies()

@@ -1,9 +1,7 @@
 """summary.json: what a run trains, how it ended, and with which results."""
 
 import contextlib
-import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from codistill.core.errors import DivergedError
@@ -11,9 +9,8 @@ from codistill.core.files import write_json
 from codistill.methods import Method
 from codistill.methods.cohort import Cohort
 from codistill.networks.network import parameter_count
-from codistill.runs.run import Run
+from codistill.runs.folder import RunFolder
 from codistill.settings.config import RunConfig
-from codistill.training.compiling import Execution
 
 
 def network_names(cohort: Cohort) -> list[str]:
@@ -29,7 +26,7 @@ def status_of(error: BaseException) -> str:
 
 
 def run_facts(config: RunConfig, method: Method) -> dict[str, Any]:
-    """Give the part of summary.json that is known before training."""
+    """Return the part of summary.json that is known before training."""
     return {
         "method": config.method_name,
         "networks": network_names(method.cohort),
@@ -41,24 +38,24 @@ def run_facts(config: RunConfig, method: Method) -> dict[str, Any]:
 
 
 def summarise(
-    run: Run,
+    run: RunFolder,
     config: RunConfig,
     method: Method,
     rows: Sequence[Mapping[str, Any]],
     best: Mapping[str, Any],
     seconds: float,
-    execution: Execution,
+    execution: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Make the contents of summary.json.
+    """Return the contents of the summary.json of a finished run.
 
     Args:
-        run: Where results went.
-        config: What was run.
-        method: What was trained.
-        rows: What came out of each epoch.
+        run: Its folder.
+        config: Its settings.
+        method: The method that was trained.
+        rows: The lines of metrics.jsonl.
         best: The row of the best epoch.
         seconds: From the first step to the end.
-        execution: How steps were computed.
+        execution: How steps were computed, by name.
     """
     trained = sum(row["seconds"] for row in rows)
 
@@ -78,16 +75,15 @@ def summarise(
         "images_per_second": sum(row["images_per_second"] * row["seconds"] for row in rows) / trained,
         "train_seconds": trained,
         "wall_seconds": seconds,
-        "execution": dataclasses.asdict(execution),
-        "environment": run.record["environment"],
+        "execution": dict(execution),
+        "environment": run.metadata["environment"],
     }
 
 
-def write_summary_of_failure(out: Path, config: RunConfig, method: Method, error: BaseException) -> None:
+def write_summary_of_failure(run: RunFolder, config: RunConfig, method: Method, error: BaseException) -> None:
     """Write the summary.json of a run that did not finish; one that already says how the run ended stays."""
-    path = out / "summary.json"
-    if path.exists() and Run(out).summary.get("status") in ("finished", "diverged"):
+    if run.status in ("finished", "diverged"):
         return
     facts = {"status": status_of(error), "error": " ".join(str(error).split()), **run_facts(config, method)}
     with contextlib.suppress(OSError):  # a full disk is what the error says already
-        write_json(path, facts)
+        write_json(run.path / "summary.json", facts)

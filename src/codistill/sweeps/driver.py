@@ -15,7 +15,7 @@ from codistill.core.console import LastingConsole
 from codistill.core.errors import CodistillError, UsageError, WorkerError
 from codistill.core.registry import near_matches
 from codistill.core.signals import Interrupted, Terminated
-from codistill.runs.run import Run
+from codistill.deploy.run import Run
 from codistill.sweeps.engines.local import EXECUTORS
 from codistill.sweeps.folder import find_folders, held
 from codistill.sweeps.spec import PlannedRun, read_spec

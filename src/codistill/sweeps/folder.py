@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from codistill.core.errors import CodistillError, UsageError
+from codistill.deploy.run import Run
 from codistill.runs.lock import RunLock
-from codistill.runs.run import Run
 from codistill.settings.config import RunConfig
 from codistill.sweeps.naming import differences, digest
 from codistill.sweeps.spec import PlannedRun

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from codistill.core.errors import DivergedError
+from codistill.deploy.run import Run
 from codistill.methods import Method
-from codistill.runs.run import Run
 from codistill.runs.saving import Saver
 
 GRADIENT = "gradient of "

@@ -17,9 +17,11 @@ from codistill.core.device import choose_device
 from codistill.core.errors import DivergedError, UsageError
 from codistill.data.augment import DeviceImages, epoch_indices
 from codistill.data.dataset import Dataset, Split
+from codistill.deploy.run import Run
 from codistill.evaluation.evaluation import EVALUATION_BATCH, evaluate
 from codistill.methods import Method
-from codistill.runs.run import Run
+from codistill.runs.folder import refuse_occupied
+from codistill.runs.metadata import run_metadata
 from codistill.runs.summary import write_summary_of_failure
 from codistill.settings.build import load_named_data
 from codistill.settings.config import RunConfig
@@ -29,7 +31,6 @@ from codistill.training.prepare import (
     DeviceSplits,
     build_taught,
     check_shapes,
-    run_record,
     set_up,
     split_training,
     with_absolute_paths,
@@ -190,13 +191,13 @@ def train_fleet(configs: Sequence[RunConfig], outs: Sequence[Path], show: bool =
         config.train.augmentation(data)
         split_training(data, config.train)
         check_shapes(method, data)
-        Run.refuse_taken(out)
+        refuse_occupied(out)
     sizes = side_by_side(methods, configs, data, device)
     waiting: dict[Path, Run] = {}
     # The runs of later groups have a folder from the beginning, so that `resume` knows them.
     for method, config, out in list(zip(methods, configs, outs, strict=True))[sizes[0] :]:
-        waiting[out], lock = Run.create(out, run_record(with_absolute_paths(config, data), data, device), method, data)
-        lock.release()
+        with Run.opened(out, run_metadata(with_absolute_paths(config, data), data, device), method, data) as run:
+            waiting[out] = run
     resident = DeviceSplits(data.statistics, device)
     openings = [
         functools.partial(
@@ -253,5 +254,5 @@ def shared(config: RunConfig) -> dict[str, Any]:
 
 def mark_diverged(loop: Trainer, error: DivergedError) -> None:
     """Write how a run ended that is dropped from a fleet, and say so."""
-    write_summary_of_failure(loop.run.path, loop.config, loop.method, error)
+    write_summary_of_failure(loop.run, loop.config, loop.method, error)
     warn(f"{loop.run.path.name} is dropped: {error}")

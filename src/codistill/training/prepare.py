@@ -15,11 +15,10 @@ from codistill.core.errors import ResourceError, UsageError
 from codistill.core.host import set_up_cpu
 from codistill.data.augment import DeviceImages, seeded_order
 from codistill.data.dataset import Dataset, Split
+from codistill.deploy.run import Run
 from codistill.methods import METHODS, Method
 from codistill.methods.teacher import WithTeacher
-from codistill.runs.lock import RunLock
-from codistill.runs.metadata import dataset_record, environment
-from codistill.runs.run import Run
+from codistill.runs.metadata import run_metadata
 from codistill.runs.saving import Saver
 from codistill.runs.summary import network_names, write_summary_of_failure
 from codistill.settings.build import build_method
@@ -149,11 +148,6 @@ def with_absolute_paths(config: RunConfig, data: Dataset) -> RunConfig:
     return dataclasses.replace(config, data_dir=data.root or None, teaching=teaching)
 
 
-def run_record(config: RunConfig, data: Dataset, device: torch.device) -> dict[str, Any]:
-    """Give what config.json holds."""
-    return {**config.as_mapping(), "dataset": dataset_record(data), "environment": environment(device)}
-
-
 @contextlib.contextmanager
 def set_up(
     method: Method,
@@ -183,41 +177,40 @@ def set_up(
     execution = choose_execution(config.execution, device, 1 if ranks.count > 1 else runs, steps)
     execution.prepare(method, device, config.execution.deterministic)
     config = with_absolute_paths(config, data)
-    run, lock = opened_folder(run, out, run_record(config, data, device), method, data, ranks)
     resident = resident or DeviceSplits(data.statistics, device)
-    try:
-        method.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-        optimizer = make_optimizer(
-            method, settings.learning_rate, settings.momentum, settings.nesterov, settings.weight_decay
-        )
-        splits = {"validation": validation, "test": data.test}
-        held = {name: resident.images(each) for name, each in splits.items() if each is not None}
-        images = resident.images(training)
-        step = TrainStep(method, images, augmentation, optimizer, config.execution.precision, ranks, execution)
-        with contextlib.closing(Saver(run)) as saver:
-            yield Trainer(run, config, step, held, saver, show, label)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        lack = out_of_memory(config, method, error)
-        if ranks.leads:
-            write_summary_of_failure(out, config, method, lack)
-        raise lack from error
-    except BaseException as error:
-        if ranks.leads:
-            write_summary_of_failure(out, config, method, error)
-        raise
-    finally:
-        if lock is not None:
-            lock.release()
+    metadata = None if run else run_metadata(config, data, device)
+    with opened_folder(out, metadata, method, data, ranks) as folder:
+        try:
+            method.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+            optimizer = make_optimizer(
+                method, settings.learning_rate, settings.momentum, settings.nesterov, settings.weight_decay
+            )
+            splits = {"validation": validation, "test": data.test}
+            held = {name: resident.images(each) for name, each in splits.items() if each is not None}
+            images = resident.images(training)
+            step = TrainStep(method, images, augmentation, optimizer, config.execution.precision, ranks, execution)
+            with contextlib.closing(Saver(folder)) as saver:
+                yield Trainer(folder, config, step, held, saver, show, label)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            lack = out_of_memory(config, method, error)
+            if ranks.leads:
+                write_summary_of_failure(folder, config, method, lack)
+            raise lack from error
+        except BaseException as error:
+            if ranks.leads:
+                write_summary_of_failure(folder, config, method, error)
+            raise
 
 
+@contextlib.contextmanager
 def opened_folder(
-    run: Run | None, out: Path, record: dict[str, Any], method: Method, data: Dataset, ranks: Ranks
-) -> tuple[Run, RunLock | None]:
+    path: Path, metadata: dict[str, Any] | None, method: Method, data: Dataset, ranks: Ranks
+) -> Iterator[Run]:
     """Make or open the run folder; rank 0 holds it for all."""
-    with ranks.leader_first():
-        if not ranks.leads:
-            return run or Run(out), None
-        return (run, run.reopen(method, data)) if run else Run.create(out, record, method, data)
+    with contextlib.ExitStack() as held:
+        with ranks.leader_first():
+            run = held.enter_context(Run.opened(path, metadata, method, data)) if ranks.leads else Run(path)
+        yield run
 
 
 def out_of_memory(config: RunConfig, method: Method, error: BaseException) -> ResourceError:

@@ -12,9 +12,9 @@ import torch
 from codistill.core.device import choose_device
 from codistill.core.errors import CheckpointError, DataError, UsageError
 from codistill.data.dataset import Dataset
+from codistill.deploy.run import Run
 from codistill.methods import Method
 from codistill.runs.checkpoint import position
-from codistill.runs.run import Run
 from codistill.settings.config import PLACES, RunConfig
 from codistill.settings.mapping import run_from_mapping
 from codistill.training.fleet import mark_diverged, shared, side_by_side, train_in_groups
@@ -152,7 +152,7 @@ class InterruptedRun:
         """
         data = self.run.load_data(self.config.data_dir)
         for split, found in (("train", len(data.train)), ("test", len(data.test))):
-            began = self.run.record["dataset"].get(f"{split}_images")
+            began = self.run.metadata["dataset"].get(f"{split}_images")
             if found != began:
                 raise DataError(
                     f"data set {self.config.data}: {found} {split} images, but {self.run.path} began with {began}"

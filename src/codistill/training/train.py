@@ -9,9 +9,9 @@ import torch
 from codistill.core.device import choose_device
 from codistill.core.errors import DivergedError
 from codistill.data.dataset import Dataset
+from codistill.deploy.run import Run
 from codistill.methods import Method
 from codistill.methods.teacher import WithTeacher
-from codistill.runs.run import Run
 from codistill.settings.build import load_named_data
 from codistill.settings.config import ExecutionSettings, RunConfig, TeacherSettings, TrainSettings
 from codistill.training.loop import train_loop

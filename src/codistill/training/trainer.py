@@ -10,12 +10,12 @@ from codistill.core.device import Stopwatch
 from codistill.core.errors import CheckpointError, DivergedError
 from codistill.core.files import write_json
 from codistill.data.augment import BatchIndices, DeviceImages, epoch_indices
+from codistill.deploy.run import Run
 from codistill.evaluation.diversity import health_warnings
 from codistill.evaluation.evaluation import Evaluation
 from codistill.evaluation.metrics import read_together
 from codistill.report.page import write_report
 from codistill.runs.checkpoint import load_weights
-from codistill.runs.run import Run
 from codistill.runs.saving import Saver
 from codistill.runs.summary import summarise
 from codistill.settings.config import RunConfig
@@ -217,7 +217,8 @@ class Trainer:
             return
         lost = self.saver.finish()
         best = self.best or self.rows[-1]
-        summary = summarise(self.run, self.config, self.method, self.rows, best, seconds, self.step.execution)
+        execution = dataclasses.asdict(self.step.execution)
+        summary = summarise(self.run, self.config, self.method, self.rows, best, seconds, execution)
         if lost is None:
             write_report(self.run, summary)
         # Last, for a run is finished once it is there.

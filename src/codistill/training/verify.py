@@ -15,7 +15,7 @@ from codistill.core.device import choose_device
 from codistill.core.errors import CheckpointError
 from codistill.core.signals import Interrupted
 from codistill.data.dataset import Split
-from codistill.runs.run import Run
+from codistill.deploy.run import Run
 from codistill.settings.build import load_named_data
 from codistill.settings.config import RunConfig
 from codistill.training.loop import train_loop

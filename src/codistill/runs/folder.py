@@ -1,11 +1,13 @@
-"""A run folder: the whole truth of one training, and what can be done with it afterwards."""
+"""A run folder: the whole truth of one training, its files and who may write them."""
 
+import contextlib
 import copy
+import functools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from codistill.core.errors import CheckpointError, DataError, UsageError
 from codistill.core.files import read_json, write_atomically, write_json
@@ -13,14 +15,18 @@ from codistill.data.dataset import Dataset, dataset
 from codistill.methods import Method
 from codistill.runs.checkpoint import CheckpointStore, load_weights
 from codistill.runs.lock import RunLock, remove_strays
-from codistill.runs.metadata import checked_record
+from codistill.runs.metadata import checked_metadata
 from codistill.settings.build import build_method
 from codistill.settings.config import RunConfig
 from codistill.settings.mapping import run_from_mapping
 
 
-class Run:
-    """A run folder.
+class RunFolder:
+    """The folder of a run: config.json, metrics.jsonl, checkpoints and summary.json.
+
+    Attributes:
+        metadata: The contents of config.json: settings, data set, environment.
+        checkpoints: The checkpoints.
 
     Args:
         path: The folder; it must hold a config.json.
@@ -31,85 +37,73 @@ class Run:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.record: dict[str, Any] = checked_record(read_json(self.path / "config.json"), self.path)
+        self.metadata: dict[str, Any] = checked_metadata(read_json(self.path / "config.json"), self.path)
         self.checkpoints = CheckpointStore(self.path / "checkpoints")
+        self._finished: dict[str, Any] | None = None
         self._method: Method | None = None
         self._data: Dataset | None = None
 
     @classmethod
-    def create(cls, path: Path, record: dict[str, Any], method: Method, data: Dataset) -> tuple["Run", RunLock]:
-        """Make a new run folder and hold it.
-
-        Raises:
-            UsageError: Something other than an empty folder is there, another process holds it, or it cannot be made.
-        """
-        cls.refuse_taken(path, locked=True)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            lock = RunLock(path)
-        except OSError as error:
-            raise UsageError(f"run folder {path}: {error.strerror}: choose another --out") from None
-        try:
-            remove_strays(path)
-            cls.refuse_taken(path)
-        except UsageError:
-            lock.release()
-            raise
-        write_json(path / "config.json", record)
-        run = cls(path)
-        run._method, run._data = method, data
-        return run, lock
-
-    def reopen(self, method: Method, data: Dataset) -> RunLock:
-        """Hold the folder again, to go on with an interrupted run.
-
-        Raises:
-            UsageError: The run is finished, or another process holds it.
-        """
-        lock = RunLock(self.path)
-        if self.finished:
-            lock.release()
-            raise UsageError(f"run {self.path} is finished: there is nothing to resume")
-        remove_strays(self.path)
-        remove_strays(self.checkpoints.folder)
-        (self.path / "summary.json").unlink(missing_ok=True)  # how it ended before it went on
-        self._method, self._data = method, data
-        return lock
-
-    @staticmethod
-    def refuse_taken(path: Path, locked: bool = False) -> None:
-        """Refuse a run folder that holds anything.
+    @contextlib.contextmanager
+    def opened(cls, path: Path, metadata: Mapping[str, Any] | None, method: Method, data: Dataset) -> Iterator[Self]:
+        """Hold a run folder for writing as long as the context lasts.
 
         Args:
-            path: The folder, which need not exist.
-            locked: Whether one with a lock file passes, to be looked at again under the lock.
+            path: The folder.
+            metadata: The contents of config.json for a new run; None: the folder holds a run, which resumes.
+            method: The method that is trained; `load_method` copies it where its networks have no name.
+            data: The data set that it is trained on.
 
         Raises:
-            UsageError: Something other than an empty folder is there.
+            UsageError: Another process holds the folder; it cannot be made, or a new one is not empty; or the run to
+                resume is finished.
+            CheckpointError: There is no run to resume.
         """
-        try:
-            present = {entry.name for entry in path.iterdir()} if path.exists() else set()
-        except OSError as error:
-            raise UsageError(f"run folder {path}: {error.strerror}: choose another --out") from None
-        if present - {".lock"} and not (locked and ".lock" in present):
-            raise UsageError(f"run folder {path} is not empty: choose another --out; nothing was overwritten")
+        with contextlib.ExitStack() as held:
+            if metadata is not None:
+                refuse_occupied(path, locked=True)
+                try:
+                    path.mkdir(parents=True, exist_ok=True)
+                    held.callback(RunLock(path).release)
+                except OSError as error:
+                    raise UsageError(f"run folder {path}: {error.strerror}: choose another --out") from None
+                remove_strays(path)
+                refuse_occupied(path)
+                write_json(path / "config.json", metadata)
+                run = cls(path)
+            else:
+                run = cls(path)
+                held.callback(RunLock(path).release)
+                if run.finished:
+                    raise UsageError(f"run {path} is finished: there is nothing to resume")
+                remove_strays(path)
+                remove_strays(run.checkpoints.folder)
+                (path / "summary.json").unlink(missing_ok=True)  # tells how it ended before
+            run._method, run._data = method, data
+            yield run
 
-    @property
+    @functools.cached_property
     def config(self) -> RunConfig:
         """The settings that the run was started with."""
         try:
-            return run_from_mapping(self.record, lambda key: f"{self.path}/config.json")
+            return run_from_mapping(self.metadata, lambda key: f"{self.path}/config.json")
         except UsageError as error:
             raise CheckpointError(f"{self.path}/config.json: damaged, or of another version: {error}") from None
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What `summary.json` holds.
+        """The contents of `summary.json`: as they are now, or those of the end of a finished run, which are read once.
 
         Raises:
             CheckpointError: It is absent or damaged.
         """
-        summary: dict[str, Any] = read_json(self.path / "summary.json")
+        if self._finished is not None:
+            return self._finished
+        summary = read_json(self.path / "summary.json")
+        if not isinstance(summary, dict):
+            raise CheckpointError(f"{self.path}/summary.json: damaged: not a table of results")
+        if summary.get("status") == "finished":
+            self._finished = summary
         return summary
 
     @property
@@ -125,12 +119,12 @@ class Run:
     @property
     def class_names(self) -> list[str]:
         """Names of the classes, in the order of the logits."""
-        return list(self.record["dataset"]["class_names"])
+        return list(self.metadata["dataset"]["class_names"])
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images, pixels."""
-        height, width = self.record["dataset"]["image_size"]
+        height, width = self.metadata["dataset"]["image_size"]
         return int(height), int(width)
 
     def append_metrics(self, rows: Sequence[str]) -> None:
@@ -170,7 +164,7 @@ class Run:
                 to build them from.
         """
         state = self.checkpoints.load(which)
-        if self._method is not None and "" in self.record["networks"]:
+        if self._method is not None and "" in self.metadata["networks"]:
             method = copy.deepcopy(self._method).cpu()
         else:
             method = build_method(self.config, len(self.class_names), self.image_size)
@@ -211,8 +205,20 @@ class Run:
         }
         return min(sorted(errors), key=errors.__getitem__)
 
-    def export(self, predictor: str, file: str | Path, format: str | None = None) -> Path:
-        """Write one predictor as a file that needs nothing of the rest; see `deploy.export.export_predictor`."""
-        from codistill.deploy.export import export_predictor
 
-        return export_predictor(self, predictor, Path(file), format).path
+def refuse_occupied(path: Path, locked: bool = False) -> None:
+    """Refuse a run folder that holds anything.
+
+    Args:
+        path: The folder, which need not exist.
+        locked: Whether one with a lock file passes, to be looked at again under the lock.
+
+    Raises:
+        UsageError: Something other than an empty folder is there.
+    """
+    try:
+        present = {entry.name for entry in path.iterdir()} if path.exists() else set()
+    except OSError as error:
+        raise UsageError(f"run folder {path}: {error.strerror}: choose another --out") from None
+    if present - {".lock"} and not (locked and ".lock" in present):
+        raise UsageError(f"run folder {path} is not empty: choose another --out; nothing was overwritten")
