@@ -68,7 +68,7 @@ class Bench:
 def bench(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("codistill.executor.POLL_SECONDS", 0.01)
+    monkeypatch.setattr("codistill.sweeps.driver.POLL_SECONDS", 0.01)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return Bench(tmp_path)
 
@@ -209,7 +209,7 @@ def test_errors_of_a_run_are_not_tried_again(bench, status):
 
 def test_without_a_line_the_log_is_named(bench):
     bench.act(seed1=["exit 1"])
-    assert bench.sweep()["seed1"].reason == f"ended with status 1: {bench.out}/logs/seed1.log has what it said"
+    assert bench.sweep()["seed1"].reason == f"ended with status 1: see {bench.out}/logs/seed1.log"
 
 
 def test_a_run_that_says_it_is_done_but_left_nothing_has_failed(bench):
@@ -370,7 +370,7 @@ def test_a_signal_lets_the_runs_save(bench, capsys, monkeypatch, number, status)
     thread.start()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
     try:
-        refused(capsys, ["sweep", "spec.toml", "--out", "sweep"], status, "the same command goes on")
+        refused(capsys, ["sweep", "spec.toml", "--out", "sweep"], status, "the same command resumes")
     finally:
         signal.signal(signal.SIGINT, before)
         thread.join()
@@ -418,28 +418,25 @@ def test_runs_side_by_side_share_a_process(bench, capsys):
     assert bench.words()[0][4:] == ["--recipes", *recipes, "--out", str(bench.out)]
     assert "seed0, seed1, seed2: start side by side" in capsys.readouterr().out
     logs = [(bench.out / "logs" / f"seed{seed}.log").read_text() for seed in (0, 1, 2)]
-    assert logs[1] == logs[2] == f"{logs[0]}{bench.out}/logs/seed0.log has what it says\n"
+    assert logs[1] == logs[2] == f"{logs[0]}{bench.out}/logs/seed0.log has its output\n"
     bench.act(**{f"seed{seed}": ["kill-early"] for seed in (0, 1, 2)})
     assert bench.sweep(side_by_side=True) == rows and bench.calls() == []
 
 
 def test_what_can_train_side_by_side_is_dealt_out_to_the_slots(bench):
     text = f"{SHARED.replace('epochs = 4', '')}[grid]\nepochs = [4, 5]\nseed = [0, 1, 2, 3]\n"
-    text += "[[runs]]\nmethod = 'dml'\n[[runs]]\nprocesses = 2\n"
     rows = bench.sweep(text, side_by_side=True, slots=3)
     assert all(row.status == "finished" for row in rows.values())
-    alone = [f"train {name}" for name in rows if "processes" in name]
-    shares = [(0, 3), (1,), (2,)]
     together = [
-        "train " + "+".join(f"dml-epochs-{epochs}-seed{seed}" for seed in share)
+        "train " + "+".join(f"epochs-{epochs}-seed{seed}" for seed in share)
         for epochs in (4, 5)
-        for share in shares
+        for share in ((0, 3), (1,), (2,))
     ]
-    assert len(alone) == 8 and sorted(bench.calls()) == sorted(alone + together)
+    assert sorted(bench.calls()) == sorted(together)
 
 
 def test_no_process_gets_too_many_runs(bench, monkeypatch):
-    monkeypatch.setattr("codistill.sweep_work.LARGEST_SHARE", 2)
+    monkeypatch.setattr("codistill.sweeps.driver.LARGEST_SHARE", 2)
     bench.sweep(side_by_side=True)
     assert bench.calls() == ["train seed0+seed2", "train seed1"]
 
@@ -535,7 +532,7 @@ def test_of_a_stopped_process_the_table_knows_what_had_ended_and_the_rest_goes_o
     thread.start()
     try:
         line = ["sweep", "spec.toml", "--out", "sweep", "--side-by-side", "True"]
-        refused(capsys, line, 143, "the same command goes on")
+        refused(capsys, line, 143, "the same command resumes")
     finally:
         thread.join()
     assert held == [0, 1, 2] and ended() == ["finished", "unfinished", "unfinished"]

@@ -1,8 +1,9 @@
-"""How fast a training step is here: against a plain PyTorch loop of the usual style."""
+"""The speed of a training step on this machine, alone and beside a plain PyTorch loop of the usual style."""
 
 import copy
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,6 @@ from codistill.settings.config import RunConfig
 from codistill.training.compiling import Execution, choose_execution
 
 STEPS_UNTIL_CAPTURED = 8
-
-
 OWN, PLAIN, DETERMINISTIC = "codistill", "plain", "deterministic"
 
 
@@ -46,14 +45,14 @@ def bench(
         config: Method, networks, batch size, precision, device and compile (auto: off); its data set is not used.
         runs: How many independent runs train side by side.
         compare: Whether to measure the plain loop too, and on CUDA the deterministic setting, in turn with ours.
-        seconds: About how long to measure, beside making ready.
-        table: A text file for what took longest in one step; None: none is written.
+        seconds: About how long to measure, set-up not included.
+        table: A text file for the operators or kernels that took longest in one step; None: none is written.
 
     Returns:
         Of each run, ms_per_step, images_per_second, operators_per_step (CPU) or kernels_per_step (CUDA) and, on CUDA,
         peak memory of all runs together; the execution; first_step_seconds from building the networks to the end of a
-        first step, with what had to be compiled before it; parameters, and forward_mflop_per_image, of which training
-        takes thrice as many.
+        first step, compilation included; parameters, and forward_mflop_per_image, of which training takes three times
+        as many.
         With `compare`, the plain loop's speed and `ratio_to_plain`, our images per second over the plain loop's, and
         `deterministic_ratio`, those of the deterministic setting over ours: medians over rounds of all in turn.
 
@@ -65,7 +64,7 @@ def bench(
     set_up_cpu(config.execution.threads, device)
     size, on_gpu = config.train.batch_size, device.type == "cuda"
     if size > IMAGES:
-        raise UsageError(f"batch_size is {size}; bench has {IMAGES} images: use at most so many")
+        raise UsageError(f"batch_size is {size}; bench has {IMAGES} images: use a smaller batch")
 
     def build() -> Method:
         return build_method(config, CLASSES, (SIDE, SIDE)).to(device).train()
@@ -124,3 +123,30 @@ def bench(
     if DETERMINISTIC in step:
         result["deterministic_ratio"] = ratio(rounds, OWN, DETERMINISTIC)
     return result
+
+
+def lines(result: Mapping[str, Any]) -> list[str]:
+    """Write a result of `bench` for people."""
+    ways = [name for name, chosen in result["execution"].items() if chosen]
+    text = [
+        f"{result['ms_per_step']:.2f} ms per step of a run, {result['images_per_second']:,.0f} images/s each"
+        + (f" ({', '.join(ways)})" if ways else "")
+    ]
+    if "ratio_to_plain" in result:
+        text.append(
+            f"plain loop: {result['plain_ms_per_step']:.2f} ms per step, "
+            f"{result['plain_images_per_second']:,.0f} images/s; ours is {result['ratio_to_plain']:.2f} times as fast"
+        )
+    if "deterministic_ratio" in result:
+        text.append(f"with --deterministic: {result['deterministic_ratio']:.2f} times that speed")
+    unit = "kernels" if "kernels_per_step" in result else "operators"
+    text.append(f"{result[f'{unit}_per_step']:,} {unit} per step")
+    text.append(
+        f"{result['parameters']:,} parameters; {result['forward_mflop_per_image']:,.0f} MFLOP per image forward, "
+        "three times as many in training"
+    )
+    if "peak_memory_mib" in result:
+        text.append(f"peak memory {result['peak_memory_mib']:,.0f} MiB, reserved {result['peak_reserved_mib']:,.0f}")
+    else:
+        text.append("memory is measured on CUDA only")
+    return text

@@ -21,14 +21,8 @@ from codistill.training.optim import make_optimizer
 from codistill.training.step import TrainStep
 
 IMAGES, CLASSES, SIDE, PADDING = 10_240, 100, 32, 4
-
-
 AUGMENTATION = Augmentation(padding=PADDING)
-
-
 STATISTICS = ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276))
-
-
 # As many as papers' code commonly starts beside a GPU; on a CPU they would take the cores from the training.
 WORKERS_BESIDE_A_GPU = 4
 

@@ -49,8 +49,7 @@ def bench_command(arguments: Sequence[str]) -> None:
         raise UsageError(f"{command}: --runs must be at least 1, and --seconds above 0 and below 3600")
     if parsed.profile and not parsed.profile.parent.is_dir():
         raise UsageError(f"{command}: --profile {parsed.profile}: there is no folder {parsed.profile.parent}")
-    from codistill.bench.bench import bench
-    from codistill.bench.text import lines
+    from codistill.bench.bench import bench, lines
 
     result = bench(parsed.config, parsed.runs, parsed.compare, parsed.seconds, parsed.profile)
     print(json.dumps(result, indent=2) if parsed.json else "\n".join(lines(result)))

@@ -1,34 +1,42 @@
-"""Many runs in processes and folders of their own; a sweep that was stopped, in whatever way, goes on."""
+"""Many runs in processes and folders of their own; a stopped sweep resumes with the same command."""
 
 import contextlib
 import dataclasses
+import json
+import math
 import signal
 import sys
+import time
 from collections import Counter, deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from codistill.core.console import LastingConsole
 from codistill.core.errors import CodistillError, UsageError, WorkerError
+from codistill.core.files import write_json
 from codistill.core.registry import near_matches
 from codistill.core.signals import Interrupted, Terminated
 from codistill.deploy.run import Run
-from codistill.sweeps.engines.local import EXECUTORS
-from codistill.sweeps.folder import find_folders, held
+from codistill.methods import METHODS
+from codistill.runs.lock import RunLock
+from codistill.settings.config import RunConfig
+from codistill.sweeps.engines import local
+from codistill.sweeps.naming import differences, digest
 from codistill.sweeps.spec import PlannedRun, read_spec
 from codistill.sweeps.table import Row, shown_tables, write_tables
-from codistill.sweeps.work import Work, shares
+from codistill.training.fleet import shared
 
+EXECUTORS = ("local",)
+POLL_SECONDS = 0.1
 # How often a run is tried whose process was killed, or lost a worker of its own: once, and two times again.
 ATTEMPTS = 3
-
-
-GOES_ON = "what the runs have saved is kept: the same command goes on"
-
-
+# How many runs one process gets at most: each holds a file open, and has its networks on the host.
+LARGEST_SHARE = 64
+RESUMES = "what the runs have saved is kept: the same command resumes them"
 PROGRAM = (sys.executable, "-m", "codistill")
 
 
@@ -44,9 +52,9 @@ def sweep(
 ) -> list[Row]:
     """Train the runs of a spec, each in a folder below `out`, and write `table.json` and `table.md` there.
 
-    Runs that are finished or have diverged are not repeated, and interrupted ones go on from their last checkpoint. A
-    process that a signal killed, or that lost a worker, is started again, two times at most. Where one works on several
-    runs, what is wrong with one of them does not cost the others.
+    Runs that are finished or have diverged are not repeated, and interrupted ones resume from their last checkpoint. A
+    process that a signal killed, or that lost a worker, is started again, two times at most. Where a process works on
+    several runs, an error of one of them does not cost the others.
 
     Args:
         spec: A TOML file: settings of all runs, `[grid]` and `[[runs]]`; see docs/sweep.md.
@@ -58,7 +66,7 @@ def sweep(
         show: Whether to print progress and the final tables.
 
     Returns:
-        A row for each run, in the order of the spec; a failed one says why.
+        A row for each run, in the order of the spec, with the reason where it failed.
 
     Raises:
         UsageError: The spec is wrong, or the folder cannot be used; no run was started.
@@ -69,24 +77,88 @@ def sweep(
     if slots < 1:
         raise UsageError(f"slots is {slots}; it must be at least 1")
     runs, folder = read_spec(Path(spec)), Path(out)
-    lock = held(folder)
+    lock = locked_folder(folder)
     try:
-        return Sweep(Path(spec), folder, runs, program, show).work(executor, slots, side_by_side)
+        return Sweep(Path(spec), folder, runs, program, show).train(slots, side_by_side)
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; {GOES_ON}") from None
+        raise Interrupted(f"interrupted; {RESUMES}") from None
     except Terminated:
-        raise Terminated(f"terminated; {GOES_ON}") from None
+        raise Terminated(f"terminated; {RESUMES}") from None
     finally:
         lock.release()
+
+
+def locked_folder(folder: Path) -> RunLock:
+    """Make the folder of a sweep and lock it for this process.
+
+    Raises:
+        UsageError: It cannot be made, is a run folder, or another process holds it.
+    """
+    if (folder / "config.json").exists():
+        raise UsageError(f"sweep folder {folder} is a run folder: choose another --out")
+    try:
+        for each in ("logs", "recipes"):
+            (folder / each).mkdir(parents=True, exist_ok=True)
+        return RunLock(folder)
+    except OSError as error:
+        raise UsageError(f"sweep folder {folder}: {error.strerror}: choose another --out") from None
+
+
+def find_folders(folder: Path, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """Name runs by the folders that they have, whatever the spec called them when they were started.
+
+    Raises:
+        UsageError: The folder of one holds another run, or would be that of two.
+    """
+    found: dict[str, RunConfig] = {}
+    for path in sorted(folder.glob("*/config.json")):
+        with contextlib.suppress(CodistillError):  # a damaged one keeps its name, and its process reports the damage
+            found[path.parent.name] = Run(path.parent).config
+    names = {digest(config): name for name, config in reversed(found.items())}
+    named: list[PlannedRun] = []
+    for run in runs:
+        name = run.name
+        if run.config is not None and (name not in found or digest(found[name]) != digest(run.config)):
+            name = names.get(digest(run.config), name)
+            if name in found and name == run.name:
+                raise UsageError(
+                    f"{folder / name} holds a run with other settings: {differences(found[name], run.config)}: "
+                    "choose another --out, or remove that folder"
+                )
+        if name in {each.name for each in named}:
+            raise UsageError(f"{folder / name} would be the folder of two runs of the spec: choose another --out")
+        named.append(dataclasses.replace(run, name=name))
+    return named
+
+
+@dataclass
+class Job:
+    """Runs that one process works on, in a slot.
+
+    Attributes:
+        runs: One run, or several that train side by side.
+        process: None until it could be started.
+        waits: Whether a process of an earlier sweep still works on one of them.
+    """
+
+    runs: list[PlannedRun]
+    process: local.Process | None = None
+    waits: bool = False
+
+    @property
+    def name(self) -> str:
+        """The names of the runs, or of the first ones."""
+        names = [run.name for run in self.runs]
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 class Sweep:
     """The state of a sweep.
 
     Args:
-        spec: Where its runs were read.
+        spec: The file that its runs were read from.
         folder: Its folder, which this process holds.
-        runs: What is to be done.
+        runs: All its runs.
         program: What is put before `train ..` and `resume ..` to make a command.
         show: Whether to print.
 
@@ -99,19 +171,130 @@ class Sweep:
         self.console = LastingConsole(quiet=not show, highlight=False, markup=False)
         self.runs = find_folders(folder, runs)
         self.rows = {run.name: self.row(run) for run in self.runs}
-        self.waiting: deque[Work] = deque()
+        self.waiting: deque[list[PlannedRun]] = deque()
         self.attempts = Counter[str]()
 
-    def say(self, line: str) -> None:
-        """Print a line."""
-        self.console.print(line, soft_wrap=True)
+    def train(self, slots: int, side_by_side: bool | None) -> list[Row]:
+        """Train what is not finished: start what there is room for, poll, act on each exit."""
+        left = [run for run in self.runs if self.rows[run.name].status == "unfinished"]
+        self.say(f"{len(self.runs)} runs in {self.folder}: {len(left)} to do, {slots} at a time")
+        for run in self.runs:
+            if run not in left:
+                self.show_end(self.rows[run.name])
+        self.write_tables()
+        self.waiting.extend(assign(left, slots, side_by_side))
+        busy: dict[int, Job] = {}
+        try:
+            while self.waiting or busy:
+                for slot in range(slots):
+                    if slot not in busy and self.waiting:
+                        busy[slot] = Job(self.waiting.popleft())
+                    if slot in busy and busy[slot].process is None and not self.start(busy[slot], slot, slots):
+                        del busy[slot]
+                time.sleep(POLL_SECONDS)
+                for slot, job in list(busy.items()):
+                    self.unfinished(job)  # the table has runs that ended while others of their process go on
+                    if job.process and (status := local.poll(job.process)) is not None:
+                        del busy[slot]
+                        self.on_exit(job, status)
+        finally:
+            local.stop([job.process for job in busy.values() if job.process])
+        rows = list(self.rows.values())
+        for table in shown_tables(self.folder, rows):
+            self.console.print(table)
+        return rows
+
+    def start(self, job: Job, slot: int, slots: int) -> bool:
+        """Start the process of a job, or leave the job as it is while a process of an earlier sweep works on it.
+
+        Where some of its runs were started before, the process resumes those, and the others become a job of their own.
+
+        Returns:
+            Whether there is anything to do: a process of an earlier sweep may have finished all.
+        """
+        # Only under the locks is what the folders hold final.
+        with local.locked([self.log(run) for run in job.runs]) as logs:
+            if logs is None:
+                if not job.waits:
+                    self.say(f"{job.name}: waits for a process of an earlier sweep that still works on it")
+                job.waits = True
+                return True
+            left = self.unfinished(job)
+            started = [run for run in left if (self.folder / run.name / "config.json").exists()]
+            others = [run for run in left if run not in started]
+            if started and others:
+                self.waiting.appendleft(others)
+            files = {run.name: file for run, file in zip(job.runs, logs, strict=True)}
+            job.runs = started or others
+            if job.runs:
+                several = " side by side" if len(job.runs) > 1 else "s"
+                self.say(f"{job.name}: {'resume' if started else 'start'}{several}")
+                config = job.runs[0].config
+                assert config is not None
+                job.process = local.start(
+                    [*self.program, *(self.resume_arguments(started) if started else self.train_arguments(others))],
+                    [files[run.name] for run in job.runs],
+                    local.slot_environment(slot, slots, config.execution.device in ("auto", "cuda")),
+                )
+            return bool(job.runs)
+
+    def train_arguments(self, runs: Sequence[PlannedRun]) -> list[str]:
+        """Write runs as recipes that have their names, and return the command that starts them."""
+        recipes = [self.folder / "recipes" / f"{run.name}.json" for run in runs]
+        for run, recipe in zip(runs, recipes, strict=True):
+            write_json(recipe, run.recipe)
+        several = len(runs) > 1
+        out = self.folder if several else self.folder / runs[0].name
+        return ["train", "--recipes" if several else "--recipe", *map(str, recipes), "--out", str(out)]
+
+    def resume_arguments(self, runs: Sequence[PlannedRun]) -> list[str]:
+        """Return the command that resumes runs."""
+        data_dir = runs[0].recipe.get("data_dir")
+        folders = [str(self.folder / run.name) for run in runs]
+        return ["resume", *folders, *(["--data-dir", data_dir] if data_dir else [])]
+
+    def on_exit(self, job: Job, status: int) -> None:
+        """Note how the runs of a process ended, and put those that are tried again before all that wait."""
+        left = self.unfinished(job)
+        if not left:
+            return
+        verdict, reason = classify_exit(status, len(job.runs), self.log(job.runs[0]), self.folder / left[0].name)
+        if verdict == "done":
+            self.note(self.row(left[0], reason))
+        elif verdict == "split":
+            self.say(f"{job.name}: {reason}: trying them again in halves")
+            self.waiting.extendleft(part for part in (left[len(left) // 2 :], left[: len(left) // 2]) if part)
+        else:
+            left = [run for run in left if self.may_try_again(run, reason)]
+            # What kills a process may be one of its runs: each has its last attempt alone.
+            alone = any(self.attempts[run.name] == ATTEMPTS - 1 for run in left)
+            self.waiting.extendleft([[run] for run in reversed(left)] if alone else [left] if left else [])
+
+    def may_try_again(self, run: PlannedRun, reason: str) -> bool:
+        """Count an attempt, and return whether there is another one; note the run as failed where there is none."""
+        self.attempts[run.name] += 1
+        count = self.attempts[run.name]
+        if count < ATTEMPTS:
+            self.say(f"{run.name}: {reason}: trying again, {count} of {ATTEMPTS - 1}")
+            return True
+        self.note(self.row(run, f"{reason}, the last of {ATTEMPTS} attempts"))
+        return False
+
+    def unfinished(self, job: Job) -> list[PlannedRun]:
+        """Return the runs of a job that have not ended; note those whose folder shows an end for the first time."""
+        for run in job.runs:
+            if self.rows[run.name].status == "unfinished" and (self.folder / run.name / "summary.json").exists():
+                row = self.row(run)
+                if row.status != "unfinished":
+                    self.note(row)
+        return [run for run in job.runs if self.rows[run.name].status == "unfinished"]
 
     def row(self, run: PlannedRun, reason: str = "") -> Row:
-        """Look at what there is of a run: its folder is the whole truth.
+        """Return how far a run is by its folder, which is the whole truth.
 
         Args:
             run: The run.
-            reason: Why it failed, where that is known and its folder does not say how it ended.
+            reason: Why it failed, where that is known and its folder does not show how it ended.
         """
         folder = self.folder / run.name
         row = Row(name=run.name, group=run.group, folder=str(folder), status="unfinished")
@@ -127,69 +310,14 @@ class Sweep:
             reason = str(summary.get("error", "diverged"))
         return dataclasses.replace(row, status="FAILED", reason=reason) if reason else row
 
-    def work(self, executor: str, slots: int, side_by_side: bool | None) -> list[Row]:
-        """Do what is not done."""
-        left = [run for run in self.runs if self.rows[run.name].status == "unfinished"]
-        self.say(f"{len(self.runs)} runs in {self.folder}: {len(left)} to do, {slots} at a time")
-        for run in self.runs:
-            if run not in left:
-                self.show_end(self.rows[run.name])
-        write_tables(self.folder, self.spec, list(self.rows.values()))
-        self.waiting.extend(Work(self, part) for part in shares(left, slots, side_by_side))
-        with contextlib.closing(EXECUTORS[executor].run(self.waiting, slots)) as ends:
-            for work, status in ends:
-                self.settle(work, status)
-        rows = list(self.rows.values())
-        for table in shown_tables(self.folder, rows):
-            self.console.print(table)
-        return rows
-
-    def settle(self, work: Work, status: int) -> None:
-        """Note how the runs of a process ended, and put those that are worth it before all that wait.
-
-        Args:
-            work: What the process worked on.
-            status: Its exit status.
-        """
-        left = [run for run in work.runs if not self.noted(run)]
-        if not left:
-            return
-        reason, again = self.judge(work, left[0], status)
-        if again:
-            left = [run for run in left if self.may_try_again(run, reason)]
-            # What kills a process may be one of its runs: each has its last attempt alone.
-            alone = any(self.attempts[run.name] == ATTEMPTS - 1 for run in left)
-            parts = [[run] for run in left] if alone else [left]
-        elif len(work.runs) == 1:
-            self.note(self.row(left[0], reason))
-            return
-        else:
-            self.say(f"{work.name}: {reason}: trying them again in halves")
-            parts = [left[: len(left) // 2], left[len(left) // 2 :]]
-        self.waiting.extendleft(Work(self, part) for part in reversed(parts) if part)
-
-    def may_try_again(self, run: PlannedRun, reason: str) -> bool:
-        """Count an attempt, and say whether there is another one."""
-        self.attempts[run.name] += 1
-        count = self.attempts[run.name]
-        if count < ATTEMPTS:
-            self.say(f"{run.name}: {reason}: trying again, {count} of {ATTEMPTS - 1}")
-            return True
-        self.note(self.row(run, f"{reason}, the last of {ATTEMPTS} attempts"))
-        return False
-
-    def noted(self, run: PlannedRun) -> bool:
-        """Say whether a run has ended; where its folder says so for the first time, note it."""
-        if self.rows[run.name].status == "unfinished" and (self.folder / run.name / "summary.json").exists():
-            row = self.row(run)
-            if row.status != "unfinished":
-                self.note(row)
-        return self.rows[run.name].status != "unfinished"
-
     def note(self, row: Row) -> None:
         """Print how a run ended, and write the tables."""
         self.rows[row.name] = row
         self.show_end(row)
+        self.write_tables()
+
+    def write_tables(self) -> None:
+        """Write the tables as they are now."""
         write_tables(self.folder, self.spec, list(self.rows.values()))
 
     def show_end(self, row: Row) -> None:
@@ -197,32 +325,69 @@ class Sweep:
         errors = "  ".join(f"{name} {error:.2f}" for name, error in row.top1_error.items())
         self.say(f"{row.name}: {row.status}" + (f": {row.reason}" if row.reason else f"  error %: {errors}"))
 
-    def judge(self, work: Work, run: PlannedRun, status: int) -> tuple[str, bool]:
-        """Say why a process ended, and whether it is worth another attempt.
+    def say(self, line: str) -> None:
+        """Print a line."""
+        self.console.print(line, soft_wrap=True)
 
-        Args:
-            work: What it worked on.
-            run: Of that, one whose folder does not say how it ended.
-            status: Its exit status; negative, or above 128 as a shell has it, where a signal ended it.
-        """
-        number = -status if status < 0 else status - 128
-        if number > 0:
-            known = {each.value: each.name for each in signal.Signals}
-            return f"killed by {known.get(number, f'signal {number}')}", True
-        if status == 0:
-            try:
-                Run(self.folder / run.name).summary  # noqa: B018
-            except CodistillError as error:
-                return str(error), False
-        log = work.logs[0]
-        said = log.read_text(encoding="utf-8", errors="replace").rpartition("\n$ ")[2].splitlines()
-        errors = [line.partition("codistill: error: ")[2] for line in said if line.startswith("codistill: error: ")]
-        reason = errors[-1] if errors else f"ended with status {status}: {log} has what it said"
-        return reason, status == WorkerError.exit_status
+    def log(self, run: PlannedRun) -> Path:
+        """Return where the log of a run is."""
+        return self.folder / "logs" / f"{run.name}.log"
+
+
+def classify_exit(status: int, runs: int, log: Path, folder: Path) -> tuple[Literal["done", "retry", "split"], str]:
+    """Decide what follows from the exit of a process that left a run without an end.
+
+    Args:
+        status: Its exit status; negative, or above 128 as a shell has it, where a signal ended it.
+        runs: How many it worked on.
+        log: Its log.
+        folder: Of the first run that it left without an end.
+
+    Returns:
+        `retry` where a signal ended it or it lost a worker; after other errors `split` for several runs, of which one
+        may be the cause, and `done` for a single one; and the reason.
+    """
+    number = -status if status < 0 else status - 128
+    if number > 0:
+        known = {each.value: each.name for each in signal.Signals}
+        return "retry", f"killed by {known.get(number, f'signal {number}')}"
+    last = log.read_text(encoding="utf-8", errors="replace").rpartition("\n$ ")[2].splitlines()
+    errors = [line.partition("codistill: error: ")[2] for line in last if line.startswith("codistill: error: ")]
+    reason = errors[-1] if errors else f"ended with status {status}: see {log}"
+    if status == 0:
+        reason = f"{folder}: no summary.json shows how it ended: see {log}"
+    return "retry" if status == WorkerError.exit_status else "split" if runs > 1 else "done", reason
+
+
+def assign(runs: Sequence[PlannedRun], slots: int, side_by_side: bool | None) -> list[list[PlannedRun]]:
+    """Divide runs into those of each process: runs with equal keys share one, dealt out to the slots.
+
+    Args:
+        runs: What is to be done.
+        slots: How many processes at a time.
+        side_by_side: See `sweep`.
+    """
+    groups: dict[str, list[PlannedRun]] = {}
+    for run in runs:
+        groups.setdefault(group_key(run, side_by_side), []).append(run)
+    dealt: list[list[PlannedRun]] = []
+    for group in groups.values():
+        count = min(len(group), max(slots, math.ceil(len(group) / LARGEST_SHARE)))
+        dealt += [group[number::count] for number in range(count)]
+    return dealt
+
+
+def group_key(run: PlannedRun, side_by_side: bool | None) -> str:
+    """Return the key of a run: runs with equal keys may share a process."""
+    assert run.config is not None
+    if side_by_side is None:
+        cuda = run.config.execution.device.partition(":")[0] in ("auto", "cuda") and torch.cuda.is_available()
+        side_by_side = cuda and METHODS[run.config.method_name].capturable
+    return json.dumps(shared(run.config)) if side_by_side else run.name
 
 
 def own_program(arguments: Sequence[str]) -> list[str]:
-    """Give what this process was started with before the arguments of its command, so that its plug-ins are there too.
+    """Return the command line of this process without the arguments of its command, so that plug-ins are there too.
 
     Args:
         arguments: The command and its arguments.

@@ -1,4 +1,4 @@
-"""What makes a run of a sweep the run that it is, wherever it is trained; and its name, which is a folder name."""
+"""The identity of a run, wherever it is trained, and its name, which is a folder name."""
 
 import collections
 import hashlib
@@ -13,14 +13,12 @@ from codistill.settings.config import PLACES, RunConfig
 
 # What stands first in a name, and without the key in front of it.
 NAMED_BY_VALUE = ("method.name", "networks", "data")
-
-
 # What a sweep folder holds beside its runs, in lower case.
 TAKEN = ("logs", "recipes", "table.json", "table.md")
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
-    """Give what makes a run the run that it is: all settings by key, but places and devices."""
+    """Return the settings that make a run the run that it is: all by key, but places and devices."""
     mapping = config.as_mapping()
     method = {f"method.{key}": value for key, value in mapping.pop("method").items()}
     settings = {**method, **{key: value for key, value in mapping.items() if key not in PLACES}}
@@ -30,7 +28,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
 
 
 def digest(config: RunConfig) -> str:
-    """Give the SHA-256 of a run's identity."""
+    """Return the SHA-256 of a run's identity."""
     return hashlib.sha256(canonical(identity(config)).encode()).hexdigest()
 
 
@@ -40,7 +38,7 @@ def canonical(settings: Mapping[str, Any]) -> str:
 
 
 def differences(before: RunConfig, after: RunConfig) -> str:
-    """Say in which settings two runs differ."""
+    """List the settings in which two runs differ, with both values."""
     old, new = identity(before), identity(after)
     changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     if before.method_name != after.method_name:  # its settings are others then
@@ -49,35 +47,31 @@ def differences(before: RunConfig, after: RunConfig) -> str:
 
 
 def unique_names(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Name settings by the values in which they differ; where two names would be one, a part of a hash is added.
+    """Name settings by the values in which they differ; equal ones get equal names.
 
-    Args:
-        settings: Equal ones get equal names.
+    Where two names would be one, a part of a hash is added.
     """
     keys = {key for each in settings for key in each}
     differing = {key for key in keys if len({canonical({"": each.get(key)}) for each in settings}) > 1}
     ordered = [key for key in NAMED_BY_VALUE if key in differing]
     ordered += sorted(differing - {*NAMED_BY_VALUE, "seed"}) + ["seed"] * ("seed" in differing)
-    names = []
+    names = {}
     for each in settings:
         parts = [part(key, each[key]) for key in ordered if key in each]
-        names.append("-".join(parts)[:100] or str(each["method.name"]))
-    counts = collections.Counter(name.lower() for name in names)
-    return [
-        f"{name}-{hashlib.sha256(canonical(each).encode()).hexdigest()[:8]}"
-        if counts[name.lower()] > 1 or name.lower() in TAKEN
-        else name
-        for name, each in zip(names, settings, strict=True)
-    ]
+        names[canonical(each)] = "-".join(parts)[:100] or str(each["method.name"])
+    counts = collections.Counter(name.lower() for name in names.values())
+    for text, name in names.items():
+        if counts[name.lower()] > 1 or name.lower() in TAKEN:
+            names[text] = f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return [names[canonical(each)] for each in settings]
 
 
 def part(key: str, value: Any) -> str:
     """Write a setting as a part of a folder name."""
+    text = str(value)
     if isinstance(value, list):
         same = [(each, len(list(group))) for each, group in itertools.groupby(map(str, value))]
         text = "+".join(f"{each}x{count}" if count > 1 and key == "networks" else each for each, count in same)
-    else:
-        text = str(value)
     if key not in NAMED_BY_VALUE:
         text = f"seed{text}" if key == "seed" else f"{key.removeprefix('method.')}-{text}"
     return re.sub(r"[^A-Za-z0-9.+-]+", "-", text).strip("-.")

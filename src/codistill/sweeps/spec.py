@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,14 @@ class PlannedRun:
         name: Made of the values in which the runs differ; a folder name, unlike every other one in any case.
         group: The same without the seed.
         recipe: The run as a recipe: the contents of a JSON file that `codistill train --recipe` takes.
-        config: The whole run; None where a value cannot be.
-        problem: What is wrong with that value.
+        config: The whole run; None where a value is out of range.
+        problem: Which value, and why.
     """
 
     name: str
     group: str
     recipe: dict[str, Any]
-    config: RunConfig | None
+    config: RunConfig | None = None
     problem: str = ""
 
 
@@ -70,53 +70,57 @@ def read_spec(path: Path) -> list[PlannedRun]:
     settings = []
     for entry in entries:
         for point in itertools.product(*axes):
-            own = merged([flat(entry, where), *point], where)
+            own: dict[str, Any] = {}
+            for part in (flat(entry, where), *point):
+                for key in own.keys() & part.keys():  # one value would be lost
+                    raise UsageError(
+                        f"{where(key)}: {key} is in [grid] and in [[runs]], or twice in [grid]: write it once"
+                    )
+                own |= part
             settings.append(shared | own)
-    seedless = [without_seed(each) for each in settings]
-    groups = {canonical(each): each for each in seedless}
-    group_names = dict(zip(groups, unique_names(list(groups.values())), strict=True))
-    runs = [
-        planned(each, name, group_names[canonical(rest)], where)
-        for each, rest, name in zip(settings, seedless, unique_names(settings), strict=True)
-    ]
-    refuse_equals(runs, path)
-    if all(run.config is None for run in runs):
+    groups = unique_names([{key: value for key, value in each.items() if key != "seed"} for each in settings])
+    runs: list[PlannedRun] = []
+    known: dict[str, str] = {}
+    for each, name, group in zip(settings, unique_names(settings), groups, strict=True):
+        run = planned(each, name, group, where)
+        # The same run may be written in two ways, as with a default that only one of them names.
+        key = digest(run.config) if run.config else canonical(run.recipe)
+        if key in known:
+            raise UsageError(f"sweep {path}: {known[key]} and {name} are the same run: leave one of them out")
+        known[key] = name
+        runs.append(run)
+    if all(run.problem for run in runs):
         raise UsageError(f"sweep {path}: no run can work: {runs[0].problem}")
     return runs
 
 
 def flat(settings: Mapping[str, Any], where: Callable[[str], str]) -> dict[str, Any]:
-    """Give the method's name and settings keys of their own, `method.name` and so on.
+    """Return settings with keys of their own for the method's name and settings: `method.name` and so on.
 
     Raises:
         UsageError: The method is neither a name nor a table.
     """
-    result = {}
-    for key, value in settings.items():
-        if key != "method":
-            result[key] = value
-        elif isinstance(value, str):
-            result["method.name"] = value
-        elif isinstance(value, dict):
-            result |= {f"method.{inner}": each for inner, each in value.items()}
-        else:
-            raise UsageError(f'{where(key)}: method must be a name, or a table with a name: [method] name = "mfef"')
-    return result
+    result = {key: value for key, value in settings.items() if key != "method"}
+    method = settings.get("method", {})
+    if isinstance(method, str):
+        method = {"name": method}
+    if not isinstance(method, dict):
+        raise UsageError(f'{where("method")}: method must be a name, or a table with a name: [method] name = "mfef"')
+    return {**{f"method.{key}": value for key, value in method.items()}, **result}
 
 
 def grid_axes(grid: Any, where: Callable[[str], str]) -> list[list[dict[str, Any]]]:
-    """Turn `[grid]` into what is multiplied: for each key its alternatives, as settings.
+    """Return the factors of `[grid]`: for each key its alternatives, as settings.
 
     Raises:
         UsageError: Not lists, or without values.
     """
     if not isinstance(grid, dict):
         raise UsageError(f"{where('grid')}: grid must be a table of lists: [grid]")
-    lists = dict(grid)
-    if isinstance(lists.get("method"), dict):  # written method.temperature = [2, 3], without quotes
-        lists = {**flat({"method": lists.pop("method")}, where), **lists}
+    if isinstance(grid.get("method"), dict):  # written method.temperature = [2, 3], without quotes
+        grid = flat(grid, where)
     axes = []
-    for key, values in lists.items():
+    for key, values in grid.items():
         kind = list if key in LISTS else object
         if not isinstance(values, list) or not values or not all(isinstance(each, kind) for each in values):
             form = '[["resnet20", "resnet20"], ["resnet32", "wrn-16-2"]]' if key == "networks" else "[[..], [..]]"
@@ -126,56 +130,21 @@ def grid_axes(grid: Any, where: Callable[[str], str]) -> list[list[dict[str, Any
     return axes
 
 
-def merged(parts: Iterable[Mapping[str, Any]], where: Callable[[str], str]) -> dict[str, Any]:
-    """Put settings together.
-
-    Raises:
-        UsageError: A key in two of them: one value would be lost.
-    """
-    result: dict[str, Any] = {}
-    for part in parts:
-        for key in part:
-            if key in result:
-                raise UsageError(f"{where(key)}: {key} is in [grid] and in [[runs]], or twice in [grid]: write it once")
-        result |= part
-    return result
-
-
-def without_seed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out the seed."""
-    return {key: value for key, value in settings.items() if key != "seed"}
-
-
 def planned(settings: Mapping[str, Any], name: str, group: str, where: Callable[[str], str]) -> PlannedRun:
-    """Make a run of its settings.
+    """Make a run of its settings; a value out of range is the run's `problem`.
 
     Raises:
-        UsageError: An unknown key or method, or a value of a wrong type; what else may be wrong with a value is told in
-            the run's `problem`.
+        UsageError: An unknown key or method, or a value of a wrong type.
     """
-    run = {key: value for key, value in settings.items() if not key.startswith("method.")}
+    recipe = {key: value for key, value in settings.items() if not key.startswith("method.")}
     method = {key.removeprefix("method."): value for key, value in settings.items() if key.startswith("method.")}
-    chosen = method.pop("name")
+    chosen = method["name"]
     if not isinstance(chosen, str) or chosen not in METHODS:
         raise UsageError(f"{where(str(chosen))}: unknown method {chosen!r}: {near_matches(str(chosen), METHODS)}")
-    recipe = {"method": {"name": chosen, **method}, **run}
+    recipe["method"] = method
     refuse_untyped(recipe, where)
     try:
         config = run_from_mapping(recipe, lambda key: "")
     except UsageError as error:
-        return PlannedRun(name=name, group=group, recipe=recipe, config=None, problem=str(error).removeprefix(": "))
+        return PlannedRun(name=name, group=group, recipe=recipe, problem=str(error).removeprefix(": "))
     return PlannedRun(name=name, group=group, recipe=recipe, config=config)
-
-
-def refuse_equals(runs: Iterable[PlannedRun], path: Path) -> None:
-    """Refuse the same run twice, also where it is written in two ways, as with a default that only one of them names.
-
-    Raises:
-        UsageError: It is there twice.
-    """
-    names: dict[str, str] = {}
-    for run in runs:
-        key = canonical(run.recipe) if run.config is None else digest(run.config)
-        if key in names:
-            raise UsageError(f"sweep {path}: {names[key]} and {run.name} are the same run: leave one of them out")
-        names[key] = run.name

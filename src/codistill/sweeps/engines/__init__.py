@@ -1,1 +1,1 @@
-"""What runs the processes of a sweep."""
+"""What runs the commands of a sweep."""
