@@ -4,8 +4,8 @@
         --train-limit 10000 --out runs/all-methods
 
 Each method gets two students (okddip three: two peers and the leader; rocket a light net and a booster; byot one).
-kd's teacher is the better student of a run of `independent` with --teacher-network, trained first. Another start goes
-on with what an interrupted one has begun.
+kd's teacher is the better student of a run of `independent` with --teacher-network, trained first. Another start
+resumes the runs that an interrupted one has started.
 """
 
 import contextlib
@@ -13,13 +13,14 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
 from codistill.core.errors import DivergedError
 from codistill.deploy.run import Run
 from codistill.methods import METHODS
-from codistill.settings.config import RunConfig, TeacherSettings, TrainSettings, default_config
+from codistill.settings.config import ExecutionSettings, RunConfig, TeacherSettings, TrainSettings, default_config
 from codistill.training.fleet import train_fleet
 from codistill.training.resume import resume_together
 from codistill.training.train import train_from_config
@@ -38,7 +39,7 @@ class Options:
     teacher_network: str = "resnet20"
     epochs: int = 3
     train_limit: int | None = None
-    precision: str = "float32"
+    precision: Literal["float32", "bf16"] = "float32"
     device: str = "auto"
     seed: int = 0
     methods: tuple[str, ...] = ()
@@ -48,16 +49,11 @@ class Options:
 
 
 def config_of(method: str, options: Options) -> RunConfig:
-    train = TrainSettings(
-        epochs=options.epochs,
-        train_limit=options.train_limit,
-        precision=options.precision,  # type: ignore[arg-type]
-        device=options.device,
-        seed=options.seed,
-    )
+    train = TrainSettings(epochs=options.epochs, train_limit=options.train_limit, seed=options.seed)
+    execution = ExecutionSettings(precision=options.precision, device=options.device)
     networks = (options.network,) * STUDENTS.get(method, 2)
     config = replace(default_config(method), networks=networks, data=options.data, data_dir=options.data_dir)
-    return replace(config, train=train)
+    return replace(config, train=train, execution=execution)
 
 
 def table(runs: list[Run]) -> str:

@@ -1,4 +1,4 @@
-"""Measure on a CPU what the fixed choices rest on: layout, threads, compiler, how threads wait, whether memory stays.
+"""Measure on a CPU the fixed choices: layout, threads, compiler, how threads wait, whether memory stays.
 
     python benchmarks/cpu.py --out results/speed-cpu            # on a machine that is otherwise idle: about 10 minutes
 
@@ -28,7 +28,7 @@ from codistill.bench.measurement import Contestant, ratio, rounds_in_turn, timed
 from codistill.methods import Method
 from codistill.runs.metadata import environment
 from codistill.settings.build import build_method
-from codistill.settings.config import RunConfig, TrainSettings, default_config
+from codistill.settings.config import ExecutionSettings, RunConfig, TrainSettings, default_config
 
 # What torch does by default is libgomp's own count, which it uses where nothing is set. A tunable with its default
 # value leaves the C library as it is, and keeps codistill from changing how it gives memory back.
@@ -44,7 +44,7 @@ WAITING = {
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure."""
+    """Options of the measurement."""
 
     out: Path
     network: str = "resnet20"
@@ -60,8 +60,9 @@ class Options:
 
 
 def config_of(options: Options) -> RunConfig:
-    train = TrainSettings(batch_size=options.batch_size)
-    return replace(default_config("mfef"), networks=(options.network, options.network), train=train)
+    train, execution = TrainSettings(batch_size=options.batch_size), ExecutionSettings(device="cpu")
+    networks = (options.network, options.network)
+    return replace(default_config("mfef"), networks=networks, train=train, execution=execution)
 
 
 def contestants(options: Options) -> list[Contestant]:

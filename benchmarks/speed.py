@@ -5,23 +5,24 @@
         --batch-size 8 --seconds 0.1 --no-compile --precision float32          # a rehearsal on a CPU: a few minutes
 
 Each case is a `codistill bench` in a process of its own with a time limit. Its result is written, with its command, as
-OUT/CASE.json, and then the table anew: whatever ends this script, what is measured stays, and another start goes on
-with the cases that have no file. Unless a case is named compiled, bench chooses kernels and streams by measurement: the
-table says which, OUT/choices has what was measured. benchmarks/executions.py measures each choice for longer.
+OUT/CASE.json, and then the table of all: whatever ends this script, what is measured stays, and another start measures
+the cases that have no file.
 """
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import cases as processes
 import tyro
 
-from codistill.training.compiling import Execution
+LINES_OF_A_FAILURE = 5
 
 
 @dataclass(frozen=True)
@@ -67,30 +68,24 @@ def cases(options: Options) -> list[Case]:
     def cache(network: str) -> dict[str, str]:
         return {"TORCHINDUCTOR_CACHE_DIR": str((options.out / "cache" / network).absolute())}
 
-    # Where bench keeps what it chose: not what another version chose here earlier, and beside the results.
-    choices = {"XDG_CACHE_HOME": str((options.out / "choices").absolute())}
-    fast = ("--precision", options.precision)
-    # Streams are those of runs that nothing is measured for: a first step is to find the cache as it was.
-    on, on_fleet = ((*fast, "--compile", "on", "--overlap", overlap) for overlap in ("on", "off"))
-    listed = [Case(each, pair(each), (*fast, "--compare"), True, choices) for each in options.networks]
+    fast, compiled = ("--precision", options.precision), ("--precision", options.precision, "--compile", "on")
+    listed = [Case(each, pair(each), (*fast, "--compare"), profiled=True) for each in options.networks]
     fleets = [(each, runs, ("--runs", str(runs))) for runs in options.runs for each in options.networks]
-    listed += [
-        Case(f"{each}-x{runs}", pair(each), (*fast, *fleet), environment=choices) for each, runs, fleet in fleets
-    ]
+    listed += [Case(f"{each}-x{runs}", pair(each), (*fast, *fleet)) for each, runs, fleet in fleets]
     if options.compile:
         # The first one finds an empty cache and fills it, the second one reads it: the time of a first step of each.
         for each in options.networks:
-            listed.append(Case(f"{each}-compiled-first", pair(each), on, environment=cache(each), empties_cache=True))
-            listed.append(Case(f"{each}-compiled-again", pair(each), on, profiled=True, environment=cache(each)))
+            name = f"{each}-compiled"
+            listed.append(Case(f"{name}-first", pair(each), compiled, environment=cache(each), empties_cache=True))
+            listed.append(Case(f"{name}-again", pair(each), compiled, profiled=True, environment=cache(each)))
         for each, runs, fleet in fleets:
-            name = f"{each}-compiled-x{runs}"
-            listed.append(Case(name, pair(each), (*on_fleet, *fleet), environment=cache(each)))
+            listed.append(Case(f"{each}-compiled-x{runs}", pair(each), (*compiled, *fleet), environment=cache(each)))
     exact = ("--precision", "float32", "--compare")
-    listed += [Case(f"{each}-float32", pair(each), exact, environment=choices) for each in options.networks]
+    listed += [Case(f"{each}-float32", pair(each), exact) for each in options.networks]
     for count in options.students:
         alone = ("--method.distillation", "none") if count == 1 else ()
         first = options.networks[0]
-        listed.append(Case(f"{first}-students{count}", (first,) * count, (*fast, *alone), environment=choices))
+        listed.append(Case(f"{first}-students{count}", (first,) * count, (*fast, *alone)))
     return listed
 
 
@@ -102,12 +97,26 @@ def arguments(case: Case, options: Options) -> list[str]:
 
 
 def run(written: list[str], environment: Mapping[str, str], limit: float) -> str:
-    """Run `codistill` in a process of its own and give its standard output.
+    """Run `codistill` in a process of its own and return its standard output.
 
     Raises:
-        RuntimeError: It failed, or took too long; what it said.
+        RuntimeError: It failed, or took too long; with its last lines.
     """
-    return processes.in_a_process(["-m", "codistill", *written], environment, limit)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "codistill", *written],
+            capture_output=True,
+            text=True,
+            timeout=limit,
+            env={**os.environ, **environment},
+            check=True,
+        )
+    except subprocess.CalledProcessError as error:
+        last = error.stderr.strip().splitlines()[-LINES_OF_A_FAILURE:]
+        raise RuntimeError("\n".join(last or [f"it ended with {error.returncode} and no message"])) from None
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"not done after {limit:g} s") from None
+    return done.stdout
 
 
 def measure(case: Case, options: Options) -> dict[str, Any]:
@@ -125,7 +134,7 @@ def measure(case: Case, options: Options) -> dict[str, Any]:
 
 
 def table(options: Options) -> str:
-    """Write what there is as Markdown, one row a case."""
+    """Write the results so far as Markdown, one row a case."""
     heads = (
         "case",
         "computed with",
@@ -135,7 +144,6 @@ def table(options: Options) -> str:
         "ours / plain",
         "deterministic / ours",
         "launches per step",
-        "share of the floor",
         "MiB per run",
         "first step s",
     )
@@ -155,14 +163,13 @@ def table(options: Options) -> str:
         memory = result["peak_memory_mib"] / runs if "peak_memory_mib" in result else None
         cells = [
             case.name,
-            str(Execution(**result["execution"])),
+            ", ".join(name for name, chosen in result["execution"].items() if chosen) or "-",
             f"{result['ms_per_step']:.2f}",
             f"{runs * result['images_per_second']:,.0f}",
             number(result.get("plain_ms_per_step"), ".2f"),
             number(result.get("ratio_to_plain"), ".2f"),
             number(result.get("deterministic_ratio"), ".2f"),
             f"{launches:,}",
-            number(result.get("share_of_floor"), ".2f"),
             number(memory, ",.0f"),
             f"{result['first_step_seconds']:.1f}",
         ]
