@@ -20,8 +20,8 @@ from codistill.core.errors import CodistillError, UsageError, WorkerError
 from codistill.core.files import write_json
 from codistill.core.registry import near_matches
 from codistill.core.signals import Interrupted, Terminated
-from codistill.deploy.run import Run
 from codistill.methods import METHODS
+from codistill.runs.folder import RunFolder
 from codistill.runs.lock import RunLock
 from codistill.settings.config import RunConfig
 from codistill.sweeps.engines import local
@@ -113,7 +113,7 @@ def find_folders(folder: Path, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
     found: dict[str, RunConfig] = {}
     for path in sorted(folder.glob("*/config.json")):
         with contextlib.suppress(CodistillError):  # a damaged one keeps its name, and its process reports the damage
-            found[path.parent.name] = Run(path.parent).config
+            found[path.parent.name] = RunFolder(path.parent).config
     names = {digest(config): name for name, config in reversed(found.items())}
     named: list[PlannedRun] = []
     for run in runs:
@@ -133,17 +133,11 @@ def find_folders(folder: Path, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
 
 @dataclass
 class Job:
-    """Runs that one process works on, in a slot.
-
-    Attributes:
-        runs: One run, or several that train side by side.
-        process: None until it could be started.
-        waits: Whether a process of an earlier sweep still works on one of them.
-    """
+    """One run, or several that train side by side, in the slot of a process; None until it could be started."""
 
     runs: list[PlannedRun]
     process: local.Process | None = None
-    waits: bool = False
+    announced: bool = False
 
     @property
     def name(self) -> str:
@@ -153,18 +147,7 @@ class Job:
 
 
 class Sweep:
-    """The state of a sweep.
-
-    Args:
-        spec: The file that its runs were read from.
-        folder: Its folder, which this process holds.
-        runs: All its runs.
-        program: What is put before `train ..` and `resume ..` to make a command.
-        show: Whether to print.
-
-    Raises:
-        UsageError: The folder of a run holds another one.
-    """
+    """A sweep in a folder that this process holds: how far each run is, which ones wait, how often each was tried."""
 
     def __init__(self, spec: Path, folder: Path, runs: Sequence[PlannedRun], program: Sequence[str], show: bool):
         self.spec, self.folder, self.program = spec, folder, list(program)
@@ -178,10 +161,7 @@ class Sweep:
         """Train what is not finished: start what there is room for, poll, act on each exit."""
         left = [run for run in self.runs if self.rows[run.name].status == "unfinished"]
         self.say(f"{len(self.runs)} runs in {self.folder}: {len(left)} to do, {slots} at a time")
-        for run in self.runs:
-            if run not in left:
-                self.show_end(self.rows[run.name])
-        self.write_tables()
+        self.note(*(row for row in self.rows.values() if row.status != "unfinished"))
         self.waiting.extend(assign(left, slots, side_by_side))
         busy: dict[int, Job] = {}
         try:
@@ -193,7 +173,7 @@ class Sweep:
                         del busy[slot]
                 time.sleep(POLL_SECONDS)
                 for slot, job in list(busy.items()):
-                    self.unfinished(job)  # the table has runs that ended while others of their process go on
+                    self.unfinished(job)  # the table has runs that ended while others of their process train
                     if job.process and (status := local.poll(job.process)) is not None:
                         del busy[slot]
                         self.on_exit(job, status)
@@ -205,80 +185,78 @@ class Sweep:
         return rows
 
     def start(self, job: Job, slot: int, slots: int) -> bool:
-        """Start the process of a job, or leave the job as it is while a process of an earlier sweep works on it.
+        """Start the process of a job, or leave it as it is while a process of an earlier sweep works on it.
 
-        Where some of its runs were started before, the process resumes those, and the others become a job of their own.
+        Where some of its runs have a folder, the process resumes those, and the others become a job of their own.
 
         Returns:
             Whether there is anything to do: a process of an earlier sweep may have finished all.
         """
-        # Only under the locks is what the folders hold final.
-        with local.locked([self.log(run) for run in job.runs]) as logs:
+        # Only under the locks is final what the folders hold.
+        with local.locked([self.folder / "logs" / f"{run.name}.log" for run in job.runs]) as logs:
             if logs is None:
-                if not job.waits:
+                if not job.announced:
                     self.say(f"{job.name}: waits for a process of an earlier sweep that still works on it")
-                job.waits = True
+                job.announced = True
                 return True
             left = self.unfinished(job)
-            started = [run for run in left if (self.folder / run.name / "config.json").exists()]
-            others = [run for run in left if run not in started]
-            if started and others:
-                self.waiting.appendleft(others)
+            begun = [run for run in left if (self.folder / run.name / "config.json").exists()]
+            new = [run for run in left if run not in begun]
+            if begun and new:
+                self.waiting.appendleft(new)
             files = {run.name: file for run, file in zip(job.runs, logs, strict=True)}
-            job.runs = started or others
+            job.runs = begun or new
             if job.runs:
-                several = " side by side" if len(job.runs) > 1 else "s"
-                self.say(f"{job.name}: {'resume' if started else 'start'}{several}")
-                config = job.runs[0].config
-                assert config is not None
+                self.say(f"{job.name}: {'resume' if begun else 'start'}{' side by side' if len(job.runs) > 1 else 's'}")
                 job.process = local.start(
-                    [*self.program, *(self.resume_arguments(started) if started else self.train_arguments(others))],
+                    [*self.program, *self.command(job.runs, resume=bool(begun))],
                     [files[run.name] for run in job.runs],
-                    local.slot_environment(slot, slots, config.execution.device in ("auto", "cuda")),
+                    local.slot_environment(slot, slots, job.runs[0].config),
                 )
             return bool(job.runs)
 
-    def train_arguments(self, runs: Sequence[PlannedRun]) -> list[str]:
-        """Write runs as recipes that have their names, and return the command that starts them."""
+    def command(self, runs: Sequence[PlannedRun], resume: bool) -> list[str]:
+        """Return the arguments that train or resume runs; for new ones, write the recipes that they name."""
+        folders = [str(self.folder / run.name) for run in runs]
+        if resume:
+            data_dir = runs[0].recipe.get("data_dir")
+            return ["resume", *folders, *(["--data-dir", data_dir] if data_dir else [])]
         recipes = [self.folder / "recipes" / f"{run.name}.json" for run in runs]
         for run, recipe in zip(runs, recipes, strict=True):
             write_json(recipe, run.recipe)
-        several = len(runs) > 1
-        out = self.folder if several else self.folder / runs[0].name
-        return ["train", "--recipes" if several else "--recipe", *map(str, recipes), "--out", str(out)]
-
-    def resume_arguments(self, runs: Sequence[PlannedRun]) -> list[str]:
-        """Return the command that resumes runs."""
-        data_dir = runs[0].recipe.get("data_dir")
-        folders = [str(self.folder / run.name) for run in runs]
-        return ["resume", *folders, *(["--data-dir", data_dir] if data_dir else [])]
+        if len(runs) == 1:
+            return ["train", "--recipe", str(recipes[0]), "--out", folders[0]]
+        return ["train", "--recipes", *map(str, recipes), "--out", str(self.folder)]
 
     def on_exit(self, job: Job, status: int) -> None:
         """Note how the runs of a process ended, and put those that are tried again before all that wait."""
         left = self.unfinished(job)
         if not left:
             return
-        verdict, reason = classify_exit(status, len(job.runs), self.log(job.runs[0]), self.folder / left[0].name)
+        log = self.folder / "logs" / f"{job.runs[0].name}.log"
+        verdict, reason = classify_exit(status, len(job.runs), log, self.folder / left[0].name)
         if verdict == "done":
             self.note(self.row(left[0], reason))
         elif verdict == "split":
             self.say(f"{job.name}: {reason}: trying them again in halves")
             self.waiting.extendleft(part for part in (left[len(left) // 2 :], left[: len(left) // 2]) if part)
         else:
-            left = [run for run in left if self.may_try_again(run, reason)]
+            again = [run for run in left if self.may_try_again(run, reason)]
             # What kills a process may be one of its runs: each has its last attempt alone.
-            alone = any(self.attempts[run.name] == ATTEMPTS - 1 for run in left)
-            self.waiting.extendleft([[run] for run in reversed(left)] if alone else [left] if left else [])
+            if any(self.attempts[run.name] == ATTEMPTS - 1 for run in again):
+                self.waiting.extendleft([run] for run in reversed(again))
+            elif again:
+                self.waiting.appendleft(again)
 
     def may_try_again(self, run: PlannedRun, reason: str) -> bool:
         """Count an attempt, and return whether there is another one; note the run as failed where there is none."""
         self.attempts[run.name] += 1
         count = self.attempts[run.name]
-        if count < ATTEMPTS:
+        if count == ATTEMPTS:
+            self.note(self.row(run, f"{reason}, the last of {ATTEMPTS} attempts"))
+        else:
             self.say(f"{run.name}: {reason}: trying again, {count} of {ATTEMPTS - 1}")
-            return True
-        self.note(self.row(run, f"{reason}, the last of {ATTEMPTS} attempts"))
-        return False
+        return count < ATTEMPTS
 
     def unfinished(self, job: Job) -> list[PlannedRun]:
         """Return the runs of a job that have not ended; note those whose folder shows an end for the first time."""
@@ -298,40 +276,28 @@ class Sweep:
         """
         folder = self.folder / run.name
         row = Row(name=run.name, group=run.group, folder=str(folder), status="unfinished")
-        if run.problem:
-            return dataclasses.replace(row, status="FAILED", reason=run.problem)
         summary: dict[str, Any] = {}
         with contextlib.suppress(CodistillError):  # no run folder, or not yet or no longer a whole one
-            summary = Run(folder).summary if folder.exists() else {}
-        if summary.get("status") == "finished":
+            summary = RunFolder(folder).summary
+        if summary.get("status") == "finished" and not run.problem:
             errors = {key: summary[key] for key in ("top1_error", "best_epoch_top1_error")}
             return dataclasses.replace(row, status="finished", **errors)
         if summary.get("status") == "diverged":
             reason = str(summary.get("error", "diverged"))
+        reason = run.problem or reason
         return dataclasses.replace(row, status="FAILED", reason=reason) if reason else row
 
-    def note(self, row: Row) -> None:
-        """Print how a run ended, and write the tables."""
-        self.rows[row.name] = row
-        self.show_end(row)
-        self.write_tables()
-
-    def write_tables(self) -> None:
-        """Write the tables as they are now."""
+    def note(self, *rows: Row) -> None:
+        """Print how runs ended, and write the tables."""
+        for row in rows:
+            self.rows[row.name] = row
+            errors = "  ".join(f"{name} {error:.2f}" for name, error in row.top1_error.items())
+            self.say(f"{row.name}: {row.status}" + (f": {row.reason}" if row.reason else f"  error %: {errors}"))
         write_tables(self.folder, self.spec, list(self.rows.values()))
-
-    def show_end(self, row: Row) -> None:
-        """Print how a run ended."""
-        errors = "  ".join(f"{name} {error:.2f}" for name, error in row.top1_error.items())
-        self.say(f"{row.name}: {row.status}" + (f": {row.reason}" if row.reason else f"  error %: {errors}"))
 
     def say(self, line: str) -> None:
         """Print a line."""
         self.console.print(line, soft_wrap=True)
-
-    def log(self, run: PlannedRun) -> Path:
-        """Return where the log of a run is."""
-        return self.folder / "logs" / f"{run.name}.log"
 
 
 def classify_exit(status: int, runs: int, log: Path, folder: Path) -> tuple[Literal["done", "retry", "split"], str]:
@@ -360,13 +326,7 @@ def classify_exit(status: int, runs: int, log: Path, folder: Path) -> tuple[Lite
 
 
 def assign(runs: Sequence[PlannedRun], slots: int, side_by_side: bool | None) -> list[list[PlannedRun]]:
-    """Divide runs into those of each process: runs with equal keys share one, dealt out to the slots.
-
-    Args:
-        runs: What is to be done.
-        slots: How many processes at a time.
-        side_by_side: See `sweep`.
-    """
+    """Return the runs of each process: runs with equal keys share processes, dealt out to the slots."""
     groups: dict[str, list[PlannedRun]] = {}
     for run in runs:
         groups.setdefault(group_key(run, side_by_side), []).append(run)
@@ -389,11 +349,7 @@ def group_key(run: PlannedRun, side_by_side: bool | None) -> str:
 def own_program(arguments: Sequence[str]) -> list[str]:
     """Return the command line of this process without the arguments of its command, so that plug-ins are there too.
 
-    Args:
-        arguments: The command and its arguments.
-
-    Returns:
-        For example python and the path of a script; `python -m codistill` where the process was started otherwise.
+    For example python and the path of a script; `python -m codistill` where the process was started otherwise.
     """
     given = [each for each in sys.orig_argv if each != "--debug"]
     own = len(given) - len(arguments)

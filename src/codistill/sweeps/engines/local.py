@@ -15,6 +15,7 @@ from typing import IO
 import torch
 
 from codistill.core.host import default_threads
+from codistill.settings.config import RunConfig
 
 Process = subprocess.Popen[bytes]
 
@@ -83,19 +84,16 @@ def stop(processes: Sequence[Process]) -> None:
         raise
 
 
-def slot_environment(slot: int, slots: int, choose_gpu: bool) -> dict[str, str]:
-    """Return the environment of a process: its share of CPU threads and GPUs, unless the user has set the threads.
+def slot_environment(slot: int, slots: int, config: RunConfig | None) -> dict[str, str]:
+    """Return the environment of the process in a slot: its share of the CPU threads and one of the GPUs.
 
-    Args:
-        slot: From 0 on.
-        slots: How many processes at a time.
-        choose_gpu: Whether to make one GPU visible; otherwise all are.
+    The number of threads that the user has set stays, and so does a device that the settings name.
     """
     variables = dict(os.environ)
     if slots > 1:
         variables.setdefault("OMP_NUM_THREADS", str(max(1, default_threads() // slots)))
     gpus = torch.cuda.device_count()
-    if gpus > 1 and choose_gpu:
+    if gpus > 1 and config and config.execution.device in ("auto", "cuda"):
         visible = variables.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
         variables["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot % gpus]
     return variables
