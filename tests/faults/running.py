@@ -1,12 +1,13 @@
-"""Trainings of a fraction of a second that are killed, stopped and taken up again, here or in a child process."""
+"""Trainings of a fraction of a second that are killed, stopped and resumed, here or in a child process."""
 
+import functools
 import hashlib
 import os
 import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 import codistill as cd
 from codistill.cli import main
+from codistill.evaluation.evaluation import Evaluation
 from codistill.training.step import TrainStep
 
 from .. import tiny
@@ -40,8 +42,18 @@ def end_state(path: Path) -> tuple[str, list[dict[str, Any]]]:
     return digest.hexdigest(), rows
 
 
+def tiered(cases: Iterable[Any], first: Container[Any]) -> list[Any]:
+    """Return parameters of a test; those that are not in `first` belong to the second tier."""
+    return [pytest.param(*case, marks=() if case in first else pytest.mark.slow) for case in cases]
+
+
+def evaluate_in_batches(patch: pytest.MonkeyPatch, images: int) -> None:
+    """Evaluate in batches of so many images; the scores of other batches differ in their last digits."""
+    patch.setattr(Evaluation, "__init__", functools.partialmethod(Evaluation.__init__, batch_size=images))
+
+
 def run_here(line: list[str]) -> int:
-    """Run a command line in this process, and give the test's own signal handlers back afterwards."""
+    """Run a command line in this process, and restore the signal handlers of the tests afterwards."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     # A shell may have started the tests with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)

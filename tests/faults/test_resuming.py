@@ -1,4 +1,4 @@
-"""A run that is killed, damaged or held goes on from what is whole, and ends with the bytes of an undisturbed one."""
+"""A run that was killed, damaged or locked resumes from its last whole checkpoint and ends as an undisturbed one."""
 
 import builtins
 import hashlib
@@ -22,7 +22,7 @@ from codistill.training.step import TrainStep
 
 from .. import tiny
 from .asserting import refused
-from .running import EPOCHS, STEPS, arguments, at_step, end_state, in_child, kill_at_step, run_here
+from .running import EPOCHS, STEPS, arguments, at_step, end_state, in_child, kill_at_step, run_here, tiered
 
 pytestmark = pytest.mark.usefixtures("tiny_registered", "no_pages")
 
@@ -50,7 +50,7 @@ def goes_on(out: Path, expected: Any) -> None:
 
 
 @pytest.mark.fault(24)
-@pytest.mark.parametrize("step", range(1, STEPS * EPOCHS + 1))
+@pytest.mark.parametrize("step", tiered(((step,) for step in range(1, STEPS * EPOCHS + 1)), [(1,), (4,), (6,)]))
 def test_killed_at_a_step(colours, undisturbed, tmp_path, step):
     goes_on(killed(colours, tmp_path / "run", step), undisturbed())
 
@@ -62,7 +62,7 @@ def test_killed_with_statistics_of_a_method(colours, undisturbed, tmp_path, meth
 
 
 class Killing:
-    """Replace what a save asks of the system by what counts, and kills the process at one of them."""
+    """Count the system calls of all saves, and kill the process at one of them."""
 
     def __init__(self, patch: pytest.MonkeyPatch, at: int | None) -> None:
         self.at, self.count = at, 0
@@ -90,7 +90,7 @@ class Killing:
             write = opened.write
 
             def half(content: Any) -> int:
-                # Killed in the middle of a write, half of it is there.
+                # Killed in the middle of a write, half of the content is in the file.
                 if self.count + 1 == self.at:
                     write(content[: len(content) // 2])
                     opened.flush()
@@ -101,38 +101,43 @@ class Killing:
         return opened
 
 
+def killed_at_call(colours: str, out: Path, at: int | None) -> tuple[int, int]:
+    """Train in a child that is killed at a system call of its saves; its status, and how many calls there were."""
+    count = out.with_name(f"{out.name}.count")
+
+    def work() -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            killing = Killing(patch, at)
+            status = main(arguments(colours, out))
+            count.write_text(str(killing.count))
+            return status
+
+    status = in_child(work)
+    return status, int(count.read_text()) if count.exists() else 0
+
+
 @pytest.mark.fault(24)
-def test_killed_at_each_call_of_each_save(colours, undisturbed, tmp_path):
-    def training(out: Path, at: int | None) -> int:
-        def work() -> int:
-            with pytest.MonkeyPatch.context() as patch:
-                killing = Killing(patch, at)
-                status = main(arguments(colours, out))
-                (tmp_path / "count").write_text(str(killing.count))
-                return status
-
-        return in_child(work)
-
-    assert training(tmp_path / "counted", None) == 0
-    calls = int((tmp_path / "count").read_text())
-    assert calls > 2 * 13  # two epochs, each a checkpoint, an index and a line of metrics
-    made = 0
-    for at in range(1, calls + 1):
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shard", range(4))  # for as many processes of the tests
+def test_killed_at_each_call_of_each_save(colours, undisturbed, tmp_path, shard, every):
+    status, calls = killed_at_call(colours, tmp_path / "counted", None)
+    assert status == 0 and calls > 2 * 13  # two epochs, each a checkpoint, an index and a line of metrics
+    unmade = 0
+    for at in range(1, calls + 1, every)[shard::4]:
         out = tmp_path / f"killed{at}"
-        assert training(out, at) == -signal.SIGKILL
+        assert killed_at_call(colours, out, at)[0] == -signal.SIGKILL
         if not (out / "config.json").exists():
             assert run_here(arguments(colours, out)) == 0  # nothing had begun: the same command again
-            continue
-        made += 1
-        if (out / "summary.json").exists():
+            unmade += 1
+        elif (out / "summary.json").exists():
             assert end_state(out) == undisturbed()
-            continue
-        goes_on(out, undisturbed())
-    assert made > 2 * 13
+        else:
+            goes_on(out, undisturbed())
+    assert unmade <= 2, calls
 
 
 @pytest.mark.fault(24)
-def test_killed_while_it_goes_on(colours, undisturbed, tmp_path):
+def test_killed_while_it_resumes(colours, undisturbed, tmp_path):
     out = killed(colours, tmp_path / "run", 2)
     for _ in range(3):
 
@@ -218,7 +223,7 @@ def test_all_checkpoints_are_bad(broken, capsys):
 
 
 def enter(out: Path, content: bytes) -> None:
-    """Put bytes into a run's newest checkpoint with a right digest, as somebody could who passes a run folder on."""
+    """Replace a run's newest checkpoint together with its digest, as somebody could who hands a run folder on."""
     index = out / "checkpoints" / "index.json"
     listed = json.loads(index.read_text())
     listed["files"] = listed["files"][-1:]
@@ -387,7 +392,7 @@ def test_places_may_be_overridden(broken, undisturbed, colours, tmp_path):
 @pytest.mark.parametrize(
     ("words", "fragment"), [(["device"], "key=value"), (["device=gpu"], "device"), (["threads=0"], "threads")]
 )
-def test_overrides_that_say_nothing(broken, capsys, words, fragment):
+def test_overrides_that_cannot_be_used(broken, capsys, words, fragment):
     refused(capsys, ["resume", str(broken), "--override", *words], 2, fragment, unchanged=broken)
 
 
@@ -440,7 +445,7 @@ def test_a_second_process_is_kept_out_and_a_dead_one_is_not(colours, undisturbed
 
 
 @pytest.mark.fault(9)
-def test_a_lone_process_ends_as_if_nobody_had_asked(colours, undisturbed, tmp_path, capsys):
+def test_a_process_that_asks_for_the_lock_does_not_disturb(colours, undisturbed, tmp_path, capsys):
     def asked(_: TrainStep) -> None:
         # Another open file, as another process has.
         with pytest.raises(cd.errors.UsageError, match="in use by pid"):

@@ -1,12 +1,14 @@
-"""Signals, full disks, numbers that are none, memory that ends: what was saved stays, and the status says why."""
+"""Signals, full disks, NaN, exhausted memory: the last checkpoint stays, and the exit status says why."""
 
 import errno
+import itertools
 import json
+import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,33 @@ import torch
 import codistill as cd
 from codistill.cli import main
 from codistill.data.augment import DeviceImages
-from codistill.evaluation import evaluation as evaluate
 from codistill.runs import checkpoint
 from codistill.training.step import TrainStep
 
 from .asserting import refused
-from .running import EPOCHS, STEPS, arguments, at_step, end_state, in_child, kill_at_step, run_here
+from .running import (
+    EPOCHS,
+    STEPS,
+    arguments,
+    at_step,
+    end_state,
+    evaluate_in_batches,
+    in_child,
+    kill_at_step,
+    run_here,
+    tiered,
+)
 
 pytestmark = pytest.mark.usefixtures("tiny_registered", "no_pages")
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 WORD = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}
+
+
+def signals(places: Sequence[int], term: int, interrupt: Sequence[int]) -> pytest.MarkDecorator:
+    """Try both signals at all places; in the first tier SIGTERM at one of them and SIGINT at some."""
+    first = {(signal.SIGTERM, term), *((signal.SIGINT, place) for place in interrupt)}
+    cases = tiered(itertools.product(STATUS, places), first)
+    return pytest.mark.parametrize(("number", "place"), cases, ids=lambda value: getattr(value, "name", value))
 
 
 def positions(out: Path) -> list[tuple[int, int]]:
@@ -37,17 +56,16 @@ def positions(out: Path) -> list[tuple[int, int]]:
 
 @pytest.mark.fault(34)
 @pytest.mark.fault(35)
-@pytest.mark.parametrize("number", STATUS, ids=lambda number: number.name)
-@pytest.mark.parametrize("step", range(1, STEPS * EPOCHS + 1))
-def test_a_signal_within_a_step(colours, undisturbed, tmp_path, capsys, monkeypatch, number, step):
+@signals(range(1, STEPS * EPOCHS + 1), term=4, interrupt=(1, 3, 6))
+def test_a_signal_within_a_step(colours, undisturbed, tmp_path, capsys, monkeypatch, number, place):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        at_step(patch, step, lambda _: signal.raise_signal(number))
+        at_step(patch, place, lambda _: signal.raise_signal(number))
         capsys.readouterr()
         assert run_here(arguments(colours, out)) == STATUS[number]
-    epoch, done = divmod(step - 1, STEPS)
-    place = f"after step {done + 1} of epoch {epoch + 1}"
-    line = f"codistill: error: {WORD[number]} {place} and saved: codistill resume {out}\n"
+    epoch, done = divmod(place - 1, STEPS)
+    where = f"after step {done + 1} of epoch {epoch + 1}"
+    line = f"codistill: error: {WORD[number]} {where} and saved: codistill resume {out}\n"
     assert capsys.readouterr().err == line
     # Saved at the end of that very step.
     assert positions(out)[-1] == (epoch, done + 1)
@@ -57,37 +75,33 @@ def test_a_signal_within_a_step(colours, undisturbed, tmp_path, capsys, monkeypa
 
 
 @pytest.mark.fault(34)
-@pytest.mark.parametrize("number", STATUS, ids=lambda number: number.name)
-@pytest.mark.parametrize("batch", [1, 2, 4, 6])
-def test_a_signal_within_the_evaluation(colours, undisturbed, tmp_path, capsys, monkeypatch, number, batch):
-    out, plain, count = tmp_path / "run", DeviceImages.plain, iter(range(1, 100))
+@signals((1, 2, 4, 6), term=2, interrupt=(1, 6))
+def test_a_signal_within_the_evaluation(colours, undisturbed, tmp_path, monkeypatch, number, place):
+    out, batch, count = tmp_path / "run", DeviceImages.batch, iter(range(1, 100))
 
-    def watched(self: DeviceImages, *place: int) -> Any:
-        if next(count) == batch:
+    def watched(self: DeviceImages, *start_and_stop: int) -> Any:
+        if next(count) == place:
             signal.raise_signal(number)
-        return plain(self, *place)
+        return batch(self, *start_and_stop)
 
+    evaluate_in_batches(monkeypatch, 8)  # 21 test images: three batches in an evaluation
     with monkeypatch.context() as patch:
-        # 21 test images: three batches for an evaluation.
-        patch.setattr(evaluate.Evaluation.__init__, "__defaults__", ("float32", 8, True))
-        patch.setattr(DeviceImages, "plain", watched)
+        patch.setattr(DeviceImages, "batch", watched)
         assert run_here(arguments(colours, out)) == STATUS[number]
-    epoch = (batch - 1) // 3
-    assert positions(out)[-1] == (epoch, STEPS)
-    assert next(count) == batch + 1  # no further batch was looked at
+    assert positions(out)[-1] == ((place - 1) // 3, STEPS)
+    assert next(count) == place + 1  # no further batch was evaluated
     assert run_here(["resume", str(out)]) == 0
-    assert end_state(out) == undisturbed()
+    assert end_state(out) == undisturbed(evaluated_in=8)
 
 
 @pytest.mark.fault(34)
-@pytest.mark.parametrize("number", STATUS, ids=lambda number: number.name)
-@pytest.mark.parametrize("call", [1, 2, 3, 4])
-def test_a_signal_during_a_save(colours, undisturbed, tmp_path, monkeypatch, number, call):
+@signals((1, 2, 3, 4), term=3, interrupt=(1, 4))
+def test_a_signal_during_a_save(colours, undisturbed, tmp_path, monkeypatch, number, place):
     out, count, replace = tmp_path / "run", iter(range(1, 100)), os.replace
 
     def watched(source: Any, target: Any) -> None:
         # On the thread that saves; the signal reaches the main one.
-        if "checkpoints" in str(target) and next(count) == call:
+        if "checkpoints" in str(target) and next(count) == place:
             os.kill(os.getpid(), number)
         replace(source, target)
 
@@ -95,7 +109,7 @@ def test_a_signal_during_a_save(colours, undisturbed, tmp_path, monkeypatch, num
         patch.setattr(os, "replace", watched)
         status = run_here(arguments(colours, out))
     # After the last epoch's save nothing is left to stop.
-    assert status == STATUS[number] or (status == 0 and call > 2)
+    assert status == STATUS[number] or (status == 0 and place > 2)
     if status:
         assert run_here(["resume", str(out)]) == 0
     assert end_state(out) == undisturbed()
@@ -189,7 +203,7 @@ def test_sigusr_saves_and_goes_on(colours, undisturbed, tmp_path, number):
 
 
 def failing(kind: int, names: Callable[[str], bool], times: int) -> Callable[[Path, bytes], None]:
-    """Write files but for some, which fail so many times."""
+    """Make writing fail so many times for files of some names."""
     real, left = checkpoint.write_atomically, iter(range(times))
 
     def write(path: Path, content: bytes) -> None:
@@ -323,11 +337,11 @@ def test_a_closed_standard_output(colours, undisturbed, tmp_path, capsys, monkey
     assert end_state(tmp_path / "run") == undisturbed()
 
 
-# --- 36: numbers that are none ---
+# --- 36: NaN and infinity ---
 
 
 def poison(name: str, value: float) -> Callable[[TrainStep], None]:
-    """Put a number into one weight."""
+    """Set one number of a parameter before the step."""
 
     def change(step: TrainStep) -> None:
         with torch.no_grad():
@@ -338,7 +352,7 @@ def poison(name: str, value: float) -> Callable[[TrainStep], None]:
 
 
 def poison_gradient(name: str, value: float) -> Callable[[TrainStep], None]:
-    """Put a number into one gradient, of that step only."""
+    """Set the gradient of a parameter in that step only."""
 
     def change(step: TrainStep) -> None:
         parameter = dict(step.method.named_parameters())[name]
@@ -352,23 +366,25 @@ FIRST, SECOND = "cohort.students.0.head.linear.weight", "cohort.students.1.stage
 TRUNK, FUSION = "cohort.students.0.stages.0.0.weight", "fusion.head.linear.weight"
 
 
-@pytest.mark.fault(36)
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize(
-    ("act", "name", "who"),
-    [
-        (poison, FIRST, "student0"),
-        (poison, SECOND, "student1"),
-        (poison, TRUNK, "student0, student1"),
-        (poison, FUSION, "fused"),
-        (poison_gradient, FUSION, f"fusion (gradient of {FUSION})"),
-        (poison_gradient, FIRST, f"student0 (gradient of {FIRST})"),
-        (poison_gradient, SECOND, f"student1 (gradient of {SECOND})"),
-        (poison_gradient, TRUNK, f"the shared trunk (gradient of {TRUNK})"),
-    ],
+POISONED = (
+    (poison, FIRST, "student0"),
+    (poison, SECOND, "student1"),
+    (poison, TRUNK, "student0, student1"),
+    (poison, FUSION, "fused"),
+    (poison_gradient, FUSION, f"fusion (gradient of {FUSION})"),
+    (poison_gradient, FIRST, f"student0 (gradient of {FIRST})"),
+    (poison_gradient, SECOND, f"student1 (gradient of {SECOND})"),
+    (poison_gradient, TRUNK, f"the shared trunk (gradient of {TRUNK})"),
 )
-@pytest.mark.parametrize("step", [4, 6])
-def test_a_number_that_is_none(colours, undisturbed, tmp_path, capsys, monkeypatch, act, name, who, value, step):
+WAYS = [(*who, value, step) for who in POISONED for value in (math.nan, math.inf) for step in (4, 6)]
+
+
+@pytest.mark.fault(36)
+@pytest.mark.parametrize(
+    ("act", "name", "who", "value", "step"),
+    tiered(WAYS, [*WAYS[::4], *WAYS[3::12]]),  # in the first tier NaN at one step for all, infinity for three
+)
+def test_nan_and_infinity(colours, undisturbed, tmp_path, capsys, monkeypatch, act, name, who, value, step):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         at_step(patch, step, act(name, value))
@@ -385,7 +401,7 @@ def test_a_number_that_is_none(colours, undisturbed, tmp_path, capsys, monkeypat
 
 
 @pytest.mark.fault(36)
-def test_a_state_that_is_no_number_is_not_saved_at_a_signal(colours, undisturbed, tmp_path, capsys, monkeypatch):
+def test_a_state_with_nan_is_not_saved_at_a_signal(colours, undisturbed, tmp_path, capsys, monkeypatch):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         at_step(patch, 5, poison(FIRST, float("nan")))
