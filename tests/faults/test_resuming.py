@@ -17,6 +17,7 @@ import torch
 
 import codistill as cd
 from codistill.cli import main
+from codistill.core.errors import UsageError
 from codistill.runs.lock import RunLock
 from codistill.training.step import TrainStep
 
@@ -375,7 +376,7 @@ def test_only_places_may_be_overridden(broken, undisturbed, capsys, key):
         ["resume", str(broken), "--override", f"{key}=1"],
         2,
         key,
-        "data_dir, device, threads, overlap",
+        "only data_dir, device, threads can change",
         unchanged=broken,
     )
 
@@ -448,7 +449,7 @@ def test_a_second_process_is_kept_out_and_a_dead_one_is_not(colours, undisturbed
 def test_a_process_that_asks_for_the_lock_does_not_disturb(colours, undisturbed, tmp_path, capsys):
     def asked(_: TrainStep) -> None:
         # Another open file, as another process has.
-        with pytest.raises(cd.errors.UsageError, match="in use by pid"):
+        with pytest.raises(UsageError, match="in use by pid"):
             RunLock(tmp_path / "run")
 
     with pytest.MonkeyPatch.context() as patch:
