@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import codistill as cd
 from codistill.cli import commands
 from codistill.networks import Network, PooledLinear
-from codistill.networks.layers import conv_bn, initialise
+from codistill.networks.layers import conv_bn_act, initialise
 from codistill.settings.config import RunConfig
 from codistill.training import trainer as loop
 
@@ -55,7 +55,7 @@ def tiny_network() -> Callable[..., Network]:
     def build(width: int = 8, stride: int = 2, classes: int = 3) -> Network:
         widths, strides = (4, 6, width), (1, 1, stride)
         stages = [
-            nn.Sequential(*conv_bn(in_channels, out_channels, 3, step), nn.ReLU())
+            conv_bn_act(in_channels, out_channels, 3, step)
             for in_channels, out_channels, step in zip((3, *widths), widths, strides, strict=False)
         ]
         built = Network(stages, PooledLinear(width, classes), widths)

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import codistill as cd
 from codistill.networks import NETWORKS, Network, PooledLinear
-from codistill.networks.layers import conv_bn, initialise
+from codistill.networks.layers import conv_bn_act, initialise
 
 from .pretended_gpu.device import waits_for_host
 
@@ -25,7 +25,7 @@ def network(num_classes: int, width: int = 8) -> Network:
     """A tiny network for tests."""
     widths, strides = (4, 6, width), (1, 1, 2)
     stages = [
-        nn.Sequential(*conv_bn(before, after, 3, stride), nn.ReLU())
+        conv_bn_act(before, after, 3, stride)
         for before, after, stride in zip((3, *widths), widths, strides, strict=False)
     ]
     return Network(stages, PooledLinear(width, num_classes), widths)

@@ -22,7 +22,7 @@ def batch_norm(features: Tensor, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> Tenso
 def stage_outputs(student: Network, images: Tensor, strides: Sequence[int]) -> list[Tensor]:
     """Maps after each stage of convolution, batch normalisation and ReLU."""
     maps = [images]
-    for (conv, norm, _), stride in zip(student.stages, strides, strict=True):
+    for (conv, norm), stride in zip(student.stages, strides, strict=True):
         maps.append(batch_norm(F.conv2d(maps[-1], conv.weight, stride=stride, padding=1), norm).clamp(min=0))
     return maps[1:]
 

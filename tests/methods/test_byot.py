@@ -10,7 +10,7 @@ from torch import nn
 from codistill.core.errors import UsageError
 from codistill.methods.byot import BYOT, BYOTSettings, Exit
 from codistill.networks import Network, PooledLinear, network
-from codistill.networks.layers import conv_bn, initialise
+from codistill.networks.layers import conv_bn_act, initialise
 from codistill.networks.network import parameter_count
 
 from . import slow
@@ -23,7 +23,7 @@ def deep_network(last: int = 8) -> Network:
     """Four stages: 4 and 6 channels at 8x8, 7 at 4x4, `last` at 2x2; so there are two exits."""
     widths = (4, 6, 7, last)
     stages = [
-        nn.Sequential(*conv_bn(before, after, 3, stride), nn.ReLU())
+        conv_bn_act(before, after, 3, stride)
         for before, after, stride in zip((3, *widths), widths, STRIDES, strict=False)
     ]
     built = Network(stages, PooledLinear(last, 3), widths)
@@ -51,7 +51,7 @@ def test_terms(batch):
 
 def adapted(leave: Exit, features: torch.Tensor) -> torch.Tensor:
     """Convolutions 1x1, s x s with stride s, 1x1, each with batch normalisation and ReLU."""
-    first, norm1, _, middle, norm2, _, last, norm3, _ = leave.adapter
+    first, norm1, middle, norm2, last, norm3 = leave.adapter
     stride = features.shape[2] // 2
     assert middle.weight.shape[2:] == (stride, stride)
     features = slow.batch_norm(F.conv2d(features, first.weight), norm1).clamp(min=0)
@@ -179,7 +179,7 @@ def test_each_student_may_have_a_view_of_its_own(batch):
 )
 def test_an_adapter_gives_the_shape_of_the_last_map(shape, last, kernel, stride):
     leave = Exit(shape, last, 3, 2)
-    assert leave.adapter[3].kernel_size == kernel and leave.adapter[3].stride == stride
+    assert leave.adapter[2].kernel_size == kernel and leave.adapter[2].stride == stride
     features, logits = leave(torch.randn(2, *shape))
     assert features.shape == (2, *last) and logits.shape == (2, 3)
     assert parameter_count(leave) == 5 * 2 + 4 + 4 * math.prod(kernel) + 4 + 2 * 7 + 14 + 7 * 3 + 3

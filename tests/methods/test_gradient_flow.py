@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import codistill as cd
 from codistill.methods import METHODS, Method, MethodSettings
 from codistill.networks import Network, PooledLinear
-from codistill.networks.layers import conv_bn, initialise
+from codistill.networks.layers import conv_bn_act, initialise
 
 TABLE = tomllib.loads((Path(__file__).parents[2] / "docs" / "gradient-flow.toml").read_text())
 NAMES = list(METHODS)
@@ -26,7 +26,7 @@ def small_network() -> Network:
     """Four stages, so that byot has an exit with a hint."""
     widths, strides = (4, 6, 6, 8), (1, 1, 1, 2)
     stages = [
-        nn.Sequential(*conv_bn(before, after, 3, stride), nn.ReLU())
+        conv_bn_act(before, after, 3, stride)
         for before, after, stride in zip((3, *widths), widths, strides, strict=False)
     ]
     built = Network(stages, PooledLinear(widths[-1], 3), widths)

@@ -308,7 +308,7 @@ def test_a_whole_step_agrees_with_a_slow_derivation(make, batch, shapes, setting
     logits = []
     for index, (_, stride) in enumerate(shapes):
         features = images.flatten(0, -4)
-        for depth, ((conv, norm, _), step) in enumerate(zip(method.cohort[index].stages, (1, 1, stride), strict=True)):
+        for depth, ((conv, norm), step) in enumerate(zip(method.cohort[index].stages, (1, 1, stride), strict=True)):
             if views and depth == method.cohort.shared_stages:  # up to here, batch statistics are over all views
                 features = features.unflatten(0, images.shape[:2])[index]
             features = F.conv2d(features, conv.weight, stride=step, padding=1)

@@ -89,13 +89,13 @@ def by_hand(method, batch, epoch, last_strides, temperature=3.0):
         lows = list(views)
         for stage in range(3):
             if stage < cohort.shared_stages:
-                conv, norm, _ = cohort[0].stages[stage]
+                conv, norm = cohort[0].stages[stage]
                 # Equal views twice in a batch do not change its statistics.
                 whole = nn.functional.conv2d(torch.cat(lows), conv.weight, padding=1)
                 lows = list(slow.batch_norm(whole, norm).clamp(min=0).split(len(labels)))
                 continue
             for index, (student, last) in enumerate(zip(cohort, last_strides, strict=True)):
-                conv, norm, _ = student.stages[stage]
+                conv, norm = student.stages[stage]
                 stride = last if stage == 2 else 1
                 raw = nn.functional.conv2d(lows[index], conv.weight, stride=stride, padding=1)
                 lows[index] = slow.batch_norm(raw, norm).clamp(min=0)

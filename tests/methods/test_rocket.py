@@ -5,13 +5,12 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 from codistill.core.errors import UsageError
 from codistill.methods.cohort import Outputs
 from codistill.methods.rocket import Rocket, RocketSettings
 from codistill.networks import Network, PooledLinear
-from codistill.networks.layers import conv_bn
+from codistill.networks.layers import conv_bn_act
 from codistill.networks.network import parameter_count
 
 from . import slow
@@ -122,10 +121,7 @@ def test_a_light_network_may_be_the_low_stages_of_the_booster(tiny_network, batc
     # The paper's "bottom" form: the light network is a classifier on the booster's low stages.
     def chain(count: int) -> Network:
         widths = (4, 6, 8)[:count]
-        stages = [
-            nn.Sequential(*conv_bn(before, after, 3), nn.ReLU())
-            for before, after in zip((3, *widths), widths, strict=False)
-        ]
+        stages = [conv_bn_act(before, after, 3) for before, after in zip((3, *widths), widths, strict=False)]
         return Network(stages, PooledLinear(widths[-1], 3), widths)
 
     light, booster = chain(2), chain(3)

@@ -8,6 +8,7 @@ from torch import nn
 from codistill.core.errors import UsageError
 from codistill.modules import FeatureFusion
 from codistill.modules.fusion import convolutional_regressor
+from codistill.networks.layers import BatchNormAct2d
 from codistill.networks.network import parameter_count
 
 
@@ -76,7 +77,7 @@ def test_agrees_with_a_slow_derivation():
         if isinstance(layer, nn.BatchNorm2d):
             nn.init.normal_(layer.weight), nn.init.normal_(layer.bias)
     maps = [torch.randn(3, width, 4, 5, dtype=torch.float64) for width in (3, 4, 2)]
-    (depthwise, first_norm, _), (pointwise, second_norm, _) = fusion.transfer
+    (depthwise, first_norm), (pointwise, second_norm) = fusion.transfer
     joined = torch.cat(maps, dim=1)
     filtered = [
         F.conv2d(joined[:, channel : channel + 1], depthwise.weight[channel : channel + 1], padding=1)
@@ -104,7 +105,7 @@ def test_agrees_with_a_slow_derivation():
 def test_convolutional_regressor(size, target, kernel, stride):
     regressor = convolutional_regressor(3, size, target)
     assert convolutions(regressor) == [(3, 3, 1, kernel, stride)]
-    assert [type(layer) for layer in regressor] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
+    assert [type(layer) for layer in regressor] == [nn.Conv2d, BatchNormAct2d]
     assert regressor(torch.randn(2, 3, *size)).shape == (2, 3, *target)
 
 

@@ -4,9 +4,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from codistill.networks import Network, network
+
+
+def norm(layer: nn.BatchNorm2d, features: Tensor) -> Tensor:
+    """Batch normalisation alone, in evaluation mode, whatever follows it in the layer."""
+    return F.batch_norm(features, layer.running_mean, layer.running_var, layer.weight, layer.bias)
 
 
 @pytest.fixture

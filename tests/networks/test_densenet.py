@@ -9,6 +9,8 @@ from codistill.networks import network
 from codistill.networks.densenet import DenseLayer
 from codistill.networks.network import parameter_count, probe_shapes
 
+from .conftest import norm
+
 COUNTS = {
     "densenet-40-12": (176_122, 188_092),
     "densenet-40-12-plain": (1_019_722, 1_060_132),
@@ -63,18 +65,18 @@ def test_initial_channels_must_be_a_positive_whole_number(initial_channels, mend
 def test_bottleneck_layer_against_the_formula(shaken):
     layer = shaken(DenseLayer(20, bottleneck=True))
     x = torch.randn(2, 20, 5, 5)
-    bn1, _, conv1, bn2, _, conv2 = layer.growth
+    bn1, conv1, bn2, conv2 = layer.growth
     assert conv1.weight.shape == (48, 20, 1, 1)
-    y = F.conv2d(F.relu(bn1(x)), conv1.weight)
-    y = F.conv2d(F.relu(bn2(y)), conv2.weight, padding=1)
+    y = F.conv2d(F.relu(norm(bn1, x)), conv1.weight)
+    y = F.conv2d(F.relu(norm(bn2, y)), conv2.weight, padding=1)
     torch.testing.assert_close(layer(x), torch.cat([x, y], dim=1))
 
 
 def test_plain_layer_against_the_formula(shaken):
     layer = shaken(DenseLayer(20, bottleneck=False))
     x = torch.randn(2, 20, 5, 5)
-    bn, _, conv = layer.growth
-    y = F.conv2d(F.relu(bn(x)), conv.weight, padding=1)
+    bn, conv = layer.growth
+    y = F.conv2d(F.relu(norm(bn, x)), conv.weight, padding=1)
     torch.testing.assert_close(layer(x), torch.cat([x, y], dim=1))
 
 
@@ -82,20 +84,20 @@ def test_transitions_normalise_narrow_and_average(shaken):
     built = shaken(network("densenet-40-12", 10))
     features = built.stages[0](torch.randn(2, 3, 32, 32))
     for stage in built.stages[1:-1]:
-        *layers, bn, _, conv, _ = stage
+        *layers, bn, conv, _ = stage
         assert len(layers) == 6
         x = features
         for layer in layers:
             x = layer(x)
-        narrowed = F.conv2d(F.relu(bn(x)), conv.weight)
+        narrowed = F.conv2d(F.relu(norm(bn, x)), conv.weight)
         features = stage(features)
         torch.testing.assert_close(features, F.avg_pool2d(narrowed, 2))
 
 
 def test_the_feature_map_is_behind_the_final_normalisation_and_relu(shaken):
     built = shaken(network("densenet-40-12", 10))
-    *layers, normalisation, relu = built.stages[-1]
+    *layers, normalisation = built.stages[-1]
     assert all(isinstance(layer, DenseLayer) for layer in layers)
     assert isinstance(normalisation, nn.BatchNorm2d)
-    assert isinstance(relu, nn.ReLU)
+    assert normalisation.act
     assert built.feature_map(torch.randn(2, 3, 32, 32)).min() == 0

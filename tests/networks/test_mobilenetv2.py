@@ -9,6 +9,8 @@ from codistill.networks import network
 from codistill.networks.mobilenetv2 import InvertedResidual
 from codistill.networks.network import parameter_count, probe_shapes
 
+from .conftest import norm
+
 POINTS = ("head", "last-block")
 TRUNK_SHAPES = [(32, 32, 32), (16, 32, 32), (24, 32, 32), (32, 16, 16), (64, 8, 8), (96, 8, 8)]
 
@@ -67,13 +69,12 @@ def test_block_against_the_formula(in_channels, stride, shaken):
     block = shaken(InvertedResidual(in_channels, 8, 6, stride))
     hidden = 6 * in_channels
     x = torch.randn(2, in_channels, 6, 6)
-    conv1, bn1, _, conv2, bn2, _, conv3, bn3 = block.residual
-    y = F.relu(bn1(F.conv2d(x, conv1.weight)))
-    y = F.relu(bn2(F.conv2d(y, conv2.weight, stride=stride, padding=1, groups=hidden)))
-    y = bn3(F.conv2d(y, conv3.weight))
+    y = F.relu(norm(block.bn1, F.conv2d(x, block.conv1.weight)))
+    y = F.relu(norm(block.bn2, F.conv2d(y, block.conv2.weight, stride=stride, padding=1, groups=hidden)))
+    y = norm(block.bn3, F.conv2d(y, block.conv3.weight))
     if stride == 1 and in_channels == 8:
         y = y + x
     elif stride == 1:
-        y = y + block.shortcut[1](F.conv2d(x, block.shortcut[0].weight))
+        y = y + norm(block.shortcut[1], F.conv2d(x, block.shortcut[0].weight))
     torch.testing.assert_close(block(x), y)
     assert (y < 0).any()

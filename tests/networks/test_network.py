@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from codistill.core.errors import UsageError
 from codistill.networks import NETWORKS, Network, PooledLinear, network
-from codistill.networks.layers import conv, conv_bn, initialise
+from codistill.networks.layers import BatchNormAct2d, conv, initialise
 from codistill.networks.network import probe_shapes
 
 
@@ -53,7 +54,7 @@ def test_probe_shapes_leaves_the_network_alone():
 
 
 def test_initialise_uses_the_fan_out():
-    layers = nn.Sequential(conv(64, 128, 3), conv(256, 256, 3, groups=256), nn.Conv2d(8, 8, 1), *conv_bn(4, 4, 1))
+    layers = nn.Sequential(conv(64, 128, 3), conv(256, 256, 3, groups=256), nn.Conv2d(8, 8, 1), BatchNormAct2d(4))
     with torch.no_grad():
         for parameter in layers.parameters():
             parameter.fill_(7.0)
@@ -63,8 +64,8 @@ def test_initialise_uses_the_fan_out():
     assert layers[1].weight.std().item() == pytest.approx((2 / 2304) ** 0.5, rel=0.06)
     assert layers[0].weight.mean().item() == pytest.approx(0.0, abs=1e-3)
     assert torch.equal(layers[2].bias, torch.zeros(8))
-    assert torch.equal(layers[4].weight, torch.ones(4))
-    assert torch.equal(layers[4].bias, torch.zeros(4))
+    assert torch.equal(layers[3].weight, torch.ones(4))
+    assert torch.equal(layers[3].bias, torch.zeros(4))
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3, 5])
@@ -74,6 +75,23 @@ def test_conv_has_no_bias_and_keeps_the_size_at_stride_1(kernel_size):
     assert layer.weight.shape == (8, 2, kernel_size, kernel_size)
     assert layer(torch.randn(1, 4, 7, 9)).shape == (1, 8, 7, 9)
     assert conv(4, 8, kernel_size, stride=2)(torch.randn(1, 4, 7, 8)).shape == (1, 8, 4, 4)
+
+
+@pytest.mark.parametrize("act", [True, False])
+@pytest.mark.parametrize("added", [True, False])
+def test_batch_norm_act_is_norm_then_shortcut_then_relu(act, added):
+    layer = BatchNormAct2d(3, act)
+    features, shortcut = torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5) if added else None
+    before = features.clone(), None if shortcut is None else shortcut.clone()
+    expected = F.batch_norm(features, None, None, training=True)
+    expected = expected if shortcut is None else expected + shortcut
+    torch.testing.assert_close(layer(features, shortcut), expected.relu() if act else expected)
+    assert torch.equal(features, before[0]) and (shortcut is None or torch.equal(shortcut, before[1]))
+    assert layer.num_batches_tracked == 1
+
+
+def test_stages_that_differ_in_an_activation_are_not_shared():
+    assert repr(BatchNormAct2d(3)) != repr(BatchNormAct2d(3, act=False))
 
 
 def test_pooled_linear_is_the_mean_then_the_classifier():

@@ -8,6 +8,8 @@ from codistill.networks import network
 from codistill.networks.network import parameter_count, probe_shapes
 from codistill.networks.resnet import BasicBlock, PaddedShortcut
 
+from .conftest import norm
+
 # Shortcut B for 10 and 100 classes, A for 10 and 100 classes; by formula, cross-checked in the literature.
 COUNTS = {
     "resnet20": (272_474, 278_324, 269_722, 275_572),
@@ -87,14 +89,13 @@ def test_shortcut_a_subsamples_and_pads_both_sides():
 def test_block_against_the_formula(in_channels, stride, shortcut, shaken):
     block = shaken(BasicBlock(in_channels, 8, stride, shortcut))
     x = torch.randn(2, in_channels, 6, 6)
-    conv1, bn1, _, conv2, bn2 = block.residual
-    y = F.relu(bn1(F.conv2d(x, conv1.weight, stride=stride, padding=1)))
-    y = bn2(F.conv2d(y, conv2.weight, padding=1))
+    y = F.relu(norm(block.bn1, F.conv2d(x, block.conv1.weight, stride=stride, padding=1)))
+    y = norm(block.bn2, F.conv2d(y, block.conv2.weight, padding=1))
     if in_channels == 8:
         skipped = x
     elif shortcut == "A":
         zeros = torch.zeros(2, 2, 3, 3)
         skipped = torch.cat([zeros, x[:, :, ::2, ::2], zeros], dim=1)
     else:
-        skipped = block.shortcut[1](F.conv2d(x, block.shortcut[0].weight, stride=stride))
+        skipped = norm(block.shortcut[1], F.conv2d(x, block.shortcut[0].weight, stride=stride))
     torch.testing.assert_close(block(x), F.relu(y + skipped))

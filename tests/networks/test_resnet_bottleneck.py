@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from codistill.networks.network import parameter_count, probe_shapes
 from codistill.networks.resnet_bottleneck import Bottleneck
 
+from .conftest import norm
+
 # For 10 and 100 classes. By formula; the second and the third are printed as 1.14M / 1.17M and 1.70M in papers.
 COUNTS = {
     "resnet83-bottleneck": (869_530, 892_660),
@@ -48,10 +50,9 @@ def test_stage_shapes(name, on_meta):
 def test_block_against_the_formula(in_channels, stride, shaken):
     block = shaken(Bottleneck(in_channels, 4, stride))
     x = torch.randn(2, in_channels, 6, 6)
-    conv1, bn1, _, conv2, bn2, _, conv3, bn3 = block.residual
-    y = F.relu(bn1(F.conv2d(x, conv1.weight)))
-    y = F.relu(bn2(F.conv2d(y, conv2.weight, stride=stride, padding=1)))
-    y = bn3(F.conv2d(y, conv3.weight))
+    y = F.relu(norm(block.bn1, F.conv2d(x, block.conv1.weight)))
+    y = F.relu(norm(block.bn2, F.conv2d(y, block.conv2.weight, stride=stride, padding=1)))
+    y = norm(block.bn3, F.conv2d(y, block.conv3.weight))
     alike = in_channels == 16 and stride == 1
-    skipped = x if alike else block.shortcut[1](F.conv2d(x, block.shortcut[0].weight, stride=stride))
+    skipped = x if alike else norm(block.shortcut[1], F.conv2d(x, block.shortcut[0].weight, stride=stride))
     torch.testing.assert_close(block(x), F.relu(y + skipped))

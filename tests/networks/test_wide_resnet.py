@@ -1,12 +1,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from codistill.methods.cohort import Cohort
 from codistill.networks import network
 from codistill.networks.network import parameter_count, probe_shapes
 from codistill.networks.wide_resnet import PreActivationBlock
+
+from .conftest import norm
 
 COUNTS = {"wrn-16-2": (691_674, 703_284), "wrn-40-2": (2_243_546, 2_255_156)}
 # The last one includes the final batch normalisation.
@@ -39,22 +40,19 @@ def test_stage_shapes(name, on_meta):
 def test_the_feature_map_is_behind_the_final_normalisation_and_relu(shaken):
     built = shaken(network("wrn-16-2", 10))
     images = torch.randn(2, 3, 32, 32)
-    blocks, normalisation, relu = built.stages[-1]
-    assert isinstance(normalisation, nn.BatchNorm2d)
-    assert isinstance(relu, nn.ReLU)
+    blocks, final = built.stages[-1]
     with torch.no_grad():
         raw = blocks(built.stages[2](built.stages[1](built.stages[0](images))))
         assert (raw < 0).any()
-        torch.testing.assert_close(built.feature_map(images), F.relu(normalisation(raw)))
+        torch.testing.assert_close(built.feature_map(images), F.relu(norm(final, raw)))
 
 
 @pytest.mark.parametrize(("in_channels", "stride"), [(8, 1), (4, 1), (4, 2)])
 def test_block_against_the_formula(in_channels, stride, shaken):
     block = shaken(PreActivationBlock(in_channels, 8, stride))
     x = torch.randn(2, in_channels, 6, 6)
-    conv1, bn2, _, conv2 = block.residual
-    o1 = F.relu(block.activation[0](x))
-    y = F.conv2d(o1, conv1.weight, stride=stride, padding=1)
-    z = F.conv2d(F.relu(bn2(y)), conv2.weight, padding=1)
+    o1 = F.relu(norm(block.bn1, x))
+    y = F.conv2d(o1, block.conv1.weight, stride=stride, padding=1)
+    z = F.conv2d(F.relu(norm(block.bn2, y)), block.conv2.weight, padding=1)
     skipped = x if in_channels == 8 else F.conv2d(o1, block.shortcut.weight, stride=stride)
     torch.testing.assert_close(block(x), z + skipped)

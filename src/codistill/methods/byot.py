@@ -16,7 +16,7 @@ from codistill.methods.method import METHODS, Method
 from codistill.methods.terms import cross_entropy_terms
 from codistill.modules.fusion import MapShape
 from codistill.networks import Network, PooledLinear
-from codistill.networks.layers import initialise
+from codistill.networks.layers import BatchNormAct2d, initialise
 from codistill.networks.network import probe_shapes
 
 
@@ -77,7 +77,7 @@ class Exit(nn.Module):
         middle = nn.Conv2d(width, width, (kernels[0], kernels[1]), (strides[0], strides[1]), bias=False)
         layers: list[nn.Module] = []
         for conv in (nn.Conv2d(shape[0], width, 1, bias=False), middle, nn.Conv2d(width, last[0], 1, bias=False)):
-            layers += [conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU()]
+            layers += [conv, BatchNormAct2d(conv.out_channels)]
         self.adapter = nn.Sequential(*layers)
         self.head = PooledLinear(last[0], num_classes)
         initialise(self)

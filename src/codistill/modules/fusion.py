@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from codistill.core.errors import UsageError
-from codistill.networks.layers import Layers, PooledLinear, initialise
+from codistill.networks.layers import BatchNormAct2d, PooledLinear, initialise
 
 Projection = Literal["pointwise", "each"]
 MapShape = tuple[int, int, int]
@@ -21,10 +21,10 @@ def conv_bn_relu(
     stride: int | tuple[int, int] = 1,
     padding: int | tuple[int, int] = 0,
     groups: int = 1,
-) -> Layers:
+) -> nn.Sequential:
     """Make convolution without bias, batch normalisation and ReLU."""
     conv = nn.Conv2d(width_in, width_out, kernel, stride, padding, groups=groups, bias=False)
-    return Layers(conv, nn.BatchNorm2d(width_out), nn.ReLU())
+    return nn.Sequential(conv, BatchNormAct2d(width_out))
 
 
 def convolutional_regressor(channels: int, size: tuple[int, int], target: tuple[int, int]) -> nn.Module:

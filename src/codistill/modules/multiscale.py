@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from codistill.core.errors import UsageError
-from codistill.networks.layers import Layers, initialise
+from codistill.networks.layers import BatchNormAct2d, conv, initialise
 
 Half = Literal["second", "first"]
 
@@ -61,11 +61,7 @@ class MultiScaleExtraction(nn.Module):
                 carried = widths[-1] - self._exported_width(widths[-1])
         self.conv_widths = tuple(widths)
         self.transforms = nn.ModuleList(
-            Layers(
-                nn.Conv2d(width, width, 3, padding=1, bias=False, groups=width if depthwise else 1),
-                nn.BatchNorm2d(width),
-                nn.ReLU(),
-            )
+            nn.Sequential(conv(width, width, 3, groups=width if depthwise else 1), BatchNormAct2d(width))
             for width in widths
         )
         initialise(self)

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from codistill.core.errors import UsageError
-from codistill.networks.layers import Layers, PooledLinear, conv
+from codistill.networks.layers import BatchNormAct2d, PooledLinear, conv
 from codistill.networks.network import NETWORKS, Network
 
 DEPTH = 40
@@ -14,7 +14,7 @@ GROWTH = 12
 
 def bn_relu_conv(in_channels: int, out_channels: int, kernel_size: int) -> list[nn.Module]:
     """Make a convolution behind batch normalisation and ReLU."""
-    return [nn.BatchNorm2d(in_channels), nn.ReLU(inplace=True), conv(in_channels, out_channels, kernel_size)]
+    return [BatchNormAct2d(in_channels), conv(in_channels, out_channels, kernel_size)]
 
 
 class DenseLayer(nn.Module):
@@ -31,7 +31,7 @@ class DenseLayer(nn.Module):
         if bottleneck:
             layers += bn_relu_conv(in_channels, 4 * GROWTH, 1)
             in_channels = 4 * GROWTH
-        self.growth = Layers(*layers, *bn_relu_conv(in_channels, GROWTH, 3))
+        self.growth = nn.Sequential(*layers, *bn_relu_conv(in_channels, GROWTH, 3))
 
     def forward(
         self, features: Float[Tensor, "batch in_channels height width"]
@@ -70,8 +70,8 @@ def densenet(num_classes: int, initial_channels: int, compressed: bool) -> Netwo
             modules += [*bn_relu_conv(channels, kept, 1), nn.AvgPool2d(2)]
             channels = kept
         else:
-            modules += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
-        stages.append(Layers(*modules))
+            modules += [BatchNormAct2d(channels)]
+        stages.append(nn.Sequential(*modules))
         widths.append(channels)
     return Network(stages, PooledLinear(widths[-1], num_classes), widths)
 

@@ -1,67 +1,36 @@
 """Layers that networks are made of, and their initialisation."""
 
-from typing import Protocol
-
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 
-class Normalise(Protocol):
-    """What computes a batch normalisation with what follows it; see `normalised`, the one of stock layers."""
+class BatchNormAct2d(nn.BatchNorm2d):
+    """Batch normalisation, then an optional addition of a shortcut, then an optional ReLU.
 
-    def __call__(
-        self,
-        features: Float[Tensor, "batch channel height width"],
-        norm: nn.BatchNorm2d,
-        skipped: Float[Tensor, "batch channel height width"] | None,
-        activated: bool,
-    ) -> Float[Tensor, "batch channel height width"]:
-        """Compute it."""
-
-
-def normalised(
-    features: Float[Tensor, "batch channel height width"],
-    norm: nn.BatchNorm2d,
-    skipped: Float[Tensor, "batch channel height width"] | None,
-    activated: bool,
-) -> Float[Tensor, "batch channel height width"]:
-    """Normalise a map, add what skipped the layers before, if anything, and apply ReLU, if wanted."""
-    result: Tensor = norm(features)
-    if skipped is not None:
-        result = result + skipped
-    return F.relu(result, inplace=True) if activated else result
-
-
-class Layers(nn.Sequential):
-    """Layers in turn, where batch normalisation, the addition of a shortcut and ReLU are one operation.
-
-    Attributes:
-        normalise: Computes that operation in all `Layers`; see `normalised`.
+    Args:
+        channels: Channels of the input.
+        act: Whether ReLU ends it.
     """
 
-    normalise: Normalise = staticmethod(normalised)
+    def __init__(self, channels: int, act: bool = True) -> None:
+        super().__init__(channels)
+        self.act = act
 
     def forward(
         self,
-        features: Float[Tensor, "batch in_channels height width"],
-        skipped: Float[Tensor, "batch out_channels out_height out_width"] | None = None,
-    ) -> Float[Tensor, "batch out_channels out_height out_width"]:
-        """Apply the layers.
+        features: Float[Tensor, "batch channel height width"],
+        shortcut: Float[Tensor, "batch channel height width"] | None = None,
+    ) -> Float[Tensor, "batch channel height width"]:
+        """Compute relu(norm(features) + shortcut); neither argument is written to."""
+        result = super().forward(features)
+        if shortcut is not None:
+            result = result + shortcut
+        return F.relu(result, inplace=True) if self.act else result
 
-        Args:
-            features: Input of the first layer.
-            skipped: Added to the output of the last layer, a batch normalisation; ReLU follows. None: neither of them.
-        """
-        layers = list(self)
-        for index, layer in enumerate(layers):
-            if isinstance(layer, nn.BatchNorm2d):
-                last = index + 1 == len(layers)
-                activated = skipped is not None if last else isinstance(layers[index + 1], nn.ReLU)
-                features = self.normalise(features, layer, skipped if last else None, activated)
-            elif not (isinstance(layer, nn.ReLU) and index and isinstance(layers[index - 1], nn.BatchNorm2d)):
-                features = layer(features)
-        return features
+    def extra_repr(self) -> str:
+        """Return the settings of the layer; students share stages whose descriptions are equal."""
+        return f"{self.num_features}, act={self.act}"
 
 
 class PooledLinear(nn.Module):
@@ -107,6 +76,8 @@ def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1,
     return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
 
 
-def conv_bn(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
-    """Make a convolution as `conv` does and its batch normalisation, to be put into `Layers`."""
-    return [conv(in_channels, out_channels, kernel_size, stride, groups), nn.BatchNorm2d(out_channels)]
+def conv_bn_act(
+    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, act: bool = True
+) -> nn.Sequential:
+    """Make a convolution as `conv` does, its batch normalisation and, if wanted, ReLU."""
+    return nn.Sequential(conv(in_channels, out_channels, kernel_size, stride), BatchNormAct2d(out_channels, act))

@@ -5,7 +5,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from codistill.networks.layers import Layers, PooledLinear, conv_bn
+from codistill.networks.layers import BatchNormAct2d, PooledLinear, conv, conv_bn_act
 from codistill.networks.network import NETWORKS, Network
 
 FeaturePoint = Literal["head", "last-block"]
@@ -31,25 +31,27 @@ class InvertedResidual(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, expansion: int, stride: int) -> None:
         super().__init__()
         hidden = expansion * in_channels
-        self.residual = Layers(
-            *conv_bn(in_channels, hidden, 1),
-            nn.ReLU(inplace=True),
-            *conv_bn(hidden, hidden, 3, stride, groups=hidden),
-            nn.ReLU(inplace=True),
-            *conv_bn(hidden, out_channels, 1),
-        )
+        self.conv1 = conv(in_channels, hidden, 1)
+        self.bn1 = BatchNormAct2d(hidden)
+        self.conv2 = conv(hidden, hidden, 3, stride, groups=hidden)
+        self.bn2 = BatchNormAct2d(hidden)
+        self.conv3 = conv(hidden, out_channels, 1)
+        self.bn3 = BatchNormAct2d(out_channels, act=False)
         self.shortcut: nn.Module | None = None
         if stride == 1 and in_channels == out_channels:
             self.shortcut = nn.Identity()
         elif stride == 1:
-            self.shortcut = Layers(*conv_bn(in_channels, out_channels, 1))
+            self.shortcut = conv_bn_act(in_channels, out_channels, 1, act=False)
 
     def forward(
         self, features: Float[Tensor, "batch in_channels height width"]
     ) -> Float[Tensor, "batch out_channels out_height out_width"]:
         """Apply the block."""
-        narrowed: Tensor = self.residual(features)
-        return narrowed if self.shortcut is None else narrowed + self.shortcut(features)
+        shortcut = None if self.shortcut is None else self.shortcut(features)
+        features = self.bn1(self.conv1(features))
+        features = self.bn2(self.conv2(features))
+        narrowed: Tensor = self.bn3(self.conv3(features), shortcut)
+        return narrowed
 
 
 def inverted_residuals(in_channels: int, rows: tuple[tuple[int, int, int, int], ...]) -> list[nn.Sequential]:
@@ -82,12 +84,12 @@ def mobilenetv2(num_classes: int, feature_point: FeaturePoint = "head") -> Netwo
     Differs: from the paper, as that code does: stride 1 in the stem and in the group of 24 channels, ReLU instead of
         ReLU6, 1x1 shortcuts where only the width changes (59 152 parameters).
     """
-    stem = Layers(*conv_bn(3, 32, 3), nn.ReLU(inplace=True))
+    stem = conv_bn_act(3, 32, 3)
     trunk = inverted_residuals(32, TRUNK)
     branch = inverted_residuals(TRUNK[-1][1], BRANCH)
     widths = [32, *(row[1] for row in TRUNK)]
     last_width = BRANCH[-1][1]
-    widening = Layers(*conv_bn(last_width, HEAD_WIDTH, 1), nn.ReLU(inplace=True))
+    widening = conv_bn_act(last_width, HEAD_WIDTH, 1)
     head: nn.Module = PooledLinear(HEAD_WIDTH, num_classes)
     if feature_point == "head":
         last, last_width = nn.Sequential(*branch, widening), HEAD_WIDTH

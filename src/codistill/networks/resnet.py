@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from codistill.networks.layers import Layers, PooledLinear, conv_bn
+from codistill.networks.layers import BatchNormAct2d, PooledLinear, conv, conv_bn_act
 from codistill.networks.network import NETWORKS, Network
 
 Shortcut = Literal["A", "B"]
@@ -51,24 +51,25 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: Shortcut) -> None:
         super().__init__()
-        self.residual = Layers(
-            *conv_bn(in_channels, out_channels, 3, stride),
-            nn.ReLU(inplace=True),
-            *conv_bn(out_channels, out_channels, 3),
-        )
+        self.conv1 = conv(in_channels, out_channels, 3, stride)
+        self.bn1 = BatchNormAct2d(out_channels)
+        self.conv2 = conv(out_channels, out_channels, 3)
+        self.bn2 = BatchNormAct2d(out_channels)
         self.shortcut: nn.Module
         if stride == 1 and in_channels == out_channels:
             self.shortcut = nn.Identity()
         elif shortcut == "A":
             self.shortcut = PaddedShortcut(in_channels, out_channels, stride)
         else:
-            self.shortcut = Layers(*conv_bn(in_channels, out_channels, 1, stride))
+            self.shortcut = conv_bn_act(in_channels, out_channels, 1, stride, act=False)
 
     def forward(
         self, features: Float[Tensor, "batch in_channels height width"]
     ) -> Float[Tensor, "batch out_channels out_height out_width"]:
         """Apply the block."""
-        activated: Tensor = self.residual(features, self.shortcut(features))
+        shortcut = self.shortcut(features)
+        features = self.bn1(self.conv1(features))
+        activated: Tensor = self.bn2(self.conv2(features), shortcut)
         return activated
 
 
@@ -86,7 +87,7 @@ def basic_resnet(num_classes: int, widths: tuple[int, ...], blocks: int, shortcu
     Returns:
         Stages stem, stage 1, stage 2, ..; the feature map is the last stage's output, after its ReLU.
     """
-    stages: list[nn.Module] = [Layers(*conv_bn(3, widths[0], 3), nn.ReLU(inplace=True))]
+    stages: list[nn.Module] = [conv_bn_act(3, widths[0], 3)]
     channels = widths[0]
     for index, width in enumerate(widths):
         first = BasicBlock(channels, width, 1 if index == 0 else 2, shortcut)

@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from codistill.networks.layers import Layers, PooledLinear, conv_bn
+from codistill.networks.layers import BatchNormAct2d, PooledLinear, conv, conv_bn_act
 from codistill.networks.network import NETWORKS, Network
 
 EXPANSION = 4
@@ -21,21 +21,23 @@ class Bottleneck(nn.Module):
     def __init__(self, in_channels: int, width: int, stride: int) -> None:
         super().__init__()
         out_channels = EXPANSION * width
-        self.residual = Layers(
-            *conv_bn(in_channels, width, 1),
-            nn.ReLU(inplace=True),
-            *conv_bn(width, width, 3, stride),
-            nn.ReLU(inplace=True),
-            *conv_bn(width, out_channels, 1),
-        )
+        self.conv1 = conv(in_channels, width, 1)
+        self.bn1 = BatchNormAct2d(width)
+        self.conv2 = conv(width, width, 3, stride)
+        self.bn2 = BatchNormAct2d(width)
+        self.conv3 = conv(width, out_channels, 1)
+        self.bn3 = BatchNormAct2d(out_channels)
         alike = stride == 1 and in_channels == out_channels
-        self.shortcut = nn.Identity() if alike else Layers(*conv_bn(in_channels, out_channels, 1, stride))
+        self.shortcut = nn.Identity() if alike else conv_bn_act(in_channels, out_channels, 1, stride, act=False)
 
     def forward(
         self, features: Float[Tensor, "batch in_channels height width"]
     ) -> Float[Tensor, "batch out_channels out_height out_width"]:
         """Apply the block."""
-        activated: Tensor = self.residual(features, self.shortcut(features))
+        shortcut = self.shortcut(features)
+        features = self.bn1(self.conv1(features))
+        features = self.bn2(self.conv2(features))
+        activated: Tensor = self.bn3(self.conv3(features), shortcut)
         return activated
 
 
@@ -45,7 +47,7 @@ def bottleneck_resnet(num_classes: int, blocks: int) -> Network:
     Source: the networks that the code of ONE (Lan1991Xu/ONE_NeurIPS2018) and OKDDip (DefangChen/OKDDip-AAAI2020 at
         c6a05de) builds from a depth of 44 on.
     """
-    stages: list[nn.Module] = [Layers(*conv_bn(3, 16, 3), nn.ReLU(inplace=True))]
+    stages: list[nn.Module] = [conv_bn_act(3, 16, 3)]
     channels = 16
     for width in (16, 32, 64):
         first = Bottleneck(channels, width, 1 if width == 16 else 2)

@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from codistill.networks.layers import Layers, PooledLinear, conv, conv_bn
+from codistill.networks.layers import BatchNormAct2d, PooledLinear, conv
 from codistill.networks.network import NETWORKS, Network
 
 
@@ -21,21 +21,19 @@ class PreActivationBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
-        self.activation = Layers(nn.BatchNorm2d(in_channels), nn.ReLU(inplace=True))
-        self.residual = Layers(
-            *conv_bn(in_channels, out_channels, 3, stride),
-            nn.ReLU(inplace=True),
-            conv(out_channels, out_channels, 3),
-        )
+        self.bn1 = BatchNormAct2d(in_channels)
+        self.conv1 = conv(in_channels, out_channels, 3, stride)
+        self.bn2 = BatchNormAct2d(out_channels)
+        self.conv2 = conv(out_channels, out_channels, 3)
         self.shortcut = None if in_channels == out_channels else conv(in_channels, out_channels, 1, stride)
 
     def forward(
         self, features: Float[Tensor, "batch in_channels height width"]
     ) -> Float[Tensor, "batch out_channels out_height out_width"]:
         """Apply the block."""
-        activated = self.activation(features)
-        skipped = features if self.shortcut is None else self.shortcut(activated)
-        summed: Tensor = self.residual(activated) + skipped
+        activated = self.bn1(features)
+        shortcut = features if self.shortcut is None else self.shortcut(activated)
+        summed: Tensor = self.conv2(self.bn2(self.conv1(activated))) + shortcut
         return summed
 
 
@@ -62,7 +60,7 @@ def wide_resnet(num_classes: int, depth: int, widening: int) -> Network:
         first = PreActivationBlock(widths[-1], width, stride)
         stages.append(nn.Sequential(first, *(PreActivationBlock(width, width, 1) for _ in range(blocks - 1))))
         widths.append(width)
-    stages[-1] = Layers(stages[-1], nn.BatchNorm2d(widths[-1]), nn.ReLU(inplace=True))
+    stages[-1] = nn.Sequential(stages[-1], BatchNormAct2d(widths[-1]))
     return Network(stages, PooledLinear(widths[-1], num_classes), widths)
 
 
