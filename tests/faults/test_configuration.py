@@ -10,7 +10,7 @@ import torch
 
 from codistill.cli import main
 from codistill.methods import METHODS
-from codistill.settings.config import RunConfig, TeacherSettings, TrainSettings
+from codistill.settings.config import GROUPS, RunConfig
 
 from .. import tiny
 from .asserting import refused
@@ -85,7 +85,6 @@ BAD_VALUES = {
     "validation": ("-1",),
     "seed": ("-1", "4294967296"),
     "threads": ("0", "-1", "100000"),
-    "processes": ("0", "-1"),
     "teacher_weight": ("-1", "nan", "inf"),
     "teacher_temperature": ("0", "-3", "nan", "inf"),
 }
@@ -101,7 +100,6 @@ RANGES = {
     "validation": "at least 0",
     "seed": "from 0 to 4294967295",
     "threads": "from 1 to 1024",
-    "processes": "at least 1|from 1 to ",
     "teacher_weight": "a number, at least 0",
     "teacher_temperature": "a number above 0",
 }
@@ -111,7 +109,8 @@ RANGES = {
 @pytest.mark.parametrize("key", BAD_VALUES)
 def test_a_value_out_of_range(capsys, tmp_path, colours, recipe, key):
     for value in BAD_VALUES[key]:
-        written = type(getattr(TrainSettings(), key, 1.0) or 1)(value)
+        default = next((vars(kind())[key] for kind in GROUPS.values() if key in vars(kind())), None)
+        written = type(default or 1)(value)
         line = refused(
             capsys, train(colours, f"--{key.replace('_', '-')}={value}"), 2, f"{key} is {written}; it must be "
         )
@@ -123,7 +122,7 @@ def test_a_value_out_of_range(capsys, tmp_path, colours, recipe, key):
 
 def test_no_bounded_setting_is_forgotten():
     numbers = (int, float, int | None)
-    settings = [each for kind in (TrainSettings, TeacherSettings) for each in dataclasses.fields(kind)]
+    settings = [each for kind in GROUPS.values() for each in dataclasses.fields(kind)]
     plain = {each.name for each in settings if getattr(each.type, "__origin__", each.type) in numbers}
     assert plain == set(BAD_VALUES) == set(RANGES)
 
@@ -149,11 +148,11 @@ def test_no_number_of_a_method_may_be_nan_infinite_or_negative(capsys, tmp_path,
 @pytest.mark.parametrize("method", [None, *METHODS])
 def test_a_value_of_the_wrong_type(capsys, tmp_path, recipe, method):
     if method is None:
-        kinds, head, prefix = (TrainSettings, TeacherSettings, RunConfig), "", ""
+        kinds, head, prefix = (*GROUPS.values(), RunConfig), "", ""
     else:
         kinds, head, prefix = (METHODS[method].Settings,), f'[method]\nname = "{method}"', "method."
     fields = [each for kind in kinds for each in dataclasses.fields(kind)]
-    fields = [each for each in fields if each.name not in ("method_name", "train", "teaching", "method")]
+    fields = [each for each in fields if each.name not in ("method_name", "method", *GROUPS)]
     for each in fields:
         wrong = [WRONG_TYPE.get(getattr(each.type, "__origin__", each.type), '["a", 3]'), "{ a = 1 }", "1979-05-27"]
         for value in wrong:
@@ -163,7 +162,7 @@ def test_a_value_of_the_wrong_type(capsys, tmp_path, recipe, method):
 
 
 @pytest.mark.fault(2)
-def test_a_flag_that_mends_a_recipe_is_taken_and_one_that_spoils_it_named_alone(capsys, tmp_path, colours, recipe):
+def test_a_flag_overrides_a_bad_value_of_a_recipe_and_a_bad_flag_is_named_alone(capsys, tmp_path, colours, recipe):
     arguments = [*recipe("epochs = 0"), *train(colours, "--epochs", "1")[2:]]
     assert main(arguments) == 0
     capsys.readouterr()
@@ -183,7 +182,7 @@ def test_milestones_that_cannot_be(capsys, tmp_path, colours, recipe, steps):
 
 @pytest.mark.fault(4)
 @pytest.mark.parametrize(
-    ("name", "mends"),
+    ("name", "hints"),
     [
         ("resnet21", ["resnet20"]),
         ("resnet33", ["resnet32"]),
@@ -192,9 +191,9 @@ def test_milestones_that_cannot_be(capsys, tmp_path, colours, recipe, steps):
         ("resnet20x", ["did you mean resnet20"]),
     ],
 )
-def test_a_network_that_does_not_exist(capsys, tmp_path, colours, name, mends):
+def test_a_network_that_does_not_exist(capsys, tmp_path, colours, name, hints):
     refused(
-        capsys, train(colours, networks=("tiny", name)), 2, f"unknown network '{name}': ", *mends, unchanged=tmp_path
+        capsys, train(colours, networks=("tiny", name)), 2, f"unknown network '{name}': ", *hints, unchanged=tmp_path
     )
 
 
