@@ -134,6 +134,12 @@ def test_floors_and_top_level_names_are_few() -> None:
     assert len(top_level_names()) <= 17, top_level_names()
 
 
+def test_the_page_names_the_packages_in_order() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert rows[: len(ORDER)] == ORDER
+
+
 def main() -> None:
     chain = floors()
     print(f"lines of src/: {lines(ROOT / 'src'):,}")
