@@ -1,4 +1,4 @@
-"""`codistill bench` measures what it says; how fast is not a test's business."""
+"""`codistill bench`: its keys, its text, its refusals; not the speed."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The scripts of benchmarks/ do what their first lines say."""
+"""The scripts of benchmarks/: each starts, measures each case once and resumes."""
 
 import contextlib
 import io
@@ -31,7 +31,7 @@ def on_digits(all_methods: ModuleType, out: Path, **changes: Any) -> Any:
     return all_methods.Options(out=out, data="digits", network="tiny", teacher_network="tiny", device="cpu", **changes)
 
 
-@pytest.mark.parametrize("side_by_side", [1, 2])
+@pytest.mark.parametrize("side_by_side", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_all_methods_on_digits(all_methods, tiny_registered, tmp_path, capsys, side_by_side):
     options = on_digits(
         all_methods, tmp_path, epochs=1, train_limit=130, methods=("independent", "kd"), side_by_side=side_by_side
@@ -61,7 +61,7 @@ def test_all_methods_on_digits(all_methods, tiny_registered, tmp_path, capsys, s
     assert tiny.listing(tmp_path) == before
 
 
-def test_all_methods_goes_on_where_it_was_stopped(all_methods, tiny_registered, tmp_path, monkeypatch, capsys):
+def test_all_methods_resumes_where_it_was_stopped(all_methods, tiny_registered, tmp_path, monkeypatch, capsys):
     def interrupt(step):
         raise KeyboardInterrupt
 
@@ -92,7 +92,7 @@ def test_a_run_that_did_not_finish_is_named(all_methods, tiny_registered, tmp_pa
 
 
 def in_this_process(written: list[str], environment: dict[str, str], limit: float) -> str:
-    """Stand in for a process of its own, which takes seconds to start."""
+    """Run `codistill` here: a process of its own takes seconds to start."""
     with contextlib.redirect_stdout(io.StringIO()) as output:
         assert main(written) == 0
     return output.getvalue()

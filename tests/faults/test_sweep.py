@@ -38,13 +38,13 @@ def driven(
 
 
 def commands(folder: Path, name: str) -> list[str]:
-    """List what was done for a run: train, resume."""
+    """List the commands of a run: train, resume."""
     lines = (folder / "sweep" / "logs" / f"{name}.log").read_text().splitlines()
     return [line.split("tiny_program ")[1].split()[0] for line in lines if line.startswith("$ ")]
 
 
 def assert_as_without_the_break(folder: Path, name: str, config: RunConfig) -> None:
-    """Expect the bits of the run that nothing interrupts."""
+    """Assert that a run is bitwise equal to one that nothing interrupts."""
     with tiny.registered():
         whole = train_from_config(config, folder / f"whole-{name}", show=False)
     run = cd.Run(folder / "sweep" / name)
@@ -60,16 +60,14 @@ def test_each_loss_is_a_row(tmp_path):
         "seed = 1",
         "learning_rate = 1e30",
         'networks = ["resnet21", "tiny"]',
-        'method = "dml"',
-        'method = "independent"',
     ]
-    killed = "mfef-tinyx2-learning-rate-0.05-seed1"
+    killed = "tinyx2-learning-rate-0.05-seed1"
     done = driven(tmp_path, "".join(f"[[runs]]\n{run}\n" for run in runs), KILL=killed)
     table = json.loads((tmp_path / "sweep" / "table.json").read_text())
     rows = {row["name"]: row for row in table["runs"]}
-    assert len(rows) == 6, done.stderr
+    assert len(rows) == 4, done.stderr
     lost = {name: row["reason"] for name, row in rows.items() if row["status"] == "FAILED"}
-    assert sorted(row["status"] for row in rows.values()) == ["FAILED"] * 2 + ["finished"] * 4
+    assert sorted(row["status"] for row in rows.values()) == ["FAILED"] * 2 + ["finished"] * 2
     (diverged,) = (name for name in lost if "learning-rate-1e+30" in name)
     (invalid,) = (name for name in lost if "resnet21+tiny" in name)
     assert "student" in lost[diverged] and "unknown network 'resnet21'" in lost[invalid]
@@ -77,13 +75,14 @@ def test_each_loss_is_a_row(tmp_path):
     assert commands(tmp_path, killed) == ["train", "resume"] and rows[killed]["status"] == "finished"
     assert all(not group["mean"] for group in table["groups"] if group["failed"])
     assert done.returncode == 7 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"codistill: error: 2 of 6 runs failed: {diverged}, {invalid}: ")
+    assert done.stderr.startswith(f"codistill: error: 2 of 4 runs failed: {diverged}, {invalid}: ")
     with tiny.registered():
         config = next(run.config for run in read_spec(tmp_path / "spec.toml") if run.name == killed)
     assert config is not None
     assert_as_without_the_break(tmp_path, killed, config)
 
 
+@pytest.mark.slow
 @pytest.mark.fault(39)
 def test_runs_that_share_a_process_survive_its_death_and_each_other(tmp_path):
     text = "[[runs]]\n[[runs]]\nseed = 1\n[[runs]]\nmethod = 'dml'\n[[runs]]\nlearning_rate = 1e30\n"
@@ -103,7 +102,7 @@ def test_runs_that_share_a_process_survive_its_death_and_each_other(tmp_path):
 
 
 @pytest.mark.fault(40)
-def test_a_killed_sweep_goes_on_whatever_the_clock_says(tmp_path):
+def test_a_killed_sweep_resumes_whatever_the_clock_says(tmp_path):
     text = "[grid]\nseed = [0, 1]\n"
     done = driven(tmp_path, text, slots=1, KILL_DRIVER="seed1")
     assert done.returncode == -9

@@ -1,4 +1,4 @@
-"""Stands in for `codistill train` and `codistill resume`: makes run folders, and ends as `acts.json` says."""
+"""Stand-in for `codistill train` and `codistill resume`: makes run folders, and ends as `acts.json` says."""
 
 import itertools
 import json
@@ -12,12 +12,12 @@ from typing import NoReturn
 HERE = Path(__file__).parent
 COMMAND, *REST = sys.argv[1:]
 CALLS = HERE / "calls.txt"
-# A number for each seed: what a run with it ends with.
+# The error of a run with each seed.
 ERRORS = [10.0, 14.0, 12.0, 20.0]
 
 
 def paths(flag: str = "") -> list[Path]:
-    """Give the words behind a flag, or those before the first one."""
+    """Return the words behind a flag, or those before the first one."""
     words = itertools.takewhile(lambda word: not word.startswith("--"), REST[REST.index(flag) + 1 if flag else 0 :])
     return [Path(word) for word in words]
 
@@ -83,7 +83,7 @@ for folder in folders:
 
 several = len(folders) > 1
 for act, *words in acts.values():
-    if several and act == "exit" and words[0] != "5":  # what is wrong with one of them is found before all
+    if several and act == "exit" and words[0] != "5":  # an error of one of them is found before all
         fail(int(words[0]), *words[1:])
 for folder, recipe in zip(folders, recipes, strict=False):
     begin(folder, recipe)

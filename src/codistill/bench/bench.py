@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from codistill.bench.loops import CLASSES, IMAGES, SIDE, plain_loop, resident_loop
-from codistill.bench.measurement import Contestant, launches, ratio, rounds_in_turn, timed
+from codistill.bench.measurement import Contestant, count_launches, ratio, rounds_in_turn, timed
 from codistill.core.device import choose_device, set_up_gpu
 from codistill.core.errors import UsageError
 from codistill.core.host import set_up_cpu
@@ -25,15 +25,6 @@ from codistill.training.compiling import Execution, choose_execution
 
 STEPS_UNTIL_CAPTURED = 8
 OWN, PLAIN, DETERMINISTIC = "codistill", "plain", "deterministic"
-
-
-def forward_flop(method: Method) -> int:
-    """Count the floating-point operations of one image's forward pass; a multiplication and an addition are two."""
-    probe = copy.deepcopy(method).to("meta")
-    images = torch.empty(*([probe.views] if probe.views > 1 else []), 2, 3, SIDE, SIDE, device="meta")
-    with FlopCounterMode(display=False) as counter:
-        probe(images)
-    return int(counter.get_total_flops()) // 2
 
 
 def bench(
@@ -89,7 +80,7 @@ def bench(
         pace[OWN] = timed(contestants[0], STEPS_UNTIL_CAPTURED, device)
         memory["peak_memory_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
         memory["peak_reserved_mib"] = torch.cuda.max_memory_reserved(device) / 2**20
-    counted = {name: count // runs for name, count in launches(contestants[0], device, table).items()}
+    counted = {name: count // runs for name, count in count_launches(contestants[0], device, table).items()}
     if compare:
         contestants.append(Contestant(PLAIN, plain_loop(build(), config, device), config.execution.deterministic))
         if on_gpu and not config.execution.deterministic:
@@ -123,6 +114,15 @@ def bench(
     if DETERMINISTIC in step:
         result["deterministic_ratio"] = ratio(rounds, OWN, DETERMINISTIC)
     return result
+
+
+def forward_flop(method: Method) -> int:
+    """Count the floating-point operations of one image's forward pass; a multiplication and an addition are two."""
+    probe = copy.deepcopy(method).to("meta")
+    images = torch.empty(*([probe.views] if probe.views > 1 else []), 2, 3, SIDE, SIDE, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        probe(images)
+    return int(counter.get_total_flops()) // 2
 
 
 def lines(result: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Measuring loops that train: seconds a step, of several loops in turn, and what one step launches."""
+"""Measurement of loops that train: seconds a step, of several loops in turn, and operators or kernels of a step."""
 
 import statistics
 import time
@@ -20,13 +20,7 @@ ROUNDS = {"cuda": 5, "cpu": 20}
 
 @dataclass(frozen=True)
 class Contestant:
-    """A loop that is measured.
-
-    Attributes:
-        name: Its name in the result.
-        train: Trains so many steps.
-        deterministic: Which algorithms it uses, as in `set_up_gpu`.
-    """
+    """A loop that is measured: its name, a function that trains so many steps, and whether its algorithms repeat."""
 
     name: str
     train: Callable[[int], None]
@@ -34,7 +28,7 @@ class Contestant:
 
 
 def timed(contestant: Contestant, steps: int, device: torch.device) -> float:
-    """Time some steps, seconds a step, with all of the device's work done before and after."""
+    """Return seconds a step, with all of the device's work done before and after."""
     set_up_gpu(device, contestant.deterministic)
     synchronise(device)
     started = time.perf_counter()
@@ -44,7 +38,7 @@ def timed(contestant: Contestant, steps: int, device: torch.device) -> float:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for all of a GPU's work."""
+    """Wait for all work of a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -55,10 +49,10 @@ def rounds_in_turn(
     """Measure the contestants in turn until the time is up, at least once each.
 
     Args:
-        contestants: They have run before; on a GPU so often that what can be captured is.
+        contestants: They have run before; on a GPU so often that their steps are captured.
         pace: About how long a step of each takes, seconds; later rounds go by the round before.
         seconds: How long to measure.
-        device: Where they run.
+        device: The device that they run on.
 
     Returns:
         Seconds a step, one entry for each round.
@@ -74,7 +68,7 @@ def rounds_in_turn(
 
 
 def ratio(rounds: Mapping[str, list[float]], numerator: str, denominator: str) -> float:
-    """Divide the times of two contestants round by round, so that a busy minute strikes both; give the median."""
+    """Return the median over rounds of the ratio of two contestants' times: a busy minute strikes both."""
     pairs = zip(rounds[numerator], rounds[denominator], strict=True)
     return statistics.median(above / below for above, below in pairs)
 
@@ -94,23 +88,23 @@ class OperatorCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def launches(contestant: Contestant, device: torch.device, table: Path | None) -> dict[str, int]:
-    """Count what one step launches: kernels on CUDA, operators on a CPU.
+def count_launches(contestant: Contestant, device: torch.device, table: Path | None) -> dict[str, int]:
+    """Count the kernels that one step launches on CUDA, or its operators on a CPU.
 
     Args:
         contestant: A loop that has run before, so that a step that is captured is one replay.
-        device: Where it runs.
-        table: Where to write what took longest, as text; None: nowhere.
+        device: The device that it runs on.
+        table: A text file for the operators or kernels that took longest; None: none is written.
     """
     set_up_gpu(device, contestant.deterministic)
     found: dict[str, int] = {}
-    if device.type == "cpu":
+    on_gpu = device.type == "cuda"
+    if not on_gpu:
         with OperatorCount() as count:
             contestant.train(1)
         found["operators_per_step"] = count.operators
-    if device.type == "cuda" or table:
+    if on_gpu or table:
         synchronise(device)
-        on_gpu = device.type == "cuda"
         with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU], acc_events=True) as seen:
             contestant.train(1)
             synchronise(device)
