@@ -108,7 +108,7 @@ def test_the_config_of_a_run_repeats_it(made, capsys, tmp_path):
     first, again = cd.Run(made / "run"), cd.Run(tmp_path / "again")
     assert again.config == first.config
     assert tiny.untimed(again.metrics()) == tiny.untimed(first.metrics())
-    states = [each.checkpoints.load()["method"] for each in (first, again)]
+    states = [each.checkpoints.load().method for each in (first, again)]
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
@@ -400,7 +400,7 @@ def test_signals_end_a_training_in_order(made, tmp_path):
             assert re.fullmatch(rf"codistill: error: {word} {place}{tmp_path / number.name}\n", error)
             run = cd.Run(tmp_path / number.name)
             assert run.summary["status"] == "interrupted"
-            assert run.checkpoints.load()["epoch"] >= len(run.metrics()) >= 1
+            assert run.checkpoints.load().epoch >= len(run.metrics()) >= 1
             # And the folder is free: nobody holds the lock of a process that is gone.
             RunLock(run.path).release()
     finally:

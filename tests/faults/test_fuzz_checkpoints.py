@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from codistill.core.errors import CheckpointError
 from codistill.runs.checkpoint import CheckpointStore
+from codistill.runs.state import TrainingState
 
 from .. import tiny
 from .fuzzing import budget, mutations
@@ -22,9 +23,10 @@ from .fuzzing import budget, mutations
 INDEX = "index.json"
 
 
-def state(number: int) -> dict[str, object]:
-    weights = {"weight": torch.full((3, 4), float(number)), "steps": torch.tensor(number)}
-    return {"method": weights, "momentum": [torch.zeros(2)], "note": "text", "numbers": [1, 2.5, None, True]}
+def state(epoch: int) -> TrainingState:
+    weights = {"weight": torch.full((3, 4), float(epoch)), "steps": torch.tensor(epoch)}
+    config = {"note": "text", "numbers": [1, 2.5, None, True]}
+    return TrainingState(config, weights, [torch.zeros(2)], [{"epoch": each} for each in range(epoch)], best=epoch == 1)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def saved(tmp_path_factory):
     """A folder with two checkpoints, and its contents."""
     folder = tmp_path_factory.mktemp("store") / "checkpoints"
     for epoch in (1, 2):
-        CheckpointStore(folder).save(state(epoch), epoch, best=epoch == 1)
+        CheckpointStore(folder).save(state(epoch))
     return folder, {each.name: each.read_bytes() for each in folder.iterdir()}
 
 
@@ -52,7 +54,7 @@ def with_newest(contents: dict[str, bytes], content: bytes) -> dict[str, bytes]:
     return {**contents, newest: content, INDEX: contents[INDEX].replace(*digests)}
 
 
-def load(folder: Path, which: str) -> dict[str, object] | None:
+def load(folder: Path, which: str) -> TrainingState | None:
     """Load a state; None: it was refused in order."""
     before = tiny.listing(folder)
     try:
@@ -60,7 +62,7 @@ def load(folder: Path, which: str) -> dict[str, object] | None:
     except CheckpointError as error:
         assert "\n" not in str(error) and str(folder) in str(error)
         found = None
-    assert found is None or isinstance(found, dict)
+    assert found is None or isinstance(found, TrainingState)
     assert tiny.listing(folder) == before
     return found
 
@@ -99,7 +101,7 @@ def test_a_newest_file_that_is_no_checkpoint_is_passed_over(saved, capsys, conte
     folder, contents = saved
     restore(folder, with_newest(contents, content))
     found = load(folder, "last")
-    assert found is not None and found["method"]["weight"][0, 0] == 1
+    assert found is not None and found.method["weight"][0, 0] == 1
     assert capsys.readouterr().err.count("codistill: warning: ") == 1
 
 

@@ -2,7 +2,6 @@
 
 import errno
 import itertools
-import json
 import math
 import os
 import signal
@@ -296,7 +295,7 @@ def test_metrics_that_cannot_be_written(colours, undisturbed, tmp_path, capsys, 
     assert error.startswith(f"codistill: error: {out}/metrics.jsonl could not be written")
     # The training itself came to its end.
     assert cd.Run(out).summary["status"] == "finished"
-    rows = [json.loads(row) for row in cd.Run(out).checkpoints.load()["rows"]]
+    rows = list(cd.Run(out).checkpoints.load().rows)
     assert [row["epoch"] for row in rows] == [0, 1] and positions(out)[-1] == (2, 0)
 
 
@@ -395,7 +394,7 @@ def test_nan_and_infinity(colours, undisturbed, tmp_path, capsys, monkeypatch, a
     # The state of before is the last and the best.
     assert positions(out) == [(1, 0)]
     for which in ("last", "best"):
-        assert all(each.isfinite().all() for each in cd.Run(out).checkpoints.load(which)["method"].values())
+        assert all(each.isfinite().all() for each in cd.Run(out).checkpoints.load(which).method.values())
     assert run_here(["resume", str(out)]) == 0
     assert end_state(out) == undisturbed()
 

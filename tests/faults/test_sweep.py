@@ -49,7 +49,7 @@ def assert_as_without_the_break(folder: Path, name: str, config: RunConfig) -> N
         whole = train_from_config(config, folder / f"whole-{name}", show=False)
     run = cd.Run(folder / "sweep" / name)
     assert tiny.untimed(run.metrics()) == tiny.untimed(whole.metrics())
-    first, second = (each.checkpoints.load()["method"] for each in (run, whole))
+    first, second = (each.checkpoints.load().method for each in (run, whole))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 

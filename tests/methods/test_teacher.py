@@ -359,7 +359,7 @@ def test_a_taught_run_is_used_without_its_teacher(made, capsys, tmp_path, method
     assert {name: each.top1_error for name, each in scores.items()} == run.summary["top1_error"]
     assert main(["evaluate", "out"]) == 0
     assert main(["export", "out", "--format", "safetensors"]) == 0
-    assert not [name for name in run.checkpoints.load()["method"] if "teacher" in name or "frozen" in name]
+    assert not [name for name in run.checkpoints.load().method if "teacher" in name or "frozen" in name]
 
 
 def test_a_taught_run_can_teach(made, capsys):

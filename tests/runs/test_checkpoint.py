@@ -12,16 +12,23 @@ from pathlib import Path
 import pytest
 import torch
 
+import codistill as cd
 from codistill.core import files
 from codistill.core.errors import CheckpointError
 from codistill.core.files import write_json
+from codistill.methods.cohort import Cohort
 from codistill.runs.checkpoint import CheckpointStore
+from codistill.runs.saving import HostCopies
+from codistill.runs.state import TrainingState, load_weights, tensors_once
 
 from .. import tiny
 
 
-def state(value: float) -> dict[str, object]:
-    return {"method": {"weight": torch.full((1000,), value)}, "optimizer": {"lr": 0.1, "steps": [1, 2]}, "epoch": 1}
+def state(epoch: int, best: bool = False, step: int = 0, value: float | None = None) -> TrainingState:
+    """A state whose weights are the number of the epoch, or another value."""
+    weights = {"weight": torch.full((1000,), float(epoch if value is None else value))}
+    rows = [{"epoch": each} for each in range(epoch)]
+    return TrainingState({"seed": 0}, weights, [torch.zeros(2)], rows, step, best)
 
 
 @pytest.fixture
@@ -32,21 +39,26 @@ def store(tmp_path):
 def saved(store: CheckpointStore, *best: bool) -> list[Path]:
     """Save one checkpoint after the other; the values are the epochs."""
     for epoch, is_best in enumerate(best, start=1):
-        store.save(state(float(epoch)), epoch, is_best)
+        store.save(state(epoch, is_best))
     return sorted(store.folder.glob("*.pt"))
 
 
-def value(loaded: dict[str, dict[str, torch.Tensor]]) -> float:
-    return loaded["method"]["weight"][0].item()
+def value(loaded: TrainingState) -> float:
+    return loaded.method["weight"][0].item()
 
 
 def test_a_round_trip_keeps_every_bit(store):
     tensors = {"wide": torch.randn(3, 4), "narrow": torch.randn(5).bfloat16(), "count": torch.tensor(7)}
-    store.save({"method": tensors, "optimizer": {"groups": [{"lr": torch.tensor(0.1)}]}, "epoch": 3}, 3, True)
+    rows = [{"epoch": 0, "train": {"loss": 0.1 + 0.2}}]
+    sums = {"names": ["ce"], "sums": torch.randn(2, dtype=torch.float64)}
+    saved = TrainingState({"lr": 0.1}, tensors, [torch.randn(2)], rows, 3, sums=sums, finite={"names": ["ce"]})
+    store.save(saved)
     loaded = store.load()
-    assert loaded["epoch"] == 3 and loaded["optimizer"]["groups"][0]["lr"] == torch.tensor(0.1)
     for name, tensor in tensors.items():
-        assert torch.equal(loaded["method"][name], tensor) and loaded["method"][name].dtype == tensor.dtype
+        assert torch.equal(loaded.method[name], tensor) and loaded.method[name].dtype == tensor.dtype
+    assert torch.equal(loaded.momentum[0], saved.momentum[0]) and torch.equal(loaded.sums["sums"], sums["sums"])
+    assert (loaded.config, loaded.rows, loaded.finite) == (saved.config, rows, saved.finite)
+    assert (loaded.epoch, loaded.step, loaded.best) == (1, 3, False)
 
 
 def test_the_last_two_and_the_best_are_kept(store):
@@ -67,7 +79,7 @@ def test_a_new_best_frees_the_old_one(store):
 
 def test_an_epoch_saved_again_replaces_itself(store):
     saved(store, True, False)
-    store.save(state(20), 2, False)
+    store.save(state(2, value=20))
     assert [entry["epoch"] for entry in store.entries()] == [1, 2]
     assert value(store.load()) == 20
 
@@ -84,7 +96,7 @@ def test_nothing_is_deleted_before_the_new_one_is_safe(store, monkeypatch):
 
     monkeypatch.setattr(files, "write_atomically", fail_at_index)
     with pytest.raises(OSError, match="No space"):
-        store.save(state(3), 3, True)
+        store.save(state(3, True))
     after = tiny.listing(store.folder)
     assert {name: after[name] for name in before} == before
     assert value(store.load()) == 2
@@ -159,7 +171,7 @@ STRANGE_ENTRIES = [3, {}, {"file": "epoch-000001.pt"}, {"file": 1, "sha256": 2, 
     [None, "", "[]", "null", '{"files": []}', '{"format": 2}', '{"format": 2, "files": 3}', "{", "\x00\xff"]
     + [json.dumps({"format": 2, "files": [entry]}) for entry in STRANGE_ENTRIES],
 )
-def test_a_lost_index_is_made_anew_from_the_whole_files(store, index, capsys):
+def test_a_lost_index_is_rebuilt_from_the_whole_files(store, index, capsys):
     files = saved(store, True, False, False)
     flip(files[2])
     before = store.entries()
@@ -173,7 +185,7 @@ def test_a_lost_index_is_made_anew_from_the_whole_files(store, index, capsys):
     assert (value(again.load()), value(again.load("best"))) == (2, 1)
     error = capsys.readouterr().err
     assert "index.json is " in error and "2 whole checkpoints were found" in error
-    again.save(state(4), 4, False)
+    again.save(state(4))
     assert [entry["epoch"] for entry in store.entries()] == [1, 2, 4] and not capsys.readouterr().err
 
 
@@ -186,7 +198,7 @@ def test_an_index_of_another_format_is_refused(store, number, words):
     with pytest.raises(CheckpointError, match=rf"index\.json: {words}"):
         store.load()
     with pytest.raises(CheckpointError, match=words):
-        store.save(state(2), 2, False)
+        store.save(state(2))
     assert tiny.listing(store.folder) == before
 
 
@@ -206,31 +218,46 @@ def test_a_checkpoint_of_another_format_is_refused(store):
         store.load()
 
 
-@pytest.mark.parametrize("content", [[1], {}, {"format": "2"}, {"format": 2}, {"format": 2, "epoch": "1", "step": 0}])
-def test_what_is_no_checkpoint_is_refused(store, content):
+def without(key: str) -> dict[str, object]:
+    return {name: value for name, value in state(1).as_mapping().items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        *((content, "not a checkpoint of codistill") for content in ([1], {}, {"format": "2"}, without("format"))),
+        *((without(key), "damaged: it holds no ") for key in state(1).as_mapping() if key != "format"),
+        ({**state(1).as_mapping(), "epoch": 2}, "it holds no metrics of 2 epochs"),
+        ({**state(1).as_mapping(), "rows": ["{"]}, "it holds no metrics of 1 epochs"),
+        ({**state(1).as_mapping(), "rows": ["3"]}, "it holds no metrics of 1 epochs"),
+        ({**state(1).as_mapping(), "method": {"weight": 3}}, "it holds no weights by name"),
+        ({**state(1).as_mapping(), "step": -1}, "it holds no number of steps"),
+    ],
+)
+def test_contents_that_are_no_checkpoint_are_refused(store, content, words):
     buffer = io.BytesIO()
     torch.save(content, buffer)
     enter(store, buffer.getvalue())
-    with pytest.raises(CheckpointError, match=r"not a checkpoint of codistill|does not say how far"):
+    with pytest.raises(CheckpointError, match=words):
         store.load()
 
 
 def test_inside_an_epoch(store):
-    store.save(state(1), 1, True)
-    store.save(state(2), 1, False, step=7)
+    store.save(state(1, True))
+    store.save(state(1, step=7, value=2))
     assert [(entry["file"], entry["epoch"], entry["step"]) for entry in store.entries()] == [
         ("epoch-000001.pt", 1, 0),
         ("epoch-000001-step-000007.pt", 1, 7),
     ]
     loaded = store.load()
-    assert (value(loaded), loaded["epoch"], loaded["step"]) == (2, 1, 7) and value(store.load("best")) == 1
+    assert (value(loaded), *loaded.position) == (2, 1, 7) and value(store.load("best")) == 1
 
 
 def test_after_a_damaged_one_two_whole_ones_are_kept(store):
     files = saved(store, True, False, False)
     flip(files[2])
     assert value(store.load()) == 2
-    store.save(state(9), 3, False, step=5)
+    store.save(state(3, step=5))
     assert [entry["epoch"] for entry in store.entries()] == [1, 2, 3]
     assert all(each.load() for each in (store, CheckpointStore(store.folder)))
 
@@ -259,3 +286,28 @@ def test_code_in_a_checkpoint_is_not_run(store, tmp_path, wrapping):
     with pytest.raises(CheckpointError, match=r"epoch-000001\.pt: cannot be read") as error:
         store.load()
     assert "\n" not in str(error.value) and not sentinel.exists()
+
+
+def test_a_trunk_that_students_share_is_stored_once(store):
+    method = cd.ONE([cd.network("resnet20", 10) for _ in range(3)], 10)
+    store.save(TrainingState({}, HostCopies().copy(tensors_once(method)), []))
+    size = next(store.folder.glob("*.pt")).stat().st_size
+    tensors = [*method.parameters(), *method.buffers()]
+    once = sum(tensor.nbytes for tensor in tensors)
+    assert once < size < once + 500 * len(tensors)  # names, alignment
+    assert size < 0.9 * sum(tensor.nbytes for tensor in method.state_dict().values())
+
+
+def test_shared_tensors_come_back_under_all_their_names():
+    saved, fresh = (tiny.method(cd.ONE, seed, students=3) for seed in (0, 1))
+    load_weights(fresh, tensors_once(saved), "it")
+    assert fresh.cohort.shared_stages > 0 and fresh.cohort[0].stages[0] is fresh.cohort[2].stages[0]
+    for name, tensor in saved.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], tensor), name
+
+
+def test_weights_of_a_cohort_that_shares_less_are_refused():
+    apart, shared = (tiny.method(kind, students=2) for kind in (cd.DML, cd.Independent))
+    shared.cohort = Cohort(list(shared.cohort), shared_stages=2)
+    with pytest.raises(CheckpointError, match=r"0 have another shape, 0 are missing, 1\d unexpected"):
+        load_weights(shared, tensors_once(apart), "it")

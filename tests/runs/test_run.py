@@ -131,10 +131,10 @@ def test_load_method_rebuilds_the_networks(folder):
     run = cd.Run(folder)
     loaded = run.load_method()
     assert not any(module.training for module in loaded.modules())
-    saved = run.checkpoints.load()["method"]
-    assert all(torch.equal(tensor, saved[name]) for name, tensor in loaded.state_dict().items())
+    state, saved = loaded.state_dict(), run.checkpoints.load().method
+    assert all(torch.equal(tensor, state[name]) for name, tensor in saved.items())
     best = run.load_method("best").state_dict()
-    assert all(torch.equal(tensor, best[name]) for name, tensor in run.checkpoints.load("best")["method"].items())
+    assert all(torch.equal(tensor, best[name]) for name, tensor in run.checkpoints.load("best").method.items())
 
 
 def test_the_best_student_is_the_one_with_the_lowest_error(copy):
@@ -222,7 +222,7 @@ def test_a_damaged_last_checkpoint_leaves_the_one_before(copy, capsys):
     path.write_bytes(path.read_bytes()[:-1])
     loaded = cd.Run(copy).load_method().state_dict()
     before = torch.load(copy / "checkpoints" / "epoch-000002.pt", weights_only=True)["method"]
-    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.items())
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in before.items())
     assert capsys.readouterr().err.startswith(f"codistill: warning: {path}: damaged")
 
 

@@ -84,7 +84,7 @@ def assert_equal(run: cd.Run, alone: cd.Run) -> None:
         entry["epoch"] for entry in alone.checkpoints.entries()
     ]
     for which in ("last", "best"):
-        first, second = (bits(each.checkpoints.load(which)) for each in (run, alone))
+        first, second = (bits(each.checkpoints.load(which).as_mapping()) for each in (run, alone))
         assert first.keys() == second.keys() and first["method"].keys() == second["method"].keys()
         rows = [[tiny.untimed(json.loads(line)) for line in each.pop("rows")] for each in (first, second)]
         assert first == second and rows[0] == rows[1]
@@ -101,7 +101,7 @@ def test_members_equal_their_lone_runs(config, device):
     assert [run.path for run in runs] == folders(3)
     for index, each in enumerate(configs):
         assert_equal(runs[index], train_from_config(each, Path(f"alone{index}"), show=False))
-    weights = [bits(run.checkpoints.load()["method"]) for run in runs]
+    weights = [bits(run.checkpoints.load().method) for run in runs]
     assert weights[0] != weights[1] != weights[2]
 
 

@@ -1,5 +1,6 @@
 """Interrupted runs go on with the same bits; what kills and damages them is in tests/faults/test_resuming.py."""
 
+import dataclasses
 import json
 import math
 import signal
@@ -188,7 +189,7 @@ def test_verify_resume_finds_what_is_not_restored(colours, tmp_path, capsys, mon
     restore = loop.Trainer.restore
 
     def forgetful(self, state):
-        restore(self, {**state, "momentum": [each * 0 for each in state["momentum"]]})
+        restore(self, dataclasses.replace(state, momentum=[each * 0 for each in state.momentum]))
 
     monkeypatch.setattr(loop.Trainer, "restore", forgetful)
     assert main(arguments(colours, tmp_path / "run", "--verify-resume")) == 4
@@ -211,7 +212,7 @@ def test_verify_resume_looks_at_the_metrics_too(colours, tmp_path, capsys, monke
 
 def test_rows_are_in_the_checkpoint_too(colours, tmp_path):
     run = resume(stopped(colours, tmp_path / "run", 4), show=False)
-    assert [json.loads(row) for row in run.checkpoints.load()["rows"]] == run.metrics()
+    assert list(run.checkpoints.load().rows) == run.metrics()
 
 
 def test_a_folder_of_runs_leaves_out_those_that_ended(colours, tmp_path):
@@ -238,17 +239,16 @@ def test_the_digest_of_an_end_sees_each_part(colours, tmp_path):
     run = cd.Run(tmp_path / "run")
     state, rows = run.checkpoints.load(), run.metrics()
     found = {end_digest(run)}
-    for part in ({"epoch": 3}, {"step": 1}, {"momentum": [each + 1 for each in state["momentum"]]}):
-        place = {key: part.get(key, state[key]) for key in ("epoch", "step")}
-        run.checkpoints.save({**state, **part}, best=False, **place)
+    for part in ({"rows": [*rows, {}]}, {"step": 1}, {"momentum": [each + 1 for each in state.momentum]}):
+        run.checkpoints.save(dataclasses.replace(state, **part))
         found.add(end_digest(run))
     for name in ("cohort.students.0.head.linear.bias", "cohort.students.1.stages.2.1.running_mean"):
-        run.checkpoints.save({**state, "method": {**state["method"], name: state["method"][name] + 1}}, 9, False)
+        run.checkpoints.save(dataclasses.replace(state, method={**state.method, name: state.method[name] + 1}))
         found.add(end_digest(run))
     rows[0]["train"]["loss"] += 1
-    run.write_metrics([json.dumps(row) for row in rows])
+    run.write_metrics(rows)
     found.add(end_digest(run))
     assert len(found) == 7
     rows[0]["seconds"] += 1
-    run.write_metrics([json.dumps(row) for row in rows])
+    run.write_metrics(rows)
     assert end_digest(run) in found

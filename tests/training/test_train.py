@@ -52,7 +52,7 @@ def steps(monkeypatch):
 
 
 def state(run: cd.Run) -> dict[str, bytes]:
-    return {name: tensor.numpy().tobytes() for name, tensor in run.checkpoints.load()["method"].items()}
+    return {name: tensor.numpy().tobytes() for name, tensor in run.checkpoints.load().method.items()}
 
 
 @pytest.mark.parametrize("kind", [cd.MFEF, cd.FFL, cd.Independent], ids=lambda kind: kind.name)
@@ -190,7 +190,7 @@ def test_the_best_and_the_last_two_checkpoints_are_kept(train):
     assert run.summary["best_epoch"] < 3
     assert [entry["epoch"] for entry in run.checkpoints.entries()] == [run.summary["best_epoch"], 4, 5]
     last = run.checkpoints.load()
-    assert last["epoch"] == 5 and len(last["momentum"]) == len(list(tiny.method().parameters()))
+    assert last.epoch == 5 and len(last.momentum) == len(list(tiny.method().parameters()))
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_the_method_is_trained_in_place(train):
     method = tiny.method()
     run = train(method)
     trained = method.state_dict()
-    assert all(torch.equal(tensor, trained[name]) for name, tensor in run.checkpoints.load()["method"].items())
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in run.checkpoints.load().method.items())
 
 
 def test_bf16_trains(train):
@@ -351,7 +351,7 @@ def test_a_loss_that_is_no_number_ends_the_run(train, tmp_path, way):
     assert summary["status"] == "diverged" and "ce/student1" in summary["error"]
     assert (summary["method"], summary["epochs"], summary["seed"]) == ("independent", 4, 0)
     assert [entry["epoch"] for entry in run.checkpoints.entries()] == [1]
-    assert all(tensor.isfinite().all() for tensor in run.checkpoints.load()["method"].values())
+    assert all(tensor.isfinite().all() for tensor in run.checkpoints.load().method.values())
     assert len(run.metrics()) == 1
 
 
@@ -364,7 +364,7 @@ def test_a_gradient_that_is_no_number_ends_the_run(train, tmp_path, step):
     run = cd.Run(tmp_path / "run0")
     assert run.summary["status"] == "diverged"
     assert [(entry["epoch"], entry["best"]) for entry in run.checkpoints.entries()] == [(1, True)]
-    assert all(tensor.isfinite().all() for tensor in run.checkpoints.load()["method"].values())
+    assert all(tensor.isfinite().all() for tensor in run.checkpoints.load().method.values())
     assert all(math.isfinite(row["test"]["student1"]["nll"]) for row in run.metrics())
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from codistill.core.errors import CheckpointError, CodistillError, UsageError
 from codistill.data.dataset import Pixels
 from codistill.runs.folder import RunFolder
+from codistill.runs.state import load_weights
 from codistill.settings.build import build_method
 from codistill.settings.mapping import run_from_mapping
 
@@ -97,11 +98,6 @@ def make_card(run: RunFolder, predictor: str) -> dict[str, Any]:
         "trained_on": data["name"],
         "environment": run.metadata["environment"],
     }
-
-
-def tensors_once(module: nn.Module) -> dict[str, Tensor]:
-    """Name the parameters and buffers of a module, those of modules that branches share once."""
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def from_module(card: Mapping[str, Any], module: nn.Module) -> Classifier:
@@ -204,10 +200,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], nn.Module]:
     with torch.device("meta"):
         built = build_method(config, len(card["class_names"]), (height, width))
     module = built.predictors()[card["predictor"]].to_empty(device="cpu")
-    weights = safetensors.torch.load_file(path)
-    if weights.keys() != tensors_once(module).keys():
-        raise CheckpointError(f"{path}: its tensors are not those of {card['predictor']}: damaged")
-    module.load_state_dict(weights, strict=False)  # the other names of shared modules are not in the file
+    load_weights(module, safetensors.torch.load_file(path), f"{path}: {card['predictor']}")
     return card, module
 
 

@@ -23,10 +23,10 @@ from codistill.deploy.classifier import (
     load_classifier,
     make_card,
     run_predictor,
-    tensors_once,
 )
 from codistill.networks.network import parameter_count
 from codistill.runs.folder import RunFolder
+from codistill.runs.state import tensors_once
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
 
@@ -153,7 +153,7 @@ def compare(reference: Classifier, loaded: Classifier, data: Dataset) -> dict[st
 
 
 def _write_safetensors(module: nn.Module, card: dict[str, Any], path: Path) -> None:
-    weights = {name: tensor.detach().contiguous() for name, tensor in tensors_once(module).items()}
+    weights = {name: tensor.contiguous() for name, tensor in tensors_once(module).items()}
     # save_file would make a file that only its owner may read.
     path.write_bytes(safetensors.torch.save(weights, metadata={CARD_KEY: json.dumps(card)}))
 

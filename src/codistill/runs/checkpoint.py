@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and checkpoints whose every byte is checked before it is parsed."""
+"""The checkpoints of a run: written whole or not at all, and every byte checked before it is parsed."""
 
 import contextlib
 import hashlib
@@ -11,14 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from codistill.core.console import warn
 from codistill.core.errors import CheckpointError
 from codistill.core.files import write_atomically, write_json
-
-FORMAT = 2
-
+from codistill.runs.state import FORMAT, TrainingState, other_format
 
 ENTRY = {"file": str, "sha256": str, "epoch": int, "step": int, "best": bool}
 
@@ -48,7 +45,7 @@ class CheckpointStore:
     def entries(self) -> list[dict[str, Any]]:
         """List what the index holds, oldest first: file, sha256, epoch, step and best.
 
-        An index that is missing or damaged is made anew from the files, with a warning.
+        An index that is missing or damaged is rebuilt from the files, with a warning.
 
         Raises:
             CheckpointError: The index is of a newer format.
@@ -74,7 +71,7 @@ class CheckpointStore:
         return entries
 
     def _scanned(self, trouble: str) -> list[dict[str, Any]]:
-        """Make the entries of an index from the files: zip's own checksums stand in for the SHA-256 that is lost."""
+        """Return entries made from the files; zip's own checksums stand in for the SHA-256 that is lost."""
         found = []
         for path in sorted(self.folder.glob("*.pt")):
             with contextlib.suppress(Exception):  # what is damaged is not listed
@@ -83,8 +80,7 @@ class CheckpointStore:
                     whole = archive.testzip() is None
                 state = parsed(content, path)
                 if whole:
-                    entry = {"file": path.name, "sha256": hashlib.sha256(content).hexdigest()}
-                    found.append(entry | {key: state[key] for key in ("epoch", "step", "best")})
+                    found.append(index_entry(path.name, content, state))
         found.sort(key=position)
         best = max((position(entry) for entry in found if entry["best"]), default=None)
         found = [{**entry, "best": position(entry) == best} for entry in found]
@@ -93,27 +89,19 @@ class CheckpointStore:
         self._told = True
         return found
 
-    def save(self, state: Mapping[str, Any], epoch: int, best: bool, step: int = 0) -> None:
-        """Write a checkpoint, then the index, then delete what is no longer kept.
-
-        Args:
-            state: Tensors and plain JSON types only.
-            epoch: Number of completed epochs.
-            best: Whether it is the best one so far.
-            step: Steps that were done of the epoch after them.
-        """
+    def save(self, state: TrainingState) -> None:
+        """Write a checkpoint, then the index, then delete what is no longer kept."""
         self.folder.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
-        torch.save({**state, "format": FORMAT, "epoch": epoch, "step": step, "best": best}, buffer)
+        torch.save(state.as_mapping(), buffer)
         content = buffer.getvalue()
-        name = f"epoch-{epoch:06d}.pt" if step == 0 else f"epoch-{epoch:06d}-step-{step:06d}.pt"
+        name = f"epoch-{state.epoch:06d}.pt" if state.step == 0 else f"epoch-{state.epoch:06d}-step-{state.step:06d}.pt"
         # Before anything is written: a missing index is made from the files that are there now.
         old = [entry for entry in self.entries() if entry["file"] != name and entry["file"] not in self._damaged]
         write_atomically(self.folder / name, content)
-        if best:
+        if state.best:
             old = [{**entry, "best": False} for entry in old]
-        digest = hashlib.sha256(content).hexdigest()
-        entries = [*old, {"file": name, "sha256": digest, "epoch": epoch, "step": step, "best": best}]
+        entries = [*old, index_entry(name, content, state)]
         kept = [entry for entry in entries if entry["best"] or entry in entries[-self.keep :]]
         write_json(self._index, {"format": FORMAT, "files": kept})
         names = {entry["file"] for entry in kept}
@@ -121,7 +109,7 @@ class CheckpointStore:
             if path.name not in names:
                 path.unlink(missing_ok=True)
 
-    def load(self, which: str = "last") -> dict[str, Any]:
+    def load(self, which: str = "last") -> TrainingState:
         """Read the last or the best checkpoint; a damaged last one is passed over for the one before, with a warning.
 
         Raises:
@@ -144,7 +132,7 @@ class CheckpointStore:
             raise CheckpointError(f"{self.folder}: no {which} checkpoint; the run did not complete an epoch")
         raise CheckpointError("; ".join(reasons))
 
-    def _read(self, entry: dict[str, Any]) -> dict[str, Any]:
+    def _read(self, entry: dict[str, Any]) -> TrainingState:
         path = self.folder / str(entry["file"])
         try:
             content = path.read_bytes()
@@ -156,58 +144,25 @@ class CheckpointStore:
         return parsed(content, path)
 
 
-def parsed(content: bytes, path: Path) -> dict[str, Any]:
-    """Turn the bytes of a checkpoint into its state; tensors and plain types only, whatever the file asks for.
+def parsed(content: bytes, path: Path) -> TrainingState:
+    """Read a state from the bytes of a checkpoint; tensors and plain types only, whatever the file asks for.
 
     Raises:
-        CheckpointError: They are not a checkpoint, or one of another format.
+        CheckpointError: They are not a checkpoint, one of another format, or one that lacks a part.
     """
     try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        mapping = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load answers damage with five different types
         raise CheckpointError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
-        raise CheckpointError(f"{path}: not a checkpoint of codistill")
-    if state["format"] != FORMAT:
-        raise CheckpointError(f"{path}: {other_format(state['format'])}")
-    if not all(isinstance(state.get(key), kind) for key, kind in ENTRY.items() if key not in ("file", "sha256")):
-        raise CheckpointError(f"{path}: damaged: it does not say how far the training was")
-    return state
+    return TrainingState.from_mapping(mapping, str(path))
 
 
-def load_weights(module: nn.Module, weights: Any, what: str) -> None:
-    """Load a state that must fit a module exactly.
-
-    Args:
-        module: What is filled.
-        weights: Tensors by name.
-        what: Where they come from, for the error line.
-
-    Raises:
-        CheckpointError: They do not fit; names the first that does not, with both shapes, and counts them.
-    """
-    own = module.state_dict()
-    if not isinstance(weights, Mapping) or not all(isinstance(each, torch.Tensor) for each in weights.values()):
-        raise CheckpointError(f"{what} does not fit the networks: it holds no weights by name")
-    missing = [name for name in own if name not in weights]
-    strange = [name for name in weights if name not in own]
-    unlike = [name for name in own if name in weights and own[name].shape != weights[name].shape]
-    if missing or strange or unlike:
-        first = next(name for name in (*unlike, *missing, *strange))
-        shapes = (list(tensors[first].shape) if first in tensors else "nothing" for tensors in (weights, own))
-        raise CheckpointError(
-            "{} does not fit the networks: {} is {} there and {} here; of {} tensors, {} have another shape, {} are "
-            "missing, {} unexpected".format(what, first, *shapes, len(own), len(unlike), len(missing), len(strange))
-        )
-    module.load_state_dict(weights)
-
-
-def other_format(number: int) -> str:
-    """Say that a file is of another format than this version writes."""
-    sign, version = (">", "a newer") if number > FORMAT else ("<", "an older")
-    return f"format {number} {sign} {FORMAT}: made by {version} version of codistill: use that one"
+def index_entry(name: str, content: bytes, state: TrainingState) -> dict[str, Any]:
+    """Return what the index says of a checkpoint file."""
+    digest = hashlib.sha256(content).hexdigest()
+    return {"file": name, "sha256": digest, "epoch": state.epoch, "step": state.step, "best": state.best}
 
 
 def position(entry: Mapping[str, Any]) -> tuple[int, int]:
-    """Say how far a training was: completed epochs, and steps of the one after them."""
+    """Return how far a training was: completed epochs, and steps of the one after them."""
     return entry["epoch"], entry["step"]

@@ -13,9 +13,10 @@ from codistill.core.errors import CheckpointError, DataError, UsageError
 from codistill.core.files import read_json, write_atomically, write_json
 from codistill.data.dataset import Dataset, dataset
 from codistill.methods import Method
-from codistill.runs.checkpoint import CheckpointStore, load_weights
+from codistill.runs.checkpoint import CheckpointStore
 from codistill.runs.lock import RunLock, remove_strays
 from codistill.runs.metadata import checked_metadata
+from codistill.runs.state import load_weights
 from codistill.settings.build import build_method
 from codistill.settings.config import RunConfig
 from codistill.settings.mapping import run_from_mapping
@@ -127,16 +128,17 @@ class RunFolder:
         height, width = self.metadata["dataset"]["image_size"]
         return int(height), int(width)
 
-    def append_metrics(self, rows: Sequence[str]) -> None:
-        """Add the last of the rows to metrics.jsonl, and see it on the disk."""
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Add a line to metrics.jsonl, and flush it to the disk."""
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(rows[-1] + "\n")
+            file.write(json.dumps(row, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
-    def write_metrics(self, rows: Sequence[str]) -> None:
+    def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write metrics.jsonl as a whole, whatever is there."""
-        write_atomically(self.path / "metrics.jsonl", "".join(row + "\n" for row in rows).encode())
+        lines = (json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        write_atomically(self.path / "metrics.jsonl", "".join(lines).encode())
 
     def metrics(self) -> list[dict[str, Any]]:
         """Read metrics.jsonl, one entry an epoch.
@@ -168,7 +170,7 @@ class RunFolder:
             method = copy.deepcopy(self._method).cpu()
         else:
             method = build_method(self.config, len(self.class_names), self.image_size)
-        load_weights(method, state.get("method"), f"{self.path}: the {which} checkpoint")
+        load_weights(method, state.method, f"{self.path}: the {which} checkpoint")
         return method.eval()
 
     def load_data(self, data_dir: str | None = None) -> Dataset:

@@ -1,24 +1,25 @@
-"""What a run writes while it trains: checkpoints, metrics and events, on a thread beside the training."""
+"""Write checkpoints, metrics and events of a run on a thread beside the training."""
 
-import json
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import fields
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from codistill.core.console import warn
 from codistill.core.errors import ResourceError
 from codistill.evaluation.metrics import Scores
 from codistill.runs.folder import RunFolder
+from codistill.runs.state import TrainingState
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class HostCopies:
-    """Copies of tensors on the host that are made while the device works on; a copy is whole once the host has waited.
+    """Copies of tensors on the host, made while the device works on; a copy is whole once the host has waited.
 
     The copies of one call are overwritten by the next.
     """
@@ -45,55 +46,48 @@ class HostCopies:
 class Saver:
     """Write one run's checkpoints, metrics.jsonl and events, one after the other, while the training goes on.
 
-    Where the disk is full or fails, that is said in a warning, the run goes on, and the next write makes up for it.
+    Where the disk is full or fails, a warning says so, the run goes on, and the next write makes up for it.
 
     Args:
         run: Its folder.
-        rows: Lines of metrics.jsonl that are there, without their ends.
     """
 
-    def __init__(self, run: RunFolder, rows: Sequence[str] = ()) -> None:
+    def __init__(self, run: RunFolder) -> None:
         self.run = run
-        self.rows = list(rows)
         self._copies = HostCopies()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="codistill-saver")
         self._under_way: Future[None] | None = None
-        self._unsaved: Callable[[], None] | None = None
-        self._metrics_lost = False
+        self._unsaved: TrainingState | None = None
+        self._unwritten: Sequence[Mapping[str, Any]] | None = None
         self._board: SummaryWriter | None = None
         self._warned: set[str] = set()
 
-    def copy(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Copy a state to the host, without waiting for the device."""
-        self.settle()
-        copied: dict[str, Any] = self._copies.copy(state)
-        return copied
+    def copy(self, state: TrainingState) -> TrainingState:
+        """Copy the tensors of a state to the host, without waiting for the device."""
+        self.flush()
+        parts = {name: getattr(state, name) for name in ("method", "momentum", "sums", "finite")}
+        return dataclasses.replace(state, **self._copies.copy(parts))
 
-    def save(self, state: dict[str, Any], epoch: int, step: int = 0, best: bool = False) -> None:
-        """Begin to write a checkpoint of a state that `copy` gave; see `CheckpointStore.save`."""
-        whole = {**state, "rows": list(self.rows)}
-        self._begin(lambda: self._save(whole, epoch, step, best))
-
-    def log(self, row: Mapping[str, Any], state: dict[str, Any], best: bool) -> None:
-        """Begin to write an epoch: its checkpoint, its line of metrics.jsonl, its events.
+    def save(self, state: TrainingState) -> None:
+        """Begin to write a checkpoint.
 
         Args:
-            row: The line; `epoch` counts from 0.
-            state: What `copy` gave.
-            best: Whether it is the best so far.
+            state: A state that `copy` returned, as are those of `log`.
         """
-        self.rows.append(json.dumps(row, allow_nan=False))
-        whole = {**state, "rows": list(self.rows)}
+        self._begin(lambda: self._save(state))
+
+    def log(self, state: TrainingState) -> None:
+        """Begin to write a completed epoch: its checkpoint, its line of metrics.jsonl, its events."""
 
         def write() -> None:
-            self._save(whole, row["epoch"] + 1, 0, best)
-            self._write_metrics()
-            self._tried("events", lambda: self._write_events(row))
+            self._save(state)
+            self._write_metrics(state.rows)
+            self._tried("events", lambda: self._write_events(state.rows[-1]))
 
         self._begin(write)
 
-    def settle(self) -> None:
-        """Wait until everything is written that was begun."""
+    def flush(self) -> None:
+        """Wait until everything that was begun is written."""
         if self._under_way is not None:
             self._under_way.result()
             self._under_way = None
@@ -102,37 +96,37 @@ class Saver:
         """Make sure of the last checkpoint and of all metrics, trying again what failed.
 
         Returns:
-            What to end with where the metrics are lost and the rest is whole.
+            The error to end with where the metrics are lost and the rest is whole.
 
         Raises:
             ResourceError: The last checkpoint cannot be written.
         """
-        self.settle()
+        self.flush()
         path = self.run.path
         if self._unsaved is not None:
-            self._unsaved()
+            self._save(self._unsaved)
         if self._unsaved is not None:
             raise ResourceError(
                 f"{path}: the last checkpoint could not be written: free some space, then: codistill resume {path}"
             )
-        if self._metrics_lost:
-            self._write_metrics()
-        if self._metrics_lost:
+        if self._unwritten is not None:
+            self._write_metrics(self._unwritten)
+        if self._unwritten is not None:
             return ResourceError(f"{path}/metrics.jsonl could not be written; the checkpoints are whole and hold it")
         return None
 
     def close(self) -> None:
-        """End the thread once it has written what it is at."""
+        """End the thread once everything that was begun is written."""
         self._thread.shutdown()
         if self._board is not None:
             self._tried("events", self._board.close)
 
     def _begin(self, write: Callable[[], None]) -> None:
-        self.settle()
+        self.flush()
         self._under_way = self._thread.submit(write)
 
     def _tried(self, what: str, write: Callable[[], None]) -> bool:
-        """Write, and say whether it worked; the first failure of a kind is worth a warning."""
+        """Write, and return whether it worked; warn of the first failure of a kind."""
         try:
             write()
         except (OSError, MemoryError) as error:
@@ -143,31 +137,38 @@ class Saver:
             return False
         return True
 
-    def _save(self, state: dict[str, Any], epoch: int, step: int, best: bool) -> None:
-        saved = self._tried("checkpoint", lambda: self.run.checkpoints.save(state, epoch, best, step))
+    def _save(self, state: TrainingState) -> None:
+        saved = self._tried("checkpoint", lambda: self.run.checkpoints.save(state))
         if saved:
             self._warned.discard("checkpoint")
-        self._unsaved = None if saved else lambda: self._save(state, epoch, step, best)
+        self._unsaved = None if saved else state
 
-    def _write_metrics(self) -> None:
-        write = self.run.write_metrics if self._metrics_lost else self.run.append_metrics
-        self._metrics_lost = not self._tried("metrics.jsonl", lambda: write(self.rows))
+    def _write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        def write() -> None:
+            if self._unwritten is None:
+                self.run.append_metrics(rows[-1])
+            else:
+                self.run.write_metrics(rows)
+
+        self._unwritten = None if self._tried("metrics.jsonl", write) else rows
 
     def _write_events(self, row: Mapping[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
         if self._board is None:
-            self._board = SummaryWriter(str(Path(self.run.path) / "tensorboard"), purge_step=row["epoch"] + 1)
+            self._board = SummaryWriter(str(self.run.path / "tensorboard"), purge_step=row["epoch"] + 1)
         write_events(self._board, row)
         self._board.flush()
 
 
-def write_events(board: SummaryWriter, row: Mapping[str, Any]) -> None:
+def write_events(board: "SummaryWriter", row: Mapping[str, Any]) -> None:
     """Write a row of metrics.jsonl as TensorBoard scalars: train/<term>, test/<predictor>/<score>."""
     step = row["epoch"] + 1
     for name, value in row["train"].items():
         board.add_scalar(f"train/{name.replace('->', '_to_')}", value, step)
     for split in ("validation", "test"):
         for predictor, scores in row.get(split, {}).items():
-            for name in (field.name for field in fields(Scores)):
+            for name in (field.name for field in dataclasses.fields(Scores)):
                 board.add_scalar(f"{split}/{predictor}/{name}", scores[name], step)
     for name in ("disagreement", "kl"):
         board.add_scalar(f"diversity/{name}", row["diversity"][name], step)

@@ -157,7 +157,7 @@ class DivergenceGuard:
     @property
     def kept(self) -> str:
         """Say what a run that diverges leaves."""
-        self.saver.settle()
+        self.saver.flush()
         kept = "keeps the last whole checkpoint" if self.run.checkpoints.entries() else "has no checkpoint yet"
         return f"{self.run.path} {kept}"
 

@@ -4,13 +4,13 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
 
 import torch
 
 from codistill.core.errors import DivergedError
 from codistill.core.signals import SignalRequests, defer_signals
 from codistill.evaluation.metrics import read_together
+from codistill.runs.state import TrainingState
 from codistill.training.capture import EagerSteps, GraphedSteps, make_fleet
 from codistill.training.trainer import Trainer
 
@@ -101,12 +101,12 @@ def handle_signals(pending: SignalRequests, loops: Sequence[Trainer], epoch: int
         pending.act(f"after step {step} of epoch {epoch + 1} and saved: codistill resume {runs}")
 
 
-def completed(loops: Sequence[Trainer]) -> list[tuple[list[list[float]], dict[str, Any]]]:
+def completed(loops: Sequence[Trainer]) -> list[tuple[list[list[float]], TrainingState | None]]:
     """Read the numbers of an epoch of all runs at once, and copy their states to the host on the way."""
     vectors, states = [], []
     for loop in loops:
         vectors.append([loop.step.sums.packed(), *loop.guard.health(), *loop.evaluation.packed()])
         loop.method.after_epoch()
-        states.append(loop.saver.copy(loop.state()) if loop.step.ranks.leads else {})
+        states.append(loop.saver.copy(loop.state()) if loop.step.ranks.leads else None)
     numbers = iter(read_together([vector for run in vectors for vector in run]))
     return [([next(numbers) for _ in run], state) for run, state in zip(vectors, states, strict=True)]

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from codistill.core.device import choose_device
-from codistill.core.errors import CheckpointError, DataError, UsageError
+from codistill.core.errors import DataError, UsageError
 from codistill.data.dataset import Dataset
 from codistill.deploy.run import Run
 from codistill.methods import Method
-from codistill.runs.checkpoint import position
 from codistill.settings.config import PLACES, RunConfig
 from codistill.settings.mapping import run_from_mapping
 from codistill.training.fleet import mark_diverged, shared, side_by_side, train_in_groups
@@ -128,9 +127,7 @@ class InterruptedRun:
         config = run.config
         self.state = run.checkpoints.load() if run.checkpoints.entries() else None
         if self.state is not None:
-            began, now = self.state.get("config"), config.as_mapping()
-            if not isinstance(began, dict):
-                raise CheckpointError(f"{run.path}: the last checkpoint does not say what run it is of: damaged")
+            began, now = self.state.config, config.as_mapping()
             changed = [key for key in now if key not in PLACES and now[key] != began.get(key)]
             if changed:
                 listed = "; ".join(f"{key}: {began.get(key)!r} -> {now[key]!r}" for key in changed)
@@ -142,7 +139,7 @@ class InterruptedRun:
     @property
     def position(self) -> tuple[int, int]:
         """Completed epochs, and steps done of the one after them."""
-        return position(self.state) if self.state is not None else (0, 0)
+        return self.state.position if self.state is not None else (0, 0)
 
     def load_data(self) -> Dataset:
         """Load the run's data set.

@@ -1,7 +1,6 @@
 """The state of one training between steps: where it is, what it has given, what is saved and kept of it."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,8 +14,8 @@ from codistill.evaluation.diversity import health_warnings
 from codistill.evaluation.evaluation import Evaluation
 from codistill.evaluation.metrics import read_together
 from codistill.report.page import write_report
-from codistill.runs.checkpoint import load_weights
 from codistill.runs.saving import Saver
+from codistill.runs.state import TrainingState, load_weights, tensors_once
 from codistill.runs.summary import summarise
 from codistill.settings.config import RunConfig
 from codistill.training.finite import DivergenceGuard
@@ -61,36 +60,35 @@ class Trainer:
         self.stopwatch = Stopwatch(step.images.labels.device)
         self.rate = config.train.learning_rate
         self.position = (0, 0)
-        self.best: dict[str, Any] | None = None
-        self.rows: list[dict[str, Any]] = []
+        self.best: Mapping[str, Any] | None = None
+        self.rows: list[Mapping[str, Any]] = []
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Take the run up where a checkpoint left it.
+    def restore(self, state: TrainingState) -> None:
+        """Continue from the state of a checkpoint.
 
-        Randomness is a function of (seed, epoch), so that what follows is what would have followed without the break.
+        Randomness is a function of (seed, epoch), so the steps that follow are those of a run without the break.
 
         Raises:
             CheckpointError: It does not fit the run.
         """
         what = f"{self.run.path}: the last checkpoint"
-        load_weights(self.method, state.get("method"), what)
+        load_weights(self.method, state.method, what)
         try:
-            for own, saved in zip(momentum_buffers(self.step.optimizer), state["momentum"], strict=True):
+            for own, saved in zip(momentum_buffers(self.step.optimizer), state.momentum, strict=True):
                 own.copy_(saved)
-            if state["step"]:
-                self.step.sums.load(state["sums"])
-                self.step.finite.load(state["watch"])
-            self.rows = [json.loads(line) for line in state["rows"]]
-            if len(self.rows) != state["epoch"] or state["step"] > len(self.steps):
-                raise ValueError("its epochs and steps are not those of the run")
+            if state.step:
+                self.step.sums.load(state.sums)
+                self.step.finite.load(state.finite)
+            if state.step > len(self.steps):
+                raise ValueError(f"it is at step {state.step}, but an epoch has {len(self.steps)}")
+            self.best = min(state.rows, key=self.selection_error, default=None)
             if self.step.ranks.leads:
-                self.run.write_metrics(state["rows"])
+                self.run.write_metrics(state.rows)
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"{what} does not fit the run: {reason}") from None
-        self.saver.rows = list(state["rows"])
-        self.position = (state["epoch"], state["step"])
-        self.best = min(self.rows, key=self.selection_error, default=None)
+        self.rows = list(state.rows)
+        self.position = state.position
         self.display.resume(*self.position)
 
     def begin_epoch(self, epoch: int) -> BatchIndices:
@@ -129,15 +127,17 @@ class Trainer:
             self.evaluation.run()
         between()
 
-    def state(self, step: int = 0) -> dict[str, Any]:
-        """Give all that a resume needs, on the device; `step` steps into an epoch, what has been summed in it too."""
-        state = {
-            "config": self.config.as_mapping(),
-            "method": self.method.state_dict(),
-            "momentum": momentum_buffers(self.step.optimizer),
-        }
-        inside = {"sums": self.step.sums.state(), "watch": self.step.finite.state()} if step else {}
-        return {**state, **inside}
+    def state(self, step: int = 0) -> TrainingState:
+        """Return everything that a resume needs, on the device.
+
+        Args:
+            step: Steps done of the epoch after the completed ones.
+        """
+        momentum = momentum_buffers(self.step.optimizer)
+        state = TrainingState(self.config.as_mapping(), tensors_once(self.method), momentum, tuple(self.rows), step)
+        if step == 0:
+            return state
+        return dataclasses.replace(state, sums=self.step.sums.state(), finite=self.step.finite.state())
 
     def save_inside(self, epoch: int, step: int) -> None:
         """Save between two steps, and wait for it; a diverged state is not saved.
@@ -154,21 +154,21 @@ class Trainer:
         except DivergedError as error:
             warn(f"not saved: {error}")
             return
-        self.saver.save(copy, epoch, step)
-        self.saver.settle()
+        self.saver.save(copy)
+        self.saver.flush()
 
-    def end_epoch(self, epoch: int, numbers: Sequence[Sequence[float]], state: dict[str, Any]) -> None:
+    def end_epoch(self, epoch: int, numbers: Sequence[Sequence[float]], state: TrainingState | None) -> None:
         """Keep what came out of an epoch; rank 0 does for all.
 
         Args:
             epoch: Counted from 0.
             numbers: What was read: terms, health, scores.
-            state: What is saved, on the host.
+            state: The state after the last step, on the host; None: another rank saves.
 
         Raises:
             DivergedError: A number is none any more; nothing of the epoch is kept.
         """
-        if not self.step.ranks.leads:
+        if state is None:
             self.step.sums.reset()
             self.step.finite.reset()
             return
@@ -187,9 +187,9 @@ class Trainer:
         best = self.best is None or score < self.selection_error(self.best)
         if best:
             self.best = row
-        self.saver.log(row, state, best)
-        self.display.end_epoch(row)
         self.rows.append(row)
+        self.saver.log(dataclasses.replace(state, rows=tuple(self.rows), best=best))
+        self.display.end_epoch(row)
 
     def scored(self, packed: Sequence[Sequence[float]]) -> dict[str, Any]:
         """Give scores of all predictors on the held splits, and how the students differ on the last one, the test."""
@@ -229,7 +229,7 @@ class Trainer:
         self.display.console.print(f"run folder: {self.run.path}", soft_wrap=True)
 
     @staticmethod
-    def selection_error(row: dict[str, Any]) -> float:
+    def selection_error(row: Mapping[str, Any]) -> float:
         """Give what the best epoch is chosen by: the better student's error, on validation images where there are."""
         students = (each for name, each in row.get("validation", row["test"]).items() if name.startswith("student"))
         return min(float(each["top1_error"]) for each in students)

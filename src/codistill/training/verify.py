@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from codistill.core.errors import CheckpointError
 from codistill.core.signals import Interrupted
 from codistill.data.dataset import Split
 from codistill.deploy.run import Run
+from codistill.runs.state import TrainingState
 from codistill.settings.build import load_named_data
 from codistill.settings.config import RunConfig
 from codistill.training.loop import train_loop
@@ -95,16 +96,16 @@ def end_state(run: Run) -> str:
         CheckpointError: There is no whole checkpoint, or no metrics.
     """
     state = run.checkpoints.load()
-    digest = hashlib.sha256(json.dumps([state["epoch"], state["step"], scores(run)]).encode())
+    digest = hashlib.sha256(json.dumps([*state.position, scores(run)]).encode())
     for name, tensor in sorted(tensors(state)):
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
-def tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors(state: TrainingState) -> Iterator[tuple[str, torch.Tensor]]:
     """List the tensors of a checkpoint by name."""
-    yield from state["method"].items()
-    yield from ((f"momentum {index}", each) for index, each in enumerate(state["momentum"]))
+    yield from state.method.items()
+    yield from ((f"momentum {index}", each) for index, each in enumerate(state.momentum))
 
 
 def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:

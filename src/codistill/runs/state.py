@@ -1,0 +1,144 @@
+"""The schema of a checkpoint, its checks, and how weights get out of a module and back into it."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from codistill.core.errors import CheckpointError
+
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Everything that a run needs to resume, between two steps.
+
+    Attributes:
+        config: The settings, as `RunConfig.as_mapping` returns them.
+        method: Parameters and buffers by name, see `tensors_once`.
+        momentum: In the order of the optimiser's parameters; empty without momentum.
+        rows: The lines of metrics.jsonl, one for each completed epoch.
+        step: Steps done of the epoch after the completed ones.
+        best: Whether the last completed epoch is the best so far; False within an epoch.
+        sums: Sums of the loss terms over these steps.
+        finite: Whether a loss term or gradient of these steps was NaN or infinite.
+    """
+
+    config: Mapping[str, Any]
+    method: Mapping[str, Tensor]
+    momentum: Sequence[Tensor]
+    rows: Sequence[Mapping[str, Any]] = ()
+    step: int = 0
+    best: bool = False
+    sums: Mapping[str, Any] = field(default_factory=dict)
+    finite: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def epoch(self) -> int:
+        """Number of completed epochs."""
+        return len(self.rows)
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """Completed epochs, and steps done of the one after them."""
+        return self.epoch, self.step
+
+    def as_mapping(self) -> dict[str, Any]:
+        """Return tensors and plain types only, as they are written; rows as text, which is parsed faster."""
+        rows = [json.dumps(row, allow_nan=False) for row in self.rows]
+        fields = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        return {**fields, "momentum": list(self.momentum), "rows": rows, "epoch": self.epoch, "format": FORMAT}
+
+    @classmethod
+    def from_mapping(cls, mapping: Any, where: str) -> "TrainingState":
+        """Check the contents of a checkpoint.
+
+        Args:
+            mapping: The contents, whatever they are.
+            where: The file, for the error line.
+
+        Raises:
+            CheckpointError: It is no checkpoint, one of another format, or a part is missing.
+        """
+        if not isinstance(mapping, dict) or not isinstance(mapping.get("format"), int):
+            raise CheckpointError(f"{where}: not a checkpoint of codistill")
+        if mapping["format"] != FORMAT:
+            raise CheckpointError(f"{where}: {other_format(mapping['format'])}")
+        for name, (check, what) in CHECKS.items():
+            if not check(mapping.get(name)):
+                raise CheckpointError(f"{where}: damaged: it holds no {what}")
+        try:
+            rows = [json.loads(line) for line in mapping["rows"]]
+        except (ValueError, TypeError, RecursionError):
+            rows = []
+        if len(rows) != mapping["epoch"] or not all(isinstance(row, dict) for row in rows):
+            raise CheckpointError(f"{where}: damaged: it holds no metrics of {mapping['epoch']} epochs")
+        parts = {each.name: mapping[each.name] for each in dataclasses.fields(cls)}
+        return cls(**{**parts, "rows": rows})
+
+
+def _is_weights(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(each, Tensor) for each in value.values())
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "config": (lambda value: isinstance(value, dict), "settings"),
+    "method": (_is_weights, "weights by name"),
+    "momentum": (lambda value: isinstance(value, list) and all(isinstance(each, Tensor) for each in value), "momentum"),
+    "rows": (lambda value: isinstance(value, list), "metrics"),
+    "epoch": (_is_count, "number of completed epochs"),
+    "step": (_is_count, "number of steps"),
+    "best": (lambda value: isinstance(value, bool), "mark of the best epoch"),
+    "sums": (lambda value: isinstance(value, dict), "sums of loss terms"),
+    "finite": (lambda value: isinstance(value, dict), "checks for NaN"),
+}
+
+
+def tensors_once(module: nn.Module) -> dict[str, Tensor]:
+    """Return the state of a module, with a tensor that several names share (a trunk) under its first name alone."""
+    first: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        first.setdefault(id(tensor), (name, tensor.detach()))
+    return dict(first.values())
+
+
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
+    """Load what `tensors_once` returned into a module that it must fit exactly.
+
+    Args:
+        module: Filled in place.
+        weights: Tensors by name.
+        what: Where they come from, for the error line.
+
+    Raises:
+        CheckpointError: They do not fit; names the first that does not, with both shapes, and counts them.
+    """
+    own = tensors_once(module)
+    missing = [name for name in own if name not in weights]
+    strange = [name for name in weights if name not in own]
+    unlike = [name for name in own if name in weights and own[name].shape != weights[name].shape]
+    if missing or strange or unlike:
+        first = next(name for name in (*unlike, *missing, *strange))
+        shapes = (list(tensors[first].shape) if first in tensors else "nothing" for tensors in (weights, own))
+        raise CheckpointError(
+            "{} does not fit the networks: {} is {} there and {} here; of {} tensors, {} have another shape, {} are "
+            "missing, {} unexpected".format(what, first, *shapes, len(own), len(unlike), len(missing), len(strange))
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
+
+
+def other_format(number: int) -> str:
+    """Return the words for a file of another format than this version writes."""
+    sign, version = (">", "a newer") if number > FORMAT else ("<", "an older")
+    return f"format {number} {sign} {FORMAT}: made by {version} version of codistill: use that one"
