@@ -73,6 +73,11 @@ def bench(tmp_path, monkeypatch):
     return Bench(tmp_path)
 
 
+def table(page: str) -> list[list[str]]:
+    """Return the cells of Markdown tables."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines()]
+
+
 def planned(tmp_path, text):
     (tmp_path / "spec.toml").write_text(text)
     return read_spec(tmp_path / "spec.toml")
@@ -176,12 +181,13 @@ def test_finished_runs_make_tables(bench, capsys):
     assert error == "" and [row.status for row in rows.values()] == ["finished"] * 3
     assert [row.top1_error["student0"] for row in rows.values()] == [10, 14, 12]
     assert "seed1: finished  error %: student0 14.00  ensemble 9.00" in out
-    assert "12.00 ± 2.00" in out and "7.00 ± 2.00" in out
     (group,) = bench.table()["groups"]
     assert group["mean"] == {"student0": 12, "ensemble": 7} and (group["runs"], group["failed"]) == (3, 0)
     assert group["deviation"]["student0"] == statistics.stdev([10, 14, 12])
-    page = (bench.out / "table.md").read_text().splitlines()
-    assert "| seed2 | finished | 12.00 | 7.00 |  |" in page and "| mfef | 3 | 12.00 ± 2.00 | 7.00 ± 2.00 |  |" in page
+    page = (bench.out / "table.md").read_text()
+    assert page in out and ["mfef", "3", "12.00 ± 2.00", "7.00 ± 2.00", ""] in table(page)
+    assert ["seed2", "finished", "12.00", "7.00", ""] in table(page)
+    assert len({line.rindex("|", 0, -1) for line in page.splitlines() if " 10.00 " in line or " 14.00 " in line}) == 1
     assert bench.calls() == ["train seed0", "train seed1", "train seed2"]
 
 
@@ -193,9 +199,9 @@ def test_a_group_with_a_failed_run_has_no_mean(bench, capsys):
     ffl, dml = bench.table()["groups"]
     assert (ffl["name"], ffl["runs"], ffl["failed"], ffl["mean"], ffl["deviation"]) == ("ffl", 2, 1, {}, {})
     assert dml["mean"]["student0"] == 12
-    page = (bench.out / "table.md").read_text().splitlines()
-    assert "| ffl-seed1 | FAILED |  |  | student0 diverged \\| in epoch 3 |" in page
-    assert "| ffl | 2 |  |  | 1 of 2 failed: no mean |" in page
+    page = (bench.out / "table.md").read_text()
+    assert "| student0 diverged \\| in epoch 3 |" in page
+    assert ["ffl", "2", "", "", "1 of 2 failed: no mean"] in table(page)
     assert "1 of 2 failed: no mean" in capsys.readouterr().out
 
 

@@ -27,7 +27,7 @@ from codistill.settings.config import RunConfig
 from codistill.sweeps.engines import local
 from codistill.sweeps.naming import differences, digest
 from codistill.sweeps.spec import PlannedRun, read_spec
-from codistill.sweeps.table import Row, shown_tables, write_tables
+from codistill.sweeps.table import Row, write_tables
 from codistill.training.fleet import shared
 
 EXECUTORS = ("local",)
@@ -179,10 +179,8 @@ class Sweep:
                         self.on_exit(job, status)
         finally:
             local.stop([job.process for job in busy.values() if job.process])
-        rows = list(self.rows.values())
-        for table in shown_tables(self.folder, rows):
-            self.console.print(table)
-        return rows
+        self.say("\n" + (self.folder / "table.md").read_text(encoding="utf-8"))
+        return list(self.rows.values())
 
     def start(self, job: Job, slot: int, slots: int) -> bool:
         """Start the process of a job, or leave it as it is while a process of an earlier sweep works on it.
@@ -192,7 +190,7 @@ class Sweep:
         Returns:
             Whether there is anything to do: a process of an earlier sweep may have finished all.
         """
-        # Only under the locks is final what the folders hold.
+        # The contents of the folders are final only under the locks.
         with local.locked([self.folder / "logs" / f"{run.name}.log" for run in job.runs]) as logs:
             if logs is None:
                 if not job.announced:
@@ -241,22 +239,20 @@ class Sweep:
             self.say(f"{job.name}: {reason}: trying them again in halves")
             self.waiting.extendleft(part for part in (left[len(left) // 2 :], left[: len(left) // 2]) if part)
         else:
-            again = [run for run in left if self.may_try_again(run, reason)]
+            again = []
+            for run in left:
+                self.attempts[run.name] += 1
+                count = self.attempts[run.name]
+                if count == ATTEMPTS:
+                    self.note(self.row(run, f"{reason}, the last of {ATTEMPTS} attempts"))
+                else:
+                    self.say(f"{run.name}: {reason}: trying again, {count} of {ATTEMPTS - 1}")
+                    again.append(run)
             # What kills a process may be one of its runs: each has its last attempt alone.
             if any(self.attempts[run.name] == ATTEMPTS - 1 for run in again):
                 self.waiting.extendleft([run] for run in reversed(again))
             elif again:
                 self.waiting.appendleft(again)
-
-    def may_try_again(self, run: PlannedRun, reason: str) -> bool:
-        """Count an attempt, and return whether there is another one; note the run as failed where there is none."""
-        self.attempts[run.name] += 1
-        count = self.attempts[run.name]
-        if count == ATTEMPTS:
-            self.note(self.row(run, f"{reason}, the last of {ATTEMPTS} attempts"))
-        else:
-            self.say(f"{run.name}: {reason}: trying again, {count} of {ATTEMPTS - 1}")
-        return count < ATTEMPTS
 
     def unfinished(self, job: Job) -> list[PlannedRun]:
         """Return the runs of a job that have not ended; note those whose folder shows an end for the first time."""
@@ -268,12 +264,7 @@ class Sweep:
         return [run for run in job.runs if self.rows[run.name].status == "unfinished"]
 
     def row(self, run: PlannedRun, reason: str = "") -> Row:
-        """Return how far a run is by its folder, which is the whole truth.
-
-        Args:
-            run: The run.
-            reason: Why it failed, where that is known and its folder does not show how it ended.
-        """
+        """Return how far a run is by its folder, which is the whole truth; `reason` counts where that shows no end."""
         folder = self.folder / run.name
         row = Row(name=run.name, group=run.group, folder=str(folder), status="unfinished")
         summary: dict[str, Any] = {}

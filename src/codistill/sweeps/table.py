@@ -1,20 +1,12 @@
 """Tables of a sweep: a row for each run, and for each group of runs that differ in the seed only mean and deviation."""
 
 import statistics
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from codistill.core.files import write_atomically, write_json
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-# Characters of a reason that a terminal shows; table.md has the whole.
-SHOWN_REASON = 60
-OVER_SEEDS = "mean ± sample standard deviation (n runs)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,27 +53,12 @@ def grouped(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def write_tables(folder: Path, spec: Path, rows: Sequence[Row]) -> None:
-    """Write `table.json` and `table.md` of a sweep.
-
-    Args:
-        folder: Of the sweep.
-        spec: Its spec.
-        rows: One for each run.
-    """
+    """Write `table.json` and `table.md` of a sweep into its folder."""
     groups = grouped(rows)
     write_json(folder / "table.json", {"spec": str(spec), "runs": [asdict(row) for row in rows], "groups": groups})
     lines = [f"# Top-1 errors on the test set after the last epoch, %: {spec.name}", "", *markdown(run_cells(rows))]
-    lines += ["", f"Over seeds: {OVER_SEEDS}", "", *markdown(group_cells(groups))]
+    lines += ["", "Over seeds: mean ± sample standard deviation (n runs)", "", *markdown(group_cells(groups))]
     write_atomically(folder / "table.md", ("\n".join(lines) + "\n").encode())
-
-
-def shown_tables(folder: Path, rows: Sequence[Row]) -> "list[Table]":
-    """Make the tables for a terminal; that of the groups only where one has several runs."""
-    groups = grouped(rows)
-    tables = [rich_table(f"{folder}: top-1 errors on the test set after the last epoch, %", run_cells(rows))]
-    if any(group["runs"] > 1 for group in groups):
-        tables.append(rich_table(f"over seeds: {OVER_SEEDS}", group_cells(groups)))
-    return tables
 
 
 def predictors_of(members: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -115,23 +92,9 @@ def group_cells(groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def markdown(cells: Sequence[Sequence[str]]) -> list[str]:
-    """Write a table in Markdown."""
-    lines = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-
-
-def rich_table(title: str, cells: Sequence[Sequence[str]]) -> "Table":
-    """Make a table for a terminal; a last column without contents is left out, and what is too long there is cut."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    headings, *lines = cells
-    width = len(headings) - (not any(line[-1] for line in lines))
-    table = Table(title=escape(title))
-    for heading in headings[:width]:
-        number = heading not in (headings[0], "status", "reason", "note")
-        table.add_column(heading, justify="right" if number else "left", no_wrap=number, overflow="fold")
-    for line in lines:
-        shown = [*line[:-1], textwrap.shorten(line[-1], SHOWN_REASON, placeholder=" ..")]
-        table.add_row(*map(escape, shown[:width]))
-    return table
+    """Write a table in Markdown, its columns aligned for terminals."""
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in cells]
+    widths = [max(3, *map(len, column)) for column in zip(*escaped, strict=True)]
+    widths[-1] = 3  # reasons may be long
+    lines = [escaped[0], ["-" * width for width in widths], *escaped[1:]]
+    return [f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines]
