@@ -1,6 +1,7 @@
-"""Two processes do the step of one, and what would silently be something else is refused."""
+"""Two ranks do the step of one process, and what would be another experiment on ranks is refused."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -11,14 +12,13 @@ from codistill.cli import main
 from codistill.core.errors import UsageError
 from codistill.data.augment import Augmentation, DeviceImages, epoch_indices
 from codistill.networks import Network, PooledLinear
-from codistill.settings.config import default_config
-from codistill.training.fleet import train_fleet
+from codistill.settings.config import ExecutionSettings, default_config
 from codistill.training.optim import make_optimizer, momentum_buffers
 from codistill.training.ranks import ALONE, Ranks
 from codistill.training.step import TrainStep
-from codistill.training.train import train_from_config
 
 from .. import tiny
+from .rank_program import forked
 
 CPU = torch.device("cpu")
 CROPS = Augmentation(padding=1)
@@ -29,56 +29,70 @@ METHODS = {
 }
 
 
+class DoubleImages(DeviceImages):
+    """Images in float64, so that sums in another order differ by 1e-16 only."""
+
+    def augmented(self, *given):
+        images, labels = super().augmented(*given)
+        return images.double(), labels
+
+
 def plain_student():
     """A network without batch normalisation, whose gradients are means over the batch."""
     stages = [nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh()), nn.Sequential(nn.Conv2d(4, 5, 3), nn.Tanh())]
     return Network(stages, PooledLinear(5, 3), (4, 5))
 
 
-def after_steps(name, sizes, ranks):
-    """All that a method's state and its optimiser's hold, and the mean terms, after a step for each batch size."""
-    torch.manual_seed(0)
-    kind, settings = METHODS[name]
-    students = [plain_student(), plain_student()]
-    method = kind(students, 3, kind.Settings(**settings), image_size=(8, 8))
+def after_steps(method, ranks):
+    """All that a method's state and its optimiser's hold, and the mean terms, after steps of 8, 7 and 5 images."""
+    method.double()
     data = tiny.data()
-    images = DeviceImages(data.train, data.statistics, CPU)
+    images = DoubleImages(data.train, data.statistics, CPU)
     optimizer = make_optimizer(method, 0.1, 0.9, True, 1e-4)
     step = TrainStep(method, images, CROPS, optimizer, ranks=ranks)
-    plan, start = epoch_indices(len(images), 0, 0, CROPS, CPU, method.views), 0
-    for size in sizes:
-        step(plan.part(start, start + size), torch.tensor(0.5))
-        start += size
+    plan = epoch_indices(len(images), 0, 0, CROPS, CPU, method.views)
+    for start, stop in ((0, 8), (8, 15), (15, 20)):
+        step(plan.part(start, stop), torch.tensor(0.5, dtype=torch.float64))
     return {"state": method.state_dict(), "momentum": momentum_buffers(optimizer), "terms": step.sums.means()}
 
 
-def write_steps(ranks, begun, folder, sizes):
-    results = {name: after_steps(name, sizes, ranks) for name in METHODS}
-    torch.save(results, folder / f"rank{ranks.number}.pt")
+def without_batch_statistics(name):
+    torch.manual_seed(0)
+    kind, settings = METHODS[name]
+    return kind([plain_student(), plain_student()], 3, kind.Settings(**settings), image_size=(8, 8))
 
 
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory):
-    """What two processes have after steps of 8, 7 and 5 images: their parts are of 4 and 4, 3 and 4, 2 and 3."""
+    """The ends of both ranks; their parts are of 4 and 4, 3 and 4, 2 and 3 images."""
     folder = tmp_path_factory.mktemp("steps")
-    launch(write_steps, (folder, (8, 7, 5)), folder, CPU, processes=2, restarts=0)
+
+    def work():
+        with Ranks.from_environment() as ranks:
+            ends = {name: after_steps(without_batch_statistics(name), ranks) for name in METHODS}
+            ends["batch statistics"] = after_steps(tiny.method(), ranks)
+            torch.save(ends, folder / f"rank{ranks.number}.pt")
+        return 0
+
+    assert forked(work) == [0, 0]
     return [torch.load(folder / f"rank{number}.pt") for number in range(2)]
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_both_ranks_have_the_same_bits(on_two, name):
-    first, second = (each[name] for each in on_two)
-    assert all(map(torch.equal, first["state"].values(), second["state"].values()))
-    assert all(map(torch.equal, first["momentum"], second["momentum"]))
-    assert first["terms"] == second["terms"]
-
-
-@pytest.mark.parametrize("name", METHODS)
 def test_the_steps_are_those_of_one_process_on_whole_batches(on_two, name):
-    alone = after_steps(name, (8, 7, 5), ALONE)
-    torch.testing.assert_close(on_two[0][name]["state"], alone["state"], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(on_two[0][name]["momentum"], alone["momentum"], rtol=1e-4, atol=1e-6)
-    assert on_two[0][name]["terms"] == pytest.approx(alone["terms"], rel=1e-4)
+    alone = after_steps(without_batch_statistics(name), ALONE)
+    for end in on_two:
+        # Sums in another order; everything is in float64 but the augmentation, which is the same.
+        torch.testing.assert_close(end[name]["state"], alone["state"], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(end[name]["momentum"], alone["momentum"], rtol=1e-9, atol=1e-12)
+        assert end[name]["terms"] == pytest.approx(alone["terms"], rel=1e-5)  # which are summed in float32
+
+
+def test_ranks_have_the_same_weights_and_batch_statistics_of_their_own(on_two):
+    first, second = (end["batch statistics"]["state"] for end in on_two)
+    own = [name for name in first if "running" in name]
+    assert own and not any(torch.equal(first[name], second[name]) for name in own)
+    assert all(torch.equal(first[name], second[name]) for name in first.keys() - set(own))
 
 
 @pytest.mark.parametrize("size", [6, 7, 8])
@@ -91,51 +105,90 @@ def test_parts_are_contiguous_and_differ_by_an_image_at_most(size):
     assert max(sizes) - min(sizes) <= 1
 
 
-def config(name="mfef", networks=("resnet20", "resnet20"), **settings):
-    train = cd.TrainSettings(**({"epochs": 1, "batch_size": 8, "processes": 2} | settings))
-    return dataclasses.replace(default_config(name), networks=networks, data="digits", train=train)
+def config(name="mfef", **settings):
+    train = cd.TrainSettings(**({"epochs": 1, "batch_size": 8} | settings))
+    return dataclasses.replace(default_config(name), train=train)
 
 
-def refused(config, words, out, **more):
+@pytest.mark.parametrize(
+    ("config", "ranks", "words"),
+    [
+        (config("kdcl"), 2, "kdcl with method.variant general .* omit torchrun"),
+        (config(), 5, "batch_size is 8; 5 ranks need at least 10"),
+        (config(), 2, "last batch of 27 images would have 3, too few for 2 ranks: set drop_last"),
+    ],
+)
+def test_what_would_be_another_experiment_is_refused(config, ranks, words):
     with pytest.raises(UsageError, match=words):
-        train_from_config(config, out, show=False, **more)
-    assert not out.exists()
+        Ranks(0, ranks).check_parts(config, 27)
 
 
-def test_a_method_that_needs_the_whole_batch_is_refused(tmp_path):
-    refused(config("kdcl"), "kdcl with method.variant general .* --processes 1", tmp_path / "run")
+def test_batches_that_leave_two_images_to_each_rank_pass():
+    Ranks(0, 2).check_parts(config(), 28)
+    Ranks(0, 2).check_parts(config(drop_last=True), 27)
+    Ranks(0, 4).check_parts(config(), 24)
 
 
-def test_devices_are_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    refused(config(device="auto"), "processes is 2, but this machine has 1 CUDA dev.* --device cpu", tmp_path / "run")
-    refused(config(device="cuda:0"), "cuda:0: 2 processes use a GPU each", tmp_path / "run")
+@pytest.fixture
+def under_torchrun(monkeypatch):
+    values = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "1"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
 
 
-def test_no_part_may_have_less_than_two_images():
-    with pytest.raises(UsageError, match="batch_size is 8; 5 processes need at least 10"):
-        config(processes=5)
+ONE_PROCESS = (
+    "train mfef --networks resnet20 resnet20 --data digits --seeds 0 1",
+    "train mfef --networks resnet20 resnet20 --data digits --verify-resume",
+    "bench mfef --networks resnet20 resnet20",
+    "sweep spec.toml --out sweep",
+    "export run",
+    "evaluate run",
+    "predict run image.png",
+    "list",
+)
 
 
-def test_a_last_batch_that_is_too_small_is_refused(tmp_path):
-    out = tmp_path / "run"
-    with pytest.raises(
-        UsageError, match="last batch of 27 images would have 3, too few for 2 processes: set drop_last"
-    ):
-        train_on_processes(config(train_limit=27, device="cpu"), out, {}, show=False, max_restarts=0)
-    assert not out.exists()
-
-
-def test_what_is_for_one_process_is_refused(tmp_path, capsys):
-    with pytest.raises(UsageError, match="side by side share one process"):
-        train_fleet([config(seed=0), config(seed=1)], [tmp_path / "a", tmp_path / "b"])
-    with pytest.raises(UsageError, match="only a run that a recipe or a command line describes"):
-        cd.train(tiny.method(), tiny.data(), out=tmp_path / "run", settings=tiny.settings(processes=2))
-    refused(config(device="cpu"), "max_restarts is -1", tmp_path / "run", max_restarts=-1)
-    given = ["train", "mfef", "--networks", "resnet20", "resnet20", "--data", "digits", "--processes", "2"]
-    assert main([*given, "--verify-resume", "--out", str(tmp_path / "run")]) == 2
-    assert "verify_resume looks at one process" in capsys.readouterr().err
-    assert main(["bench", "mfef", "--networks", "resnet20", "resnet20", "--processes", "2"]) == 2
-    assert "bench measures one process" in capsys.readouterr().err
+@pytest.mark.parametrize("line", ONE_PROCESS)
+def test_what_one_process_does_is_refused_in_one_line(under_torchrun, line, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(line.split()) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"codistill: error: .*one process only: start it without torchrun\n", error)
     assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main(line.split()) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_world_of_one_is_an_ordinary_run(under_torchrun, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with Ranks.from_environment() as ranks:
+        assert ranks is ALONE
+
+
+def test_half_of_the_variables_are_not_torchrun(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with Ranks.from_environment() as ranks:
+        assert ranks is ALONE
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda:0"])
+def test_gpus_are_counted(monkeypatch, tmp_path, device, capfd):
+    def work():
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        with Ranks.from_environment() as ranks:
+            try:
+                ranks.choose_device(ExecutionSettings(device=device))
+            except UsageError as error:
+                (tmp_path / "error").write_text(f"{ranks.number} {error}")
+                return error.exit_status
+            except SystemExit as end:
+                return end.code
+        return 0
+
+    assert forked(work) == [2, 2]
+    assert re.match(
+        rf"0 device {device}: 2 ranks on .* need a GPU each of its 1: use", (tmp_path / "error").read_text()
+    )

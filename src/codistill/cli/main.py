@@ -19,6 +19,7 @@ from codistill.cli.commands import (
 from codistill.core.errors import CodistillError, UsageError
 from codistill.core.registry import near_matches
 from codistill.core.signals import Terminated, terminate
+from codistill.training.ranks import ranks_in_environment, refuse_ranks
 
 USAGE = """\
 usage: codistill COMMAND ...
@@ -60,6 +61,8 @@ def run_command(arguments: Sequence[str]) -> None:
 
         print(f"codistill {importlib.metadata.version('codistill')}")
     elif arguments[0] in COMMANDS:
+        if arguments[0] not in ("train", "resume"):
+            refuse_ranks(f"codistill {arguments[0]}")
         COMMANDS[arguments[0]](arguments[1:])
     else:
         raise UsageError(f"unknown command {arguments[0]!r}: {near_matches(arguments[0], COMMANDS)}")
@@ -88,7 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         status, line = explain(error)
-        print(f"codistill: error: {line}", file=sys.stderr)
+        # What is wrong with a command line is wrong in every process that torchrun started: one of a machine says so.
+        if status != 2 or os.environ.get("LOCAL_RANK", "0") == "0" or ranks_in_environment() == 1:
+            print(f"codistill: error: {line}", file=sys.stderr)
         return status
 
 

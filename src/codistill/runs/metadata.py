@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,17 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def run_metadata(config: RunConfig, data: Dataset, device: torch.device) -> dict[str, Any]:
-    """Return the contents of config.json: settings, environment, and the facts of the data set that networks need."""
+def run_metadata(
+    config: RunConfig, data: Dataset, device: torch.device, launch: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the contents of config.json: settings, environment, and the facts of the data set that networks need.
+
+    Args:
+        config: The settings.
+        data: The data set.
+        device: Where the run is trained.
+        launch: What is recorded with the environment of how the processes were started.
+    """
     mean, std = data.statistics
     facts = {
         "name": data.name,
@@ -45,7 +55,7 @@ def run_metadata(config: RunConfig, data: Dataset, device: torch.device) -> dict
         "train_images": len(data.train),
         "test_images": len(data.test),
     }
-    return {**config.as_mapping(), "dataset": facts, "environment": environment(device)}
+    return {**config.as_mapping(), "dataset": facts, "environment": {**environment(device), **(launch or {})}}
 
 
 def checked_metadata(metadata: Any, path: Path) -> dict[str, Any]:

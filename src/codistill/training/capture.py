@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from codistill.core.console import warn
+from codistill.core.console import note, warn
 from codistill.core.device import critical_stream
 from codistill.core.errors import UsageError
 from codistill.data.augment import BatchIndices
@@ -113,7 +113,11 @@ class EagerSteps:
 
 def make_fleet(members: Sequence[TrainStep]) -> GraphedSteps | EagerSteps:
     """Capture steps where they can be: on CUDA, in one process, and where every method allows it; else say why not."""
-    if members[0].images.labels.device.type != "cuda" or members[0].ranks.count > 1:
+    if members[0].images.labels.device.type != "cuda":
+        return EagerSteps(members)
+    if members[0].ranks.count > 1:
+        if members[0].ranks.leads:
+            note("on several ranks a step is not captured as a CUDA graph")
         return EagerSteps(members)
     plain = sorted({member.method.name for member in members if not member.method.capturable})
     if plain:

@@ -35,6 +35,7 @@ from codistill.training.prepare import (
     split_training,
     with_absolute_paths,
 )
+from codistill.training.ranks import refuse_ranks
 from codistill.training.step import TrainStep
 from codistill.training.train import free_folder
 from codistill.training.trainer import Trainer
@@ -176,6 +177,7 @@ def train_fleet(configs: Sequence[RunConfig], outs: Sequence[Path], show: bool =
     Raises:
         UsageError: The runs do not go together, or one of them cannot work; nothing was written.
     """
+    refuse_ranks("several runs side by side (--seeds, --recipes)")
     first = configs[0]
     for config in configs[1:]:
         for key, value in shared(config).items():

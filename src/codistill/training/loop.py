@@ -59,7 +59,9 @@ def train_loop(
                 return
     for loop in active:
         loop.method.cohort.streams.clear()
-        loop.finish(time.monotonic() - started)
+        with loop.step.ranks.together():
+            if loop.step.ranks.leads:
+                loop.finish(time.monotonic() - started)
 
 
 def train_epoch(
@@ -105,8 +107,9 @@ def completed(loops: Sequence[Trainer]) -> list[tuple[list[list[float]], Trainin
     """Read the numbers of an epoch of all runs at once, and copy their states to the host on the way."""
     vectors, states = [], []
     for loop in loops:
-        vectors.append([loop.step.sums.packed(), *loop.guard.health(), *loop.evaluation.packed()])
+        leads = loop.step.ranks.leads
+        vectors.append([loop.step.sums.packed(), *loop.guard.health(), *loop.evaluation.packed()] if leads else [])
         loop.method.after_epoch()
-        states.append(loop.saver.copy(loop.state()) if loop.step.ranks.leads else None)
-    numbers = iter(read_together([vector for run in vectors for vector in run]))
+        states.append(loop.saver.copy(loop.state()) if leads else None)
+    numbers = iter(read_together([vector for run in vectors for vector in run]) if any(vectors) else [])
     return [([next(numbers) for _ in run], state) for run, state in zip(vectors, states, strict=True)]

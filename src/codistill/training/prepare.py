@@ -167,18 +167,20 @@ def set_up(
     A `run` that has a folder is opened again instead of made. Of the processes that share a run, rank 0 holds the
     folder. Splits that are `resident` already are used as they are. `runs` train side by side, this one among them.
     """
-    settings = config.train
+    settings, show = config.train, show and ranks.leads
     set_up_cpu(config.execution.threads, device)
     set_up_gpu(device, config.execution.deterministic)
-    augmentation = settings.augmentation(data)
-    training, validation = split_training(data, settings)
-    check_shapes(method, data)
-    steps = settings.epochs * math.ceil(len(training) / settings.batch_size)
-    execution = choose_execution(config.execution, device, 1 if ranks.count > 1 else runs, steps)
-    execution.prepare(method, device, config.execution.deterministic)
+    with ranks.together():
+        augmentation = settings.augmentation(data)
+        training, validation = split_training(data, settings)
+        ranks.check_parts(config, len(training))
+        check_shapes(method, data)
+        steps = settings.epochs * math.ceil(len(training) / settings.batch_size)
+        execution = choose_execution(config.execution, device, 1 if ranks.count > 1 else runs, steps)
+        execution.prepare(method, device, config.execution.deterministic)
     config = with_absolute_paths(config, data)
     resident = resident or DeviceSplits(data.statistics, device)
-    metadata = None if run else run_metadata(config, data, device)
+    metadata = None if run else run_metadata(config, data, device, ranks.facts())
     with opened_folder(out, metadata, method, data, ranks) as folder:
         try:
             method.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
@@ -208,9 +210,13 @@ def opened_folder(
 ) -> Iterator[Run]:
     """Make or open the run folder; rank 0 holds it for all."""
     with contextlib.ExitStack() as held:
-        with ranks.leader_first():
-            run = held.enter_context(Run.opened(path, metadata, method, data)) if ranks.leads else Run(path)
-        yield run
+        run: Run | None = None
+        with ranks.together():
+            if ranks.leads:
+                run = held.enter_context(Run.opened(path, metadata, method, data))
+        # The others cannot read it: it may lie on a disk of rank 0's machine.
+        known = ranks.from_leader(lambda: Run(path)) if ranks.count > 1 else run
+        yield run or known  # type: ignore[misc]
 
 
 def out_of_memory(config: RunConfig, method: Method, error: BaseException) -> ResourceError:

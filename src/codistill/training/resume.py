@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from codistill.core.device import choose_device
 from codistill.core.errors import DataError, UsageError
 from codistill.data.dataset import Dataset
 from codistill.deploy.run import Run
@@ -68,21 +67,35 @@ def resume_together(
         CodistillError: See `resume`.
     """
     overrides = {**(override or {}), **({"data_dir": data_dir} if data_dir else {})}
-    interrupted = [InterruptedRun(run, overrides) for path in paths for run in unfinished(path)]
+    with Ranks.from_environment() as ranks:
+        return resumed(paths, overrides, show, ranks)
+
+
+def resumed(paths: Sequence[Path], overrides: Mapping[str, Any], show: bool, ranks: Ranks) -> list[Run]:
+    """Go on with several runs in this process, or with one on several ranks; see `resume_together`."""
+
+    def read() -> list[InterruptedRun]:
+        runs = [run for path in paths for run in unfinished(path)]
+        if ranks.count > 1 and len(runs) > 1:
+            raise UsageError(f"{len(runs)} runs to resume, but under torchrun only one is: name it, or omit torchrun")
+        return [InterruptedRun(run, overrides, ranks) for run in runs]
+
+    interrupted = ranks.from_leader(read)
     groups: dict[str, list[InterruptedRun]] = {}
     for each in interrupted:
         groups.setdefault(json.dumps([each.position, shared(each.config)]), []).append(each)
     several = len(interrupted) > 1
     for group in groups.values():
         configs = [each.config for each in group]
-        device = choose_device(configs[0].execution.device, configs[0].execution.precision)
-        data = group[0].load_data()
-        methods = [build_taught(config, data) for config in configs]
+        device = ranks.choose_device(configs[0].execution)
+        data = ranks.in_turn(group[0].load_data)
+        with ranks.together():
+            methods = [build_taught(config, data) for config in configs]
         sizes = side_by_side(methods, configs, data, device)
         resident = DeviceSplits(data.statistics, device)
         openings = [
             functools.partial(
-                each.taken_up, method, data, device, show, label=several, resident=resident, runs=sizes[0]
+                each.taken_up, method, data, device, show, several, ranks=ranks, resident=resident, runs=sizes[0]
             )
             for each, method in zip(group, methods, strict=True)
         ]
@@ -113,17 +126,19 @@ class InterruptedRun:
     Args:
         run: The run.
         override: New values of settings by name.
+        ranks: The processes that resume it.
 
     Raises:
-        UsageError: The run is finished, its settings are not those that it was started with, or an override of one
-            that belongs to the experiment.
+        UsageError: The run is finished, its settings or its number of ranks are not those that it was started with, or
+            an override of one that belongs to the experiment.
         CheckpointError: No whole checkpoint among those that are there.
     """
 
-    def __init__(self, run: Run, override: Mapping[str, Any]) -> None:
+    def __init__(self, run: Run, override: Mapping[str, Any], ranks: Ranks = ALONE) -> None:
         self.run = run
         if run.finished:
             raise UsageError(f"run {run.path} is finished: there is nothing to resume")
+        ranks.check_count(run.metadata["environment"].get("ranks", 1), run.path)
         config = run.config
         self.state = run.checkpoints.load() if run.checkpoints.entries() else None
         if self.state is not None:
@@ -171,8 +186,9 @@ class InterruptedRun:
         """Put the run on its device as its checkpoint left it; see `set_up`."""
         out, name = self.run.path, self.run.path.name if label else ""
         with set_up(method, data, self.config, out, device, show, name, self.run, ranks, resident, runs) as loop:
-            if self.state is not None:
-                loop.restore(self.state)
+            with ranks.together():
+                if self.state is not None:
+                    loop.restore(self.state)
             yield loop
 
 

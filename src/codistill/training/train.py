@@ -2,33 +2,37 @@
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from codistill.core.device import choose_device
 from codistill.core.errors import DivergedError
 from codistill.data.dataset import Dataset
 from codistill.deploy.run import Run
 from codistill.methods import Method
 from codistill.methods.teacher import WithTeacher
+from codistill.runs.state import TrainingState
 from codistill.settings.build import load_named_data
-from codistill.settings.config import ExecutionSettings, RunConfig, TeacherSettings, TrainSettings
+from codistill.settings.config import PLACES, ExecutionSettings, RunConfig, TeacherSettings, TrainSettings
 from codistill.training.loop import train_loop
-from codistill.training.prepare import build_taught, check_teacher, set_up
+from codistill.training.prepare import build_taught, check_teacher, set_up, with_absolute_paths
+from codistill.training.ranks import Ranks
 from codistill.training.trainer import Trainer
 
 
 def free_folder(config: RunConfig, ending: str | None = None) -> Path:
     """Find a new folder name below runs/ for a run, or for several that `ending` names."""
+    return next(path for path in candidate_folders(config, ending) if not path.exists())
+
+
+def candidate_folders(config: RunConfig, ending: str | None = None) -> Iterator[Path]:
+    """Name the folders below runs/ that a run may have, in the order in which they are tried."""
     names = [spec.partition(":")[0].replace("/", "-") for spec in config.networks]
     networks = "+".join(f"{name}x{len(list(same))}" for name, same in itertools.groupby(names))
     stem = f"{config.data.partition(':')[0]}-{config.method_name}-{networks}-{ending or f'seed{config.train.seed}'}"
     for number in itertools.count(1):
-        path = Path("runs") / (stem if number == 1 else f"{stem}-{number}")
-        if not path.exists():
-            return path
-    raise AssertionError
+        yield Path("runs") / (stem if number == 1 else f"{stem}-{number}")
 
 
 def train_from_config(config: RunConfig, out: Path | None = None, show: bool = True) -> Run:
@@ -42,9 +46,12 @@ def train_from_config(config: RunConfig, out: Path | None = None, show: bool = T
     Raises:
         CodistillError: See `train`.
     """
-    device = choose_device(config.execution.device, config.execution.precision)
-    data = load_named_data(config)
-    return _train(build_taught(config, data), data, config, out or free_folder(config), device, show)
+    with Ranks.from_environment() as ranks:
+        device = ranks.choose_device(config.execution)
+        data = ranks.in_turn(lambda: load_named_data(config))
+        with ranks.together():
+            method = build_taught(config, data)
+        return _train(method, data, config, out, device, show, ranks)
 
 
 def train(
@@ -93,14 +100,54 @@ def train(
         teaching=teaching,
         method=method.settings,
     )
-    device = choose_device(config.execution.device, config.execution.precision)
-    return _train(method, data, config, Path(out) if out else free_folder(config), device, show)
+    with Ranks.from_environment() as ranks:
+        device = ranks.choose_device(config.execution)
+        return _train(method, data, config, Path(out) if out else None, device, show, ranks)
 
 
-def _train(method: Method, data: Dataset, config: RunConfig, out: Path, device: torch.device, show: bool) -> Run:
-    with set_up(method, data, config, out, device, show) as loop:
+def _train(
+    method: Method, data: Dataset, config: RunConfig, out: Path | None, device: torch.device, show: bool, ranks: Ranks
+) -> Run:
+    run, state, finished = ranks.from_leader(lambda: restarted(with_absolute_paths(config, data), out, ranks))
+    if run is not None and finished:
+        return run
+    out = run.path if run is not None else ranks.from_leader(lambda: out or free_folder(config))
+    if ranks.count > 1 and state is None:
+        method.load_state_dict(ranks.from_leader(method.state_dict))
+    with set_up(method, data, config, out, device, show, run=run, ranks=ranks) as loop:
+        with ranks.together():
+            if state is not None:
+                loop.restore(state)
         train_loop([loop], fail)
     return loop.run
+
+
+def restarted(config: RunConfig, out: Path | None, ranks: Ranks) -> tuple[Run | None, TrainingState | None, bool]:
+    """Find the run that this launch of torchrun began before it restarted the processes.
+
+    Args:
+        config: What is to be trained.
+        out: Its folder; None: the last one below runs/.
+        ranks: The processes.
+
+    Returns:
+        The run, its last checkpoint if it has one, and whether it is finished; no run: this launch has begun none.
+
+    Raises:
+        DivergedError: The run diverged, and would again.
+        CheckpointError: No whole checkpoint among those that are there.
+    """
+    folders = [out] if out else list(itertools.takewhile(Path.exists, candidate_folders(config)))[-1:]
+    if not ranks.restarts or not folders or not (folders[0] / "config.json").exists():
+        return None, None, False
+    run = Run(folders[0])
+    began, now = run.config.as_mapping(), config.as_mapping()
+    same = all(began[key] == now[key] for key in now if key not in PLACES)
+    if not same or any(run.metadata["environment"].get(key) != value for key, value in ranks.facts().items()):
+        return None, None, False
+    if run.status == "diverged":
+        raise DivergedError(f"not restarted: {run.summary.get('error')}")
+    return run, run.checkpoints.load() if run.checkpoints.entries() else None, run.finished
 
 
 def fail(_: Trainer, error: DivergedError) -> None:

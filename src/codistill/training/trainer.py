@@ -166,17 +166,19 @@ class Trainer:
             state: The state after the last step, on the host; None: another rank saves.
 
         Raises:
-            DivergedError: A number is none any more; nothing of the epoch is kept.
+            DivergedError: A number became NaN or infinite; nothing of the epoch is kept.
         """
-        if state is None:
-            self.step.sums.reset()
-            self.step.finite.reset()
-            return
+        with self.step.ranks.together():
+            if state is not None:
+                self.log_epoch(epoch, numbers, state)
+        self.step.sums.reset()
+        self.step.finite.reset()
+
+    def log_epoch(self, epoch: int, numbers: Sequence[Sequence[float]], state: TrainingState) -> None:
+        """Check, score, save and show an epoch; see `end_epoch`."""
         terms, watched, damage, *packed = numbers
         self.guard.refuse_divergence(epoch, self.rate, watched, damage)
         row: dict[str, Any] = {"epoch": epoch, "learning_rate": self.rate, "train": self.step.sums.means(terms)}
-        self.step.sums.reset()
-        self.step.finite.reset()
         row |= self.scored(packed)
         self.guard.refuse_bad_scores(row, self.evaluation.splits)
         row["warnings"] = health_warnings(row, self.rows, self.config.train.epochs)
@@ -213,8 +215,6 @@ class Trainer:
         Raises:
             ResourceError: The last checkpoint or the metrics could not be written.
         """
-        if not self.step.ranks.leads:
-            return
         lost = self.saver.finish()
         best = self.best or self.rows[-1]
         execution = dataclasses.asdict(self.step.execution)

@@ -21,6 +21,7 @@ from codistill.settings.build import load_named_data
 from codistill.settings.config import RunConfig
 from codistill.training.loop import train_loop
 from codistill.training.prepare import build_taught, set_up
+from codistill.training.ranks import refuse_ranks
 from codistill.training.resume import InterruptedRun
 from codistill.training.train import fail
 
@@ -44,6 +45,7 @@ def verify_resume(config: RunConfig) -> str:
         CheckpointError: The ends differ; names the first tensor.
         CodistillError: The run cannot be trained at all.
     """
+    refuse_ranks("--verify-resume")
     device = choose_device(config.execution.device, config.execution.precision)
     data = load_named_data(config)
     data = dataclasses.replace(data, test=Split(data.test.images[:TEST_IMAGES], data.test.labels[:TEST_IMAGES]))
