@@ -171,8 +171,8 @@ CASES = dict(
             ),
             Case(
                 "a rank that dies or raises",
-                "two processes on the CPU, one killed",
-                "all end within a minute; status 7; names the rank",
+                "two processes on the CPU, one killed, or without data",
+                "all end within a minute; status 7; it can be resumed, and torchrun's restart does",
             ),
             Case(
                 "a sweep with losses",

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # or each fork would import it for the probe on the meta device, which takes seconds
 
 from codistill.cli import main
 from codistill.core.errors import DataError
