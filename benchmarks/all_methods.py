@@ -30,7 +30,7 @@ STUDENTS = {"okddip": 3, "byot": 1}
 
 @dataclass(frozen=True)
 class Options:
-    """What to run."""
+    """Options of the comparison."""
 
     out: Path
     data: str = "packed"
@@ -84,27 +84,27 @@ def table(runs: list[Run]) -> str:
     return "\n".join(lines)
 
 
-def begun(out: Path) -> bool:
+def is_started(out: Path) -> bool:
     return (out / "config.json").exists()
 
 
-def go_on(outs: list[Path]) -> None:
-    """Finish the runs that an earlier start of this script began and did not end."""
-    broken = [out for out in outs if begun(out) and Run(out).status not in ("finished", "diverged")]
-    with contextlib.suppress(DivergedError):  # the table says so
+def resume_started(outs: list[Path]) -> None:
+    """Resume the runs that an earlier start of this script left without an end."""
+    broken = [out for out in outs if is_started(out) and Run(out).status not in ("finished", "diverged")]
+    with contextlib.suppress(DivergedError):  # the table names it
         if broken:
             resume_together(broken)
 
 
 def main(options: Options) -> None:
     teacher = options.out / "teacher"
-    go_on([teacher])
-    if not begun(teacher):
+    resume_started([teacher])
+    if not is_started(teacher):
         config = replace(config_of("independent", options), networks=(options.teacher_network,))
         train_from_config(config, teacher)
     outs = {name: options.out / name for name in options.methods or METHODS}
-    go_on(list(outs.values()))
-    wanted = [name for name, out in outs.items() if not begun(out)]
+    resume_started(list(outs.values()))
+    wanted = [name for name, out in outs.items() if not is_started(out)]
     configs = {name: config_of(name, options) for name in wanted}
     if "kd" in configs:
         configs["kd"] = replace(configs["kd"], teaching=TeacherSettings(teacher=str(teacher)))

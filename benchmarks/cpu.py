@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-# Before torch: it says how threads wait.
+# Before torch: it sets how threads wait.
 import codistill  # noqa: F401  # isort: skip
 import torch
 import tyro

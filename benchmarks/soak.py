@@ -5,7 +5,7 @@
 Each training is a process of its own (a fork of this one, which has imported everything). SIGKILL leaves it no time to
 do anything; every fourth time or so it gets SIGTERM or SIGINT instead, at which it saves. A moment is drawn between the
 start of a process and twice as long as an undisturbed one takes to its first line of metrics. Runs that finish are
-compared, bit for bit: parameters, buffers, momentum and metrics. Then the next one begins, with another seed, until all
+compared, bit for bit: parameters, buffers, momentum and metrics. Then the next one starts, with another seed, until all
 kills are done and the last run has ended. Prints a line a run, and writes OUT/soak.json and OUT/soak.md.
 """
 
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import codistill as cd
 from codistill.cli.main import main as command
@@ -33,7 +34,7 @@ SOFT = (signal.SIGTERM, signal.SIGINT)
 
 
 def started(line: list[str], log: Path) -> int:
-    """Run a command line in a child; its process number."""
+    """Run a command line in a child and return its process number."""
     pid = os.fork()
     if pid:
         return pid
@@ -50,7 +51,7 @@ def started(line: list[str], log: Path) -> int:
 
 
 def ended(pid: int, deadline: float | None = None) -> int | None:
-    """Wait for a child; None: it still runs at the deadline."""
+    """Wait for a child and return its exit status; None: it still runs at the deadline."""
     while True:
         done, status = os.waitpid(pid, 0 if deadline is None else os.WNOHANG)
         if done:
@@ -61,7 +62,7 @@ def ended(pid: int, deadline: float | None = None) -> int | None:
 
 
 def few_digits(path: Path, train: int, test: int) -> Path:
-    """Write some images of scikit-learn's digits as a packed data set: an epoch is to be short."""
+    """Write some images of scikit-learn's digits as a packed data set, for short epochs."""
     whole = cd.dataset("digits")
     np.savez(
         path,
@@ -74,14 +75,14 @@ def few_digits(path: Path, train: int, test: int) -> Path:
 
 
 def arguments(data: Path, out: Path, seed: int, options: argparse.Namespace) -> list[str]:
-    """The command line of a run."""
+    """Return the command line of a run."""
     flags = ["--networks", *options.networks, "--data", "packed", "--data-dir", str(data)]
     flags += ["-b", str(options.batch_size), "--epochs", str(options.epochs), "--seed", str(seed), "--threads", "1"]
     return ["train", options.method, *flags, "--out", str(out)]
 
 
 def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Do all kills; the folder holds the runs."""
+    """Kill and resume runs in a folder until all kills are done."""
     moments = random.Random(options.seed)
     log = options.out / "soak.log"
     log.unlink(missing_ok=True)
@@ -140,7 +141,7 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "runs": runs,
         "all_equal": all(run["equal"] for run in runs),
         "seconds": round(time.monotonic() - started_at),
-        "environment": environment(cd.device.torch.device("cpu")),
+        "environment": environment(torch.device("cpu")),
     }
 
 

@@ -5,8 +5,8 @@
         --batch-size 8 --seconds 0.1 --no-compile --precision float32          # a rehearsal on a CPU: a few minutes
 
 Each case is a `codistill bench` in a process of its own with a time limit. Its result is written, with its command, as
-OUT/CASE.json, and then the table of all: whatever ends this script, what is measured stays, and another start measures
-the cases that have no file.
+OUT/CASE.json, and then the table of all: whatever ends this script, its results stay, and another start measures the
+cases that have no file.
 """
 
 import json
@@ -27,7 +27,7 @@ LINES_OF_A_FAILURE = 5
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure."""
+    """Options of the measurement."""
 
     out: Path
     networks: tuple[str, ...] = ("resnet32", "wrn-16-2", "resnet110")

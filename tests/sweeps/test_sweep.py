@@ -242,13 +242,13 @@ def test_a_killed_run_is_tried_again_twice(bench, capsys, act, reason):
     assert "seed0: killed by SIGKILL: trying again, 1 of 2" in capsys.readouterr().out
 
 
-def test_before_the_first_checkpoint_a_run_begins_anew(bench):
+def test_before_the_first_checkpoint_a_run_resumes_from_its_first_step(bench):
     bench.act(seed0=["kill-early"])
     assert bench.sweep()["seed0"].status == "finished"
     assert bench.calls()[:2] == ["train seed0", "resume seed0"]
 
 
-def test_what_is_left_of_a_run_without_a_config_begins_and_nothing_of_others_is_touched(bench):
+def test_a_folder_without_a_config_starts_a_run_and_nothing_of_others_is_touched(bench):
     (bench.out / "seed0").mkdir(parents=True)
     (bench.out / "seed0" / "config.json.tmp-77").touch()
     (bench.out / "seed0" / ".lock").touch()

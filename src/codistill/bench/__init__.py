@@ -1,1 +1,1 @@
-"""How fast a training step is."""
+"""The speed of a training step."""

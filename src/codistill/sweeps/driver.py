@@ -158,7 +158,7 @@ class Sweep:
         self.attempts = Counter[str]()
 
     def train(self, slots: int, side_by_side: bool | None) -> list[Row]:
-        """Train what is not finished: start what there is room for, poll, act on each exit."""
+        """Train the runs without an end: start as many as there is room for, poll, act on each exit."""
         left = [run for run in self.runs if self.rows[run.name].status == "unfinished"]
         self.say(f"{len(self.runs)} runs in {self.folder}: {len(left)} to do, {slots} at a time")
         self.note(*(row for row in self.rows.values() if row.status != "unfinished"))
@@ -198,16 +198,18 @@ class Sweep:
                 job.announced = True
                 return True
             left = self.unfinished(job)
-            begun = [run for run in left if (self.folder / run.name / "config.json").exists()]
-            new = [run for run in left if run not in begun]
-            if begun and new:
+            started = [run for run in left if (self.folder / run.name / "config.json").exists()]
+            new = [run for run in left if run not in started]
+            if started and new:
                 self.waiting.appendleft(new)
             files = {run.name: file for run, file in zip(job.runs, logs, strict=True)}
-            job.runs = begun or new
+            job.runs = started or new
             if job.runs:
-                self.say(f"{job.name}: {'resume' if begun else 'start'}{' side by side' if len(job.runs) > 1 else 's'}")
+                self.say(
+                    f"{job.name}: {'resume' if started else 'start'}{' side by side' if len(job.runs) > 1 else 's'}"
+                )
                 job.process = local.start(
-                    [*self.program, *self.command(job.runs, resume=bool(begun))],
+                    [*self.program, *self.command(job.runs, resume=bool(started))],
                     [files[run.name] for run in job.runs],
                     local.slot_environment(slot, slots, job.runs[0].config),
                 )

@@ -95,6 +95,6 @@ def markdown(cells: Sequence[Sequence[str]]) -> list[str]:
     """Write a table in Markdown, its columns aligned for terminals."""
     escaped = [[cell.replace("|", "\\|") for cell in line] for line in cells]
     widths = [max(3, *map(len, column)) for column in zip(*escaped, strict=True)]
-    widths[-1] = 3  # reasons may be long
+    widths[-1] = len(escaped[0][-1])  # reasons may be long
     lines = [escaped[0], ["-" * width for width in widths], *escaped[1:]]
     return [f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines]

@@ -1,1 +1,1 @@
-"""What runs the commands of a sweep."""
+"""Engines that run the commands of a sweep: this machine."""

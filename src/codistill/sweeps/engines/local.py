@@ -70,7 +70,7 @@ def poll(process: Process) -> int | None:
 
 
 def stop(processes: Sequence[Process]) -> None:
-    """Let processes save and end, and wait for them; a second signal meanwhile kills them."""
+    """Make processes save and end, and wait for them; a second signal meanwhile kills them."""
     try:
         for process in processes:
             process.terminate()
