@@ -4,14 +4,13 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from codistill.cli.flags import flag_value, has_flag, options, parse_flags, setting_names, unknown_option
+from codistill.cli.flags import parse, parse_some, parse_with_settings
 from codistill.cli.options import (
     BenchOptions,
     EvaluateOptions,
@@ -19,69 +18,126 @@ from codistill.cli.options import (
     ListOptions,
     PredictOptions,
     ResumeOptions,
+    SourceOptions,
     SweepOptions,
+    TrainOptions,
 )
-from codistill.cli.train_options import several_recipes, train_options
 from codistill.core.errors import DivergedError, UsageError, WorkerError
 from codistill.data import DATASETS
 from codistill.methods import METHODS
 from codistill.networks import NETWORKS
-from codistill.settings.config import default_config
-from codistill.settings.presets import PRESETS
+from codistill.runs.run import Run
+from codistill.settings.config import RunConfig, default_config
+from codistill.settings.mapping import run_from_mapping
+from codistill.settings.presets import PRESETS, find_preset, preset_config, renamed
+from codistill.settings.recipe import read_recipe
 
-if TYPE_CHECKING:
-    from codistill.deploy.run import Run
 
-
-BENCH_FLAGS = ("runs", "compare", "seconds", "profile", "json")
+def split_named(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Split the arguments of a command into the method that stands first, if any, and the flags."""
+    named = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    return named, list(arguments[named is not None :])
 
 
 def bench_command(arguments: Sequence[str]) -> None:
     """Run `codistill bench`."""
-    rest = list(arguments)
-    method = rest.pop(0) if rest and not rest[0].startswith("-") else "mfef"
-    command = f"codistill bench {method}"
-    parsed, unknown = parse_flags(BenchOptions, rest, BenchOptions(config=default_config(method)), command)
-    if unknown:
-        known = [*setting_names(method), *BENCH_FLAGS]
-        raise UsageError(unknown_option(unknown[0], known, command))
-    if parsed.runs < 1 or not 0 < parsed.seconds < 3600:
+    named, rest = split_named(arguments)
+    config = default_config(named or "mfef")
+    command = f"codistill bench {config.method_name}"
+    chosen, config = parse_with_settings(BenchOptions, rest, command, config)
+    if chosen.runs < 1 or not 0 < chosen.seconds < 3600:
         raise UsageError(f"{command}: --runs must be at least 1, and --seconds above 0 and below 3600")
-    if parsed.profile and not parsed.profile.parent.is_dir():
-        raise UsageError(f"{command}: --profile {parsed.profile}: there is no folder {parsed.profile.parent}")
-    from codistill.bench.bench import bench, lines
+    if chosen.profile and not chosen.profile.parent.is_dir():
+        raise UsageError(f"{command}: --profile {chosen.profile}: there is no folder {chosen.profile.parent}")
+    from codistill.bench.bench import bench
+    from codistill.bench.text import lines
 
-    result = bench(parsed.config, parsed.runs, parsed.compare, parsed.seconds, parsed.profile)
-    print(json.dumps(result, indent=2) if parsed.json else "\n".join(lines(result)))
+    result = bench(config, chosen.runs, chosen.compare, chosen.seconds, chosen.profile)
+    print(json.dumps(result, indent=2) if chosen.json else "\n".join(lines(result)))
 
 
 def train_command(arguments: Sequence[str]) -> None:
     """Run `codistill train`."""
-    rest = list(arguments)
-    named = rest.pop(0) if rest and not rest[0].startswith("-") else None
-    paths = several_recipes(rest, named) if has_flag(rest, "--recipes") else ()
-    path = Path(flag_value(rest, "--recipe")) if has_flag(rest, "--recipe") else None
-    each = [train_options(rest, named, one) for one in paths or (path,)]
-    parsed, configs = each[0], [options.config for options in each]
+    named, rest = split_named(arguments)
+    sources = parse_some(SourceOptions, rest, f"codistill train {named or 'mfef'}")
+    paths = sources.recipes or (sources.recipe,)
+    each = [train_options(rest, named, dataclasses.replace(sources, recipe=path)) for path in paths]
+    chosen, configs = each[0][0], [config for _, config in each]
     from codistill.training.fleet import train_fleet, train_seeds
     from codistill.training.train import free_folder, train_from_config
 
-    if parsed.verify_resume:
+    if chosen.verify_resume:
         from codistill.training.verify import verify_resume
 
         for config in configs:
             print(verify_resume(config))
-    if paths:
-        out = parsed.out or free_folder(configs[0], "recipes")
-        refuse_diverged(train_fleet(configs, [out / one.stem for one in paths]))
-    elif parsed.seeds:
-        refuse_diverged(train_seeds(configs[0], parsed.seeds, parsed.out))
+    if chosen.recipes:
+        out = chosen.out or free_folder(configs[0], "recipes")
+        refuse_diverged(train_fleet(configs, [out / path.stem for path in chosen.recipes]))
+    elif chosen.seeds:
+        refuse_diverged(train_seeds(configs[0], chosen.seeds, chosen.out))
     else:
-        train_from_config(configs[0], parsed.out)
+        train_from_config(configs[0], chosen.out)
 
 
-def refuse_diverged(runs: "Sequence[Run]") -> None:
-    """Say which of several runs diverged.
+def train_options(
+    arguments: Sequence[str], named: str | None, sources: SourceOptions
+) -> tuple[TrainOptions, RunConfig]:
+    """Put together the run that `codistill train` is given: the method's defaults, preset, recipe, flags; later ones win.
+
+    Args:
+        arguments: The flags.
+        named: The method that stands before them, if any.
+        sources: The preset and the recipe, if any.
+
+    Raises:
+        UsageError: In one line.
+    """
+    recipe = read_recipe(sources.recipe) if sources.recipe else None
+    if named and recipe and recipe.method not in (None, named):
+        raise UsageError(f"the recipe is for {recipe.method}, not for {named}: name one of them only")
+    method = named or (recipe.method if recipe else None)
+    preset = find_preset(sources.preset, method) if sources.preset is not None else None
+    method = preset.method if preset else method or "mfef"
+    command = f"codistill train {method}"
+    config = default_config(method)
+
+    def with_flags(base: RunConfig) -> tuple[TrainOptions, RunConfig]:
+        if recipe:
+            base = run_from_mapping(recipe.mapping, recipe.where, method, base)
+        return parse_with_settings(TrainOptions, arguments, command, base)
+
+    chosen, config = with_flags(config)
+    refuse_two_sources(chosen, command)
+    if preset:
+        # Milestones move with the epochs, which recipe and flags may say.
+        epochs = config.train.epochs
+        chosen, config = with_flags(preset_config(preset, epochs))
+        config = dataclasses.replace(config, networks=renamed(preset, config.networks))
+    if "" in config.networks:
+        raise UsageError(
+            "a network without a name: only the program that built it can train it; name one with --networks"
+        )
+    return chosen, config
+
+
+def refuse_two_sources(chosen: TrainOptions, command: str) -> None:
+    """Refuse `--recipes` beside another flag that says what is trained, and two recipes that share a folder.
+
+    Raises:
+        UsageError: In one line.
+    """
+    names = [path.stem for path in chosen.recipes]
+    for flag, value in (("--recipe", chosen.recipe), ("--seeds", chosen.seeds), ("--preset", chosen.preset)):
+        if names and value:
+            raise UsageError(f"{command}: --recipes and {flag}: give one of them only")
+    for path, name in zip(chosen.recipes, names, strict=True):
+        if names.count(name) > 1:
+            raise UsageError(f"{command}: --recipes {path}: two runs would be in {name}: rename one of the files")
+
+
+def refuse_diverged(runs: Sequence[Run]) -> None:
+    """Raise if some of several runs diverged.
 
     Raises:
         DivergedError: One did.
@@ -93,7 +149,7 @@ def refuse_diverged(runs: "Sequence[Run]") -> None:
 
 def resume_command(arguments: Sequence[str]) -> None:
     """Run `codistill resume`."""
-    chosen = options(ResumeOptions, arguments, "codistill resume")
+    chosen = parse(ResumeOptions, arguments, "codistill resume")
     if not chosen.runs:
         raise UsageError("codistill resume: no run: name at least one run folder")
     from codistill.training.resume import resume_together
@@ -117,7 +173,7 @@ def key_values(written: Sequence[str]) -> dict[str, Any]:
 
 def evaluate_command(arguments: Sequence[str]) -> None:
     """Run `codistill evaluate`."""
-    chosen = options(EvaluateOptions, arguments, "codistill evaluate")
+    chosen = parse(EvaluateOptions, arguments, "codistill evaluate")
     from codistill.deploy.run import Run
     from codistill.runs.evaluate import evaluate_run
 
@@ -136,7 +192,7 @@ def evaluate_command(arguments: Sequence[str]) -> None:
 
 def predict_command(arguments: Sequence[str]) -> None:
     """Run `codistill predict`."""
-    chosen = options(PredictOptions, arguments, "codistill predict")
+    chosen = parse(PredictOptions, arguments, "codistill predict")
     if not chosen.images:
         raise UsageError("codistill predict: no images: name at least one file")
     if chosen.top < 1:
@@ -154,7 +210,7 @@ def predict_command(arguments: Sequence[str]) -> None:
 
 def export_command(arguments: Sequence[str]) -> None:
     """Run `codistill export`."""
-    chosen = options(ExportOptions, arguments, "codistill export")
+    chosen = parse(ExportOptions, arguments, "codistill export")
     from codistill.deploy.export import export_predictor
     from codistill.deploy.run import Run
 
@@ -170,7 +226,7 @@ def export_command(arguments: Sequence[str]) -> None:
 
 def list_command(arguments: Sequence[str]) -> None:
     """Run `codistill list`."""
-    chosen = options(ListOptions, arguments, "codistill list")
+    chosen = parse(ListOptions, arguments, "codistill list")
     entries: dict[str, list[dict[str, Any]]] = {
         "methods": [{"name": name, "summary": first_line(METHODS[name]), **preset_of(name)} for name in METHODS],
         "networks": [{"name": name, "summary": first_line(NETWORKS[name])} for name in NETWORKS],
@@ -193,7 +249,7 @@ def list_command(arguments: Sequence[str]) -> None:
 
 
 def preset_of(method: str) -> dict[str, Any]:
-    """Give what the paper's preset of a method sets, where it has one."""
+    """Return the settings of the paper's preset of a method, where it has one."""
     if method not in PRESETS:
         return {}
     preset = PRESETS[method]
@@ -202,13 +258,13 @@ def preset_of(method: str) -> dict[str, Any]:
 
 
 def first_line(plugin: object) -> str:
-    """Give the summary line of a plug-in's docstring."""
+    """Return the summary line of a plug-in's docstring."""
     return (inspect.getdoc(plugin) or "").partition("\n")[0]
 
 
 def sweep_command(arguments: Sequence[str]) -> None:
     """Run `codistill sweep`."""
-    chosen = options(SweepOptions, arguments, "codistill sweep")
+    chosen = parse(SweepOptions, arguments, "codistill sweep")
     from codistill.sweeps.driver import own_program, sweep
 
     program = own_program(["sweep", *arguments])

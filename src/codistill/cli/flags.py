@@ -1,93 +1,254 @@
-"""Settings as flags of the command line: written from what a file holds, and parsed."""
+"""Flags of the command line: made from the fields of dataclasses, and parsed by tyro."""
 
+import ast
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import io
+import itertools
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import tyro
-
+from codistill.cli.options import AUGMENTATION, FIRST
 from codistill.core.errors import UsageError
-from codistill.methods import METHODS
-from codistill.settings.config import RunConfig, default_config
+from codistill.settings.removed import REMOVED
+
+if TYPE_CHECKING:
+    from codistill.settings.config import RunConfig
 
 T = TypeVar("T")
+TITLES = {"": "run", "train": "optimisation", "execution": "execution", "teaching": "teacher"}
 
 
-def parse_config(method_name: str, arguments: Sequence[str], prog: str = "codistill train METHOD") -> RunConfig:
-    """Parse flags into a run, starting from the defaults of a method; later flags win.
+@dataclass(frozen=True, kw_only=True)
+class Flag:
+    """One flag, or one argument without a flag.
+
+    Attributes:
+        key: The name of the field.
+        kind: Its type.
+        default: Its default; MISSING: it must be given.
+        text: Its help.
+        metadata: That of the field: `alias`, `metavar` and `positional`.
+        group: The title of its group in the help; empty: the first.
+        negated: Whether `--no-..` exists, if its type is bool.
+    """
+
+    key: str
+    kind: Any
+    default: Any = None
+    text: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    group: str = ""
+    negated: bool = True
+
+    def spellings(self) -> list[str]:
+        """Return the flag as it may be written."""
+        prefix, name = "--method." if self.group == "method" else "--", self.key.replace("_", "-")
+        negation = [f"{prefix}no-{name}"] if self.kind is bool and self.negated else []
+        alias = [self.metadata["alias"]] if "alias" in self.metadata else []
+        return [] if "positional" in self.metadata else [prefix + name, *negation, *alias]
+
+
+def parse(kind: type[T], arguments: Sequence[str], command: str) -> T:
+    """Parse the options of a command.
 
     Raises:
         UsageError: An unknown flag or a value that it does not take, in one line.
     """
-    parsed, unknown = parse_flags(RunConfig, arguments, default_config(method_name), prog)
-    if unknown:
-        raise UsageError(unknown_option(unknown[0], setting_names(method_name), prog))
-    assert isinstance(parsed, RunConfig)
-    return parsed
+    return kind(**_parse(option_flags(kind), arguments, command, inspect.getdoc(kind)))
 
 
-def options(kind: type[T], arguments: Sequence[str], command: str) -> T:
-    """Parse the flags of a command.
+def parse_some(kind: type[T], arguments: Sequence[str], command: str) -> T:
+    """Parse some of the options of a command; the others, and `--help`, are passed over.
 
     Raises:
-        UsageError: In one line.
+        UsageError: A value that one does not take, in one line.
     """
-    parsed, unknown = parse_flags(kind, arguments, None, command)
-    if unknown:
-        raise UsageError(unknown_option(unknown[0], (field.name for field in dataclasses.fields(kind)), command))  # type: ignore[arg-type]
-    assert isinstance(parsed, kind)
-    return parsed
+    rest = [each for each in arguments if each not in ("-h", "--help")]
+    return kind(**_parse(option_flags(kind), rest, command, refuse=False))
 
 
-def setting_names(method_name: str) -> list[str]:
-    """List the settings of a run with a method, as their flags are named."""
-    names = [name for name in RunConfig().as_mapping() if name != "method"]
-    return names + [f"method.{each.name}" for each in dataclasses.fields(METHODS[method_name].Settings)]
+def parse_with_settings(
+    kind: type[T], arguments: Sequence[str], command: str, config: "RunConfig"
+) -> tuple[T, "RunConfig"]:
+    """Parse the options of a command that takes the settings of a run, too.
+
+    Args:
+        kind: The command's own options.
+        arguments: Flags; later ones win.
+        command: For error lines: `codistill train mfef`.
+        config: The method, and the defaults.
+
+    Raises:
+        UsageError: An unknown flag or a value that it does not take, in one line.
+    """
+    from codistill.settings.mapping import run_from_mapping
+
+    own, settings = option_flags(kind), setting_flags(config)
+    flags = arranged([*own, *settings], FIRST[command.split()[1]])
+    values = _parse(flags, arguments, command, inspect.getdoc(kind))
+    options = kind(**{flag.key: values.pop(flag.key) for flag in own})
+    return options, run_from_mapping(values, lambda key: command, config.method_name, config)
+
+
+def option_flags(kind: type) -> list[Flag]:
+    """Return the flags of a dataclass of options."""
+    texts, types = attribute_texts(kind), get_type_hints(kind)
+    return [
+        Flag(
+            key=each.name,
+            kind=types[each.name],
+            default=each.default,
+            text=texts.get(each.name, ""),
+            metadata=each.metadata,
+            group=TITLES[""],
+            negated=False,
+        )
+        for each in dataclasses.fields(kind)  # type: ignore[arg-type]
+    ]
+
+
+def setting_flags(config: "RunConfig") -> list[Flag]:
+    """Return the flags of a run's settings; their defaults are those of the run."""
+    found = []
+    for part, title in (*TITLES.items(), ("method", "method")):
+        owner = getattr(config, part) if part else config
+        for flag in option_flags(type(owner)):
+            if flag.key not in (*TITLES, "method", "method_name"):
+                found.append(dataclasses.replace(flag, default=getattr(owner, flag.key), group=title, negated=True))
+    return found
+
+
+def arranged(flags: Iterable[Flag], first: Sequence[str]) -> list[Flag]:
+    """Put the flags that matter first at the beginning, and those of the data in a group of their own."""
+    groups = dict.fromkeys(first, "") | dict.fromkeys(AUGMENTATION, "data and augmentation")
+    placed = [dataclasses.replace(each, group=groups.get(each.key, each.group)) for each in flags]
+    return sorted(placed, key=lambda each: first.index(each.key) if not each.group else len(first))
+
+
+def attribute_texts(kind: type) -> dict[str, str]:
+    """Return the docstrings of a class's attributes, and of those of its bases."""
+    found: dict[str, str] = {}
+    for each in reversed(kind.__mro__):
+        with contextlib.suppress(OSError, TypeError):  # a class without a source
+            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(each))).body
+            assert isinstance(tree, ast.ClassDef)
+            for statement, after in itertools.pairwise(tree.body):
+                match statement, after:
+                    case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                        found[name] = " ".join(text.split())
+    return found
 
 
 def unknown_option(flag: str, known: Iterable[str], command: str) -> str:
-    """Say that a command has no such option, and which ones come close."""
-    flags = [f"--{name.replace('_', '-')}" for name in known]
-    close = difflib.get_close_matches(flag.partition("=")[0].replace("_", "-"), flags, n=3, cutoff=0.6)
-    mend = f"did you mean {' or '.join(close)}?" if close else f"{command} --help lists them"
-    return f"{command}: unknown option {flag}: {mend}"
+    """Return the line that a command has no such option, and which ones come close."""
+    name = flag.partition("=")[0].replace("_", "-")
+    key = name.lstrip("-").replace("-", "_")
+    if key in REMOVED:
+        return f"{command}: {name} was removed: {REMOVED[key]}"
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"{command} --help lists them"
+    return f"{command}: unknown option {flag}: {hint}"
 
 
-def parse_flags(kind: Any, arguments: Sequence[str], default: Any, prog: str) -> tuple[Any, list[str]]:
-    """Let tyro read flags into a dataclass, and give what it did not know.
+def _parse(
+    flags: Sequence[Flag], arguments: Sequence[str], command: str, about: str | None = None, refuse: bool = True
+) -> dict[str, Any]:
+    """Let tyro parse flags into values by key; those of the method are in one of their own."""
+    import tyro
 
-    Raises:
-        UsageError: What tyro found wrong, its box of several lines folded into one.
-    """
+    groups: dict[str, list[Any]] = {}
+    for flag in flags:
+        groups.setdefault(flag.group, []).append(_tyro_field(flag))
+    if len(groups) == 1:
+        groups = {"": next(iter(groups.values()))}
+    members = groups.pop("", [])
+    for title, fields in groups.items():
+        kind = dataclasses.make_dataclass("Group", fields, kw_only=True)
+        members.append(
+            (_group(title), Annotated[kind, tyro.conf.arg(name=title, help="")], field(default_factory=kind))
+        )
+    whole = dataclasses.make_dataclass("Options", members, kw_only=True)
     complaint = io.StringIO()
-    extra = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(complaint):
-            parsed, unknown = tyro.cli(kind, args=list(arguments), prog=prog, return_unknown_args=True, **extra)
+            parsed, unknown = tyro.cli(
+                whole, args=list(arguments), prog=command, description=about or "", return_unknown_args=True
+            )
     except SystemExit as stop:
         if not stop.code:
             raise
-        lines = [re.sub(r"[│╭╮╰╯─]+", " ", line).strip() for line in complaint.getvalue().splitlines()]
-        said = " ".join(line for line in lines if line and not line.startswith("For full helptext"))
-        once = re.sub(r"^(.+?) (\1)\b", r"\2", said, flags=re.IGNORECASE)  # what the box's title and its text both say
-        raise UsageError(f"{prog}: {once.partition('Argument helptext')[0].strip()}") from None
-    return parsed, list(unknown)
+        raise UsageError(f"{command}: {_one_line(complaint.getvalue(), flags)}") from None
+    if unknown and refuse:
+        known = [name for flag in flags for name in flag.spellings()]
+        raise UsageError(unknown_option(unknown[0], known, command))
+    values = dict(vars(parsed))
+    for title in groups:
+        inner = vars(values.pop(_group(title)))
+        values |= {"method": inner} if title == "method" else inner
+    return values
 
 
-def has_flag(arguments: Sequence[str], flag: str) -> bool:
-    """Say whether a flag that takes a value was given, as `--flag value` or `--flag=value`."""
-    return any(argument.partition("=")[0] == flag for argument in arguments)
+def _group(title: str) -> str:
+    return f"group_{title.replace(' ', '_')}"
 
 
-def flag_value(arguments: Sequence[str], flag: str) -> str:
-    """Give the value of a flag that was given; of the last one, if it was given twice."""
-    found = ""
-    for index, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name == flag:
-            found = value if equals else next(iter(arguments[index + 1 :]), "")
-    return found
+def _tyro_field(flag: Flag) -> tuple[str, Any, Any]:
+    import tyro
+
+    alias = flag.metadata.get("alias")
+    about = tyro.conf.arg(
+        help=flag.text,
+        metavar=None if flag.kind is bool else flag.metadata.get("metavar") or metavar(flag.kind),
+        help_behavior_hint="(required)" if flag.default is MISSING else default_text(flag.default),
+        aliases=(alias,) if alias else None,
+        prefix_name=flag.group == "method",
+    )
+    kind = Annotated[flag.kind, about]
+    if "positional" in flag.metadata:
+        kind = tyro.conf.Positional[kind]  # type: ignore[misc,valid-type]
+    if flag.kind is bool and not flag.negated:
+        kind = tyro.conf.FlagCreatePairsOff[kind]  # type: ignore[misc,valid-type]
+    return flag.key, kind, field() if flag.default is MISSING else field(default=flag.default)
+
+
+def metavar(kind: Any) -> str:
+    """Return what stands for a flag's value in the help."""
+    if get_origin(kind) in (Union, UnionType):
+        return "|".join(metavar(each) for each in get_args(kind) if each is not NoneType)
+    if get_origin(kind) is Literal:
+        return f"{{{','.join(map(str, get_args(kind)))}}}"
+    if get_origin(kind) is tuple:
+        return f"{metavar(get_args(kind)[0])} .."
+    return {bool: "{True,False}", int: "N", float: "X", str: "NAME"}.get(kind, "PATH")
+
+
+def default_text(value: Any) -> str:
+    """Return a default for the help, numbers with three digits; empty where there is none."""
+    if value in ((), ""):
+        return ""
+    text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return f"(default: {f'{value:.3g}' if isinstance(value, float) else text})"
+
+
+def _one_line(box: str, flags: Iterable[Flag]) -> str:
+    """Fold what tyro found wrong, a box of several lines, into one."""
+    from codistill.settings.mapping import describe
+
+    lines = [re.sub(r"[│╭╮╰╯─]+", " ", line).strip() for line in box.splitlines()]
+    text = " ".join(line for line in lines if line and not line.startswith("For full helptext"))
+    kinds = {name: flag.kind for flag in flags for name in flag.spellings()}
+    if wrong := re.search(r"Error parsing ([\w.|-]+).*?: .*?'(.*?)'", text):
+        names = [name for name in wrong[1].split("|") if name in kinds]
+        if names:
+            return f"{names[-1]} is {wrong[2]!r}; it must be {describe(kinds[names[-1]])}"
+    if missing := re.search(r"Missing from .*?: (.*)", text):
+        return f"missing: {missing[1]}"
+    once = re.sub(r"^(.+?) (\1)\b", r"\2", text, flags=re.IGNORECASE)  # what the box's title and its text both say
+    return once.partition("Argument helptext")[0].strip()

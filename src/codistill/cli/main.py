@@ -1,51 +1,32 @@
 """The command line `codistill`: its help, dispatch and errors."""
 
 import errno
+import importlib
+import importlib.metadata
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from codistill.cli.commands import (
-    bench_command,
-    evaluate_command,
-    export_command,
-    list_command,
-    predict_command,
-    resume_command,
-    sweep_command,
-    train_command,
-)
+from codistill.cli.early import refuse_early
+from codistill.cli.options import OPTIONS
 from codistill.core.errors import CodistillError, UsageError
-from codistill.core.registry import near_matches
+from codistill.core.registry import unknown_name
 from codistill.core.signals import Terminated, terminate
-from codistill.training.ranks import ranks_in_environment, refuse_ranks
 
 USAGE = """\
 usage: codistill COMMAND ...
 
   train [METHOD] --networks A B .. --data NAME   train students together, in a new run folder
-  resume RUN                                     go on with an interrupted run
-  sweep SPEC.toml --out DIR                      train many runs in processes of their own; goes on if stopped
+  resume RUN                                     resume an interrupted run
+  sweep SPEC.toml --out DIR                      train many runs in processes of their own; resumes if interrupted
   evaluate RUN                                   score every predictor of a run on its test set
-  predict FILE_OR_RUN IMAGE ..                   name the classes of images
+  predict FILE_OR_RUN IMAGE ..                   classify images
   export RUN --predictor student0 --format onnx  write one predictor as one file, and check it
   bench [METHOD] --networks A B .. [--compare]   time training steps here, also against a plain PyTorch loop
-  list                                           methods, networks and data sets
+  list                                           list methods, networks and data sets
 
-codistill COMMAND --help says more. --debug before the command shows tracebacks."""
-
-
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    "train": train_command,
-    "resume": resume_command,
-    "evaluate": evaluate_command,
-    "predict": predict_command,
-    "export": export_command,
-    "bench": bench_command,
-    "sweep": sweep_command,
-    "list": list_command,
-}
+codistill COMMAND --help shows a command's options. --debug before the command shows tracebacks."""
 
 
 def run_command(arguments: Sequence[str]) -> None:
@@ -57,19 +38,21 @@ def run_command(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
     elif arguments[0] == "--version":
-        import importlib.metadata
-
         print(f"codistill {importlib.metadata.version('codistill')}")
-    elif arguments[0] in COMMANDS:
-        if arguments[0] not in ("train", "resume"):
-            refuse_ranks(f"codistill {arguments[0]}")
-        COMMANDS[arguments[0]](arguments[1:])
+    elif arguments[0] in OPTIONS:
+        command, *rest = arguments
+        refuse_early(command, rest)
+        # Only now, for torch comes with them.
+        commands = importlib.import_module("codistill.cli.commands")
+        if command not in ("train", "resume"):
+            commands.refuse_ranks(f"codistill {command}")
+        getattr(commands, f"{command}_command")(rest)
     else:
-        raise UsageError(f"unknown command {arguments[0]!r}: {near_matches(arguments[0], COMMANDS)}")
+        raise UsageError(unknown_name("command", arguments[0], OPTIONS))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line and give its exit status; an error is one line on stderr.
+    """Run a command line and return its exit status; an error is one line on stderr.
 
     Args:
         arguments: Without the program's name; None: those of the process.
@@ -98,20 +81,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def explain(error: BaseException) -> tuple[int, str]:
-    """Turn an error into an exit status and one line."""
-    import torch
-
+    """Return the exit status of an error, and its line."""
     line = " ".join(str(error).split())
     match error:
         case CodistillError():
             return error.exit_status, line
         case KeyboardInterrupt():
-            return 130, line or "interrupted; what was saved before is kept: codistill resume RUN goes on"
+            return 130, line or "interrupted; what was saved before is kept: codistill resume RUN resumes it"
         case Terminated():
             return 143, line
-        case torch.OutOfMemoryError() | MemoryError():
+        # That of torch, which need not be loaded, by its name.
+        case _ if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             return 6, f"out of memory: use a smaller --batch-size or fewer or smaller --networks ({line[:200]})"
         case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-            return 6, f"disk full or failing: {line}: mend that; what was written before is kept"
+            return 6, f"disk full or failing: {line}: free or replace it; what was written before is kept"
         case _:
             return 1, f"bug: {type(error).__name__}: {line}: please report it with the output of --debug"

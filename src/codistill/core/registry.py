@@ -1,11 +1,14 @@
 """One small registry for all plug-ins: methods, networks and data sets."""
 
 import difflib
+import functools
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 
 from codistill.core.errors import UsageError
@@ -28,6 +31,21 @@ def near_matches(name: str, known: Iterable[str]) -> str:
     if close:
         return f"did you mean {' or '.join(close)}?"
     return f"choose from {', '.join(known)}"
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
+    """Return the line that nothing of a kind has a name."""
+    return f"unknown {kind} {name!r}: {near_matches(name, known)}"
+
+
+@functools.cache
+def registered_names(package: str) -> dict[str, Path]:
+    """Return the names that a package's modules register, each with its file, by their sources: nothing is imported."""
+    spec = importlib.util.find_spec(package)
+    folders = spec.submodule_search_locations if spec else None
+    files = [path for folder in folders or [] for path in sorted(Path(folder).glob("*.py"))]
+    pattern = re.compile(r'^@[A-Z]+\.register\("([^"]+)"', re.MULTILINE)
+    return {name: path for path in files for name in pattern.findall(path.read_text("utf-8"))}
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
@@ -124,7 +142,7 @@ class Registry(Mapping[str, T], Generic[T]):
     def __getitem__(self, name: str) -> T:
         entries = self._discover()
         if name not in entries:
-            raise UsageError(f"unknown {self.kind} {name!r}: {near_matches(name, entries)}")
+            raise UsageError(unknown_name(self.kind, name, entries))
         return entries[name]
 
     def __contains__(self, name: object) -> bool:

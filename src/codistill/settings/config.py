@@ -4,9 +4,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, get_args, get_type_hints
-
-import tyro
+from typing import Any, Literal, get_args, get_type_hints
 
 from codistill.core.errors import UsageError
 from codistill.core.registry import near_matches
@@ -17,29 +15,33 @@ from codistill.methods import METHODS, MethodSettings
 Precision = Literal["float32", "bf16"]
 
 
-PLACE = {"place": True}
-"""Metadata of a setting that says where a run finds things or what computes it; see `PLACES`."""
 # For counts without a bound of their own.
 LARGEST = 2**31 - 1
+
+
+# Metadata of settings. A place says where a run finds things or what computes it: results do not depend on it.
+PLACE = {"place": True}
+# Runs that train side by side have the same value.
+COMMON = {"common": True}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """How a method is trained, whatever it is; the defaults are MFEF's recipe."""
 
-    epochs: int = 300
+    epochs: int = field(default=300, metadata=COMMON)
     """How often each training image is seen."""
-    batch_size: Annotated[int, tyro.conf.arg(aliases=("-b",))] = 128
+    batch_size: int = field(default=128, metadata=COMMON | {"alias": "-b"})
     """Images per step, at least 2."""
-    drop_last: bool = False
+    drop_last: bool = field(default=False, metadata=COMMON)
     """Leave out the last, smaller batch of an epoch (other images in each epoch)."""
-    learning_rate: Annotated[float, tyro.conf.arg(aliases=("--lr",))] = 0.1
+    learning_rate: float = field(default=0.1, metadata={"alias": "--lr"})
     """Initial learning rate of SGD."""
     momentum: float = 0.9
     """Momentum, from 0 to below 1."""
     nesterov: bool = True
     """Nesterov's form of momentum."""
-    weight_decay: Annotated[float, tyro.conf.arg(aliases=("--wd",))] = 1e-4
+    weight_decay: float = field(default=1e-4, metadata={"alias": "--wd"})
     """L2 factor on all parameters of the students; a method's own modules may have another."""
     milestones: tuple[int, ...] | None = None
     """Epochs at which the learning rate is multiplied by learning_rate_decay. None: at 1/2 and 3/4 of the epochs."""
@@ -51,9 +53,9 @@ class TrainSettings:
     """What is in the padding: black, or the image reflected."""
     flip: bool | None = None
     """Mirror half of the training images. None: where the data set says that a mirrored image keeps its label."""
-    train_limit: int | None = None
+    train_limit: int | None = field(default=None, metadata=COMMON)
     """Use only the first so many training images of the seeded order."""
-    validation: int = 0
+    validation: int = field(default=0, metadata=COMMON)
     """Hold out so many training images, the last of the seeded order, to choose the best epoch by."""
     seed: int = 0
     """Seed of initial weights, order, crops, flips and splits."""
@@ -107,16 +109,16 @@ class TrainSettings:
 class ExecutionSettings:
     """What a run is computed on and how, apart from the experiment that it is."""
 
-    device: str = field(default="auto", metadata=PLACE)
+    device: str = field(default="auto", metadata=PLACE | COMMON)
     """cpu, cuda, cuda:1, or auto: cuda where there is one."""
-    precision: Precision = "float32"
+    precision: Precision = field(default="float32", metadata=COMMON)
     """float32, or bf16: autocast with float32 weights, batch statistics and losses."""
-    deterministic: bool = False
+    deterministic: bool = field(default=False, metadata=COMMON)
     """On CUDA, use only algorithms that repeat to the last bit, which costs speed; a CPU always does."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Whether torch.compile compiles the students' stages, heads and modules (the first step then takes about a
     minute, later runs less). auto: on CUDA in runs of 100,000 steps or more."""
-    threads: int | None = field(default=None, metadata=PLACE)
+    threads: int | None = field(default=None, metadata=PLACE | COMMON)
     """CPU threads. None: torch's choice, one for each core, or fewer in a container that may use less. Results repeat
     to the last bit for one number of threads."""
 
@@ -157,39 +159,43 @@ class TeacherSettings:
 class RunConfig:
     """One run: what is trained, how, on what."""
 
-    method_name: Annotated[str, tyro.conf.Suppress] = "mfef"
+    method_name: str = "mfef"
     networks: tuple[str, ...] = ()
     """The students, one name each: resnet32 wrn-16-2. Options behind a colon: resnet20:shortcut=A."""
-    data: str = ""
+    data: str = field(default="", metadata=COMMON)
     """The data set; options behind a colon: folder:resize=64."""
-    data_dir: str | None = field(default=None, metadata=PLACE)
+    data_dir: str | None = field(default=None, metadata=PLACE | COMMON)
     """Folder, archive or file that holds the data set."""
-    train: Annotated[TrainSettings, tyro.conf.arg(name="")] = field(default_factory=TrainSettings)
-    execution: Annotated[ExecutionSettings, tyro.conf.arg(name="")] = field(default_factory=ExecutionSettings)
-    teaching: Annotated[TeacherSettings, tyro.conf.arg(name="")] = field(default_factory=TeacherSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    execution: ExecutionSettings = field(default_factory=ExecutionSettings)
+    teaching: TeacherSettings = field(default_factory=TeacherSettings)
     method: MethodSettings = field(default_factory=MethodSettings)
     """Settings of the method."""
 
     def as_mapping(self) -> dict[str, Any]:
-        """Give what `config.json` and recipes hold: plain JSON types, flat but for the method's settings."""
+        """Return what `config.json` and recipes hold: plain JSON types, flat but for the method's settings."""
         mapping: dict[str, Any] = {"method": {"name": self.method_name, **dataclasses.asdict(self.method)}}
-        mapping |= {"networks": self.networks, "data": self.data, "data_dir": self.data_dir}
-        for group in GROUPS:
-            mapping |= dataclasses.asdict(getattr(self, group))
+        mapping |= {key: getattr(getattr(self, part) if part else self, key) for key, (part, _) in SETTINGS.items()}
         plain: dict[str, Any] = json.loads(json.dumps(mapping))
         return plain
 
 
-GROUPS: dict[str, type] = {"train": TrainSettings, "execution": ExecutionSettings, "teaching": TeacherSettings}
-"""The groups of settings that a mapping holds without a table of their own."""
-PLACES = tuple(
-    each.name for kind in (RunConfig, *GROUPS.values()) for each in dataclasses.fields(kind) if each.metadata == PLACE
-)
+def _settings() -> dict[str, tuple[str, dataclasses.Field[Any]]]:
+    parts = {"": RunConfig, "train": TrainSettings, "execution": ExecutionSettings, "teaching": TeacherSettings}
+    found = {each.name: (part, each) for part, kind in parts.items() for each in dataclasses.fields(kind)}
+    return {key: place for key, place in found.items() if key not in ("method_name", "method", *parts)}
+
+
+SETTINGS = _settings()
+"""All settings of a run but its method's, by key: the part of `RunConfig` that has the field, and the field."""
+PLACES = tuple(key for key, (_, each) in SETTINGS.items() if each.metadata.get("place"))
 """Settings that do not affect results and may change on resume."""
+SHARED = tuple(key for key, (_, each) in SETTINGS.items() if each.metadata.get("common"))
+"""Settings that runs which train side by side have in common."""
 # What config.json holds beside the run itself.
 RECORDED_KEYS = ("codistill", "environment", "dataset")
 
 
 def default_config(method_name: str) -> RunConfig:
-    """Give the defaults of a method."""
+    """Return the defaults of a method."""
     return RunConfig(method_name=method_name, method=METHODS[method_name].Settings())

@@ -1,18 +1,19 @@
 """Settings from the mappings that recipes, config.json and cards of exported files hold: checked and typed once."""
 
+import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from codistill.core.errors import UsageError
 from codistill.core.registry import near_matches
 from codistill.methods import METHODS
-from codistill.settings.config import GROUPS, RECORDED_KEYS, RunConfig, default_config
+from codistill.settings.config import RECORDED_KEYS, SETTINGS, RunConfig, default_config
+from codistill.settings.removed import REMOVED
 
 T = TypeVar("T")
-OWN_KEYS = ("networks", "data", "data_dir")
 Where = Callable[[str], str]
 """The place of a key, for error lines: `recipe FILE:3`."""
 
@@ -32,60 +33,37 @@ def run_from_mapping(
     Raises:
         UsageError: An unknown key or method, or a value that a setting cannot have; says where.
     """
-    name, settings = split_method(mapping.get("method", {}), where)
-    if name is None and settings and method is None:
+    name, parts = typed_parts(mapping, where, method or (base and base.method_name))
+    if name is None and parts["method"] and method is None and base is None:
         raise UsageError(f'{where("method")}: settings of a method need its name: name = "mfef"')
     base = base or default_config(name or method or "mfef")
-    flat = flat_part(mapping, where)
-    groups = {group: {field.name for field in dataclasses.fields(kind)} for group, kind in GROUPS.items()}
-    changes: dict[str, Any] = {
-        group: from_mapping(getattr(base, group), {key: value for key, value in flat.items() if key in keys}, where)
-        for group, keys in groups.items()
-    }
-    changes["method"] = from_mapping(base.method, settings, where, prefix="method.")
-    changes |= {key: value for key, value in typed(RunConfig, flat, where).items() if key in OWN_KEYS}
-    return dataclasses.replace(base, **changes)
+    own = parts.pop("")
+    changes = {part: _changed(getattr(base, part), values, where) for part, values in parts.items()}
+    return dataclasses.replace(base, **own, **changes)
 
 
-def flat_part(mapping: Mapping[str, Any], where: Where) -> dict[str, Any]:
-    """Return the settings of a run that are not its method's.
+def typed_parts(
+    mapping: Mapping[str, Any], where: Where, method: str | None = None
+) -> tuple[str | None, dict[str, dict[str, Any]]]:
+    """Sort a run's mapping by the parts of `RunConfig`, and type its values, whatever else may be wrong with them.
 
-    Raises:
-        UsageError: An unknown key.
-    """
-    flat = {key: value for key, value in mapping.items() if key != "method" and key not in RECORDED_KEYS}
-    known = [*OWN_KEYS, *(field.name for kind in GROUPS.values() for field in dataclasses.fields(kind))]
-    for key in flat:
-        if key not in known:
-            raise UsageError(f"{where(key)}: unknown key {shown(key)}: {near_matches(key, known)}")
-    return flat
-
-
-def refuse_untyped(mapping: Mapping[str, Any], where: Where) -> None:
-    """Refuse unknown keys and values of a wrong type in a run's mapping, whatever else may be wrong with the values.
+    Returns:
+        The method's name, if there is one, and the values by part and key; the part of networks and data is empty.
 
     Raises:
-        UsageError: Says where.
+        UsageError: An unknown key or method, or a value of a wrong type; says where.
     """
     name, settings = split_method(mapping.get("method", {}), where)
-    flat = flat_part(mapping, where)
-    for kind in (RunConfig, *GROUPS.values()):
-        typed(kind, flat, where)
-    kind = METHODS[name or "mfef"].Settings
-    refuse_unknown(kind, settings, where)
-    typed(kind, settings, where, "method.")
-
-
-def refuse_unknown(kind: Any, mapping: Mapping[str, Any], where: Where) -> None:
-    """Refuse keys that a dataclass of settings does not have.
-
-    Raises:
-        UsageError: Says where, and which keys come close.
-    """
-    names = [field.name for field in dataclasses.fields(kind)]
-    for key in mapping:
-        if key not in names:
-            raise UsageError(f"{where(key)}: unknown key {shown(key)}: {near_matches(key, names)}")
+    run = {key: value for key, value in mapping.items() if key != "method" and key not in RECORDED_KEYS}
+    _refuse_unknown(run, SETTINGS, where)
+    parts: dict[str, dict[str, Any]] = {part: {} for part, _ in SETTINGS.values()}
+    for key, value in run.items():
+        part, field = SETTINGS[key]
+        parts[part][key] = _typed(key, value, field.type, where(key))
+    kinds = get_type_hints(METHODS[name or method or "mfef"].Settings)
+    _refuse_unknown(settings, kinds, where)
+    parts["method"] = {key: _typed(f"method.{key}", value, kinds[key], where(key)) for key, value in settings.items()}
+    return name, parts
 
 
 def split_method(method: Any, where: Where) -> tuple[str | None, dict[str, Any]]:
@@ -104,79 +82,66 @@ def split_method(method: Any, where: Where) -> tuple[str | None, dict[str, Any]]
     return name, {key: value for key, value in table.items() if key != "name"}
 
 
-def from_mapping(base: T, mapping: Mapping[str, Any], where: Where, prefix: str = "") -> T:
-    """Return settings with the values of a mapping in place of their own.
+def _refuse_unknown(mapping: Mapping[str, Any], known: Iterable[str], where: Where) -> None:
+    for key in mapping:
+        if key in REMOVED:
+            raise UsageError(f"{where(key)}: {key} was removed: {REMOVED[key]}")
+        if key not in known:
+            raise UsageError(f"{where(key)}: unknown key {shown(key)}: {near_matches(key, known)}")
 
-    Args:
-        base: An instance of a dataclass of settings.
-        mapping: New values by field.
-        where: The place of a key.
-        prefix: What stands before a key in error lines.
 
-    Raises:
-        UsageError: An unknown key, or a value that the field cannot have; says where.
-    """
-    kind: Any = type(base)
-    refuse_unknown(kind, mapping, where)
-    changes = typed(kind, mapping, where, prefix)
+def _changed(settings: T, changes: Mapping[str, Any], where: Where) -> T:
     try:
-        return dataclasses.replace(base, **changes)  # type: ignore[type-var]
-    except UsageError as error:
+        return dataclasses.replace(settings, **changes)  # type: ignore[type-var]
+    except UsageError as error:  # it begins with the name of the setting
         found = re.match(r"(?:method\.)?(\w+)", str(error))
-        raise UsageError(f"{where(found[1])}: {error}" if found and found[1] in mapping else str(error)) from None
+        raise UsageError(f"{where(found[1])}: {error}" if found and found[1] in changes else str(error)) from None
 
 
-def typed(kind: type, mapping: Mapping[str, Any], where: Where, prefix: str = "") -> dict[str, Any]:
-    """Turn the values of a mapping into those of a dataclass's fields; keys of other fields are passed over.
+def _typed(key: str, value: Any, kind: Any, where: str) -> Any:
+    try:
+        return convert(value, kind)
+    except TypeError:
+        raise UsageError(f"{where}: {key} is {shown(value)}; it must be {describe(kind)}") from None
+
+
+def convert(value: Any, kind: Any) -> Any:
+    """Return a value of a TOML or JSON file as one of a type: lists as tuples, whole numbers as floats.
 
     Raises:
-        UsageError: A value of another type.
+        TypeError: The value is not of the type.
     """
-    types = get_type_hints(kind)
-    found = {}
-    for key, value in mapping.items():
-        if key in types:
-            if not fits(value, types[key]):
-                raise UsageError(f"{where(key)}: {prefix}{key} is {shown(value)}; it must be {describe(types[key])}")
-            found[key] = converted(value, types[key])
-    return found
-
-
-def converted(value: Any, kind: Any) -> Any:
-    """Turn a value that fits a type into one of it: lists into tuples, whole numbers into floats."""
-    alternatives = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    if float in alternatives and int not in alternatives and type(value) is int:
-        return float(value)
-    if any(get_origin(each) is tuple for each in alternatives) and value is not None:
-        return tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    return value
-
-
-def fits(value: Any, kind: Any) -> bool:
-    """Whether a value of a TOML or JSON file is one of a type; whole numbers are also numbers."""
-    if get_origin(kind) in (Union, UnionType):
-        return any(fits(value, each) for each in get_args(kind))
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_origin(kind) is tuple:
+    origin = get_origin(kind)
+    if origin in (Union, UnionType):
+        for each in get_args(kind):
+            with contextlib.suppress(TypeError):
+                return convert(value, each)
+    elif origin is Literal:
+        if value in get_args(kind):
+            return value
+    elif origin is tuple:
         several = value if isinstance(value, (list, tuple)) else [value]
-        return all(fits(each, get_args(kind)[0]) for each in several)
-    if kind is str:  # what a command line and a file name can hold
-        return isinstance(value, str) and "\0" not in value and value.encode(errors="ignore").decode() == value
-    if kind in (int, float) and isinstance(value, int):
-        return not isinstance(value, bool) and abs(value) < 2**63
-    return isinstance(value, kind)
+        return tuple(convert(each, get_args(kind)[0]) for each in several)
+    elif kind is str and isinstance(value, str):  # as a command line and a file name can hold it
+        if "\0" not in value and value.encode(errors="ignore").decode() == value:
+            return value
+    elif kind in (int, float) and type(value) is int:
+        if abs(value) < 2**63:
+            return kind(value)
+    elif type(value) is kind:
+        return value
+    raise TypeError
 
 
 def describe(kind: Any) -> str:
-    """Return in words what values a type has."""
+    """Return in words which values a type has."""
     if get_origin(kind) in (Union, UnionType):
         return " or ".join(describe(each) for each in get_args(kind) if each is not type(None))
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(repr, get_args(kind)))}"
     if get_origin(kind) is tuple:
-        return {int: "a list of whole numbers", str: "a list of names"}[get_args(kind)[0]]
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+        return {int: "a list of whole numbers", str: "a list of names"}.get(get_args(kind)[0], "a list")
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(kind, kind.__name__)
 
 
 def shown(value: Any) -> str:
@@ -186,3 +151,7 @@ def shown(value: Any) -> str:
     except ValueError:  # a whole number of thousands of digits
         return "a number too large to write"
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+LISTS = tuple(key for key, (_, field) in SETTINGS.items() if describe(field.type).startswith("a list"))
+"""Settings that are lists themselves."""

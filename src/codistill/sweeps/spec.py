@@ -11,12 +11,9 @@ from codistill.core.errors import UsageError
 from codistill.core.registry import near_matches
 from codistill.methods import METHODS
 from codistill.settings.config import RunConfig
-from codistill.settings.mapping import refuse_untyped, run_from_mapping
+from codistill.settings.mapping import LISTS, run_from_mapping, typed_parts
 from codistill.settings.recipe import read_table
 from codistill.sweeps.naming import canonical, digest, unique_names
-
-# Settings that are lists themselves, so that [grid] has lists of lists of them.
-LISTS = ("networks", "milestones")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +139,7 @@ def planned(settings: Mapping[str, Any], name: str, group: str, where: Callable[
     if not isinstance(chosen, str) or chosen not in METHODS:
         raise UsageError(f"{where(str(chosen))}: unknown method {chosen!r}: {near_matches(str(chosen), METHODS)}")
     recipe["method"] = method
-    refuse_untyped(recipe, where)
+    typed_parts(recipe, where)
     try:
         config = run_from_mapping(recipe, lambda key: "")
     except UsageError as error:

@@ -24,7 +24,7 @@ from codistill.runs.folder import refuse_occupied
 from codistill.runs.metadata import run_metadata
 from codistill.runs.summary import write_summary_of_failure
 from codistill.settings.build import load_named_data
-from codistill.settings.config import RunConfig
+from codistill.settings.config import SHARED, RunConfig
 from codistill.training.loop import train_loop
 from codistill.training.optim import make_optimizer
 from codistill.training.prepare import (
@@ -39,21 +39,6 @@ from codistill.training.ranks import refuse_ranks
 from codistill.training.step import TrainStep
 from codistill.training.train import free_folder
 from codistill.training.trainer import Trainer
-
-SHARED_IN_A_FLEET = (
-    "data",
-    "data_dir",
-    "epochs",
-    "batch_size",
-    "drop_last",
-    "train_limit",
-    "validation",
-    "device",
-    "precision",
-    "deterministic",
-    "threads",
-)
-
 
 # Puts a run on its device, and closes it at the end.
 Opening = Callable[[], contextlib.AbstractContextManager[Trainer]]
@@ -251,7 +236,7 @@ def train_side_by_side(openings: Sequence[Opening], diverged: Callable[[Trainer,
 def shared(config: RunConfig) -> dict[str, Any]:
     """Give the settings that runs side by side have in common."""
     mapping = config.as_mapping()
-    return {key: mapping[key] for key in SHARED_IN_A_FLEET}
+    return {key: mapping[key] for key in SHARED}
 
 
 def mark_diverged(loop: Trainer, error: DivergedError) -> None:
