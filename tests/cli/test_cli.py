@@ -17,15 +17,15 @@ import torch
 from PIL import Image
 
 import codistill as cd
-from codistill.cli import main
+from codistill.cli import commands, main
+from codistill.cli.options import OPTIONS
 from codistill.core import errors
+from codistill.core.signals import Terminated
 from codistill.runs.lock import RunLock
 from codistill.settings.build import build_method
 
 from .. import tiny
 
-# By its full name, for `codistill.cli.main` is the function.
-cli = importlib.import_module("codistill.cli.main")
 PREDICTORS = ["student0", "student1", "ensemble", "fused"]
 TINY = ["--networks", "tiny", "tiny", "--data", "packed", "--batch-size", "8", "--lr", "0.05", "--threads", "1"]
 
@@ -194,10 +194,10 @@ def test_list(capsys):
 def test_the_usage_names_every_command(capsys, arguments):
     assert main(arguments) == 0
     out = capsys.readouterr().out
-    assert all(re.search(rf"^  {command}\b", out, flags=re.MULTILINE) for command in cli.COMMANDS)
+    assert all(re.search(rf"^  {command}\b", out, flags=re.MULTILINE) for command in OPTIONS)
 
 
-@pytest.mark.parametrize("command", [*cli.COMMANDS, "train ffl"])
+@pytest.mark.parametrize("command", [*OPTIONS, "train ffl"])
 def test_help_of_a_command(capsys, command):
     assert main([*command.split(), "--help"]) == 0
     out, error = capsys.readouterr()
@@ -227,17 +227,17 @@ USAGE = {
     "train mfef extra": "unknown option extra",
     "train --epochs 0": "epochs is 0; it must be at least 1",
     "train --epochs": "--epochs",
-    "train --epochs ten": "--epochs: .*'ten'",
+    "train --epochs ten": "--epochs is 'ten'; it must be a whole number",
     "train --padding-mode refect": "'refect' for argument '--padding-mode'",
     "train --recipe none.toml": "recipe none.toml: .*No such file",
     "train --data digits --networks resnet20 resnet20 --device cuda:99": "device 'cuda:99'",
-    "evaluate": "RUN|PATH",
+    "evaluate": "missing: RUN",
     "evaluate run --jsn": "codistill evaluate: unknown option --jsn: did you mean --json",
     "evaluate run --checkpoint first": "'first' for argument '--checkpoint'",
-    "predict": "PATH",
+    "predict": "missing: MODEL",
     "predict run": "no images: name at least one file",
     "predict run image.png --top 0": "--top is 0; it must be at least 1",
-    "export": "PATH",
+    "export": "missing: RUN",
     "export run --format onxx": "'onxx' for argument '--format'",
     "list --jsn": "unknown option --jsn: did you mean --json",
     "list methods": "unknown option methods",
@@ -336,14 +336,14 @@ def test_a_divergence_is_status_5(made, capsys, tmp_path):
         (OSError(5, "Input/output error"), 6, "failing: .*Input/output"),
         (OSError(9, "Bad file descriptor"), 1, "bug: OSError"),
         (KeyboardInterrupt(), 130, "interrupted; what was saved before is kept"),
-        (cli.Terminated(), 143, "terminated; what was saved before is kept"),
+        (Terminated(), 143, "terminated; what was saved before is kept"),
     ],
 )
 def test_every_kind_of_failure_has_its_status(capsys, monkeypatch, error, status, message):
     def fail(arguments):
         raise error
 
-    monkeypatch.setitem(cli.COMMANDS, "list", fail)
+    monkeypatch.setattr(commands, "list_command", fail)
     refused(capsys, ["list"], status, message)
     for arguments in (["--debug", "list"], ["list", "--debug"]):
         with pytest.raises(type(error)):

@@ -1,9 +1,15 @@
-"""Settings as flags: written, parsed, and those that do not exist."""
+"""Flags: how they may be written, and those that do not exist or were removed."""
+
+import dataclasses
 
 import pytest
 
-from codistill.cli.flags import flag_value, has_flag
+from codistill.cli import early
+from codistill.cli.flags import option_flags, setting_flags
+from codistill.cli.options import OPTIONS
 from codistill.core.errors import UsageError
+from codistill.methods import METHODS
+from codistill.settings.config import SETTINGS, default_config
 
 
 def test_unknown_flags_name_their_neighbours(parsed):
@@ -26,6 +32,32 @@ def test_a_choice_that_there_is_not_is_said_once(parsed):
         parsed("--compile", "maybe")
 
 
-def test_the_last_flag_counts():
-    assert flag_value(["--a", "1", "--a=2", "--b", "3"], "--a") == "2"
-    assert flag_value(["--a"], "--a") == "" and not has_flag(["--ab"], "--a")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--epochs ten", "--epochs is 'ten'; it must be a whole number"),
+        ("-b ten", "-b is 'ten'; it must be a whole number"),
+        ("--train-limit 1.5", "--train-limit is '1.5'; it must be a whole number"),
+        ("--milestones 1 x", "--milestones is '1 x'; it must be a list of whole numbers"),
+        ("--method.temperature hot", "--method.temperature is 'hot'; it must be a number"),
+        ("--epochs 0", "epochs is 0; it must be at least 1"),
+    ],
+)
+def test_a_value_of_another_type_is_one_line(parsed, flags, message):
+    with pytest.raises(UsageError, match=f"^codistill train mfef: {message}"):
+        parsed(*flags.split())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_flags_are_known_without_torch(method):
+    fields = dataclasses.fields(METHODS[method].Settings)
+    wanted = setting_flags(default_config(method))
+    assert {flag.key for flag in wanted} == {*SETTINGS, *(field.name for field in fields)}
+    spelt = {name for flag in wanted for name in flag.spellings()}
+    assert {name for flag in early.setting_flags_of_source(method) for name in flag.spellings()} == spelt
+
+
+def test_every_setting_and_option_has_a_help_text():
+    flags = [flag for name in METHODS for flag in setting_flags(default_config(name))]
+    flags += [flag for kind in OPTIONS.values() for flag in option_flags(kind)]
+    assert not {flag.key for flag in flags if not flag.text}

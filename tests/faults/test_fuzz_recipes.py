@@ -9,10 +9,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import codistill as cd
-from codistill.cli.flags import parse_config
 from codistill.core.errors import CheckpointError, UsageError
 from codistill.methods import METHODS
 from codistill.settings.config import RunConfig
+from codistill.settings.mapping import run_from_mapping
 from codistill.settings.recipe import read_recipe
 
 from .. import tiny
@@ -59,16 +59,16 @@ CORPUS = (
 def read(path: Path) -> RunConfig | None:
     """Read a recipe as `codistill train --recipe` does; None: it was refused in order."""
     try:
-        name, arguments = read_recipe(path)
-        config = parse_config(name or "mfef", arguments)
+        recipe = read_recipe(path)
+        config = run_from_mapping(recipe.mapping, recipe.where)
     except UsageError as error:
         line = str(error)
         assert "\n" not in line and len(line) < 2000 and line.isprintable()
         return None
     again = path.with_name("again.json")
     again.write_text(json.dumps(config.as_mapping(), allow_nan=False))
-    name, arguments = read_recipe(again)
-    assert parse_config(name or "", arguments) == config
+    recipe = read_recipe(again)
+    assert run_from_mapping(recipe.mapping, recipe.where) == config
     return config
 
 

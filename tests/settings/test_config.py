@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from codistill.cli.flags import parse_config
 from codistill.core.errors import UsageError
 from codistill.methods import METHODS
-from codistill.settings.config import RunConfig, TrainSettings, default_config
+from codistill.settings.config import ExecutionSettings, RunConfig, TrainSettings, default_config
+from codistill.settings.mapping import run_from_mapping
 from codistill.settings.recipe import read_recipe
 from codistill.training.optim import learning_rate_at
 
@@ -48,7 +48,6 @@ BAD_VALUES = [
     ("validation", -1),
     ("seed", -1),
     ("seed", 2**32),
-    ("threads", 0),
 ]
 BAD_METHOD_VALUES = [
     ("temperature", 0.0),
@@ -67,9 +66,8 @@ def named(key: str, value: object) -> str:
     return rf"\b{key} (is|are) {re.escape(str(shown))}; "
 
 
-def as_flags(key: str, value: object, prefix: str = "") -> list[str]:
-    values = value if isinstance(value, tuple) else (value,)
-    return [f"--{prefix}{key.replace('_', '-')}", *map(str, values)]
+def run(method: str = "mfef", /, **mapping: object) -> RunConfig:
+    return run_from_mapping({"method": {"name": method}} | mapping, lambda key: "here")
 
 
 @pytest.mark.parametrize(("key", "value"), BAD_VALUES)
@@ -77,13 +75,19 @@ def test_bad_values_are_refused(key, value):
     with pytest.raises(UsageError, match=named(key, value)):
         TrainSettings(**({"epochs": 5} | {key: value}))
     with pytest.raises(UsageError, match=named(key, value)):
-        parse_config("mfef", ["--epochs", "5", *as_flags(key, value)])
+        run(**({"epochs": 5} | {key: value}))
+
+
+def test_bad_values_of_the_execution_are_refused():
+    for key, value in (("threads", 0), ("compile", "yes"), ("precision", "float16")):
+        with pytest.raises(UsageError, match=rf"\b{key} is {value!r}"):
+            ExecutionSettings(**{key: value})
 
 
 @pytest.mark.parametrize(("key", "value"), BAD_METHOD_VALUES)
 def test_bad_values_of_a_method_are_refused(key, value):
     with pytest.raises(UsageError, match=named(f"method.{key}", value)):
-        parse_config("mfef", as_flags(key, value, "method."))
+        run(method={"name": "mfef", key: value})
 
 
 @pytest.mark.parametrize(
@@ -99,12 +103,11 @@ def test_bad_values_of_a_method_are_refused(key, value):
         {"padding": 0},
         {"train_limit": 1},
         {"seed": 2**32 - 1},
-        {"threads": 1},
     ],
 )
 def test_the_ends_of_the_ranges_are_allowed(changes):
     settings = TrainSettings(**changes)
-    assert parse_config("mfef", [flag for key in changes for flag in as_flags(key, changes[key])]).train == settings
+    assert run(**changes).train == settings
 
 
 @pytest.mark.parametrize(
@@ -169,6 +172,9 @@ def configs(draw: st.DrawFn) -> RunConfig:
         train_limit=st.none() | st.integers(1, 10**6),
         validation=st.integers(0, 10**6),
         seed=st.integers(0, 2**32 - 1),
+    )
+    execution = st.builds(
+        ExecutionSettings,
         device=st.sampled_from(["auto", "cpu", "cuda:1"]),
         precision=st.sampled_from(["float32", "bf16"]),
         threads=st.none() | st.integers(1, 64),
@@ -182,6 +188,7 @@ def configs(draw: st.DrawFn) -> RunConfig:
         data=draw(st.sampled_from(["", "digits", "folder:resize=64", "colours of my own"])),
         data_dir=draw(st.none() | place),
         train=draw(settings),
+        execution=draw(execution),
         method=draw(settings_of(METHODS[name].Settings)),
     )
 
@@ -191,9 +198,9 @@ def configs(draw: st.DrawFn) -> RunConfig:
 def test_a_config_survives_being_written_and_read(tmp_path_factory, config):
     path = tmp_path_factory.mktemp("config") / "config.json"
     path.write_text(json.dumps({**config.as_mapping(), "dataset": {}, "environment": {}}))
-    name, arguments = read_recipe(path)
-    assert name == config.method_name
-    assert parse_config(name, arguments) == config
+    recipe = read_recipe(path)
+    assert recipe.method == config.method_name
+    assert run_from_mapping(recipe.mapping, recipe.where) == config
 
 
 def test_what_is_written_is_plain_json():
@@ -208,4 +215,4 @@ def test_what_is_written_is_plain_json():
 def test_defaults_are_those_of_the_method(name):
     config = default_config(name)
     assert config.method == METHODS[name].Settings() and config.train == TrainSettings()
-    assert parse_config(name, []) == config
+    assert run(name) == config

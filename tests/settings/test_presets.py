@@ -14,7 +14,7 @@ from codistill.methods import METHODS
 from codistill.networks import NETWORKS
 from codistill.settings.build import build_method
 from codistill.settings.config import RunConfig, default_config
-from codistill.settings.presets import PRESETS, find_preset, preset_config, renamed
+from codistill.settings.presets import PRESETS, completed, find_preset, preset_config
 from codistill.training import fleet
 
 DATA = ["--data", "digits"]
@@ -62,7 +62,7 @@ def test_a_preset_sets_all_that_it_says_and_nothing_else(chosen, name):
     assert dataclasses.asdict(config.method) == dataclasses.asdict(default.method) | dict(preset.settings)
     assert config.method_name == preset.method == name and isinstance(config.method, METHODS[name].Settings)
     assert config.teaching == default.teaching
-    assert preset_config(preset, None) == dataclasses.replace(config, networks=(), data="")
+    assert completed(preset, preset_config(preset)) == dataclasses.replace(config, networks=(), data="")
     assert preset.source.strip()
 
 
@@ -185,7 +185,7 @@ def test_networks_are_renamed_where_the_papers_code_builds_others(chosen):
     assert set(names.values()) == {plain}
     assert chosen("okddip", *four).networks == plain
     # A second time, with the names that a run folder has, nothing changes.
-    assert renamed(PRESETS["one"], one) == one
+    assert chosen("--preset", "one", "--networks", *one).networks == one
     for preset in PRESETS.values():
         assert {*preset.networks, *preset.networks.values()} <= set(NETWORKS)
         assert not set(preset.networks) & set(preset.networks.values())
@@ -205,7 +205,7 @@ def test_seeds_go_with_a_preset(chosen):
 def test_an_unknown_preset_is_refused(capsys, tmp_path):
     refused(capsys, tmp_path, "unknown preset 'okdip': did you mean okddip", "--preset", "okdip", *PAIR)
     refused(capsys, tmp_path, "unknown preset 'x': choose from dml, ffl, kdcl, mfef, okddip, one", "--preset=x", *PAIR)
-    refused(capsys, tmp_path, "unknown preset '--data'", *PAIR, "--preset")  # its value was forgotten
+    refused(capsys, tmp_path, "Missing value for argument '--preset'", *PAIR, "--preset")
 
 
 def test_a_preset_of_another_method_is_refused(capsys, tmp_path):

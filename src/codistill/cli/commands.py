@@ -24,12 +24,12 @@ from codistill.cli.options import (
 )
 from codistill.core.errors import DivergedError, UsageError, WorkerError
 from codistill.data import DATASETS
+from codistill.deploy.run import Run
 from codistill.methods import METHODS
 from codistill.networks import NETWORKS
-from codistill.runs.run import Run
 from codistill.settings.config import RunConfig, default_config
 from codistill.settings.mapping import run_from_mapping
-from codistill.settings.presets import PRESETS, find_preset, preset_config, renamed
+from codistill.settings.presets import PRESETS, completed, find_preset, preset_config
 from codistill.settings.recipe import read_recipe
 
 
@@ -83,7 +83,9 @@ def train_command(arguments: Sequence[str]) -> None:
 def train_options(
     arguments: Sequence[str], named: str | None, sources: SourceOptions
 ) -> tuple[TrainOptions, RunConfig]:
-    """Put together the run that `codistill train` is given: the method's defaults, preset, recipe, flags; later ones win.
+    """Put together the run that `codistill train` is given.
+
+    Later ones win: the method's defaults, the preset, the recipe, the flags.
 
     Args:
         arguments: The flags.
@@ -98,22 +100,15 @@ def train_options(
         raise UsageError(f"the recipe is for {recipe.method}, not for {named}: name one of them only")
     method = named or (recipe.method if recipe else None)
     preset = find_preset(sources.preset, method) if sources.preset is not None else None
-    method = preset.method if preset else method or "mfef"
-    command = f"codistill train {method}"
-    config = default_config(method)
-
-    def with_flags(base: RunConfig) -> tuple[TrainOptions, RunConfig]:
-        if recipe:
-            base = run_from_mapping(recipe.mapping, recipe.where, method, base)
-        return parse_with_settings(TrainOptions, arguments, command, base)
-
-    chosen, config = with_flags(config)
+    method = preset.method if preset else method
+    command = f"codistill train {method or 'mfef'}"
+    base = preset_config(preset) if preset else default_config(method or "mfef")
+    if recipe:
+        base = run_from_mapping(recipe.mapping, recipe.where, method, base)
+    chosen, config = parse_with_settings(TrainOptions, arguments, command, base)
     refuse_two_sources(chosen, command)
     if preset:
-        # Milestones move with the epochs, which recipe and flags may say.
-        epochs = config.train.epochs
-        chosen, config = with_flags(preset_config(preset, epochs))
-        config = dataclasses.replace(config, networks=renamed(preset, config.networks))
+        config = completed(preset, config)
     if "" in config.networks:
         raise UsageError(
             "a network without a name: only the program that built it can train it; name one with --networks"

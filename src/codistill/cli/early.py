@@ -67,27 +67,21 @@ def setting_flags_of_source(method: str) -> list[Flag]:
         # The first class on the way up that says which settings it has.
         found = re.findall(r"^    (?:Settings = |settings: )(\w+)", ast.unparse(node), re.MULTILINE)
         if found:
-            return flags + [_replaced(flag) for flag in _fields(place, found[0])]
+            return flags + _fields(place, found[0], "method")
     return flags
 
 
-def _replaced(flag: Flag) -> Flag:
-    return Flag(key=flag.key, kind=flag.kind, group="method")
-
-
-def _fields(module: str, name: str) -> list[Flag]:
+def _fields(module: str, name: str, group: str = "") -> list[Flag]:
     found = {}
     for _, node in reversed([*_lineage(module, name)]):
         for field in node.body:
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                kind = ast.unparse(field.annotation)
-                alias = re.search(r"'alias': '(\S+)'", ast.unparse(field))
-                nested = field.target.id in ("method_name", "method") or kind.endswith("Settings")
-                if not nested and not kind.startswith("ClassVar"):
-                    metadata = {"alias": alias[1]} if alias else {}
-                    found[field.target.id] = Flag(
-                        key=field.target.id, kind=bool if kind == "bool" else None, metadata=metadata
-                    )
+            match field:
+                case ast.AnnAssign(target=ast.Name(id=key)) if key not in ("method", "method_name"):
+                    kind = ast.unparse(field.annotation)
+                    alias = re.search(r"'alias': '(\S+)'", ast.unparse(field))
+                    if not kind.startswith("ClassVar") and not kind.endswith("Settings"):
+                        about = {"alias": alias[1]} if alias else {}
+                        found[key] = Flag(key=key, kind=bool if kind == "bool" else None, metadata=about, group=group)
     return list(found.values())
 
 

@@ -34,7 +34,7 @@ class Flag:
         kind: Its type.
         default: Its default; MISSING: it must be given.
         text: Its help.
-        metadata: That of the field: `alias`, `metavar` and `positional`.
+        metadata: That of the field: `alias`, `metavar`, and `positional`, which is the metavar of one without a flag.
         group: The title of its group in the help; empty: the first.
         negated: Whether `--no-..` exists, if its type is bool.
     """
@@ -202,10 +202,10 @@ def _group(title: str) -> str:
 def _tyro_field(flag: Flag) -> tuple[str, Any, Any]:
     import tyro
 
-    alias = flag.metadata.get("alias")
+    alias, shown = flag.metadata.get("alias"), flag.metadata.get("positional") or flag.metadata.get("metavar")
     about = tyro.conf.arg(
         help=flag.text,
-        metavar=None if flag.kind is bool else flag.metadata.get("metavar") or metavar(flag.kind),
+        metavar=None if flag.kind is bool else shown or metavar(flag.kind),
         help_behavior_hint="(required)" if flag.default is MISSING else default_text(flag.default),
         aliases=(alias,) if alias else None,
         prefix_name=flag.group == "method",
@@ -241,14 +241,13 @@ def _one_line(box: str, flags: Iterable[Flag]) -> str:
     """Fold what tyro found wrong, a box of several lines, into one."""
     from codistill.settings.mapping import describe
 
-    lines = [re.sub(r"[│╭╮╰╯─]+", " ", line).strip() for line in box.splitlines()]
-    text = " ".join(line for line in lines if line and not line.startswith("For full helptext"))
+    lines = [re.sub(r"[│╭╮╰╯─]+|-{4,}", " ", line).strip() for line in box.splitlines()]
+    text = " ".join(line for line in lines if line).partition("Argument helptext")[0].partition("For full helptext")[0]
     kinds = {name: flag.kind for flag in flags for name in flag.spellings()}
-    if wrong := re.search(r"Error parsing ([\w.|-]+).*?: .*?'(.*?)'", text):
-        names = [name for name in wrong[1].split("|") if name in kinds]
-        if names:
-            return f"{names[-1]} is {wrong[2]!r}; it must be {describe(kinds[names[-1]])}"
+    if (wrong := re.search(r"Error parsing ([\w.-]+)[^:]*: (.*?)( Got errors|$)", text)) and wrong[1] in kinds:
+        value = " ".join(re.findall(r"'(.*?)'", wrong[2]))
+        return f"{wrong[1]} is {value!r}; it must be {describe(kinds[wrong[1]])}"
     if missing := re.search(r"Missing from .*?: (.*)", text):
-        return f"missing: {missing[1]}"
-    once = re.sub(r"^(.+?) (\1)\b", r"\2", text, flags=re.IGNORECASE)  # what the box's title and its text both say
-    return once.partition("Argument helptext")[0].strip()
+        return f"missing: {missing[1].strip()}"
+    # The box's title and its text both say it.
+    return re.sub(r"^(.+?) (\1)\b", r"\2", text, flags=re.IGNORECASE).strip()

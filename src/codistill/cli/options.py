@@ -2,32 +2,16 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 Checkpoint = Literal["last", "best"]
 
 # In the help of commands that take a run's settings, those that matter first; the rest is in groups below them.
 FIRST = {
-    "train": [
-        "networks",
-        "data",
-        "data_dir",
-        "epochs",
-        "batch_size",
-        "learning_rate",
-        "seed",
-        "seeds",
-        "precision",
-        "out",
-    ],
-    "bench": ["networks", "batch_size", "precision", "runs", "compare", "seconds", "profile", "json"],
+    "train": "networks data data_dir epochs batch_size learning_rate seed seeds precision out".split(),  # noqa: SIM905
+    "bench": "networks batch_size precision runs compare seconds profile json".split(),  # noqa: SIM905
 }
-AUGMENTATION = ["padding", "padding_mode", "flip", "drop_last", "train_limit", "validation"]
-
-
-def positional(metavar: str) -> Any:
-    """Make a field that is written without a flag."""
-    return field(metadata={"metavar": metavar, "positional": True})
+AUGMENTATION = ("padding", "padding_mode", "flip", "drop_last", "train_limit", "validation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +42,7 @@ class TrainOptions(SourceOptions):
 class ResumeOptions:
     """Resume interrupted runs from their last checkpoints; they end as they would have ended without the break."""
 
-    runs: tuple[Path, ...] = positional("RUN ..")
+    runs: tuple[Path, ...] = field(metadata={"positional": "RUN .."})
     """Run folders, or folders of them as --seeds makes; those that stopped at one step resume side by side."""
     data_dir: str | None = field(default=None, metadata={"metavar": "PATH"})
     """Where the data set is now, if it has moved."""
@@ -70,7 +54,7 @@ class ResumeOptions:
 class EvaluateOptions:
     """Score every predictor of a run on its test set."""
 
-    run: Path = positional("RUN")
+    run: Path = field(metadata={"positional": "RUN"})
     """The run folder."""
     checkpoint: Checkpoint = "last"
     """Weights of the last epoch or of the best one."""
@@ -86,9 +70,9 @@ class EvaluateOptions:
 class PredictOptions:
     """Classify images."""
 
-    model: Path = positional("MODEL")
+    model: Path = field(metadata={"positional": "MODEL"})
     """A .safetensors or .onnx file that export wrote, or a run folder."""
-    images: tuple[Path, ...] = positional("IMAGE ..")
+    images: tuple[Path, ...] = field(metadata={"positional": "IMAGE .."})
     """Image files."""
     predictor: str | None = None
     """Which predictor of a run. None: the student with the lowest error."""
@@ -102,7 +86,7 @@ class PredictOptions:
 class ExportOptions:
     """Write one predictor as one file, load it again and compare it with the run on test images."""
 
-    run: Path = positional("RUN")
+    run: Path = field(metadata={"positional": "RUN"})
     """The run folder."""
     predictor: str | None = None
     """student0, student1, .., ensemble or fused. None: the student with the lowest error."""
@@ -120,7 +104,7 @@ class ExportOptions:
 class SweepOptions:
     """Train many runs, each in a folder of its own; the same command again resumes an interrupted sweep."""
 
-    spec: Path = positional("SPEC")
+    spec: Path = field(metadata={"positional": "SPEC"})
     """A TOML file: the settings of all runs, and those that vary: [grid] of lists, [[runs]]."""
     out: Path
     """The folder of the sweep, in which each run gets a folder."""

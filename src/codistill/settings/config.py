@@ -135,7 +135,7 @@ class ExecutionSettings:
 class TeacherSettings:
     """A frozen teacher: kd needs one, other methods may have one beside the students' own exchange."""
 
-    teacher: str | None = None
+    teacher: str | None = field(default=None, metadata={"metavar": "PATH"})
     """A run folder, a .safetensors file that export wrote, or a checkpoint with teacher_network."""
     teacher_predictor: str | None = None
     """Which predictor of a run folder teaches. None: its best student."""
@@ -164,7 +164,7 @@ class RunConfig:
     """The students, one name each: resnet32 wrn-16-2. Options behind a colon: resnet20:shortcut=A."""
     data: str = field(default="", metadata=COMMON)
     """The data set; options behind a colon: folder:resize=64."""
-    data_dir: str | None = field(default=None, metadata=PLACE | COMMON)
+    data_dir: str | None = field(default=None, metadata=PLACE | COMMON | {"metavar": "PATH"})
     """Folder, archive or file that holds the data set."""
     train: TrainSettings = field(default_factory=TrainSettings)
     execution: ExecutionSettings = field(default_factory=ExecutionSettings)

@@ -34,7 +34,7 @@ def run_from_mapping(
         UsageError: An unknown key or method, or a value that a setting cannot have; says where.
     """
     name, parts = typed_parts(mapping, where, method or (base and base.method_name))
-    if name is None and parts["method"] and method is None and base is None:
+    if name is None and parts["method"] and method is None:
         raise UsageError(f'{where("method")}: settings of a method need its name: name = "mfef"')
     base = base or default_config(name or method or "mfef")
     own = parts.pop("")

@@ -1,7 +1,7 @@
 """Settings of papers, as a whole: what each paper or its code sets, where it differs from MFEF's recipe."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from codistill.core.errors import UsageError
@@ -118,21 +118,20 @@ def find_preset(name: str, method: str | None) -> Preset:
     return preset
 
 
-def preset_config(preset: Preset, epochs: int | None) -> RunConfig:
-    """Return the run that a preset sets, its milestones moved in proportion where another length is asked for.
+def preset_config(preset: Preset) -> RunConfig:
+    """Return the run that a preset sets, without milestones: those move with the epochs; see `completed`."""
+    run = {key: value for key, value in preset.run.items() if key != "milestones"}
+    return run_from_mapping({**run, "method": {"name": preset.method, **preset.settings}}, lambda key: "preset")
 
-    Args:
-        preset: The preset.
-        epochs: The length that is asked for; None: the preset's own.
+
+def completed(preset: Preset, config: RunConfig) -> RunConfig:
+    """Return a run with the networks that the paper's code builds under these names, and milestones where it has none.
+
+    They are the preset's, in proportion to the epochs.
     """
-    run = dict(preset.run)
-    if epochs is not None:
-        moved = {round(each * epochs / run["epochs"]) for each in run["milestones"]}
-        run |= {"epochs": epochs, "milestones": sorted(each for each in moved if 0 < each < epochs)}
-    mapping = {**run, "method": {"name": preset.method, **preset.settings}}
-    return run_from_mapping(mapping, lambda key: "preset")
-
-
-def renamed(preset: Preset, networks: tuple[str, ...]) -> tuple[str, ...]:
-    """Give the networks that the paper's code builds under these names."""
-    return tuple(preset.networks.get(name, name) for name in networks)
+    epochs, milestones = config.train.epochs, config.train.milestones
+    if milestones is None:
+        moved = {round(each * epochs / preset.run["epochs"]) for each in preset.run["milestones"]}
+        milestones = tuple(sorted(each for each in moved if 0 < each < epochs))
+    networks = tuple(preset.networks.get(name, name) for name in config.networks)
+    return replace(config, networks=networks, train=replace(config.train, milestones=milestones))
