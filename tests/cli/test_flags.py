@@ -51,13 +51,13 @@ def test_a_value_of_another_type_is_one_line(parsed, flags, message):
 @pytest.mark.parametrize("method", METHODS)
 def test_flags_are_known_without_torch(method):
     fields = dataclasses.fields(METHODS[method].Settings)
-    wanted = setting_flags(default_config(method))
+    wanted = setting_flags(default_config(method).values())
     assert {flag.key for flag in wanted} == {*SETTINGS, *(field.name for field in fields)}
     spelt = {name for flag in wanted for name in flag.spellings()}
     assert {name for flag in early.setting_flags_of_source(method) for name in flag.spellings()} == spelt
 
 
 def test_every_setting_and_option_has_a_help_text():
-    flags = [flag for name in METHODS for flag in setting_flags(default_config(name))]
+    flags = [flag for name in METHODS for flag in setting_flags(default_config(name).values())]
     flags += [flag for kind in OPTIONS.values() for flag in option_flags(kind)]
     assert not {flag.key for flag in flags if not flag.text}

@@ -16,7 +16,8 @@ def plugins(tmp_path, monkeypatch):
     package = tmp_path / "colours_for_tests"
     package.mkdir()
     (package / "__init__.py").write_text(
-        "from codistill.core.registry import Registry\nCOLOURS = Registry('colour', 'colours_for_tests')\nimported = []\n"
+        "from codistill.core.registry import Registry\n"
+        "COLOURS = Registry('colour', 'colours_for_tests')\nimported = []\n"
     )
     (package / "warm.py").write_text(
         "import colours_for_tests as package\n"

@@ -28,7 +28,7 @@ from codistill.deploy.run import Run
 from codistill.methods import METHODS
 from codistill.networks import NETWORKS
 from codistill.settings.config import RunConfig, default_config
-from codistill.settings.mapping import run_from_mapping
+from codistill.settings.mapping import run_from_mapping, typed_mapping
 from codistill.settings.presets import PRESETS, completed, find_preset, preset_config
 from codistill.settings.recipe import read_recipe
 
@@ -42,9 +42,10 @@ def split_named(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 def bench_command(arguments: Sequence[str]) -> None:
     """Run `codistill bench`."""
     named, rest = split_named(arguments)
-    config = default_config(named or "mfef")
-    command = f"codistill bench {config.method_name}"
-    chosen, config = parse_with_settings(BenchOptions, rest, command, config)
+    default = default_config(named or "mfef")
+    command = f"codistill bench {default.method_name}"
+    chosen, values = parse_with_settings(BenchOptions, rest, command, default.values())
+    config = run_from_mapping(values, lambda key: command)
     if chosen.runs < 1 or not 0 < chosen.seconds < 3600:
         raise UsageError(f"{command}: --runs must be at least 1, and --seconds above 0 and below 3600")
     if chosen.profile and not chosen.profile.parent.is_dir():
@@ -102,11 +103,18 @@ def train_options(
     preset = find_preset(sources.preset, method) if sources.preset is not None else None
     method = preset.method if preset else method
     command = f"codistill train {method or 'mfef'}"
-    base = preset_config(preset) if preset else default_config(method or "mfef")
-    if recipe:
-        base = run_from_mapping(recipe.mapping, recipe.where, method, base)
-    chosen, config = parse_with_settings(TrainOptions, arguments, command, base)
+    values = (preset_config(preset) if preset else default_config(method or "mfef")).values()
+    written = typed_mapping(recipe.mapping, recipe.where, method) if recipe else {"method": {}}
+    values |= {**written, "method": values["method"] | written["method"]}
+    chosen, values = parse_with_settings(TrainOptions, arguments, command, values)
     refuse_two_sources(chosen, command)
+
+    def where(key: str) -> str:
+        found, of_recipe = ({**each, **each["method"]}.get(key) for each in (values, written))
+        # Not `==`: NaN is unlike itself.
+        return recipe.where(key) if recipe and found is of_recipe else command
+
+    config = run_from_mapping(values, where)
     if preset:
         config = completed(preset, config)
     if "" in config.networks:

@@ -10,16 +10,13 @@ import itertools
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, replace
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from codistill.cli.options import AUGMENTATION, FIRST
 from codistill.core.errors import UsageError
 from codistill.settings.removed import REMOVED
-
-if TYPE_CHECKING:
-    from codistill.settings.config import RunConfig
 
 T = TypeVar("T")
 TITLES = {"": "run", "train": "optimisation", "execution": "execution", "teaching": "teacher"}
@@ -75,26 +72,27 @@ def parse_some(kind: type[T], arguments: Sequence[str], command: str) -> T:
 
 
 def parse_with_settings(
-    kind: type[T], arguments: Sequence[str], command: str, config: "RunConfig"
-) -> tuple[T, "RunConfig"]:
+    kind: type[T], arguments: Sequence[str], command: str, defaults: Mapping[str, Any]
+) -> tuple[T, dict[str, Any]]:
     """Parse the options of a command that takes the settings of a run, too.
 
     Args:
         kind: The command's own options.
         arguments: Flags; later ones win.
         command: For error lines: `codistill train mfef`.
-        config: The method, and the defaults.
+        defaults: All settings of a run by key.
+
+    Returns:
+        The options, and the settings as `defaults` with the flags in their place.
 
     Raises:
-        UsageError: An unknown flag or a value that it does not take, in one line.
+        UsageError: An unknown flag or a value of another type, in one line.
     """
-    from codistill.settings.mapping import run_from_mapping
-
-    own, settings = option_flags(kind), setting_flags(config)
-    flags = arranged([*own, *settings], FIRST[command.split()[1]])
+    own, name = option_flags(kind), defaults["method"]["name"]
+    flags = arranged([*own, *setting_flags(defaults)], FIRST[command.split()[1]])
     values = _parse(flags, arguments, command, inspect.getdoc(kind))
     options = kind(**{flag.key: values.pop(flag.key) for flag in own})
-    return options, run_from_mapping(values, lambda key: command, config.method_name, config)
+    return options, {**values, "method": {"name": name, **values["method"]}}
 
 
 def option_flags(kind: type) -> list[Flag]:
@@ -114,21 +112,24 @@ def option_flags(kind: type) -> list[Flag]:
     ]
 
 
-def setting_flags(config: "RunConfig") -> list[Flag]:
-    """Return the flags of a run's settings; their defaults are those of the run."""
-    found = []
-    for part, title in (*TITLES.items(), ("method", "method")):
-        owner = getattr(config, part) if part else config
-        for flag in option_flags(type(owner)):
-            if flag.key not in (*TITLES, "method", "method_name"):
-                found.append(dataclasses.replace(flag, default=getattr(owner, flag.key), group=title, negated=True))
-    return found
+def setting_flags(defaults: Mapping[str, Any]) -> list[Flag]:
+    """Return the flags of a run's settings."""
+    from codistill.methods import METHODS
+    from codistill.settings.config import RunConfig
+
+    run = RunConfig()
+    kinds = {type(getattr(run, part) if part else run): title for part, title in TITLES.items()}
+    found = [replace(flag, group=title) for kind, title in kinds.items() for flag in option_flags(kind)]
+    found = [replace(flag, default=defaults[flag.key]) for flag in found if flag.key in {*defaults} - {"method"}]
+    settings = option_flags(METHODS[defaults["method"]["name"]].Settings)
+    found += [replace(flag, default=defaults["method"][flag.key], group="method") for flag in settings]
+    return [replace(flag, negated=True) for flag in found]
 
 
 def arranged(flags: Iterable[Flag], first: Sequence[str]) -> list[Flag]:
     """Put the flags that matter first at the beginning, and those of the data in a group of their own."""
     groups = dict.fromkeys(first, "") | dict.fromkeys(AUGMENTATION, "data and augmentation")
-    placed = [dataclasses.replace(each, group=groups.get(each.key, each.group)) for each in flags]
+    placed = [replace(each, group=groups.get(each.key, each.group)) for each in flags]
     return sorted(placed, key=lambda each: first.index(each.key) if not each.group else len(first))
 
 

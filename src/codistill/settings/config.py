@@ -172,11 +172,15 @@ class RunConfig:
     method: MethodSettings = field(default_factory=MethodSettings)
     """Settings of the method."""
 
+    def values(self) -> dict[str, Any]:
+        """Return all settings by key, flat but for the method's."""
+        method = {"name": self.method_name, **dataclasses.asdict(self.method)}
+        found = {key: getattr(getattr(self, part) if part else self, key) for key, (part, _) in SETTINGS.items()}
+        return {"method": method, **found}
+
     def as_mapping(self) -> dict[str, Any]:
-        """Return what `config.json` and recipes hold: plain JSON types, flat but for the method's settings."""
-        mapping: dict[str, Any] = {"method": {"name": self.method_name, **dataclasses.asdict(self.method)}}
-        mapping |= {key: getattr(getattr(self, part) if part else self, key) for key, (part, _) in SETTINGS.items()}
-        plain: dict[str, Any] = json.loads(json.dumps(mapping))
+        """Return what `config.json` and recipes hold: the settings as plain JSON types."""
+        plain: dict[str, Any] = json.loads(json.dumps(self.values()))
         return plain
 
 

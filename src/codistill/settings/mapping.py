@@ -33,37 +33,33 @@ def run_from_mapping(
     Raises:
         UsageError: An unknown key or method, or a value that a setting cannot have; says where.
     """
-    name, parts = typed_parts(mapping, where, method or (base and base.method_name))
-    if name is None and parts["method"] and method is None:
-        raise UsageError(f'{where("method")}: settings of a method need its name: name = "mfef"')
-    base = base or default_config(name or method or "mfef")
+    values = typed_mapping(mapping, where, method)
+    settings = values.pop("method")
+    base = base or default_config(settings.pop("name", method or "mfef"))
+    parts: dict[str, dict[str, Any]] = {part: {} for part, _ in SETTINGS.values()} | {"method": settings}
+    for key, value in values.items():
+        parts[SETTINGS[key][0]][key] = value
     own = parts.pop("")
-    changes = {part: _changed(getattr(base, part), values, where) for part, values in parts.items()}
+    changes = {part: _changed(getattr(base, part), changes, where) for part, changes in parts.items()}
     return dataclasses.replace(base, **own, **changes)
 
 
-def typed_parts(
-    mapping: Mapping[str, Any], where: Where, method: str | None = None
-) -> tuple[str | None, dict[str, dict[str, Any]]]:
-    """Sort a run's mapping by the parts of `RunConfig`, and type its values, whatever else may be wrong with them.
-
-    Returns:
-        The method's name, if there is one, and the values by part and key; the part of networks and data is empty.
+def typed_mapping(mapping: Mapping[str, Any], where: Where, method: str | None = None) -> dict[str, Any]:
+    """Return a run's mapping with values of the settings' types, whatever else may be wrong with them.
 
     Raises:
         UsageError: An unknown key or method, or a value of a wrong type; says where.
     """
     name, settings = split_method(mapping.get("method", {}), where)
+    if settings and not (name or method):
+        raise UsageError(f'{where("method")}: settings of a method need its name: name = "mfef"')
     run = {key: value for key, value in mapping.items() if key != "method" and key not in RECORDED_KEYS}
     _refuse_unknown(run, SETTINGS, where)
-    parts: dict[str, dict[str, Any]] = {part: {} for part, _ in SETTINGS.values()}
-    for key, value in run.items():
-        part, field = SETTINGS[key]
-        parts[part][key] = _typed(key, value, field.type, where(key))
     kinds = get_type_hints(METHODS[name or method or "mfef"].Settings)
     _refuse_unknown(settings, kinds, where)
-    parts["method"] = {key: _typed(f"method.{key}", value, kinds[key], where(key)) for key, value in settings.items()}
-    return name, parts
+    typed = {key: _typed(key, value, SETTINGS[key][1].type, where(key)) for key, value in run.items()}
+    inner = {key: _typed(f"method.{key}", value, kinds[key], where(key)) for key, value in settings.items()}
+    return {**typed, "method": {"name": name, **inner} if name else inner}
 
 
 def split_method(method: Any, where: Where) -> tuple[str | None, dict[str, Any]]:

@@ -11,7 +11,7 @@ from codistill.core.errors import UsageError
 from codistill.core.registry import near_matches
 from codistill.methods import METHODS
 from codistill.settings.config import RunConfig
-from codistill.settings.mapping import LISTS, run_from_mapping, typed_parts
+from codistill.settings.mapping import LISTS, run_from_mapping, typed_mapping
 from codistill.settings.recipe import read_table
 from codistill.sweeps.naming import canonical, digest, unique_names
 
@@ -139,7 +139,7 @@ def planned(settings: Mapping[str, Any], name: str, group: str, where: Callable[
     if not isinstance(chosen, str) or chosen not in METHODS:
         raise UsageError(f"{where(str(chosen))}: unknown method {chosen!r}: {near_matches(str(chosen), METHODS)}")
     recipe["method"] = method
-    typed_parts(recipe, where)
+    typed_mapping(recipe, where)
     try:
         config = run_from_mapping(recipe, lambda key: "")
     except UsageError as error:
