@@ -31,6 +31,14 @@ from codistill.settings.config import RunConfig, default_config
 from codistill.settings.mapping import run_from_mapping, typed_mapping
 from codistill.settings.presets import PRESETS, completed, find_preset, preset_config
 from codistill.settings.recipe import read_recipe
+from codistill.training.ranks import refuse_ranks
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Run a command by its name."""
+    if command not in ("train", "resume"):
+        refuse_ranks(f"codistill {command}")
+    globals()[f"{command}_command"](arguments)
 
 
 def split_named(arguments: Sequence[str]) -> tuple[str | None, list[str]]:

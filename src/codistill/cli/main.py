@@ -44,9 +44,7 @@ def run_command(arguments: Sequence[str]) -> None:
         refuse_early(command, rest)
         # Only now, for torch comes with them.
         commands = importlib.import_module("codistill.cli.commands")
-        if command not in ("train", "resume"):
-            commands.refuse_ranks(f"codistill {command}")
-        getattr(commands, f"{command}_command")(rest)
+        commands.run(command, rest)
     else:
         raise UsageError(unknown_name("command", arguments[0], OPTIONS))
 
@@ -74,8 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         status, line = explain(error)
-        # What is wrong with a command line is wrong in every process that torchrun started: one of a machine says so.
-        if status != 2 or os.environ.get("LOCAL_RANK", "0") == "0" or ranks_in_environment() == 1:
+        # A wrong command line is wrong in every process that torchrun started: the first of a machine says so.
+        if not (status == 2 and "MASTER_PORT" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"):
             print(f"codistill: error: {line}", file=sys.stderr)
         return status
 
