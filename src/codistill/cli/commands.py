@@ -58,8 +58,7 @@ def bench_command(arguments: Sequence[str]) -> None:
         raise UsageError(f"{command}: --runs must be at least 1, and --seconds above 0 and below 3600")
     if chosen.profile and not chosen.profile.parent.is_dir():
         raise UsageError(f"{command}: --profile {chosen.profile}: there is no folder {chosen.profile.parent}")
-    from codistill.bench.bench import bench
-    from codistill.bench.text import lines
+    from codistill.bench.bench import bench, lines
 
     result = bench(config, chosen.runs, chosen.compare, chosen.seconds, chosen.profile)
     print(json.dumps(result, indent=2) if chosen.json else "\n".join(lines(result)))

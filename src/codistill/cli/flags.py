@@ -108,7 +108,7 @@ def option_flags(kind: type) -> list[Flag]:
             group=TITLES[""],
             negated=False,
         )
-        for each in dataclasses.fields(kind)  # type: ignore[arg-type]
+        for each in dataclasses.fields(kind)
     ]
 
 
@@ -179,6 +179,7 @@ def _parse(
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
+            parsed: Any
             parsed, unknown = tyro.cli(
                 whole, args=list(arguments), prog=command, description=about or "", return_unknown_args=True
             )
@@ -211,11 +212,11 @@ def _tyro_field(flag: Flag) -> tuple[str, Any, Any]:
         aliases=(alias,) if alias else None,
         prefix_name=flag.group == "method",
     )
-    kind = Annotated[flag.kind, about]
+    kind: Any = Annotated[flag.kind, about]
     if "positional" in flag.metadata:
-        kind = tyro.conf.Positional[kind]  # type: ignore[misc,valid-type]
+        kind = tyro.conf.Positional[kind]  # type: ignore[misc]
     if flag.kind is bool and not flag.negated:
-        kind = tyro.conf.FlagCreatePairsOff[kind]  # type: ignore[misc,valid-type]
+        kind = tyro.conf.FlagCreatePairsOff[kind]  # type: ignore[misc]
     return flag.key, kind, field() if flag.default is MISSING else field(default=flag.default)
 
 

@@ -137,7 +137,7 @@ def describe(kind: Any) -> str:
         return f"one of {', '.join(map(repr, get_args(kind)))}"
     if get_origin(kind) is tuple:
         return {int: "a list of whole numbers", str: "a list of names"}.get(get_args(kind)[0], "a list")
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(kind, kind.__name__)
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(kind, str(kind))
 
 
 def shown(value: Any) -> str:
