@@ -1,10 +1,10 @@
 import logging
+import os
 
 import numpy as np
 import pytest
 
 from codistill.core.errors import DataError
-from codistill.data import cache
 from codistill.data.cache import cached
 
 ARRAYS = {"a": np.arange(600, dtype=np.uint8).reshape(2, 300), "b": np.arange(4)}
@@ -69,7 +69,7 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(path, caplog, monkeypatc
     def full(*_args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     assert cached(path, "v1", ["a"], build).keys() == {"a", "b"}
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "No space left on device" in caplog.text and list(path.parent.iterdir()) == []

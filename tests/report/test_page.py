@@ -7,7 +7,8 @@ import re
 import pytest
 
 import codistill as cd
-from codistill.report.page import curves, write_report
+from codistill.report.figures import curves
+from codistill.report.page import write_report
 
 from .. import tiny
 

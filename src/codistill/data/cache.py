@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from codistill.core.errors import CodistillError, DataError
+from codistill.core.files import replaced
 from codistill.data.untrusted import reading, reason
 
 FORMAT = 1
@@ -69,16 +69,9 @@ def _read(path: Path, source: str, names: Iterable[str]) -> Arrays | None:
 def _write(path: Path, source: str, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
     """Write beside the final name, then rename: a reader sees the old cache or the new one."""
     about = {"format": FORMAT, "source": source, "sha256": {name: _digest(array) for name, array in arrays.items()}}
-    part = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
-        try:
-            with part.open("wb") as file:
-                np.savez(file, allow_pickle=False, about=np.array(json.dumps(about)), **arrays)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        with replaced(path) as part, part.open("wb") as file:
+            np.savez(file, allow_pickle=False, about=np.array(json.dumps(about)), **arrays)
     except OSError as error:
         logger.warning("%s: cannot be written (%s): the images are decoded again next time", path, reason(error))
 

@@ -57,7 +57,7 @@ class Classifier:
     """A predictor that is ready to use.
 
     Attributes:
-        card: What is known of it: predictor, method, networks, class_names, image_size, mean, std.
+        card: Facts about it: predictor, method, networks, class_names, image_size, mean, std.
         compute: Maps uint8 [batch, 3, height, width] to logits.
     """
 
@@ -83,11 +83,12 @@ class Classifier:
             batch_size: Images at a time.
         """
         planes = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-        return torch.cat([self.compute(part) for part in torch.split(planes, batch_size)])
+        with torch.no_grad():
+            return torch.cat([self.compute(part) for part in torch.split(planes, batch_size)])
 
 
 def make_card(run: RunFolder, predictor: str) -> dict[str, Any]:
-    """Collect what an exported file must say of itself."""
+    """Return the card of an exported file: what it holds, and what images it takes."""
     data = run.metadata["dataset"]
     return {
         "format": CARD_FORMAT,
@@ -101,15 +102,8 @@ def make_card(run: RunFolder, predictor: str) -> dict[str, Any]:
 
 
 def from_module(card: Mapping[str, Any], module: nn.Module) -> Classifier:
-    """Make a classifier of a network in memory, on the CPU."""
-    ready = PixelsIn(module, card["mean"], card["std"]).cpu().eval()
-
-    def compute(images: Tensor) -> Tensor:
-        with torch.no_grad():
-            logits: Tensor = ready(images)
-        return logits
-
-    return Classifier(card, compute)
+    """Make a classifier of a network that takes normalised images, on the CPU."""
+    return Classifier(card, PixelsIn(module, card["mean"], card["std"]).cpu().eval())
 
 
 def run_predictor(run: RunFolder, predictor: str | None = None, which: str = "last") -> tuple[str, nn.Module]:

@@ -1,9 +1,8 @@
-"""One predictor as one file that needs nothing of its training, compared with the run before it is called good."""
+"""Export of one predictor to one file, compared with the run before it is kept."""
 
 import importlib
 import json
 import logging
-import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from codistill.core.errors import CheckpointError, UsageError
+from codistill.core.files import replaced
 from codistill.data.dataset import Dataset
 from codistill.deploy.classifier import (
     CARD_KEY,
@@ -113,18 +113,19 @@ def export_predictor(
         raise UsageError("safetensors holds weights alone, and networks of your own cannot be rebuilt: export to onnx")
     card = make_card(run, name)
     data = run.load_data(data_dir)
-    temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}{path.suffix}")
     if path.is_dir():
         raise UsageError(f"{path}: is a folder: choose another file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{path.parent}: {error.strerror}: choose another file") from None
-    try:
-        {"safetensors": _write_safetensors, "onnx": _write_onnx, "torch-export": _write_torch_export}[format](
-            module, card, temporary
-        )
-        loaded = _trusted_torch_export(temporary, card) if format == "torch-export" else load_classifier(temporary)
+    write = {"safetensors": _write_safetensors, "onnx": _write_onnx, "torch-export": _write_torch_export}[format]
+    with replaced(path, path.suffix) as temporary:
+        write(module, card, temporary)
+        if format == "torch-export":  # such a file can run code when it is loaded: no other than this one ever is
+            loaded = Classifier(card, torch.export.load(temporary).module())
+        else:
+            loaded = load_classifier(temporary)
         compared = compare(from_module(card, module), loaded, data)
         unlike = round((1 - compared["agreement"]) * compared["images"])
         if not compared["difference"] <= compared["allowed"] or unlike > max(1, compared["images"] // 1000):
@@ -132,9 +133,6 @@ def export_predictor(
                 f"{path}: not kept, for it differs from the run by up to {compared['difference']:.3g} in a logit and "
                 f"agrees on {100 * compared['agreement']:.2f} % of {compared['images']} images"
             )
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return Exported(
         path, name, parameter_count(module), int(compared["images"]), compared["difference"], compared["agreement"]
     )
@@ -198,15 +196,3 @@ def _write_torch_export(module: nn.Module, card: dict[str, Any], path: Path) -> 
         dynamic_shapes=({0: torch.export.Dim("batch")},),
     )
     torch.export.save(program, path, extra_files={f"{CARD_KEY}.json": json.dumps(card)})
-
-
-def _trusted_torch_export(path: Path, card: dict[str, Any]) -> Classifier:
-    """Load a .pt2 file that this process wrote; its format can run code, so no other one is ever loaded."""
-    compute = torch.export.load(path).module()
-
-    def logits(images: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            result: torch.Tensor = compute(images)
-        return result
-
-    return Classifier(card, logits)

@@ -4,9 +4,9 @@ import contextlib
 import hashlib
 import io
 import json
+import operator
 import re
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from codistill.runs.state import FORMAT, TrainingState, other_format
 
 ENTRY = {"file": str, "sha256": str, "epoch": int, "step": int, "best": bool}
 
+# Order of entries: completed epochs, then steps.
+position = operator.itemgetter("epoch", "step")
 
 # A file of an index and its SHA-256: names that stay in the folder, and lines without breaks.
 NAMES = r"[0-9A-Za-z-]+\.pt [0-9a-f]{64}"
@@ -29,12 +31,10 @@ class CheckpointStore:
 
     Args:
         folder: Where they lie; made when the first one is saved.
-        keep: How many of the last ones are kept, at least 2.
     """
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.keep = keep
         self._damaged: set[str] = set()
         self._told = False
 
@@ -102,7 +102,7 @@ class CheckpointStore:
         if state.best:
             old = [{**entry, "best": False} for entry in old]
         entries = [*old, index_entry(name, content, state)]
-        kept = [entry for entry in entries if entry["best"] or entry in entries[-self.keep :]]
+        kept = [entry for entry in entries if entry["best"] or entry in entries[-2:]]
         write_json(self._index, {"format": FORMAT, "files": kept})
         names = {entry["file"] for entry in kept}
         for path in self.folder.glob("*.pt"):
@@ -161,8 +161,3 @@ def index_entry(name: str, content: bytes, state: TrainingState) -> dict[str, An
     """Return what the index says of a checkpoint file."""
     digest = hashlib.sha256(content).hexdigest()
     return {"file": name, "sha256": digest, "epoch": state.epoch, "step": state.step, "best": state.best}
-
-
-def position(entry: Mapping[str, Any]) -> tuple[int, int]:
-    """Return how far a training was: completed epochs, and steps of the one after them."""
-    return entry["epoch"], entry["step"]

@@ -62,7 +62,8 @@ class RunFolder:
         """
         with contextlib.ExitStack() as held:
             if metadata is not None:
-                refuse_occupied(path, locked=True)
+                if not (path / ".lock").exists():  # or the lock tells who is at work there
+                    refuse_occupied(path)
                 try:
                     path.mkdir(parents=True, exist_ok=True)
                     held.callback(RunLock(path).release)
@@ -208,12 +209,8 @@ class RunFolder:
         return min(sorted(errors), key=errors.__getitem__)
 
 
-def refuse_occupied(path: Path, locked: bool = False) -> None:
-    """Refuse a run folder that holds anything.
-
-    Args:
-        path: The folder, which need not exist.
-        locked: Whether one with a lock file passes, to be looked at again under the lock.
+def refuse_occupied(path: Path) -> None:
+    """Refuse a path for a new run folder that holds anything.
 
     Raises:
         UsageError: Something other than an empty folder is there.
@@ -222,5 +219,5 @@ def refuse_occupied(path: Path, locked: bool = False) -> None:
         present = {entry.name for entry in path.iterdir()} if path.exists() else set()
     except OSError as error:
         raise UsageError(f"run folder {path}: {error.strerror}: choose another --out") from None
-    if present - {".lock"} and not (locked and ".lock" in present):
+    if present - {".lock"}:
         raise UsageError(f"run folder {path} is not empty: choose another --out; nothing was overwritten")

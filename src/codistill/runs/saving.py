@@ -10,7 +10,6 @@ from torch import Tensor
 
 from codistill.core.console import warn
 from codistill.core.errors import ResourceError
-from codistill.evaluation.metrics import Scores
 from codistill.runs.folder import RunFolder
 from codistill.runs.state import TrainingState
 
@@ -153,24 +152,17 @@ class Saver:
         self._unwritten = None if self._tried("metrics.jsonl", write) else rows
 
     def _write_events(self, row: Mapping[str, Any]) -> None:
+        """Write a row as TensorBoard scalars: train/<term>, test/<predictor>/<score>, diversity/<measure>."""
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-        if self._board is None:
-            self._board = SummaryWriter(str(self.run.path / "tensorboard"), purge_step=row["epoch"] + 1)
-        write_events(self._board, row)
-        self._board.flush()
-
-
-def write_events(board: "SummaryWriter", row: Mapping[str, Any]) -> None:
-    """Write a row of metrics.jsonl as TensorBoard scalars: train/<term>, test/<predictor>/<score>."""
-    step = row["epoch"] + 1
-    for name, value in row["train"].items():
-        board.add_scalar(f"train/{name.replace('->', '_to_')}", value, step)
-    for split in ("validation", "test"):
-        for predictor, scores in row.get(split, {}).items():
-            for name in (field.name for field in dataclasses.fields(Scores)):
-                board.add_scalar(f"{split}/{predictor}/{name}", scores[name], step)
-    for name in ("disagreement", "kl"):
-        board.add_scalar(f"diversity/{name}", row["diversity"][name], step)
-    board.add_scalar("train/learning_rate", row["learning_rate"], step)
-    board.add_scalar("train/images_per_second", row["images_per_second"], step)
+        step = row["epoch"] + 1
+        board = self._board = self._board or SummaryWriter(str(self.run.path / "tensorboard"), purge_step=step)
+        scalars = {f"train/{name.replace('->', '_to_')}": value for name, value in row["train"].items()}
+        for split in ("validation", "test"):
+            for predictor, scores in row.get(split, {}).items():
+                scalars |= {f"{split}/{predictor}/{name}": value for name, value in scores.items()}
+        scalars |= {f"diversity/{name}": row["diversity"][name] for name in ("disagreement", "kl")}
+        scalars |= {f"train/{name}": row[name] for name in ("learning_rate", "images_per_second")}
+        for name, value in scalars.items():
+            board.add_scalar(name, value, step)
+        board.flush()
