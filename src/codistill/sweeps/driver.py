@@ -188,7 +188,7 @@ class Sweep:
         Where some of its runs have a folder, the process resumes those, and the others become a job of their own.
 
         Returns:
-            Whether there is anything to do: a process of an earlier sweep may have finished all.
+            Whether the job has runs without an end: a process of an earlier sweep may have ended all of them.
         """
         # The contents of the folders are final only under the locks.
         with local.locked([self.folder / "logs" / f"{run.name}.log" for run in job.runs]) as logs:
@@ -251,10 +251,8 @@ class Sweep:
                     self.say(f"{run.name}: {reason}: trying again, {count} of {ATTEMPTS - 1}")
                     again.append(run)
             # What kills a process may be one of its runs: each has its last attempt alone.
-            if any(self.attempts[run.name] == ATTEMPTS - 1 for run in again):
-                self.waiting.extendleft([run] for run in reversed(again))
-            elif again:
-                self.waiting.appendleft(again)
+            alone = any(self.attempts[run.name] == ATTEMPTS - 1 for run in again)
+            self.waiting.extendleft([[run] for run in reversed(again)] if alone else [again] if again else [])
 
     def unfinished(self, job: Job) -> list[PlannedRun]:
         """Return the runs of a job that have not ended; note those whose folder shows an end for the first time."""
@@ -298,9 +296,9 @@ def classify_exit(status: int, runs: int, log: Path, folder: Path) -> tuple[Lite
 
     Args:
         status: Its exit status; negative, or above 128 as a shell has it, where a signal ended it.
-        runs: How many it worked on.
+        runs: How many runs it worked on.
         log: Its log.
-        folder: Of the first run that it left without an end.
+        folder: Of that run.
 
     Returns:
         `retry` where a signal ended it or it lost a worker; after other errors `split` for several runs, of which one
