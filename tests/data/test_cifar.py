@@ -1,5 +1,4 @@
 import pickle
-import tarfile
 from dataclasses import replace
 
 import numpy as np
@@ -16,8 +15,6 @@ from .writers import (
     python2_pickle,
     random_arrays,
     sha256,
-    tar_gz,
-    tar_info,
     write_archive,
     write_folder,
 )
@@ -112,72 +109,19 @@ def test_downloads_checks_and_does_not_download_again(published, server, tmp_pat
     assert len(server.ranges) == 1
 
 
-def test_a_published_archive_that_was_cut_or_altered(published, server, tmp_path):
-    content = published.read_bytes()
-    for cut in (len(content) // 2, len(content) - 1):
-        published.write_bytes(content[:cut])
-        before = listing(tmp_path)
-        with pytest.raises(
-            DataError, match=rf"has {cut} bytes instead of {len(content)}: delete it and fetch it again"
-        ):
-            dataset("cifar10", root=tmp_path, download=True, url=server.url)
-        assert listing(tmp_path) == before and server.ranges == [], "nothing is overwritten"
-    flipped = bytearray(content)
-    flipped[len(content) // 2] ^= 1
-    published.write_bytes(bytes(flipped))
-    with pytest.raises(
-        DataError, match=rf"its sha256 is {sha256(bytes(flipped))[7:]} instead of {sha256(content)[7:]}"
-    ):
-        dataset("cifar10", root=tmp_path)
-
-
-def test_an_extracted_file_that_was_altered(published, tmp_path):
-    files = files_of("cifar10", 0)
-    altered = bytearray(files["data_batch_3.bin"])
-    altered[500] ^= 1
-    folder = write_folder(tmp_path / CIFAR10[0].folder, files | {"data_batch_3.bin": bytes(altered)})
-    with pytest.raises(DataError, match=r"data_batch_3\.bin: its sha256 is .* check=false"):
-        dataset("cifar10", root=folder)
-
-
-def test_other_content_is_refused_unless_check_is_off(tmp_path):
-    for name, releases in RELEASES.items():
-        for kind, release in enumerate(releases):
-            write_folder(tmp_path / release.folder, files_of(name, kind))
-            with pytest.raises(DataError, match=r"its (md5|sha256) is"):
-                dataset(name, root=tmp_path / release.folder)
-
-
-def test_counts_of_images_and_classes_are_checked(published, monkeypatch, tmp_path):
-    monkeypatch.setattr(cifar, "TRAIN_IMAGES", 50)
-    with pytest.raises(DataError, match="training images: class 0 has 2 images instead of 5"):
-        dataset("cifar10", root=tmp_path)
+def test_a_download_does_not_overwrite_a_damaged_archive(published, server, tmp_path):
+    published.write_bytes(published.read_bytes()[:-1])
+    before = listing(tmp_path)
+    with pytest.raises(DataError, match=r"has \d+ bytes instead of \d+: delete it and fetch it again"):
+        dataset("cifar10", root=tmp_path, download=True, url=server.url)
+    assert listing(tmp_path) == before and server.ranges == []
 
 
 @pytest.mark.parametrize("name", RELEASES)
-def test_nothing_there_names_files_address_and_download(tmp_path, name):
-    binary, python = RELEASES[name]
-    for root in (tmp_path, tmp_path / "none"):
-        with pytest.raises(DataError) as error:
-            dataset(name, root=root)
-        text = str(error.value)
-        for part in (
-            binary.archive,
-            binary.folder,
-            python.archive,
-            python.folder,
-            "www.cs.toronto.edu",
-            "download=true",
-        ):
-            assert part in text
-        assert "\n" not in text and list(tmp_path.iterdir()) == []
+def test_a_file_of_another_name_is_refused(tmp_path, name):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(DataError, match="file: is not known as an archive of"):
         dataset(name, root=tmp_path / "file", download=True)
-
-
-def change(name, kind, **changes):
-    return files_of(name, kind) | changes
 
 
 def batch(images=ARRAYS["cifar10"].train_images[:4], **changes):
@@ -186,21 +130,12 @@ def batch(images=ARRAYS["cifar10"].train_images[:4], **changes):
     return python2_pickle({key: value for key, value in content.items() if value is not None})
 
 
-FIRST = files_of("cifar10", 0)["data_batch_1.bin"]
-
-
 @pytest.mark.parametrize(
     ("kind", "file", "content", "complaint"),
     [
-        (0, "data_batch_1.bin", FIRST[:-1], "has 12291 bytes, so record 3 .* is cut"),
-        (0, "data_batch_1.bin", FIRST + b"x", "has 12293 bytes, so record 4 .* is cut"),
-        (0, "test_batch.bin", b"", "record 0"),
-        (0, "test_batch.bin", FIRST[:3073] + b"\x0a" + FIRST[3074:], "image 1 has label 10, but there are 10 classes"),
         (0, "batches.meta.txt", b"a\nb\n", "has 2 class names, not 10 distinct ones"),
         (0, "batches.meta.txt", b"\xff\n" * 10, "is not a text"),
         (1, "data_batch_2", batch()[:-20], "cannot be read"),
-        (1, "data_batch_2", batch(labels=[0, 1, 2, 10]), "image 3 has label 10"),
-        (1, "data_batch_2", batch(labels=[0, 1, 2, -1]), "image 3 has label -1"),
         (1, "data_batch_2", batch(labels=[0, 1, 2, 1 << 70]), "labels is not a list of class indices"),
         (1, "data_batch_2", batch(labels=[0, 1, 2, "x"]), "labels is not a list of class indices"),
         (1, "data_batch_2", batch(labels=[0, 1, 2]), "has 4 images but 3 labels"),
@@ -210,7 +145,6 @@ FIRST = files_of("cifar10", 0)["data_batch_1.bin"]
         (1, "data_batch_2", batch(data=[1, 2, 3, 4]), "data is a list"),
         (1, "data_batch_2", pickle.dumps([1]), "holds a list"),
         (1, "batches.meta", python2_pickle({b"label_names": [1] * 10}), "label_names is not a list of names"),
-        (1, "test_batch", b"cos\nsystem\n(S'touch sentinel'\ntR.", r"forbidden global os\.system"),
     ],
 )
 @pytest.mark.parametrize("packed", [False, True])
@@ -237,11 +171,4 @@ def test_a_missing_file_is_named(tmp_path, packed):
     else:
         write_folder(tmp_path / CIFAR10[0].folder, files)
     with pytest.raises(DataError, match=r"data_batch_4\.bin"):
-        dataset("cifar10:check=false", root=tmp_path)
-
-
-def test_an_evil_archive(tmp_path):
-    link = tar_info(f"{CIFAR10[0].folder}/data_batch_1.bin", kind=tarfile.SYMTYPE, link="/etc/passwd")
-    tar_gz(tmp_path / CIFAR10[0].archive, [(link, b"")])
-    with pytest.raises(DataError, match="is a symbolic link"):
         dataset("cifar10:check=false", root=tmp_path)

@@ -300,7 +300,9 @@ MEMBERS = {
     "character device": tar_info(f"{BINARY.folder}/device", kind=tarfile.CHRTYPE),
     "block device": tar_info(f"{BINARY.folder}/device", kind=tarfile.BLKTYPE),
     "pipe": tar_info(f"{BINARY.folder}/pipe", kind=tarfile.FIFOTYPE),
+    "backslashes": tar_info("x\\..\\..\\x", 1),
     "a name twice": tar_info(f"{BINARY.folder}/data_batch_1.bin", 1),
+    "a name twice, with a dot": tar_info(f"./{BINARY.folder}/data_batch_1.bin", 1),
 }
 
 
