@@ -11,15 +11,18 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -
 train: $(VENV)/.core
 	$(BIN)/codistill train mfef --networks resnet20 resnet20 --data digits --epochs 10 --batch-size 64
 
-# A worker for each core, and one thread in each: more would wait for each other. Style and types run beside the tests.
+# The first tier, with style and types checked beside the tests; what they say is shown when they fail.
+# A worker for each core, and one thread in each: more would wait for each other.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 test: $(VENV)/.dev
 	@$(MAKE) --no-print-directory check > $(VENV)/check.log 2>&1 & \
-	  $(PYTEST) -m 'not slow'; tests=$$?; wait $$!; checks=$$?; cat $(VENV)/check.log; exit $$((tests || checks))
+	  $(PYTEST) -m 'not slow'; tests=$$?; \
+	  wait $$!; checks=$$?; test $$checks = 0 || { echo 'make check has failed:'; cat $(VENV)/check.log; }; \
+	  exit $$((tests || checks))
 
-# The long ones, too.
+# Both tiers, and fuzz tests with their whole budget.
 test-all: check
-	$(PYTEST)
+	CODISTILL_FUZZ_EXAMPLES=full $(PYTEST)
 
 # Style and types.
 check: $(VENV)/.dev
