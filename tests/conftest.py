@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -26,6 +27,12 @@ def seeded() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture(autouse=True)
+def shapes_checked(request: pytest.FixtureRequest) -> None:
+    """Check annotated shapes in the tests of methods and modules; elsewhere that would cost a tenth of the time."""
+    jaxtyping.config.update("jaxtyping_disable", request.path.parent.name not in ("methods", "modules"))
 
 
 @pytest.fixture(scope="session", autouse=True)
