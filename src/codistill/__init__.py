@@ -8,8 +8,10 @@ run = cd.train(method, data, epochs=300, out="runs/pair")
 run.export("student0", "student.onnx")
 """
 
+import importlib
 import importlib.metadata
 import os
+from typing import TYPE_CHECKING, Any
 
 # Waiting threads of OpenMP spin for long unless told otherwise, and on a busy machine take the cores from those that
 # work; threads that sleep at once wake slowly on an idle one. libgomp, which torch has on Linux, knows a middle way,
@@ -17,27 +19,59 @@ import os
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
 
-from codistill.data import DATASETS, Dataset, Split, dataset
-from codistill.deploy.run import Run
-from codistill.methods import METHODS, Method
-from codistill.methods.byot import BYOT
-from codistill.methods.cl_ilr import CLILR
-from codistill.methods.dml import DML
-from codistill.methods.ffl import FFL
-from codistill.methods.independent import Independent
-from codistill.methods.kd import KD
-from codistill.methods.kdcl import KDCL
-from codistill.methods.mfef import MFEF
-from codistill.methods.okddip import OKDDip
-from codistill.methods.one import ONE
-from codistill.methods.pcl import PCL
-from codistill.methods.rocket import Rocket
-from codistill.methods.teacher import WithTeacher
-from codistill.networks import NETWORKS, Network, network
-from codistill.settings.config import ExecutionSettings, TrainSettings
-from codistill.training.train import train
+if TYPE_CHECKING:
+    from codistill import modules
+    from codistill.core.errors import CodistillError
+    from codistill.data import DATASETS, Dataset, Split, dataset
+    from codistill.deploy.classifier import Classifier, load_classifier
+    from codistill.deploy.predict import predict
+    from codistill.deploy.run import Run
+    from codistill.methods import METHODS, Method, MethodSettings, ParameterGroup, losses
+    from codistill.methods.byot import BYOT
+    from codistill.methods.cl_ilr import CLILR
+    from codistill.methods.cohort import Outputs
+    from codistill.methods.dml import DML
+    from codistill.methods.ffl import FFL
+    from codistill.methods.independent import Independent
+    from codistill.methods.kd import KD
+    from codistill.methods.kdcl import KDCL
+    from codistill.methods.mfef import MFEF
+    from codistill.methods.okddip import OKDDip
+    from codistill.methods.one import ONE
+    from codistill.methods.pcl import PCL
+    from codistill.methods.rocket import Rocket
+    from codistill.methods.teacher import WithTeacher
+    from codistill.networks import NETWORKS, Network, network
+    from codistill.runs.evaluate import evaluate_run as evaluate
+    from codistill.settings.config import ExecutionSettings, RunConfig, TeacherSettings, TrainSettings
+    from codistill.sweeps.driver import sweep
+    from codistill.training.resume import resume
+    from codistill.training.teacher import load_teacher
+    from codistill.training.train import train
 
 __version__ = importlib.metadata.version("codistill")
+
+# Where a public name lives, which is imported when the name is first used: torch and more come with it, and take
+# seconds. Classes of methods are found by the registry, so that a new one needs no line here.
+_HOMES = {
+    "core.errors": "CodistillError",
+    "data": "DATASETS Dataset Split dataset",
+    "deploy.classifier": "Classifier load_classifier",
+    "deploy.predict": "predict",
+    "deploy.run": "Run",
+    "methods": "METHODS Method MethodSettings ParameterGroup",
+    "methods.cohort": "Outputs",
+    "methods.losses": "losses",
+    "methods.teacher": "WithTeacher",
+    "modules": "modules",
+    "networks": "NETWORKS Network network",
+    "runs.evaluate": "evaluate",
+    "settings.config": "ExecutionSettings RunConfig TeacherSettings TrainSettings",
+    "sweeps.driver": "sweep",
+    "training.resume": "resume",
+    "training.teacher": "load_teacher",
+    "training.train": "train",
+}
 
 __all__ = [
     "BYOT",
@@ -52,19 +86,55 @@ __all__ = [
     "NETWORKS",
     "ONE",
     "PCL",
+    "Classifier",
+    "CodistillError",
     "Dataset",
     "ExecutionSettings",
     "Independent",
     "Method",
+    "MethodSettings",
     "Network",
     "OKDDip",
+    "Outputs",
+    "ParameterGroup",
     "Rocket",
     "Run",
+    "RunConfig",
     "Split",
+    "TeacherSettings",
     "TrainSettings",
     "WithTeacher",
     "__version__",
     "dataset",
+    "evaluate",
+    "load_classifier",
+    "load_teacher",
+    "losses",
+    "modules",
     "network",
+    "predict",
+    "resume",
+    "sweep",
     "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    found: Any = None
+    for home, names in _HOMES.items():
+        if name in names.split():
+            found = importlib.import_module(f"{__name__}.{home}")
+            if name not in ("losses", "modules"):
+                # `evaluate` scores a run; the package has a function of that name for a method, too.
+                found = getattr(found, "evaluate_run" if name == "evaluate" else name)
+    if found is None and name[:1].isupper():
+        registry = importlib.import_module(f"{__name__}.methods").METHODS
+        found = next((each for each in registry.values() if each.__name__ == name), None)
+    if found is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
