@@ -51,7 +51,11 @@ def cases() -> list[tuple[str, str]]:
     ]
 
 
-@pytest.fixture(params=cases(), ids="-".join)
+EACH_COHORT = pytest.mark.parametrize("case", cases(), ids="-".join, indirect=True)
+
+
+# The largest cohort of a method, where the size is of no account.
+@pytest.fixture(params=list(dict(cases()).items()), ids="-".join)
 def case(request):
     name, cohort = request.param
     return name, COHORTS[cohort]
@@ -82,6 +86,7 @@ def train(method: Method, batch: tuple[Tensor, Tensor], steps: int) -> list[floa
     return [step(method, optimizer, batch) for _ in range(steps)]
 
 
+@EACH_COHORT
 def test_terms_are_named_finite_scalars(method, batch):
     terms = terms_of(method, batch)
     assert {f"ce/student{index}" for index in range(len(method.cohort))} <= set(terms)
@@ -91,6 +96,7 @@ def test_terms_are_named_finite_scalars(method, batch):
         assert term.isfinite(), name
 
 
+@EACH_COHORT
 def test_the_terms_have_their_weights(method, batch):
     # A step minimises the plain sum, so the gradient of the sum is the sum of the gradients of the terms.
     terms = terms_of(method, batch)
@@ -115,6 +121,7 @@ def test_outputs(method, batch):
     torch.testing.assert_close(outputs.ensemble_logits, sum(outputs.logits) / students)
 
 
+@EACH_COHORT
 def test_every_trainable_parameter_gets_a_finite_gradient(make, case, batch):
     touched = {}
     for seed in range(6):  # so many because a hidden layer of one unit may be dead at the start
@@ -183,7 +190,7 @@ def test_state_dict_round_trip(make, case, batch):
         assert torch.equal(after[name], logits)
 
 
-def test_repeats_to_the_last_bit_under_a_seed(make, case, batch):
+def test_repeats_bitwise_under_a_seed(make, case, batch):
     runs = [make(*case, seed=seed) for seed in (5, 5, 6)]
     losses = [train(method, batch, 3) for method in runs]
     assert losses[0] == losses[1] != losses[2]
@@ -192,7 +199,7 @@ def test_repeats_to_the_last_bit_under_a_seed(make, case, batch):
 
 
 def permuted(method: Method, order: list[int]) -> dict[str, Tensor]:
-    """Give the state of a method whose student i is this one's student order[i]."""
+    """Return the state of a method whose student i is this one's student order[i]."""
     place = {str(old): str(new) for new, old in enumerate(order)}
     state = {}
     for name, tensor in method.state_dict().items():
@@ -214,6 +221,7 @@ def permuted(method: Method, order: list[int]) -> dict[str, Tensor]:
     return state
 
 
+@EACH_COHORT
 def test_permuting_the_students_permutes_the_results(make, case, batch):
     name, shapes = case
     method = make(name, shapes)
@@ -370,6 +378,42 @@ def test_a_misspelt_choice_is_refused(name):
         if get_origin(field.type) is Literal:
             with pytest.raises((UsageError, TypeCheckError), match=rf"method\.{field.name} is 'wrong'|type-?check"):
                 METHODS[name].Settings(**{field.name: "wrong"})
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value"),
+    [
+        ("byot", "adapter_width", 0),
+        ("byot", "soft_weight", 1.5),
+        ("byot", "temperature", 0.0),
+        ("cl-ilr", "ce_weight", 1.1),
+        ("ffl", "fusion_weight_decay", 1.0),
+        ("kdcl", "temperature", 0.0),
+        ("okddip", "attention_reduction", 0),
+        ("pcl", "mean_decay", 1.0),
+    ],
+)
+def test_bounds_of_settings(name, setting, value):
+    # tests/faults/test_configuration.py has nan, inf and -1 for every number, tests/settings the shared bounds.
+    with pytest.raises(UsageError, match=rf"method\.{setting} is {value}; it must be"):
+        METHODS[name].Settings(**{setting: value})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_views(name, tiny_network, batch):
+    """A view for each student in training where the setting asks for it; one for all in evaluation."""
+    students = [tiny_network() for _ in range(max(2, METHODS[name].min_students))]
+    method = METHODS[name](
+        students, 3, METHODS[name].Settings(views_per_student=True, shared_stages=0), (8, 8)
+    ).double()
+    assert (method.views, method.eval().views) == (len(students), 1)
+    views = torch.stack([batch[0].flip(3) if index else batch[0] for index in range(len(students))])
+    outputs = method(views)
+    for index, logits in enumerate(outputs.logits):
+        torch.testing.assert_close(logits, method(views[index]).logits[index])
+    sum(method.losses(outputs, batch[1], HALFWAY).values()).backward()
+    own = METHODS[name].Settings(views_per_student=False)
+    assert METHODS[name]([tiny_network() for _ in students], 3, own, (8, 8)).views == 1
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -264,24 +264,3 @@ def test_students_that_share_cannot_take_turns(make, shared):
 
 def test_unlike_students_share_nothing_and_take_turns(make):
     assert len(make((8, 2), (10, 1), update="alternating", shared_stages=None).alternating_updates()) == 2
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"temperature": 0.0},
-        {"temperature": -3.0},
-        {"temperature": float("nan")},
-        {"temperature": float("inf")},
-        {"ramp_up": -0.1},
-        {"ramp_up": 80.0},
-    ],
-)
-def test_settings_out_of_range_are_refused(settings):
-    with pytest.raises(UsageError, match=rf"method\.{next(iter(settings))} is .*; it must be"):
-        DMLSettings(**settings)
-
-
-def test_one_student_is_too_few(tiny_network):
-    with pytest.raises(UsageError, match="dml needs at least 2 students, got 1: name more --networks"):
-        DML([tiny_network()], 3, image_size=(8, 8))

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from codistill.core.errors import UsageError
 from codistill.methods.cohort import Outputs
 from codistill.methods.kd import KD, KDSettings
 from codistill.methods.teacher import WithTeacher
@@ -45,18 +44,18 @@ def test_the_default_weights_are_one_and_one_at_temperature_three(make):
     expected = {"ce/student0": CE, "kl/teacher->student0": 9 * divergence(TEACHER, STUDENT, 3.0)}
     assert terms == pytest.approx(expected, abs=6e-9)
     chosen = TeacherSettings()
-    assert (chosen.teacher_weight, chosen.teacher_temperature, KDSettings().label_weight) == (1.0, 3.0, 1.0)
+    assert (chosen.teacher_weight, chosen.teacher_temperature, KDSettings().ce_weight) == (1.0, 3.0, 1.0)
 
 
 def test_the_weights_of_repdistiller(make):
     # (1 - a) CE + a T^2 KL with a = 0.9 and T = 4.
-    terms = terms_at(make(weight=0.9, temperature=4.0, label_weight=0.1), STUDENT)
+    terms = terms_at(make(weight=0.9, temperature=4.0, ce_weight=0.1), STUDENT)
     expected = {"ce/student0": 0.1 * CE, "kl/teacher->student0": 0.9 * 16 * divergence(TEACHER, STUDENT, 4.0)}
     assert terms == pytest.approx(expected, abs=6e-9)
 
 
 def test_each_student_learns_alone(make):
-    terms = terms_at(make(students=2, label_weight=0.5), STUDENT, OTHER)
+    terms = terms_at(make(students=2, ce_weight=0.5), STUDENT, OTHER)
     assert terms == pytest.approx(
         {
             "ce/student0": 0.5 * CE,
@@ -74,13 +73,13 @@ def test_each_student_learns_alone(make):
 
 
 def test_no_weight_on_the_labels_leaves_the_teacher(make):
-    terms = terms_at(make(label_weight=0.0), STUDENT)
+    terms = terms_at(make(ce_weight=0.0), STUDENT)
     assert terms["ce/student0"] == 0 < terms["kl/teacher->student0"]
 
 
 def test_the_gradient_by_hand(make):
     # d/dz of a CE + b T^2 KL is a (softmax(z) - label) + b T (softmax(z / T) - softmax(t / T)).
-    method = make(weight=0.9, temperature=4.0, label_weight=0.1)
+    method = make(weight=0.9, temperature=4.0, ce_weight=0.1)
     logits = torch.tensor([STUDENT], dtype=torch.float64, requires_grad=True)
     teacher = torch.tensor([TEACHER], dtype=torch.float64)
     sum(method.losses(Outputs((logits,), (), teacher_logits=teacher), LABEL, START).values()).backward()
@@ -92,9 +91,3 @@ def test_the_gradient_by_hand(make):
 def test_one_student_is_enough(make):
     assert list(make(students=1).predictors()) == ["student0"]
     assert list(make(students=2).predictors()) == ["student0", "student1", "ensemble"]
-
-
-@pytest.mark.parametrize("weight", [-0.1, math.inf, math.nan])
-def test_weights_that_cannot_be(weight):
-    with pytest.raises(UsageError, match=rf"method\.label_weight is {weight}; it must be at least 0"):
-        KDSettings(label_weight=weight)

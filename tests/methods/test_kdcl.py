@@ -13,7 +13,6 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 import codistill as cd
-from codistill.core.errors import UsageError
 from codistill.data.augment import Augmentation, DeviceImages, epoch_indices
 from codistill.methods.cohort import Outputs
 from codistill.methods.kdcl import (
@@ -245,7 +244,7 @@ def test_general_mixes_probabilities(make):
 
 def test_the_default_and_its_terms(make):
     method = make()
-    assert (method.settings.variant, method.settings.temperature, method.settings.weight) == ("general", 2.0, 1.0)
+    assert (method.settings.variant, method.settings.temperature, method.settings.kl_weight) == ("general", 2.0, 1.0)
     terms = method.losses(Outputs((Z1, Z2), ()), torch.tensor([0]), START)
     assert list(terms) == ["ce/student0", "ce/student1", "kl/target->student0", "kl/target->student1"]
     assert terms["ce/student0"].item() == pytest.approx(0.2413113, abs=6e-9)
@@ -253,7 +252,7 @@ def test_the_default_and_its_terms(make):
 
 
 def test_minlogit_loss_by_hand(make):
-    method = make(variant="minlogit", weight=0.5)
+    method = make(variant="minlogit", kl_weight=0.5)
     terms = method.losses(Outputs((Z1, Z2), ()), torch.tensor([0]), START)
     powers = [math.exp(each / 2) for each in (0.0, -1.5, -3.0)]
     target = [each / sum(powers) for each in powers]
@@ -291,7 +290,7 @@ def target_by_hand(method: KDCL, logits: list[Tensor], labels: Tensor) -> Tensor
     ("shapes", "settings"),
     [
         ([(8, 2), (8, 2)], {}),
-        ([(8, 2), (10, 1), (8, 2)], {"temperature": 3.0, "weight": 0.3}),
+        ([(8, 2), (10, 1), (8, 2)], {"temperature": 3.0, "kl_weight": 0.3}),
         ([(8, 2), (8, 2), (8, 2)], {"shared_stages": 1}),
     ],
     ids=["two", "three-unlike", "three-shared"],
@@ -315,7 +314,7 @@ def test_a_whole_step_agrees_with_a_slow_derivation(make, batch, shapes, setting
             features = slow.batch_norm(features, norm).clamp(min=0)
         logits.append(slow.head_logits(method.cohort[index], features))
     target = target_by_hand(method, logits, labels)
-    temperature, weight = method.settings.temperature, method.settings.weight
+    temperature, weight = method.settings.temperature, method.settings.kl_weight
     by_hand = sum(
         slow.ce(each, labels) + weight * temperature**2 * slow.kl(target, each, temperature) for each in logits
     )
@@ -372,6 +371,7 @@ def test_a_student_sees_its_own_view(make, batch):
 
 def run_epoch(method: cd.Method, epoch: int = 0) -> tuple[DeviceImages, list]:
     images = DeviceImages(tiny.data().train, tiny.data().statistics, CPU)
+    images.scale, images.shift = images.scale.double(), images.shift.double()
     step = TrainStep(method.train(), images, AUGMENTATION, make_optimizer(method, 0.05, 0.9, True, 0.01))
     plan = epoch_indices(24, 0, epoch, AUGMENTATION, CPU, method.views)
     taken = [plan.part(begin, begin + 6) for begin in range(0, 24, 6)]
@@ -383,7 +383,8 @@ def run_epoch(method: cd.Method, epoch: int = 0) -> tuple[DeviceImages, list]:
 @EACH_VARIANT
 @pytest.mark.parametrize("views", [True, False], ids=["own-views", "one-view"])
 def test_an_epoch_equals_one_written_by_hand(variant, views):
-    method = tiny.method(KDCL, variant=variant, views_per_student=views).train()
+    # In float64: variants choose, so that one rounding in float32 may lead to another target.
+    method = tiny.method(KDCL, variant=variant, views_per_student=views).double().train()
     other = copy.deepcopy(method)
     images, taken = run_epoch(method)
     optimizer = torch.optim.SGD(other.parameters(), 0.05, 0.9, weight_decay=0.01, nesterov=True, foreach=False)
@@ -394,7 +395,7 @@ def test_an_epoch_equals_one_written_by_hand(variant, views):
             own = type(batch)(*(table[index] for table in batch)) if views else batch
             pixels, labels = images.augmented(own, AUGMENTATION)
             logits.append(student(pixels))
-        softened = torch.stack([slow.probabilities(each.detach().double(), temperature) for each in logits])
+        softened = torch.stack([slow.probabilities(each.detach(), temperature) for each in logits])
         errors = softened - F.one_hot(labels, 3)
         products += torch.einsum("ibc,jbc->ij", errors, errors)
         target = target_by_hand(other, logits, labels)
@@ -403,10 +404,10 @@ def test_an_epoch_equals_one_written_by_hand(variant, views):
         (sum(slow.ce(each, labels) for each in logits) + temperature**2 * distances).backward()
         optimizer.step()
     expected = other.state_dict()
-    gathered = {"ensemble.products": products.float(), "ensemble.images": torch.tensor(24.0)}
+    gathered = {"ensemble.products": products, "ensemble.images": torch.tensor(24.0, dtype=torch.float64)}
     for name, tensor in method.state_dict().items():
         wanted = gathered.get(name, expected[name])
-        torch.testing.assert_close(tensor, wanted, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: name + text)
+        torch.testing.assert_close(tensor, wanted, rtol=1e-8, atol=1e-10, msg=lambda text, name=name: name + text)
     method.after_epoch()
     if variant == "general":
         first = (products[1, 1] - products[0, 1]) / (products[0, 0] + products[1, 1] - 2 * products[0, 1])
@@ -478,25 +479,3 @@ def test_no_host_read_with_own_views(variant, precision):
         step(plan.part(6, 12), START)
     assert reads.found == []
     assert all(math.isfinite(value) for value in step.sums.means().values())
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"temperature": 0.0},
-        {"temperature": -3.0},
-        {"temperature": float("nan")},
-        {"temperature": float("inf")},
-        {"weight": -1.0},
-        {"weight": float("nan")},
-        {"weight": float("inf")},
-    ],
-)
-def test_settings_out_of_range_are_refused(settings):
-    with pytest.raises(UsageError, match=rf"method\.{next(iter(settings))} is .*; it must be"):
-        KDCLSettings(**settings)
-
-
-def test_one_student_is_too_few(tiny_network):
-    with pytest.raises(UsageError, match="kdcl needs at least 2 students, got 1: name more --networks"):
-        KDCL([tiny_network()], 3, image_size=(8, 8))

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from codistill.core.errors import UsageError
 from codistill.methods.cohort import Outputs
 from codistill.methods.one import ONE, GatedPredictor, ONESettings
 from codistill.networks import network
@@ -126,20 +125,6 @@ def branches(*indices: int) -> set[str]:
     return {f"{part}{index}" for index in indices for part in ("branch", "head")}
 
 
-def test_who_moves_what(make, batch):
-    method = make()
-    table = {
-        "ce/student0": {"trunk"} | branches(0),
-        "ce/student1": {"trunk"} | branches(1),
-        "ce/fused": {"trunk", "gate"} | branches(0, 1),
-        "kl/fused->student0": {"trunk"} | branches(0),
-        "kl/fused->student1": {"trunk"} | branches(1),
-    }
-    assert list(method.losses(method(batch[0]), batch[1], torch.tensor(1.0))) == list(table)
-    for term, parts in table.items():
-        assert reached(method, batch, term, gate=method.gate) == parts, term
-
-
 def test_the_ensemble_learns_too_when_not_detached(make, batch):
     method = make(detach_teachers=False)
     assert reached(method, batch, "kl/fused->student0", gate=method.gate) == {"trunk", "gate"} | branches(0, 1)
@@ -181,28 +166,6 @@ def test_settings_change_the_distillation_terms_alone(make, batch, name, value):
     before, after = (each.losses(each(batch[0]), batch[1], torch.tensor(0.1)) for each in (default, changed))
     for term in before:
         assert torch.equal(before[term], after[term]) == term.startswith("ce/"), term
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"temperature": 0.0},
-        {"temperature": float("nan")},
-        {"temperature": float("inf")},
-        {"ramp_up": -0.1},
-        {"ramp_up": 80.0},
-        {"target_epsilon": -1e-7},
-        {"target_epsilon": 1.0},
-    ],
-)
-def test_settings_out_of_range_are_refused(settings):
-    with pytest.raises(UsageError, match=rf"method\.{next(iter(settings))} is .*; it must be"):
-        ONESettings(**settings)
-
-
-def test_one_student_is_too_few(tiny_network):
-    with pytest.raises(UsageError, match="one needs at least 2 students, got 1: name more --networks"):
-        ONE([tiny_network()], 3, image_size=(8, 8))
 
 
 def test_outputs_without_an_ensemble_are_refused(make, batch):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from codistill.core.errors import UsageError
 from codistill.methods.cohort import Outputs
 from codistill.methods.losses import soft_target_kl
 from codistill.methods.pcl import PCL, PCLSettings
@@ -283,14 +282,3 @@ def test_the_means_are_not_trained(make):
     (group,) = method.parameter_groups()
     assert group.name == "students" and group.weight_decay is None
     assert sum(each.numel() for each in group.parameters) == parameter_count(method.cohort) + 75
-
-
-@pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
-def test_a_decay_out_of_range_is_refused(decay):
-    with pytest.raises(UsageError, match=r"method\.mean_decay is .*; it must be at least 0 and below 1"):
-        PCLSettings(mean_decay=decay)
-
-
-def test_one_student_is_too_few(tiny_network):
-    with pytest.raises(UsageError, match="pcl needs at least 2 students, got 1"):
-        PCL([tiny_network()], 3, image_size=(8, 8))

@@ -391,7 +391,7 @@ def test_a_stronger_teacher_term_brings_the_students_closer(made, capsys):
     gaps = []
     for weight in ("0", "5"):
         flags = ["--teacher", str(made / "run"), "--teacher-weight", weight, "--epochs", "8", "--milestones", "7"]
-        assert train_kd(made, *flags, "--method.label-weight", "0", out=f"weight{weight}") == 0
+        assert train_kd(made, *flags, "--method.ce-weight", "0", out=f"weight{weight}") == 0
         run = cd.Run(f"weight{weight}")
         images = DeviceImages(tiny.data().test, tiny.data().statistics, torch.device("cpu")).batch(0, 9)[0]
         taught_logits = loaded(made, made / "run").eval()(images)

@@ -1,7 +1,6 @@
 """BYOT, "be your own teacher": a network's last classifier teaches classifiers behind its earlier stages."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,7 +23,7 @@ from codistill.networks.network import probe_shapes
 class BYOTSettings(IndependentSettings):
     """Settings of self-distillation."""
 
-    distillation_weight: float = 0.3
+    soft_weight: float = 0.3
     """a: what an exit learns from the last classifier; 1 - a is what it learns from the labels. Between 0 and 1."""
     temperature: float = 3.0
     """T of what an exit learns from the last classifier, > 0."""
@@ -41,8 +40,8 @@ class BYOTSettings(IndependentSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.distillation_weight <= 1:
-            raise UsageError(f"method.distillation_weight is {self.distillation_weight}; it must be between 0 and 1")
+        if not 0 <= self.soft_weight <= 1:
+            raise UsageError(f"method.soft_weight is {self.soft_weight}; it must be between 0 and 1")
         if not 0 < self.temperature < math.inf:
             raise UsageError(f"method.temperature is {self.temperature}; it must be a number above 0")
         if not 0 <= self.hint_weight < math.inf:
@@ -115,19 +114,11 @@ class BYOT(Method):
         where its comment says the shallowest: docs/byot.md.
     """
 
-    name = "byot"
-    Settings = BYOTSettings
     settings: BYOTSettings
 
-    def __init__(
-        self,
-        students: Sequence[Network],
-        num_classes: int,
-        settings: BYOTSettings | None = None,
-        image_size: tuple[int, int] = (32, 32),
-    ) -> None:
-        super().__init__(students, num_classes, settings, image_size)
-        self.exits = nn.ModuleList(nn.ModuleList(self._exits(student)) for student in students)
+    def build(self) -> None:
+        """Make the exits of each student."""
+        self.exits = nn.ModuleList(nn.ModuleList(self._exits(student)) for student in self.cohort)
 
     def _exits(self, student: Network) -> list[Exit]:
         name = student.spec or type(student).__name__
@@ -180,9 +171,9 @@ class BYOT(Method):
             for number in range(1, count + 1):
                 name = f"student{index}/exit{number}"
                 own = outputs.extras[f"logits/{name}"]
-                terms[f"ce/{name}"] = (1 - chosen.distillation_weight) * cross_entropy(own, labels)
+                terms[f"ce/{name}"] = (1 - chosen.soft_weight) * cross_entropy(own, labels)
                 soft = soft_cross_entropy(own, logits, chosen.temperature)
-                terms[f"soft/{name}"] = chosen.distillation_weight * scale * soft
+                terms[f"soft/{name}"] = chosen.soft_weight * scale * soft
                 if number != skipped:
                     terms[f"hint/{name}"] = chosen.hint_weight * self._hint(outputs.extras[f"features/{name}"], last)
         return terms

@@ -1,8 +1,7 @@
 """CL-ILR: collaborative learning with shared intermediate-level representations."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -10,30 +9,28 @@ from torch import Tensor
 
 from codistill.core.errors import UsageError
 from codistill.methods.cohort import Outputs
-from codistill.methods.losses import mean_logits, mixture_logits
+from codistill.methods.losses import ensemble
 from codistill.methods.method import METHODS, Method
-from codistill.methods.terms import DistillationSettings, cross_entropy_terms, ramped_kl
+from codistill.methods.terms import EnsembleSettings, cross_entropy_terms, ramped_kl
 
 
 @dataclass(frozen=True, kw_only=True)
-class CLILRSettings(DistillationSettings):
+class CLILRSettings(EnsembleSettings):
     """Settings of CL-ILR."""
 
     temperature: float = 2.0
     """T of all distillation terms, > 0; cross-entropy and prediction use 1."""
     ramp_up: float = 0.0
     """Share of the training over which the distillation terms grow to full weight; 0: at once."""
-    label_weight: float = 0.5
+    ce_weight: float = 0.5
     """beta, the weight of the cross-entropy with the labels, from 0 to 1; the distillation terms have 1 - beta."""
     rescale_gradients: bool = True
     """Whether the gradient that reaches the shared stages is divided by the number of students."""
-    mix: Literal["logits", "probabilities"] = "logits"
-    """What the others' mean is taken of: their logits, or their softened probabilities."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.label_weight <= 1:
-            raise UsageError(f"method.label_weight is {self.label_weight}; it must be between 0 and 1")
+        if not 0 <= self.ce_weight <= 1:
+            raise UsageError(f"method.ce_weight is {self.ce_weight}; it must be between 0 and 1")
 
 
 class _ScaledGradient(torch.autograd.Function):
@@ -75,42 +72,28 @@ class CLILR(Method):
     Differs: one fork for all students, where two of the three share as a tree.
     """
 
-    name = "cl-ilr"
-    teacher = "allowed"
-    Settings = CLILRSettings
-    min_students = 2
     settings: CLILRSettings
+    teacher = "allowed"
+    min_students = 2
 
     def forward(self, images: Float[Tensor, "*view batch channel height width"]) -> Outputs:
         """Run all students on normalised images."""
         low = self.cohort.trunk(images)
         if self.settings.rescale_gradients and self.cohort.shared_stages:
             low = scale_gradient(low, 1 / len(self.cohort))
-
-        def finish(index: int, feature_map: Tensor) -> tuple[Tensor, Tensor]:
-            return feature_map, self.cohort[index].head(feature_map)
-
-        feature_maps, logits = zip(*self.cohort.each_branch(low, finish), strict=True)
-        return Outputs(logits, feature_maps)
+        maps, logits = self.branches(low)
+        return Outputs(logits, maps)
 
     def losses(
         self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
     ) -> dict[str, Float[Tensor, ""]]:
         """Give `ce/student<j>` and `kl/peers->student<j>` of each student; see `Method.losses`."""
-        weight = self.settings.label_weight
-        terms = {name: weight * term for name, term in cross_entropy_terms(outputs.logits, labels).items()}
-        pairs = {
-            f"kl/peers->student{index}": (
-                logits,
-                self.consensus([*outputs.logits[:index], *outputs.logits[index + 1 :]]),
-            )
-            for index, logits in enumerate(outputs.logits)
-        }
-        divergences = ramped_kl(pairs, progress, self.settings, self.settings.detach_teachers)
+        chosen, logits = self.settings, outputs.logits
+        weight = chosen.ce_weight
+        terms = {name: weight * term for name, term in cross_entropy_terms(logits, labels).items()}
+        pairs = {}
+        for index, own in enumerate(logits):
+            others = [*logits[:index], *logits[index + 1 :]]
+            pairs[f"kl/peers->student{index}"] = (own, ensemble(others, chosen.ensemble_of, chosen.temperature))
+        divergences = ramped_kl(pairs, progress, chosen, chosen.detach_teachers)
         return terms | {name: (1 - weight) * divergence for name, divergence in divergences.items()}
-
-    def consensus(self, others: Sequence[Float[Tensor, "batch class"]]) -> Float[Tensor, "batch class"]:
-        """Give what the other students agree on, as logits."""
-        if self.settings.mix == "probabilities":
-            return mixture_logits(others, self.settings.temperature)
-        return mean_logits(others)

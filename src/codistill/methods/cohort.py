@@ -1,4 +1,4 @@
-"""The students that train together, the trunk that they share, and what a forward pass gives."""
+"""The students that train together, the trunk that they share, and the outputs of a forward pass."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,14 +18,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Outputs:
-    """What one forward pass of a method gives.
+    """Outputs of one forward pass of a method.
 
     Attributes:
         logits: One [batch, classes] per student.
-        feature_maps: One [batch, channels, height, width] per student, before pooling and as the backbone makes it.
+        feature_maps: One [batch, channels, height, width] per student: the backbone's, before pooling.
         fused_logits: [batch, classes] of the fused classifier or a gated ensemble, where the method has one.
-        teacher_logits: [batch, classes] of a frozen teacher, where one is given; with one view a student, one each.
-        extras: Further tensors that only the method's own losses read, by name.
+        teacher_logits: [batch, classes] of a frozen teacher, where one is given; one per student with a view each.
+        extras: Further tensors by name, for the method's own losses.
     """
 
     logits: tuple[Float[Tensor, "batch _class"], ...]
@@ -38,6 +38,14 @@ class Outputs:
     def ensemble_logits(self) -> Float[Tensor, "batch class"]:
         """Mean of the students' logits."""
         return mean_logits(self.logits)
+
+
+class MeanLogits(nn.Module):
+    """Combine the logits of several students into those of their ensemble."""
+
+    def forward(self, logits: Sequence[Float[Tensor, "batch class"]]) -> Float[Tensor, "batch class"]:
+        """Return the mean."""
+        return mean_logits(logits)
 
 
 class Cohort(nn.Module):
@@ -100,12 +108,15 @@ class Cohort(nn.Module):
         low: Float[Tensor, "*view batch channel height width"],
         finish: Callable[[int, Float[Tensor, "batch _channel _height _width"]], T],
     ) -> list[T]:
-        """Compute each student's private stages and what follows.
+        """Run each student's branch, then `finish` on its feature map.
 
         Args:
-            low: What `trunk` gave: one map for all students, or a leading axis with one for each.
-            finish: Called with a student's index and its feature map; its results are what is returned. What it
-                computes belongs to the student's branch, and may run at the same time as that of the others.
+            low: Output of `trunk`: one map for all students, or a leading axis with one for each.
+            finish: Called with a student's index and its feature map. It belongs to the student's branch, and may run
+                at the same time as those of the others.
+
+        Returns:
+            The result of `finish` for each student.
         """
 
         def branch(index: int) -> T:
@@ -135,7 +146,7 @@ class Cohort(nn.Module):
     def feature_maps(
         self, images: Float[Tensor, "*view batch channel height width"]
     ) -> tuple[Float[Tensor, "batch _channel _height _width"], ...]:
-        """Give one feature map per student."""
+        """Return one feature map per student."""
         return tuple(self.each_branch(self.trunk(images), lambda index, feature_map: feature_map))
 
     def __iter__(self) -> Iterator[Network]:
@@ -150,6 +161,32 @@ class Cohort(nn.Module):
         return student
 
 
+class EnsembleNetwork(nn.Module):
+    """A predictor of several students: the shared trunk once, then each branch and head, then their combination.
+
+    Args:
+        cohort: The students.
+        combine: Maps the list of the heads' outputs to logits.
+        heads: One for each student; None: `combine` gets the feature maps.
+    """
+
+    def __init__(self, cohort: Cohort, combine: nn.Module, heads: Sequence[nn.Module] | None = None) -> None:
+        super().__init__()
+        shared = cohort.shared_stages
+        self.trunk = nn.Sequential(*cohort[0].stages[:shared])
+        self.branches = nn.ModuleList(
+            Network(list(each.stages[shared:]), nn.Identity() if heads is None else heads[index], each.widths[shared:])
+            for index, each in enumerate(cohort)
+        )
+        self.combine = combine
+
+    def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch class"]:
+        """Map normalised images to logits."""
+        low = self.trunk(images)
+        logits: Tensor = self.combine([branch(low) for branch in self.branches])
+        return logits
+
+
 def layout(stages: nn.ModuleList) -> tuple[str, tuple[torch.Size, ...]]:
-    """Describe stages so that equal descriptions mean interchangeable modules: structure and tensor shapes."""
+    """Return structure and tensor shapes of stages; equal descriptions mean interchangeable modules."""
     return repr(stages), tuple(tensor.shape for tensor in stages.state_dict().values())

@@ -12,7 +12,6 @@ from codistill.methods.cohort import Outputs
 from codistill.methods.losses import mean_logits
 from codistill.methods.method import METHODS, Method
 from codistill.methods.terms import DistillationSettings, cross_entropy_terms, ramped_kl
-from codistill.networks import Network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,20 +60,12 @@ class DML(Method):
         In turn (`update` alternating), all students see the same batch, as in the paper's Algorithm 1.
     """
 
-    name = "dml"
-    teacher = "allowed"
-    Settings = DMLSettings
-    min_students = 2
     settings: DMLSettings
+    teacher = "allowed"
+    min_students = 2
 
-    def __init__(
-        self,
-        students: Sequence[Network],
-        num_classes: int,
-        settings: DMLSettings | None = None,
-        image_size: tuple[int, int] = (32, 32),
-    ) -> None:
-        super().__init__(students, num_classes, settings, image_size)
+    def build(self) -> None:
+        """Refuse alternating updates of students that share stages."""
         if self.settings.update == "alternating" and self.cohort.shared_stages:
             raise UsageError(
                 f"dml: students that take turns cannot share stages, but these share {self.cohort.shared_stages}: "

@@ -1,17 +1,16 @@
 """FFL: feature fusion learning."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from codistill.core.errors import UsageError
-from codistill.methods.cohort import Outputs
-from codistill.methods.losses import mean_logits, mixture_logits
-from codistill.methods.method import METHODS, EnsembleNetwork, Method, ParameterGroup
-from codistill.methods.terms import DistillationSettings, cross_entropy_terms, ramped_kl
+from codistill.methods.cohort import EnsembleNetwork, Outputs
+from codistill.methods.losses import ensemble
+from codistill.methods.method import METHODS, Method, ParameterGroup
+from codistill.methods.terms import EnsembleSettings, cross_entropy_terms, ramped_kl
 from codistill.modules import FeatureFusion
 from codistill.modules.fusion import MapShape, Projection
 from codistill.networks import Network
@@ -19,13 +18,11 @@ from codistill.networks.network import probe_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
-class FusionSettings(DistillationSettings):
+class FusionSettings(EnsembleSettings):
     """Settings of the methods that teach their students by a fused classifier."""
 
     detach_fusion_input: bool = False
     """Whether the fused classifier's loss stops at its input instead of training the students' backbones too."""
-    ensemble_target: Literal["logits", "probabilities"] = "logits"
-    """What the students' group is the mean of when it teaches: their logits, or their softened probabilities."""
     fusion_projection: Projection = "pointwise"
     """How unlike widths meet the smallest one: after concatenation (pointwise), or each map before it (each)."""
     fusion_weight_decay: float = 1e-5
@@ -39,20 +36,13 @@ class FusionSettings(DistillationSettings):
             )
 
 
-def map_shapes(students: Sequence[Network], image_size: tuple[int, int]) -> list[MapShape]:
+def map_shapes(students: Iterable[Network], image_size: tuple[int, int]) -> list[MapShape]:
     """Find the shape of each student's feature map for images of a size."""
     shapes = []
     for student in students:
         channels, height, width = probe_shapes(student, image_size)[-1]
         shapes.append((channels, height, width))
     return shapes
-
-
-def group_logits(outputs: Outputs, settings: FusionSettings) -> Float[Tensor, "batch class"]:
-    """Scores of the students' group in its part as a teacher."""
-    if settings.ensemble_target == "probabilities":
-        return mixture_logits(outputs.logits, settings.temperature)
-    return mean_logits(outputs.logits)
 
 
 def fusion_terms(
@@ -70,7 +60,8 @@ def fusion_terms(
         raise ValueError("the outputs have no fused logits")
     terms = cross_entropy_terms(outputs.logits, labels, fused=outputs.fused_logits)
     pairs = {f"kl/fused->student{index}": (logits, outputs.fused_logits) for index, logits in enumerate(outputs.logits)}
-    pairs["kl/ensemble->fused"] = (outputs.fused_logits, group_logits(outputs, settings))
+    mean = ensemble(outputs.logits, settings.ensemble_of, settings.temperature)
+    pairs["kl/ensemble->fused"] = (outputs.fused_logits, mean)
     return terms | ramped_kl(pairs, progress, settings, settings.detach_teachers)
 
 
@@ -89,21 +80,14 @@ class FFL(Method):
     Differs: their code trains 301 epochs, pads by reflection and has exactly two equal students.
     """
 
-    name = "ffl"
-    teacher = "allowed"
-    Settings = FusionSettings
-    min_students = 2
     settings: FusionSettings
+    teacher = "allowed"
+    min_students = 2
 
-    def __init__(
-        self,
-        students: Sequence[Network],
-        num_classes: int,
-        settings: FusionSettings | None = None,
-        image_size: tuple[int, int] = (32, 32),
-    ) -> None:
-        super().__init__(students, num_classes, settings, image_size)
-        self.fusion = FeatureFusion(map_shapes(students, image_size), num_classes, self.settings.fusion_projection)
+    def build(self) -> None:
+        """Make the fusion module."""
+        shapes = map_shapes(self.cohort, self.image_size)
+        self.fusion = FeatureFusion(shapes, self.num_classes, self.settings.fusion_projection)
 
     def forward(self, images: Float[Tensor, "*view batch channel height width"]) -> Outputs:
         """Run all students and the fused classifier on normalised images."""
@@ -128,5 +112,4 @@ class FFL(Method):
 
     def predictors(self) -> dict[str, nn.Module]:
         """Give the students, their ensemble and the fused classifier; see `Method.predictors`."""
-        members = [Network(list(each.stages), nn.Identity(), each.widths) for each in self.cohort]
-        return {**super().predictors(), "fused": EnsembleNetwork(members, self.cohort.shared_stages, self.fusion)}
+        return {**super().predictors(), "fused": EnsembleNetwork(self.cohort, self.fusion)}

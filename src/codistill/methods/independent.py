@@ -25,8 +25,7 @@ class Independent(Method):
     Source: the baseline column of MFEF (ICANN 2022), Table 1. One student or several side by side.
     """
 
-    name = "independent"
-    Settings = IndependentSettings
+    settings: IndependentSettings
 
     def losses(
         self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]

@@ -15,7 +15,6 @@ from codistill.methods.cohort import Outputs
 from codistill.methods.losses import at_least_float32, soft_target_kl
 from codistill.methods.method import METHODS, Method, MethodSettings
 from codistill.methods.terms import cross_entropy_terms
-from codistill.networks import Network
 
 LINEAR_STEPS = 16
 """Rounds of `linear_weights`, each some 20 small kernels on a GPU."""
@@ -35,10 +34,9 @@ class KDCLSettings(MethodSettings):
     or probabilities weighted by how the students' errors correlate, anew each epoch."""
     temperature: float = 2.0
     """T of the distillation terms, > 0, with the factor T^2."""
-    weight: float = 1.0
+    kl_weight: float = 1.0
     """Factor on the distillation terms, at least 0."""
     views_per_student: bool = True
-    """Whether each student is trained on crops and flips of its own instead of the same ones for all."""
 
     @property
     def needs_full_batch(self) -> str:
@@ -49,11 +47,11 @@ class KDCLSettings(MethodSettings):
         super().__post_init__()
         if not 0 < self.temperature < math.inf:
             raise UsageError(f"method.temperature is {self.temperature}; it must be a number above 0")
-        if not 0 <= self.weight < math.inf:
-            raise UsageError(f"method.weight is {self.weight}; it must be a number, at least 0")
+        if not 0 <= self.kl_weight < math.inf:
+            raise UsageError(f"method.kl_weight is {self.kl_weight}; it must be a number, at least 0")
 
 
-def of_the_label(
+def true_class_logit(
     values: Float[Tensor, "student batch class"], labels: Int[Tensor, " batch"]
 ) -> Float[Tensor, "student batch 1"]:
     """Take the entry of the true class of each image."""
@@ -64,7 +62,7 @@ def naive_target(
     logits: Float[Tensor, "student batch class"], labels: Int[Tensor, " batch"]
 ) -> Float[Tensor, "batch class"]:
     """Give, for each image, the logits of the student with the smallest cross-entropy; the first of equal ones."""
-    best = of_the_label(F.log_softmax(logits, dim=2), labels).argmax(dim=0, keepdim=True)
+    best = true_class_logit(F.log_softmax(logits, dim=2), labels).argmax(dim=0, keepdim=True)
     return logits.gather(0, best.expand(1, -1, logits.shape[2]))[0]
 
 
@@ -72,10 +70,10 @@ def minlogit_target(
     logits: Float[Tensor, "student batch class"], labels: Int[Tensor, " batch"]
 ) -> Float[Tensor, "batch class"]:
     """Give min_i (z_i^c - z_i^y) for each class c of an image of class y: 0 for y, the lowest lead of any student."""
-    return (logits - of_the_label(logits, labels)).min(dim=0).values
+    return (logits - true_class_logit(logits, labels)).min(dim=0).values
 
 
-def combination(
+def weighted_sum(
     weights: Float[Tensor, "*some student"], logits: Float[Tensor, "student batch class"]
 ) -> Float[Tensor, "*some batch class"]:
     """Combine logits linearly. Not as a matrix product, which autocast would round to bfloat16."""
@@ -100,19 +98,19 @@ def linear_weights(
             is never above that of equal weights.
     """
     log_weights = torch.zeros_like(logits[:, 0, 0]).log_softmax(dim=0)
-    correct = of_the_label(logits, labels)
+    correct = true_class_logit(logits, labels)
     # By how much a step shifts the log-weights of the best and the worst student apart.
     shifts = torch.cat([2.0 ** torch.arange(4, -12, -1, device=logits.device), log_weights.new_zeros(1)])
     shifts = shifts.to(log_weights.dtype)
     for _ in range(steps):
-        predicted = combination(log_weights.exp(), logits).softmax(dim=1)
+        predicted = weighted_sum(log_weights.exp(), logits).softmax(dim=1)
         gradient = ((logits * predicted).sum(dim=2) - correct[:, :, 0]).mean(dim=1)
         gradient = gradient - gradient.min()
         direction = gradient / gradient.max().clamp(min=torch.finfo(gradient.dtype).tiny)
         # The floor, 2e-9, lets a student come back into play.
         tried = (log_weights - shifts[:, None] * direction).log_softmax(dim=1).clamp(min=-20)
-        combined = combination(tried.exp(), logits)
-        own = combination(tried.exp(), correct)[..., 0]
+        combined = weighted_sum(tried.exp(), logits)
+        own = weighted_sum(tried.exp(), correct)[..., 0]
         losses = (combined.logsumexp(dim=2) - own).mean(dim=1)
         log_weights = tried.index_select(0, losses.argmin().reshape(1))[0]
     return log_weights.softmax(dim=0)
@@ -122,7 +120,7 @@ def linear_target(
     logits: Float[Tensor, "student batch class"], labels: Int[Tensor, " batch"]
 ) -> Float[Tensor, "batch class"]:
     """Give the convex combination of logits with the smallest mean cross-entropy; see `linear_weights`."""
-    return combination(linear_weights(logits, labels), logits)
+    return weighted_sum(linear_weights(logits, labels), logits)
 
 
 class ErrorWeights(nn.Module):
@@ -204,26 +202,13 @@ class KDCL(Method):
         are found to the accuracy that `linear_weights` states.
     """
 
-    name = "kdcl"
-    teacher = "allowed"
-    Settings = KDCLSettings
-    min_students = 2
     settings: KDCLSettings
+    teacher = "allowed"
+    min_students = 2
 
-    def __init__(
-        self,
-        students: Sequence[Network],
-        num_classes: int,
-        settings: KDCLSettings | None = None,
-        image_size: tuple[int, int] = (32, 32),
-    ) -> None:
-        super().__init__(students, num_classes, settings, image_size)
-        self.ensemble = ErrorWeights(len(students)) if self.settings.variant == "general" else None
-
-    @property
-    def views(self) -> int:
-        """One view for each student while training; see `Method.views`."""
-        return len(self.cohort) if self.training and self.settings.views_per_student else 1
+    def build(self) -> None:
+        """Make the weights of variant general."""
+        self.ensemble = ErrorWeights(len(self.cohort)) if self.settings.variant == "general" else None
 
     @torch.no_grad()
     def target_logits(
@@ -249,7 +234,7 @@ class KDCL(Method):
         terms = cross_entropy_terms(outputs.logits, labels)
         target = self.target_logits(outputs.logits, labels)
         learning = torch.stack(list(outputs.logits))
-        divergences = self.settings.weight * soft_target_kl(
+        divergences = self.settings.kl_weight * soft_target_kl(
             learning, target.expand_as(learning), self.settings.temperature
         )
         terms |= {f"kl/target->student{index}": divergence for index, divergence in enumerate(divergences.unbind())}

@@ -6,26 +6,32 @@ have axes before the batch, these are the losses of several heads at once, which
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+EnsembleOf = Literal["logits", "probabilities"]
+
 
 def at_least_float32(logits: Tensor) -> Tensor:
-    """Widen half-precision scores; leave float32 and float64 as they are."""
+    """Widen half precision to float32; leave float32 and float64 as they are."""
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
 def ramp_up(progress: Float[Tensor, ""], length: float) -> Float[Tensor, ""]:
-    """Weight that grows from exp(-5) to 1 over the first part of the training and then stays 1.
+    """Compute a weight that grows from exp(-5) to 1 over the first part of the training and then stays 1.
 
     exp(-5 (1 - min(progress / length, 1))^2).
 
     Args:
         progress: Share of the epochs that are done, in [0, 1].
-        length: Share of the training after which the weight is 1; 0 gives 1 throughout.
+        length: Share of the training after which the weight is 1; 0: 1 throughout.
+
+    Returns:
+        The weight, from exp(-5) to 1.
 
     Source: sigmoid ramp-up of Laine and Aila, arXiv 1610.02242; in ONE, OKDDip and FFL with length 80 of 300 epochs.
     """
@@ -36,9 +42,16 @@ def ramp_up(progress: Float[Tensor, ""], length: float) -> Float[Tensor, ""]:
 
 
 def cross_entropy(logits: Float[Tensor, "*head batch class"], labels: Int[Tensor, " batch"]) -> Float[Tensor, " *head"]:
-    """Cross-entropy with integer labels at temperature 1: mean over the batch of -log softmax(logits)[label].
+    """Compute the cross-entropy with integer labels: mean over the batch of -log softmax(logits)[label].
 
-    Source: MFEF (ICANN 2022), Eq. (2); as in all cited code the sum over images there is a mean here.
+    Args:
+        logits: Student logits; gradients flow.
+        labels: Class indices.
+
+    Returns:
+        One loss per head, in nats.
+
+    Source: MFEF (ICANN 2022), Eq. (2). The paper sums over the batch; like all published code we average.
     """
     log_probabilities = F.log_softmax(at_least_float32(logits), dim=-1)
     return -log_probabilities.gather(-1, labels.expand(logits.shape[:-1]).unsqueeze(-1)).squeeze(-1).mean(dim=-1)
@@ -51,16 +64,19 @@ def soft_target_kl(
     detach: bool = True,
     epsilon: float = 0.0,
 ) -> Float[Tensor, " *head"]:
-    """Pull softened predictions towards a target prediction: T^2 KL(softmax(target / T) || softmax(logits / T)).
+    """Compute the distillation loss T^2 KL(softmax(target / T) || softmax(logits / T)).
 
     Summed over classes, averaged over the batch.
 
     Args:
-        logits: Scores of the one that learns.
-        target_logits: Scores of a teacher, a peer or a group.
+        logits: Student logits; gradients flow.
+        target_logits: Teacher logits: of a teacher, a peer or an ensemble.
         temperature: T > 0. The factor T^2 keeps the size of gradients independent of T.
-        detach: Whether the target side gets no gradient.
-        epsilon: Added to the target's probabilities, as the code of ONE, FFL and OKDDip does with 1e-7.
+        detach: Whether the teacher logits get no gradient.
+        epsilon: Added to the teacher's probabilities, as the code of ONE, FFL and OKDDip does with 1e-7.
+
+    Returns:
+        One loss per head, in nats.
 
     Source: Hinton et al., arXiv 1503.02531; MFEF (ICANN 2022), Eqs. (3) and (11).
     Differs: epsilon is 0 by default; 1e-7 changes the value by less than 1e-5.
@@ -79,15 +95,18 @@ def soft_target_kl(
 def soft_cross_entropy(
     logits: Float[Tensor, "batch class"], target_logits: Float[Tensor, "batch class"], temperature: float
 ) -> Float[Tensor, ""]:
-    """Cross-entropy with softened targets, without T^2: -sum_c softmax(target / T)_c log softmax(logits / T)_c.
+    """Compute the cross-entropy with softened targets, without T^2.
 
-    Summed over classes, averaged over the batch; the target gets no gradient. It is KL(target || logits) at T plus the
-    entropy of the target.
+    -sum_c softmax(target / T)_c log softmax(logits / T)_c, summed over classes, averaged over the batch; the target
+    gets no gradient. It is KL(target || logits) at T plus the entropy of the target.
 
     Args:
-        logits: Scores of the one that learns.
-        target_logits: Scores of the one that teaches.
+        logits: Student logits; gradients flow.
+        target_logits: Teacher logits.
         temperature: T > 0.
+
+    Returns:
+        The loss, in nats.
 
     Source: authors' code ArchipLab-LinfengZhang/pytorch-self-distillation-final at eda2f2b, train.py.
     """
@@ -99,12 +118,15 @@ def soft_cross_entropy(
 def squared_distance(
     values: Float[Tensor, "batch *axes"], target: Float[Tensor, "batch *axes"], detach: bool = True
 ) -> Float[Tensor, ""]:
-    """Pull values towards a target, ||values - target||^2: summed over all axes but the batch, averaged over that.
+    """Compute ||values - target||^2, summed over all axes but the batch, averaged over the batch.
 
     Args:
-        values: What the one that learns gives: logits, probabilities or features.
-        target: The same of the one that teaches.
+        values: Student logits, probabilities or features; gradients flow.
+        target: The teacher's, of the same shape.
         detach: Whether the target gets no gradient.
+
+    Returns:
+        The mean squared distance, in the square of the unit of the values.
 
     Source: the hint of Zhou et al., "Rocket Launching", arXiv 1708.04106; authors' code zhougr1993/Rocket-Launching at
         aa6b8f5, rocket_interval.py.
@@ -114,7 +136,7 @@ def squared_distance(
 
 
 def mean_logits(logits: Sequence[Float[Tensor, "batch class"]]) -> Float[Tensor, "batch class"]:
-    """Average the scores of a group, z_a = 1/n sum_j z_j.
+    """Compute the mean of the logits of several students, z_a = 1/n sum_j z_j.
 
     Source: MFEF (ICANN 2022), section 3.3; authors' code Jangho-Kim/FFL-pytorch at 546d478, train_FFL.py.
     """
@@ -122,7 +144,7 @@ def mean_logits(logits: Sequence[Float[Tensor, "batch class"]]) -> Float[Tensor,
 
 
 def mixture_logits(logits: Sequence[Float[Tensor, "batch class"]], temperature: float) -> Float[Tensor, "batch class"]:
-    """Scores whose softmax at the temperature is the mean of the members' softened probabilities."""
+    """Compute logits whose softmax at the temperature is the mean of the students' softened probabilities."""
     log_members = F.log_softmax(at_least_float32(torch.stack(list(logits))) / temperature, dim=-1)
     return temperature * (torch.logsumexp(log_members, dim=0) - math.log(len(logits)))
 
@@ -130,7 +152,7 @@ def mixture_logits(logits: Sequence[Float[Tensor, "batch class"]], temperature: 
 def weighted_logits(
     logits: Sequence[Float[Tensor, "batch class"]], weights: Float[Tensor, "batch member"]
 ) -> Float[Tensor, "batch class"]:
-    """Combine the scores of a group with weights for each image, z = sum_j w_j z_j.
+    """Compute the weighted sum of the logits of several students, z = sum_j w_j z_j, with weights for each image.
 
     Source: the gated ensemble of ONE, arXiv 1806.04606; the targets of OKDDip, arXiv 1912.00350.
     """
@@ -141,12 +163,33 @@ def weighted_logits(
 def weighted_mixture_logits(
     logits: Sequence[Float[Tensor, "batch class"]], log_weights: Float[Tensor, "batch member"], temperature: float
 ) -> Float[Tensor, "batch class"]:
-    """Scores whose softmax at the temperature is the weighted mean of the members' softened probabilities.
+    """Compute logits whose softmax at the temperature is the weighted mean of softened probabilities.
 
     Args:
-        logits: Scores of the members.
+        logits: Logits of the students.
         log_weights: Logarithms of weights that add up to 1 for each image.
         temperature: T > 0.
     """
     log_members = F.log_softmax(at_least_float32(torch.stack(list(logits), dim=1)) / temperature, dim=-1)
     return temperature * torch.logsumexp(at_least_float32(log_weights).unsqueeze(2) + log_members, dim=1)
+
+
+def ensemble(
+    logits: Sequence[Float[Tensor, "batch class"]],
+    of: EnsembleOf,
+    temperature: float,
+    log_weights: Float[Tensor, "batch member"] | None = None,
+) -> Float[Tensor, "batch class"]:
+    """Compute the logits of an ensemble that teaches at a temperature.
+
+    Args:
+        logits: Logits of its members.
+        of: Whether it averages the members' logits, or their probabilities softened by the temperature.
+        temperature: T > 0.
+        log_weights: Logarithms of weights that add up to 1 for each image; None: equal weights.
+    """
+    if log_weights is None:
+        return mean_logits(logits) if of == "logits" else mixture_logits(logits, temperature)
+    if of == "logits":
+        return weighted_logits(logits, log_weights.exp())
+    return weighted_mixture_logits(logits, log_weights, temperature)

@@ -1,20 +1,37 @@
-"""What every method is: a module that owns students and says what their losses are."""
+"""The contract of a method: a module that owns students and computes the terms of their loss."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal, get_args, get_origin
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from codistill.core.errors import UsageError
 from codistill.core.registry import Registry, near_matches
-from codistill.methods.cohort import Cohort, Outputs
-from codistill.methods.losses import mean_logits
+from codistill.methods.cohort import Cohort, EnsembleNetwork, MeanLogits, Outputs
 from codistill.networks import Network
 
 TeacherRule = Literal["required", "allowed", "refused"]
-METHODS: Registry[type["Method"]] = Registry("method", "codistill.methods")
+MethodClass = type["Method"]
+
+
+class MethodRegistry(Registry[MethodClass]):
+    """The registry of methods, which gives each class its public name."""
+
+    def register(self, name: str) -> Callable[[MethodClass], MethodClass]:
+        """Register the decorated class under a public name; see `Registry.register`."""
+        enter = super().register(name)
+
+        def named(kind: MethodClass) -> MethodClass:
+            kind.name = name
+            return enter(kind)
+
+        return named
+
+
+METHODS = MethodRegistry("method", "codistill.methods")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +40,13 @@ class MethodSettings:
 
     shared_stages: int | None = None
     """Low stages that the students share. None: all but the last where the students are equal, else none."""
+    views_per_student: bool = False
+    """Whether each student is trained on crops and flips of its own instead of the same ones for all. In evaluation
+    all students see the same images."""
 
     @property
     def needs_full_batch(self) -> str:
-        """What of the method needs the whole batch in one process; empty: nothing, it may be split over several."""
+        """Setting that needs the whole batch in one process; empty: the batch may be split over several."""
         return ""
 
     def __post_init__(self) -> None:
@@ -41,69 +61,49 @@ class MethodSettings:
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that one weight decay governs; `weight_decay` None means the run's own."""
+    """Parameters with one weight decay; `weight_decay` None means the run's own."""
 
     name: str
     parameters: tuple[nn.Parameter, ...]
     weight_decay: float | None = None
 
 
-class MeanLogits(nn.Module):
-    """Combine the logits of several students into those of their ensemble."""
-
-    def forward(self, logits: Sequence[Float[Tensor, "batch class"]]) -> Float[Tensor, "batch class"]:
-        """Give the mean."""
-        return mean_logits(logits)
-
-
-class EnsembleNetwork(nn.Module):
-    """A predictor that needs several students: their trunk once, each branch and head once, then a combination.
-
-    Args:
-        members: Networks; their heads give what is combined.
-        shared_stages: How many low stages they have in common.
-        combine: Maps the list of the heads' outputs to logits.
-    """
-
-    def __init__(self, members: Sequence[Network], shared_stages: int, combine: nn.Module) -> None:
-        super().__init__()
-        self.trunk = nn.Sequential(*members[0].stages[:shared_stages])
-        self.branches = nn.ModuleList(
-            Network(list(each.stages[shared_stages:]), each.head, each.widths[shared_stages:]) for each in members
-        )
-        self.combine = combine
-
-    def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch class"]:
-        """Map normalised images to logits."""
-        low = self.trunk(images)
-        logits: Tensor = self.combine([branch(low) for branch in self.branches])
-        return logits
-
-
 class Method(nn.Module):
     """A way of training students together.
 
-    The whole protocol, in anybody's loop: `terms = method.losses(method(images), labels, progress)`, then
-    `sum(terms.values()).backward()`.
+    In any loop: `terms = method.losses(method(images), labels, progress)`, then `sum(terms.values()).backward()`.
+
+    A new method is a subclass with the decorator `@METHODS.register("my-method")`, an annotation
+    `settings: MySettings`, `losses`, and `build` where it has modules of its own. Everything else has a default.
 
     Args:
         students: Networks with equal numbers of classes.
-        num_classes: That number.
-        settings: An instance of the class's `Settings`; None means its defaults.
-        image_size: Height and width of the images, pixels, for methods whose modules depend on it.
+        num_classes: Number of classes.
+        settings: An instance of `Settings`; None: its defaults.
+        image_size: Height and width of the images, pixels, for modules whose shape depends on it.
+
+    Attributes:
+        cohort: The students, with the stages that they share.
+        settings: As above; `Settings` is the class that the annotation names.
 
     Raises:
         UsageError: Too few or too many students, or settings that cannot work with them.
     """
 
-    name: ClassVar[str] = ""
+    name: str = ""
+    """The public name, set by the registry."""
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
+    settings: MethodSettings
     min_students: ClassVar[int] = 1
     max_students: ClassVar[int | None] = None
     teacher: ClassVar[TeacherRule] = "refused"
     """Whether a frozen teacher must, may or must not be given beside the students."""
-    capturable: ClassVar[bool] = True
+    capturable: bool = True
     """Whether a step may be captured as a CUDA graph."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.Settings = inspect.get_annotations(cls, eval_str=True).get("settings", cls.Settings)
 
     def __init__(
         self,
@@ -124,53 +124,29 @@ class Method(nn.Module):
                 f"{self.name} takes at most {self.max_students} students, got {len(students)}: name fewer --networks"
             )
         self.cohort = Cohort(students, self.settings.shared_stages)
+        self.build()
 
-    def require_students(self, count: int, minimum: int, mend: str = "name more --networks") -> None:
-        """Refuse a cohort that is too small.
+    def require_students(self, count: int, minimum: int, fix: str = "name more --networks") -> None:
+        """Check the size of a cohort.
 
         Raises:
             UsageError: Fewer than `minimum` students.
         """
         if count < minimum:
-            raise UsageError(f"{self.name} needs at least {minimum} students, got {count}: {mend}")
+            raise UsageError(f"{self.name} needs at least {minimum} students, got {count}: {fix}")
 
-    @property
-    def views(self) -> int:
-        """How many augmented views of an image a step needs: 1, or one for each student."""
-        return 1
+    # What a method defines: build, losses.
 
-    @property
-    def parallel_branches(self) -> bool:
-        """Whether the students' branches have nothing in common and may run at the same time."""
-        return True
-
-    def alternating_updates(self) -> Sequence[Sequence[nn.Parameter]]:
-        """Say which parameters are updated one after the other, each from a fresh forward pass, within a step.
-
-        Empty: all at once. A turn minimises the sum of all terms over its own parameters.
-        """
-        return ()
-
-    def forward(self, images: Float[Tensor, "*view batch channel height width"]) -> Outputs:
-        """Run all students on normalised images.
-
-        Args:
-            images: One batch for all, or, with a leading axis, one view of it for each student.
-        """
-
-        def finish(index: int, feature_map: Tensor) -> tuple[Tensor, Tensor]:
-            return feature_map, self.cohort[index].head(feature_map)
-
-        feature_maps, logits = zip(*self.cohort.each_branch(self.cohort.trunk(images), finish), strict=True)
-        return Outputs(logits, feature_maps)
+    def build(self) -> None:
+        """Make the method's own modules, as attributes; `cohort`, `settings` and the sizes are there already."""
 
     def losses(
         self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
     ) -> dict[str, Float[Tensor, ""]]:
-        """Compute the named terms of the loss, weights applied; their sum is what is minimised.
+        """Compute the named terms of the loss, weights applied; their sum is minimised.
 
         Args:
-            outputs: What `forward` gave.
+            outputs: Returned by `forward`.
             labels: Class indices.
             progress: Share of the epochs that are done, epoch / epochs, constant within an epoch.
 
@@ -179,12 +155,67 @@ class Method(nn.Module):
         """
         raise NotImplementedError
 
+    # What some methods change.
+
+    def forward(self, images: Float[Tensor, "*view batch channel height width"]) -> Outputs:
+        """Run all students on normalised images.
+
+        Args:
+            images: One batch for all, or, with a leading axis, one view of it for each student.
+        """
+        maps, logits = self.branches(self.cohort.trunk(images))
+        return Outputs(logits, maps)
+
+    def branches(
+        self, low: Float[Tensor, "*view batch channel height width"]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Run each student from the shared trunk on.
+
+        Args:
+            low: Output of `Cohort.trunk`.
+
+        Returns:
+            One feature map per student, and one [batch, classes] of logits per student.
+        """
+
+        def finish(index: int, feature_map: Tensor) -> tuple[Tensor, Tensor]:
+            return feature_map, self.cohort[index].head(feature_map)
+
+        maps, logits = zip(*self.cohort.each_branch(low, finish), strict=True)
+        return maps, logits
+
+    @property
+    def parallel_branches(self) -> bool:
+        """Whether no module is used by two branches, so that they may run at the same time."""
+        return True
+
+    @property
+    def views(self) -> int:
+        """Augmented views of an image in a training step: one per student if `views_per_student`, else 1.
+
+        Always 1 in evaluation mode.
+        """
+        return len(self.cohort) if self.training and self.settings.views_per_student else 1
+
     def parameter_groups(self) -> list[ParameterGroup]:
         """Split the trainable parameters by weight decay; by default one group."""
         return [ParameterGroup("students", tuple(self.parameters()))]
 
+    def alternating_updates(self) -> Sequence[Sequence[nn.Parameter]]:
+        """Return the parameters that are updated one after the other within a step, each from a fresh forward pass.
+
+        Empty: all at once. An update minimises the sum of all terms over its own parameters.
+        """
+        return ()
+
+    def after_step(self) -> None:
+        """Do what follows an update, such as a moving average; by default nothing."""
+
+    def after_epoch(self) -> None:
+        """Do what follows an epoch, such as new weights from gathered statistics; by default nothing."""
+
     def predictions(self, outputs: Outputs) -> dict[str, Float[Tensor, "batch class"]]:
-        """Name the logits that are worth evaluating: each student, their ensemble, the fused classifier."""
+        """Name the logits to evaluate: of each student, of their ensemble, and the fused ones."""
         named = {f"student{index}": logits for index, logits in enumerate(outputs.logits)}
         if len(outputs.logits) > 1:
             named["ensemble"] = outputs.ensemble_logits
@@ -192,20 +223,14 @@ class Method(nn.Module):
             named["fused"] = outputs.fused_logits
         return named
 
-    def deployed_student(self, index: int) -> Network:
-        """Give the plain network that a student is outside the cohort: no peers, no fusion, no teacher."""
-        return self.cohort[index]
-
     def predictors(self) -> dict[str, nn.Module]:
-        """Give a module for each name of `predictions`, mapping normalised images to the same logits."""
+        """Return a module for each name of `predictions`; it maps normalised images to the same logits."""
         students = [self.deployed_student(index) for index in range(len(self.cohort))]
         named: dict[str, nn.Module] = {f"student{index}": student for index, student in enumerate(students)}
         if len(students) > 1:
-            named["ensemble"] = EnsembleNetwork(students, self.cohort.shared_stages, MeanLogits())
+            named["ensemble"] = EnsembleNetwork(self.cohort, MeanLogits(), [student.head for student in students])
         return named
 
-    def after_step(self) -> None:
-        """Do what follows an update, such as a moving average; by default nothing."""
-
-    def after_epoch(self) -> None:
-        """Do what follows an epoch, such as new weights from statistics that were gathered; by default nothing."""
+    def deployed_student(self, index: int) -> Network:
+        """Return a student as a plain network without peers, fusion and teacher."""
+        return self.cohort[index]

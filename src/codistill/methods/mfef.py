@@ -1,6 +1,5 @@
 """MFEF: multi-scale feature extraction, dual attention and feature fusion."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,9 +7,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from codistill.core.errors import UsageError
-from codistill.methods.cohort import Outputs
-from codistill.methods.ffl import FusionSettings, fusion_terms, group_logits, map_shapes
-from codistill.methods.method import METHODS, EnsembleNetwork, Method, ParameterGroup
+from codistill.methods.cohort import EnsembleNetwork, Outputs
+from codistill.methods.ffl import FusionSettings, fusion_terms, map_shapes
+from codistill.methods.losses import ensemble
+from codistill.methods.method import METHODS, Method, ParameterGroup
 from codistill.methods.terms import cross_entropy_terms, ramped_kl
 from codistill.modules import DualAttention, FeatureFusion, MultiScaleExtraction
 from codistill.modules.multiscale import Half
@@ -111,24 +111,16 @@ class MFEF(Method):
     Differs: the paper has no code. What it leaves open is a setting each; docs/mfef.md lists them with the evidence.
     """
 
-    name = "mfef"
-    teacher = "allowed"
-    Settings = MFEFSettings
     settings: MFEFSettings
+    teacher = "allowed"
 
-    def __init__(
-        self,
-        students: Sequence[Network],
-        num_classes: int,
-        settings: MFEFSettings | None = None,
-        image_size: tuple[int, int] = (32, 32),
-    ) -> None:
-        super().__init__(students, num_classes, settings, image_size)
+    def build(self) -> None:
+        """Make the components of each student and the fusion module."""
         chosen = self.settings
         fused = chosen.distillation == "fusion"
         if chosen.distillation != "none":
             self.require_students(
-                len(students), 2, "with one student use --method.distillation none (MSFE and DA alone)"
+                len(self.cohort), 2, "with one student use --method.distillation none (MSFE and DA alone)"
             )
         self.head_point = POINTS.index(chosen.head_input)
         self.fusion_point = POINTS.index(chosen.fusion_input) if fused else 0
@@ -138,9 +130,9 @@ class MFEF(Method):
                 "mfef: detach_fusion_input would leave the components that only the fusion sees without a gradient: "
                 "set fusion_input to head_input, or detach_fusion_input to false"
             )
-        shapes = map_shapes(students, image_size)
+        shapes = map_shapes(self.cohort, self.image_size)
         self.enhancements = nn.ModuleList(self._enhancements([shape[0] for shape in shapes]))
-        self.fusion = FeatureFusion(shapes, num_classes, chosen.fusion_projection) if fused else None
+        self.fusion = FeatureFusion(shapes, self.num_classes, chosen.fusion_projection) if fused else None
 
     @property
     def parallel_branches(self) -> bool:
@@ -179,8 +171,8 @@ class MFEF(Method):
             return fusion_terms(outputs, labels, progress, self.settings)
         terms = cross_entropy_terms(outputs.logits, labels)
         if self.settings.distillation == "ensemble":
-            group = group_logits(outputs, self.settings)
-            pairs = {f"kl/ensemble->student{index}": (logits, group) for index, logits in enumerate(outputs.logits)}
+            mean = ensemble(outputs.logits, self.settings.ensemble_of, self.settings.temperature)
+            pairs = {f"kl/ensemble->student{index}": (logits, mean) for index, logits in enumerate(outputs.logits)}
             terms |= ramped_kl(pairs, progress, self.settings, self.settings.detach_teachers)
         return terms
 
@@ -210,9 +202,6 @@ class MFEF(Method):
         """Give the students, their ensemble and, where there is one, the fused classifier; see `Method.predictors`."""
         named = super().predictors()
         if self.fusion is not None:
-            members = [
-                Network(list(each.stages), nn.Sequential(*self._steps(index, self.fusion_point)), each.widths)
-                for index, each in enumerate(self.cohort)
-            ]
-            named["fused"] = EnsembleNetwork(members, self.cohort.shared_stages, self.fusion)
+            seen = [nn.Sequential(*self._steps(index, self.fusion_point)) for index in range(len(self.cohort))]
+            named["fused"] = EnsembleNetwork(self.cohort, self.fusion, seen)
         return named

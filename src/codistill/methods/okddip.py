@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,26 +10,17 @@ from torch import Tensor, nn
 
 from codistill.core.errors import UsageError
 from codistill.methods.cohort import Outputs
-from codistill.methods.losses import (
-    at_least_float32,
-    mean_logits,
-    mixture_logits,
-    weighted_logits,
-    weighted_mixture_logits,
-)
+from codistill.methods.losses import at_least_float32, ensemble
 from codistill.methods.method import METHODS, Method
-from codistill.methods.terms import DistillationSettings, cross_entropy_terms, ramped_kl
-from codistill.networks import Network
+from codistill.methods.terms import EnsembleSettings, cross_entropy_terms, ramped_kl
 
 
 @dataclass(frozen=True, kw_only=True)
-class OKDDipSettings(DistillationSettings):
+class OKDDipSettings(EnsembleSettings):
     """Settings of OKDDip."""
 
     detach_teachers: bool = False
     """Whether the peers get no gradient through the targets that they make; the attention learns in both cases."""
-    mix: Literal["logits", "probabilities"] = "logits"
-    """What a target is the weighted mean of: the peers' logits, or their softened probabilities."""
     attention_reduction: int = 8
     """Reduction of the attention's projections: features of d channels become d / 8."""
 
@@ -94,21 +84,13 @@ class OKDDip(Method):
         DenseNet branches by mistake, and calls the mean of the peers the ensemble; here it is the mean of all students.
     """
 
-    name = "okddip"
-    teacher = "allowed"
-    Settings = OKDDipSettings
-    min_students = 3
     settings: OKDDipSettings
+    teacher = "allowed"
+    min_students = 3
 
-    def __init__(
-        self,
-        students: Sequence[Network],
-        num_classes: int,
-        settings: OKDDipSettings | None = None,
-        image_size: tuple[int, int] = (32, 32),
-    ) -> None:
-        super().__init__(students, num_classes, settings, image_size)
-        widths = [student.widths[-1] for student in students[:-1]]
+    def build(self) -> None:
+        """Make the attention of the peers."""
+        *widths, _ = [student.widths[-1] for student in self.cohort]
         self.attention = PeerAttention(widths, self.settings.attention_reduction)
 
     def forward(self, images: Float[Tensor, "*view batch channel height width"]) -> Outputs:
@@ -131,11 +113,8 @@ class OKDDip(Method):
         """Give the logits that each student learns from: a mixture for each peer, and the mean for the leader."""
         peers = [self._held(logits) for logits in outputs.logits[:-1]]
         rows = outputs.extras["log_attention"].unbind(dim=1)
-        if self.settings.mix == "logits":
-            return [*(weighted_logits(peers, row.exp()) for row in rows), mean_logits(peers)]
-        temperature = self.settings.temperature
-        mixed = (weighted_mixture_logits(peers, row, temperature) for row in rows)
-        return [*mixed, mixture_logits(peers, temperature)]
+        of, temperature = self.settings.ensemble_of, self.settings.temperature
+        return [*(ensemble(peers, of, temperature, row) for row in rows), ensemble(peers, of, temperature)]
 
     def _held(self, teaching: Tensor) -> Tensor:
         return teaching.detach() if self.settings.detach_teachers else teaching

@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from codistill.methods.cohort import Outputs
+from codistill.core.errors import UsageError
+from codistill.methods.cohort import EnsembleNetwork, Outputs
 from codistill.methods.losses import weighted_logits
-from codistill.methods.method import METHODS, EnsembleNetwork, Method
+from codistill.methods.method import METHODS, Method
 from codistill.methods.terms import DistillationSettings, cross_entropy_terms, ramped_kl
 from codistill.networks import Network
 
@@ -79,32 +80,25 @@ class ONE(Method):
         target_epsilon). Students without a trunk are ours: their gate sees the concatenated last maps of all of them.
     """
 
-    name = "one"
-    teacher = "allowed"
-    Settings = ONESettings
-    min_students = 2
     settings: ONESettings
+    teacher = "allowed"
+    min_students = 2
 
-    def __init__(
-        self,
-        students: Sequence[Network],
-        num_classes: int,
-        settings: ONESettings | None = None,
-        image_size: tuple[int, int] = (32, 32),
-    ) -> None:
-        super().__init__(students, num_classes, settings, image_size)
+    def build(self) -> None:
+        """Make the gate; refuse a view for each student where it sees the one map of their trunk."""
         shared = self.cohort.shared_stages
-        width = students[0].widths[shared - 1] if shared else sum(student.widths[-1] for student in students)
-        self.gate = Gate(width, len(students))
+        if shared and self.settings.views_per_student:
+            raise UsageError(
+                f"one: the gate sees one image, but {shared} shared stages would see a view for each student: "
+                "set method.views_per_student to false, or method.shared_stages to 0"
+            )
+        width = self.cohort[0].widths[shared - 1] if shared else sum(student.widths[-1] for student in self.cohort)
+        self.gate = Gate(width, len(self.cohort))
 
-    def forward(self, images: Float[Tensor, "batch channel height width"]) -> Outputs:
+    def forward(self, images: Float[Tensor, "*view batch channel height width"]) -> Outputs:
         """Run all students, the gate and the gated ensemble on normalised images."""
         low = self.cohort.trunk(images)
-
-        def finish(index: int, feature_map: Tensor) -> tuple[Tensor, Tensor]:
-            return feature_map, self.cohort[index].head(feature_map)
-
-        maps, logits = zip(*self.cohort.each_branch(low, finish), strict=True)
+        maps, logits = self.branches(low)
         weights = self.gate([low] if self.cohort.shared_stages else maps)
         return Outputs(logits, maps, weighted_logits(logits, weights), extras={"gate": weights})
 
@@ -121,5 +115,5 @@ class ONE(Method):
 
     def predictors(self) -> dict[str, nn.Module]:
         """Give the students, their ensemble and the gated ensemble; see `Method.predictors`."""
-        students = [self.deployed_student(index) for index in range(len(self.cohort))]
-        return {**super().predictors(), "fused": GatedPredictor(students, self.cohort.shared_stages, self.gate)}
+        heads = [student.head for student in self.cohort]
+        return {**super().predictors(), "fused": GatedPredictor(self.cohort, self.gate, heads)}

@@ -9,10 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from codistill.core.errors import UsageError
-from codistill.methods.cohort import Outputs
-from codistill.methods.method import METHODS, EnsembleNetwork, Method, ParameterGroup
+from codistill.methods.cohort import EnsembleNetwork, Outputs
+from codistill.methods.method import METHODS, Method, ParameterGroup
 from codistill.methods.terms import DistillationSettings, cross_entropy_terms, ramped_kl
-from codistill.networks import Network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +22,6 @@ class PCLSettings(DistillationSettings):
     """What a mean teacher keeps of its weights in a step, at most; below 1. At first it is the plain mean of all
     steps so far."""
     views_per_student: bool = True
-    """Whether each student, with its mean teacher, sees an augmentation of its own; else all see the same."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,29 +81,16 @@ class PCL(Method):
         students'; after the first step both are the students' weights.
     """
 
-    name = "pcl"
-    teacher = "allowed"
-    Settings = PCLSettings
-    min_students = 2
     settings: PCLSettings
+    teacher = "allowed"
+    min_students = 2
 
-    def __init__(
-        self,
-        students: Sequence[Network],
-        num_classes: int,
-        settings: PCLSettings | None = None,
-        image_size: tuple[int, int] = (32, 32),
-    ) -> None:
-        super().__init__(students, num_classes, settings, image_size)
-        self.fusion = ConcatenatedClassifier([student.widths[-1] for student in students], num_classes)
+    def build(self) -> None:
+        """Make the classifier of all features and the mean teachers."""
+        self.fusion = ConcatenatedClassifier([student.widths[-1] for student in self.cohort], self.num_classes)
         self.means = copy.deepcopy(self.cohort).requires_grad_(False)
         self.steps: Tensor
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-
-    @property
-    def views(self) -> int:
-        """One for each student, unless the settings say otherwise."""
-        return len(self.cohort) if self.settings.views_per_student else 1
 
     def forward(self, images: Float[Tensor, "*view batch channel height width"]) -> Outputs:
         """Run all students, the classifier of their features and the mean teachers on normalised images."""
@@ -161,7 +146,5 @@ class PCL(Method):
 
     def predictors(self) -> dict[str, nn.Module]:
         """Give the students, their ensemble, the classifier and the mean teachers; see `Method.predictors`."""
-        members = [Network(list(each.stages), nn.Identity(), each.widths) for each in self.cohort]
-        fused = EnsembleNetwork(members, self.cohort.shared_stages, self.fusion)
         means = {f"mean{index}": mean for index, mean in enumerate(self.means)}
-        return {**super().predictors(), "fused": fused, **means}
+        return {**super().predictors(), "fused": EnsembleNetwork(self.cohort, self.fusion), **means}

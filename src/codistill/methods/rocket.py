@@ -18,7 +18,7 @@ from codistill.methods.terms import cross_entropy_terms
 class RocketSettings(MethodSettings):
     """Settings of rocket launching."""
 
-    gamma: float = 0.03
+    hint_weight: float = 0.03
     """Factor on the hint, at least 0."""
     hint: Literal["logits", "softmax"] = "logits"
     """What of the booster the light network is to match: its logits, or its probabilities."""
@@ -27,8 +27,8 @@ class RocketSettings(MethodSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.gamma < math.inf:
-            raise UsageError(f"method.gamma is {self.gamma}; it must be at least 0")
+        if not 0 <= self.hint_weight < math.inf:
+            raise UsageError(f"method.hint_weight is {self.hint_weight}; it must be at least 0")
 
 
 @METHODS.register("rocket")
@@ -53,11 +53,9 @@ class Rocket(Method):
         batch size.
     """
 
-    name = "rocket"
-    Settings = RocketSettings
+    settings: RocketSettings
     min_students = 2
     max_students = 2
-    settings: RocketSettings
 
     def losses(
         self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
@@ -68,5 +66,5 @@ class Rocket(Method):
         if self.settings.hint == "softmax":
             light, booster = light.softmax(dim=1), booster.softmax(dim=1)
         distance = squared_distance(light, booster, self.settings.detach_booster)
-        terms["hint/student1->student0"] = self.settings.gamma * distance
+        terms["hint/student1->student0"] = self.settings.hint_weight * distance
         return terms

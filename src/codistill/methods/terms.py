@@ -1,4 +1,4 @@
-"""What the methods that teach by softened logits have in common: settings, and their terms."""
+"""Terms that several methods have in common, and the settings of distillation by softened logits."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from codistill.core.errors import UsageError
-from codistill.methods.losses import cross_entropy, ramp_up, soft_target_kl
+from codistill.methods.losses import EnsembleOf, cross_entropy, ramp_up, soft_target_kl
 from codistill.methods.method import MethodSettings
 
 
@@ -36,19 +36,30 @@ class DistillationSettings(MethodSettings):
             raise UsageError(f"method.target_epsilon is {self.target_epsilon}; it must be at least 0 and below 1")
 
 
+@dataclass(frozen=True, kw_only=True)
+class EnsembleSettings(DistillationSettings):
+    """Settings of the methods whose students learn from an ensemble of students."""
+
+    ensemble_of: EnsembleOf = "logits"
+    """What an ensemble that teaches is the mean of: the students' logits, or their softened probabilities."""
+
+
 def ramped_kl(
     pairs: Mapping[str, tuple[Float[Tensor, "batch class"], Float[Tensor, "batch class"]]],
     progress: Float[Tensor, ""],
     settings: DistillationSettings,
     detach: bool,
 ) -> dict[str, Float[Tensor, ""]]:
-    """Give r(t) T^2 KL(softmax(target / T) || softmax(logits / T)) of each pair under its name, all at once.
+    """Compute r(t) T^2 KL(softmax(target / T) || softmax(logits / T)) of each pair, all at once.
 
     Args:
-        pairs: By the name of the term, scores of the one that learns, and of the one that teaches.
+        pairs: By the name of the term, student logits and teacher logits.
         progress: Share of the epochs that are done.
         settings: Temperature, ramp-up and epsilon.
-        detach: Whether the targets get no gradient; of the settings where a target has no parameters of its own.
+        detach: Whether the teacher logits get no gradient.
+
+    Returns:
+        The terms by name, in nats.
     """
     logits, targets = (torch.stack(side) for side in zip(*pairs.values(), strict=True))
     divergences = soft_target_kl(logits, targets, settings.temperature, detach, settings.target_epsilon)
@@ -61,7 +72,7 @@ def cross_entropy_terms(
     labels: Int[Tensor, " batch"],
     **others: Float[Tensor, "batch class"],
 ) -> dict[str, Float[Tensor, ""]]:
-    """Give the term `ce/student<j>` of each student and `ce/<name>` of each other head, all at once."""
+    """Compute the term `ce/student<j>` of each student and `ce/<name>` of each other head, all at once."""
     names = [*(f"student{index}" for index in range(len(logits))), *others]
     losses = cross_entropy(torch.stack([*logits, *others.values()]), labels)
     return {f"ce/{name}": loss for name, loss in zip(names, losses.unbind(), strict=True)}
