@@ -20,6 +20,7 @@ def test_examples_train_together(tmp_path: Path) -> None:
     assert [Path(name).parent.name for name in sources] == ["methods", "networks", "data"]
     for name, source in sources.items():
         (tmp_path / Path(name).name).write_text(source)
+    assert len(sources["src/codistill/methods/mean_teacher.py"].splitlines()) < 25  # and the comment above it
     modules = [Path(name).stem for name in sources]
     program = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"

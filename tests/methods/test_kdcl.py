@@ -384,6 +384,7 @@ def run_epoch(method: cd.Method, epoch: int = 0) -> tuple[DeviceImages, list]:
 @pytest.mark.parametrize("views", [True, False], ids=["own-views", "one-view"])
 def test_an_epoch_equals_one_written_by_hand(variant, views):
     # In float64: variants choose, so that one rounding in float32 may lead to another target.
+    # The learning rate is float32.
     method = tiny.method(KDCL, variant=variant, views_per_student=views).double().train()
     other = copy.deepcopy(method)
     images, taken = run_epoch(method)
@@ -407,7 +408,7 @@ def test_an_epoch_equals_one_written_by_hand(variant, views):
     gathered = {"ensemble.products": products, "ensemble.images": torch.tensor(24.0, dtype=torch.float64)}
     for name, tensor in method.state_dict().items():
         wanted = gathered.get(name, expected[name])
-        torch.testing.assert_close(tensor, wanted, rtol=1e-8, atol=1e-10, msg=lambda text, name=name: name + text)
+        torch.testing.assert_close(tensor, wanted, rtol=1e-6, atol=1e-8, msg=lambda text, name=name: name + text)
     method.after_epoch()
     if variant == "general":
         first = (products[1, 1] - products[0, 1]) / (products[0, 0] + products[1, 1] - 2 * products[0, 1])
