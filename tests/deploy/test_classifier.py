@@ -1,4 +1,4 @@
-"""Predictors from run folders and files; what is no such file is refused before it does anything."""
+"""Predictors from run folders and files; hostile and damaged files are refused before any of their code runs."""
 
 import json
 import shutil
@@ -149,9 +149,7 @@ def test_a_file_of_somebody_else_is_refused(damaged):
     del model.metadata_props[:]
     onnx.save(model, damaged["model.onnx"])
     for path in damaged.values():
-        with pytest.raises(
-            CheckpointError, match="says nothing of classes and normalisation: not written by codistill"
-        ):
+        with pytest.raises(CheckpointError, match="holds no classes and no normalisation: not written by codistill"):
             load_classifier(path)
 
 

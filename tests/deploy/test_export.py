@@ -1,10 +1,12 @@
-"""Every predictor in every format: the file alone answers as the run does, or it is not kept."""
+"""Every predictor in every format: the file alone answers as the run does, or it is removed."""
 
 import copy
 import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -64,8 +66,13 @@ def test_the_run_tells_images_apart(expected):
         assert expected[name].std(dim=0).min() > 10 * allowed, name
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("predictor", PREDICTORS)
+def of_all(predictor: str, format: str) -> Any:
+    """A case that is slow where several networks are traced; tiny ones are, in test_networks_and_data_of_ones_own."""
+    traced = predictor != "student0" and format != "safetensors"
+    return pytest.param(predictor, format, marks=[pytest.mark.slow] if traced else [])
+
+
+@pytest.mark.parametrize(("predictor", "format"), [of_all(*each) for each in itertools.product(PREDICTORS, FORMATS)])
 def test_a_file_answers_as_the_run_does(exported, digits_run, expected, pixels, predictor, format):
     done = exported(predictor, format)
     assert done.path == digits_run.path / "exports" / f"{predictor}{export.SUFFIXES[format]}"

@@ -226,12 +226,12 @@ def without(key: str) -> dict[str, object]:
     ("content", "words"),
     [
         *((content, "not a checkpoint of codistill") for content in ([1], {}, {"format": "2"}, without("format"))),
-        *((without(key), "damaged: it holds no ") for key in state(1).as_mapping() if key != "format"),
+        *((without(key), f"damaged: {key} is missing") for key in state(1).as_mapping() if key != "format"),
         ({**state(1).as_mapping(), "epoch": 2}, "it holds no metrics of 2 epochs"),
         ({**state(1).as_mapping(), "rows": ["{"]}, "it holds no metrics of 1 epochs"),
         ({**state(1).as_mapping(), "rows": ["3"]}, "it holds no metrics of 1 epochs"),
-        ({**state(1).as_mapping(), "method": {"weight": 3}}, "it holds no weights by name"),
-        ({**state(1).as_mapping(), "step": -1}, "it holds no number of steps"),
+        ({**state(1).as_mapping(), "method": {"weight": 3}}, "in place of a tensor"),
+        ({**state(1).as_mapping(), "step": -1}, "a step below 0"),
     ],
 )
 def test_contents_that_are_no_checkpoint_are_refused(store, content, words):

@@ -1,4 +1,4 @@
-"""A trained predictor outside its training: from a run folder or an exported file to logits of real pixels."""
+"""A trained predictor, loaded from a run folder or an exported file, that maps pixels to logits."""
 
 import contextlib
 import json
@@ -22,8 +22,6 @@ from codistill.settings.build import build_method
 from codistill.settings.mapping import run_from_mapping
 
 CARD_KEY = "codistill"
-
-
 CARD_FORMAT = 1
 
 
@@ -171,14 +169,14 @@ def _damage(path: Path) -> Iterator[None]:
         raise
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such run folder or model file") from None
-    except Exception as error:  # each of the libraries answers damage with types of its own
+    except Exception as error:  # each library raises types of its own
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise CheckpointError(f"{path}: damaged, or not written by codistill: {reason}") from error
 
 
 def _card(text: str | None, path: Path) -> dict[str, Any]:
     if text is None:
-        raise CheckpointError(f"{path}: says nothing of classes and normalisation: not written by codistill export")
+        raise CheckpointError(f"{path}: holds no classes and no normalisation: not written by codistill export")
     card: dict[str, Any] = json.loads(text)
     if card["format"] != CARD_FORMAT:
         raise CheckpointError(f"{path}: of format {card['format']}, but this version reads format {CARD_FORMAT}")

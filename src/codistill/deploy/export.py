@@ -29,11 +29,7 @@ from codistill.runs.folder import RunFolder
 from codistill.runs.state import tensors_once
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
-
-
 COMPARED_IMAGES = 1000
-
-
 ALLOWED_DIFFERENCE = 1e-3
 """Of logits, relative to the largest one: float32 sums in another order stay far below it."""
 
@@ -44,9 +40,9 @@ class Exported:
 
     Attributes:
         path: The file.
-        predictor: What it holds.
+        predictor: Name of the predictor in it.
         parameters: Its number of parameters.
-        images: Test images that both were given.
+        images: Number of test images that were compared.
         difference: Largest absolute difference of a logit.
         agreement: Images with the same highest logit, share from 0 to 1.
     """
@@ -60,7 +56,7 @@ class Exported:
 
 
 def choose_format(file: Path | None, format: str | None) -> str:
-    """Decide on a format by its name, or by the ending of the file.
+    """Return the format by its name, or by the ending of the file.
 
     Raises:
         UsageError: Unknown, or the two contradict each other.

@@ -198,15 +198,10 @@ class RunFolder:
             UsageError: The training did not finish.
             CheckpointError: summary.json is absent or damaged.
         """
-        summary = self.summary
-        if "top1_error" not in summary:
-            raise UsageError(
-                f"{self.path} has no best student, for its training was {summary.get('status')}: name a predictor"
-            )
-        errors: dict[str, float] = {
-            name: error for name, error in summary["top1_error"].items() if name.startswith("student")
-        }
-        return min(sorted(errors), key=errors.__getitem__)
+        errors: dict[str, float] = self.summary.get("top1_error", {})
+        if not errors:
+            raise UsageError(f"{self.path} has no best student, for its training was {self.status}: name a predictor")
+        return min(sorted(name for name in errors if name.startswith("student")), key=errors.__getitem__)
 
 
 def refuse_occupied(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Who holds a run folder, and what a killed holder has left in it."""
+"""The lock of a run folder, and removal of temporary files that a killed process left in it."""
 
 import fcntl
 import os
@@ -10,7 +10,7 @@ from codistill.core.errors import UsageError
 
 
 class RunLock:
-    """Hold a run folder for one process; the kernel gives it back when the process ends, however it ends.
+    """Hold a run folder for one process; the kernel releases it when the process ends, even when it is killed.
 
     Args:
         folder: The run folder, which exists.
@@ -35,11 +35,11 @@ class RunLock:
         self._file.flush()
 
     def release(self) -> None:
-        """Let others have the folder."""
+        """Release the folder."""
         self._file.close()
 
 
 def remove_strays(folder: Path) -> None:
-    """Remove temporary files that a killed process left; only for who holds the folder."""
+    """Remove temporary files that a killed process left; call it only under the lock."""
     for stray in folder.glob("*.tmp-*"):
         stray.unlink(missing_ok=True)

@@ -85,8 +85,5 @@ def checked_metadata(metadata: Any, path: Path) -> dict[str, Any]:
 
 def is_list(value: Any, kind: type, length: int | None = None) -> bool:
     """Whether a value from a JSON file is a list of one type, not empty, and of the length, if one is given."""
-    return (
-        isinstance(value, list)
-        and 0 < len(value) == (length or len(value))
-        and all(type(each) is kind for each in value)
-    )
+    whole = isinstance(value, list) and 0 < len(value) == (length or len(value))
+    return whole and all(type(each) is kind for each in value)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from codistill.core.errors import CheckpointError
 
 FORMAT = 2
+KINDS = {"config": dict, "method": dict, "momentum": list, "rows": list, "epoch": int, "step": int, "best": bool}
+KINDS |= {"sums": dict, "finite": dict}
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,12 @@ class TrainingState:
             raise CheckpointError(f"{where}: not a checkpoint of codistill")
         if mapping["format"] != FORMAT:
             raise CheckpointError(f"{where}: {other_format(mapping['format'])}")
-        for name, (check, what) in CHECKS.items():
-            if not check(mapping.get(name)):
-                raise CheckpointError(f"{where}: damaged: it holds no {what}")
+        for name, kind in KINDS.items():
+            if not isinstance(mapping.get(name), kind):
+                raise CheckpointError(f"{where}: damaged: {name} is missing, or of another type")
+        tensors = [*mapping["method"].values(), *mapping["momentum"]]
+        if mapping["step"] < 0 or not all(isinstance(each, Tensor) for each in tensors):
+            raise CheckpointError(f"{where}: damaged: a step below 0, or something else in place of a tensor")
         try:
             rows = [json.loads(line) for line in mapping["rows"]]
         except (ValueError, TypeError, RecursionError):
@@ -80,27 +85,6 @@ class TrainingState:
             raise CheckpointError(f"{where}: damaged: it holds no metrics of {mapping['epoch']} epochs")
         parts = {each.name: mapping[each.name] for each in dataclasses.fields(cls)}
         return cls(**{**parts, "rows": rows})
-
-
-def _is_weights(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(each, Tensor) for each in value.values())
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "config": (lambda value: isinstance(value, dict), "settings"),
-    "method": (_is_weights, "weights by name"),
-    "momentum": (lambda value: isinstance(value, list) and all(isinstance(each, Tensor) for each in value), "momentum"),
-    "rows": (lambda value: isinstance(value, list), "metrics"),
-    "epoch": (_is_count, "number of completed epochs"),
-    "step": (_is_count, "number of steps"),
-    "best": (lambda value: isinstance(value, bool), "mark of the best epoch"),
-    "sums": (lambda value: isinstance(value, dict), "sums of loss terms"),
-    "finite": (lambda value: isinstance(value, dict), "checks for NaN"),
-}
 
 
 def tensors_once(module: nn.Module) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""summary.json: what a run trains, how it ended, and with which results."""
+"""summary.json: method and networks of a run, how it ended, and its results."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -16,13 +16,6 @@ from codistill.settings.config import RunConfig
 def network_names(cohort: Cohort) -> list[str]:
     """Name the students by their specs, or by their class where they have none."""
     return [student.spec or type(student).__name__ for student in cohort]
-
-
-def status_of(error: BaseException) -> str:
-    """Name the end of a run that did not finish."""
-    if not isinstance(error, Exception):  # Ctrl-C, SIGTERM
-        return "interrupted"
-    return "diverged" if isinstance(error, DivergedError) else "failed"
 
 
 def run_facts(config: RunConfig, method: Method) -> dict[str, Any]:
@@ -84,6 +77,9 @@ def write_summary_of_failure(run: RunFolder, config: RunConfig, method: Method, 
     """Write the summary.json of a run that did not finish; one that already says how the run ended stays."""
     if run.status in ("finished", "diverged"):
         return
-    facts = {"status": status_of(error), "error": " ".join(str(error).split()), **run_facts(config, method)}
-    with contextlib.suppress(OSError):  # a full disk is what the error says already
+    # What is no Exception is Ctrl-C or SIGTERM.
+    failed = "failed" if isinstance(error, Exception) else "interrupted"
+    status = "diverged" if isinstance(error, DivergedError) else failed
+    facts = {"status": status, "error": " ".join(str(error).split()), **run_facts(config, method)}
+    with contextlib.suppress(OSError):  # the error says already that the disk is full
         write_json(run.path / "summary.json", facts)
