@@ -1,4 +1,4 @@
-"""What a person sees of a training."""
+"""Bars, lines and tables."""
 
 import re
 
@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from codistill.core import console
-from codistill.core.console import TrainingDisplay, duration, summary_table, term_text
+from codistill.core.console import TrainingDisplay, duration, summary_table, term_text, track
 
 
 @pytest.mark.parametrize(
@@ -145,3 +145,15 @@ def test_the_table_is_whole_in_a_terminal_of_any_usual_width(width):
         row = next(line for line in text.splitlines() if name in line)
         cells = [cell.strip() for cell in row.strip("│ ").split("│")]
         assert cells == [name, f"{10 + index}.00", f"{5 + index}.00", "2.25", "3.50", "0.4567", "12,345,678"]
+
+
+def test_tracked_items_come_through_and_show_nothing_without_a_terminal(capfd):
+    assert list(track(iter([1, 2, 3]), "counting", None)) == [1, 2, 3]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_tracked_items_show_a_bar_on_a_terminal(capfd, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert list(track([1, 2, 3], "counting", 3)) == [1, 2, 3]
+    out, error = capfd.readouterr()
+    assert out == "" and "counting" in error

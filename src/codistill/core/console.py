@@ -1,19 +1,21 @@
-"""What a person sees of a training: a live bar on a terminal, plain lines elsewhere, tables at the end."""
+"""Output for a person: a live bar on a terminal and plain lines elsewhere, tables, notices.
+
+rich is imported by those who draw: `import codistill` leaves it alone.
+"""
 
 import functools
 import os
 import sys
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
+T = TypeVar("T")
 LINE_SECONDS = 10.0
-
-
 BAR_SECONDS = 0.25
 
 
@@ -24,14 +26,38 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-class LastingConsole(Console):
-    """A console whose reader may go away (`| head -1`): what would be printed after that is lost, and nothing else."""
+def lasting_console(show: bool, **options: Any) -> "Console":
+    """Make a console whose reader may go away (`| head -1`): later output is dropped, without an error.
 
-    def on_broken_pipe(self) -> None:
-        """Stop printing."""
-        self.quiet = True
-        # Or else Python stumbles over what is left in the buffer when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    Args:
+        show: False: print nothing.
+        options: As of `rich.console.Console`.
+    """
+    from rich.console import Console
+
+    class LastingConsole(Console):
+        def on_broken_pipe(self) -> None:
+            self.quiet = True
+            # Or else Python stumbles over the rest of the buffer when it exits.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    return LastingConsole(quiet=not show, highlight=False, **options)
+
+
+def track(items: Iterable[T], title: str, total: int | None) -> Iterable[T]:
+    """Return items that show a progress bar on standard error, if that is a terminal, while they are used up.
+
+    Args:
+        items: Anything that takes long.
+        title: The title of the bar.
+        total: The number of items, if it is known.
+    """
+    import rich.progress
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    quiet = not console.is_terminal
+    return rich.progress.track(items, title, total=total, console=console, transient=True, disable=quiet)
 
 
 class TrainingDisplay:
@@ -42,11 +68,13 @@ class TrainingDisplay:
         steps: Steps of an epoch.
         images: Images of an epoch.
         show: False: print nothing.
-        label: What each line begins with.
+        label: The beginning of each line.
     """
 
     def __init__(self, epochs: int, steps: int, images: int, show: bool = True, label: str = "") -> None:
-        self.console = LastingConsole(quiet=not show, highlight=False)
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self.console = lasting_console(show)
         self.epochs, self.steps, self.images = epochs, steps, images
         self.label = f"{label}: " if label else ""
         self._bar = Progress(
@@ -57,7 +85,7 @@ class TrainingDisplay:
             disable=not (show and self.console.is_terminal),
             transient=True,
         )
-        self._task: TaskID = self._bar.add_task("", total=steps, epoch=1, status="")
+        self._task = self._bar.add_task("", total=steps, epoch=1, status="")
         self._started = self._epoch_started = self._shown = time.monotonic()
         self._before = 0  # steps
 
@@ -69,7 +97,7 @@ class TrainingDisplay:
         self._bar.stop()
 
     def resume(self, epochs: int, steps: int = 0) -> None:
-        """Count the time left from here, after so many epochs, and steps of the next, that were done before."""
+        """Estimate the time left from the speed after this point, given in epochs and steps of the next one."""
         self._before = epochs * self.steps + steps
 
     def begin_epoch(self, epoch: int) -> None:
@@ -78,7 +106,7 @@ class TrainingDisplay:
         self._bar.reset(self._task, total=self.steps, epoch=epoch + 1, status="")
 
     def due(self) -> bool:
-        """Say whether enough time has passed to show a step again."""
+        """Whether enough time has passed to show a step again."""
         period = LINE_SECONDS if self._bar.disable else BAR_SECONDS
         return time.monotonic() - self._shown >= period
 
@@ -125,13 +153,15 @@ def term_text(terms: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {' '.join(values)}" for name, values in grouped.items())
 
 
-def summary_table(summary: Mapping[str, Any], final: Mapping[str, Any]) -> Table:
+def summary_table(summary: Mapping[str, Any], final: Mapping[str, Any]) -> "Table":
     """Make the table that ends a run.
 
     Args:
-        summary: What summary.json holds.
+        summary: The contents of summary.json.
         final: Scores on the test split by predictor, as in metrics.jsonl.
     """
+    from rich.table import Table
+
     title = f"{summary['method']} on {summary['data']}, {summary['epochs']} epochs, seed {summary['seed']}"
     table = Table(title=f"{title}: errors on the test set, %")
     table.add_column("predictor", no_wrap=True)
@@ -153,10 +183,10 @@ def warn(line: str) -> None:
 
 @functools.cache
 def warn_once(line: str) -> None:
-    """Print a warning of one line, the first time that it comes up."""
+    """Print a warning of one line, once in a process."""
     warn(line)
 
 
 def note(line: str) -> None:
-    """Print what takes a while, and why, in one line."""
+    """Print a line about something that takes a while."""
     print(f"codistill: {line}", file=sys.stderr)

@@ -8,12 +8,12 @@ from typing import Literal
 
 import numpy as np
 
+from codistill.core.console import track
 from codistill.core.errors import DataError
 from codistill.data.archive import members
 from codistill.data.cache import Arrays, cached
 from codistill.data.dataset import DATASETS, Dataset, Pixels, Split
 from codistill.data.images import decode_image
-from codistill.data.progress import track
 from codistill.data.untrusted import check_file, read_file, reading, visible
 
 PARTS = ("train", "valid", "test")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from codistill.core.console import track
 from codistill.core.errors import DataError, ResourceError, UsageError
 from codistill.data.dataset import DATASETS, Dataset, Pixels, Split, size_of
 from codistill.data.images import SUFFIXES, open_image
-from codistill.data.progress import track
 from codistill.data.untrusted import visible
 
 LAYOUT = "images belong in train/<class>/ and test/<class>/"

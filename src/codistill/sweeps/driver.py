@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from codistill.core.console import LastingConsole
+from codistill.core.console import lasting_console
 from codistill.core.errors import CodistillError, UsageError, WorkerError
 from codistill.core.files import write_json
 from codistill.core.registry import near_matches
@@ -151,7 +151,7 @@ class Sweep:
 
     def __init__(self, spec: Path, folder: Path, runs: Sequence[PlannedRun], program: Sequence[str], show: bool):
         self.spec, self.folder, self.program = spec, folder, list(program)
-        self.console = LastingConsole(quiet=not show, highlight=False, markup=False)
+        self.console = lasting_console(show, markup=False)
         self.runs = find_folders(folder, runs)
         self.rows = {run.name: self.row(run) for run in self.runs}
         self.waiting: deque[list[PlannedRun]] = deque()
