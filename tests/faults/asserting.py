@@ -1,4 +1,4 @@
-"""What each fault must look like from outside: one line, one exit status, and nothing changed on the disk."""
+"""How each fault must look from outside: one line, one exit status, and nothing changed on the disk."""
 
 import signal
 from pathlib import Path
@@ -16,6 +16,7 @@ def refused(
     status: int,
     *fragments: str,
     unchanged: Path | None = None,
+    warnings: int = 0,
 ) -> str:
     """Run a command line that must be refused.
 
@@ -25,9 +26,10 @@ def refused(
         status: The exit status expected.
         fragments: Text that the error line must hold, literally.
         unchanged: A folder that must be, with all its contents, as it was before.
+        warnings: Lines of warning expected before the error.
 
     Returns:
-        The one line on stderr, without its line break.
+        The line of the error, without its line break.
     """
     before = None if unchanged is None else tiny.listing(unchanged)
     capsys.readouterr()
@@ -38,9 +40,12 @@ def refused(
         signal.signal(signal.SIGTERM, handler)
     error = capsys.readouterr().err
     assert got == status, error
-    assert error.startswith("codistill: error: ") and error.endswith("\n") and error.count("\n") == 1, error
+    assert error.endswith("\n"), error
+    *before_it, line = error.removesuffix("\n").split("\n")
+    assert line.startswith("codistill: error: ") and len(before_it) == warnings, error
+    assert all(each.startswith("codistill: warning: ") for each in before_it), error
     for fragment in fragments:
-        assert fragment in error, f"{fragment!r} is not in {error!r}"
+        assert fragment in line, f"{fragment!r} is not in {line!r}"
     if unchanged is not None:
         assert tiny.listing(unchanged) == before
-    return error.removesuffix("\n")
+    return line

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from codistill.core.console import warn
 from codistill.core.errors import CodistillError, DataError
 from codistill.core.files import replaced
 from codistill.data.untrusted import reading, reason
 
 FORMAT = 1
 Arrays = dict[str, npt.NDArray[Any]]
-
-logger = logging.getLogger(__name__)
 
 
 def cached(path: Path, source: str, names: Iterable[str], build: Callable[[], Arrays]) -> Arrays:
@@ -41,7 +39,7 @@ def cached(path: Path, source: str, names: Iterable[str], build: Callable[[], Ar
     try:
         arrays = _read(path, source, names)
     except CodistillError as error:  # also ResourceError: a damaged header may claim more memory than there is
-        logger.warning("%s", error)
+        warn(str(error))
         arrays = None
     if arrays is None:
         arrays = build()
@@ -67,17 +65,16 @@ def _read(path: Path, source: str, names: Iterable[str]) -> Arrays | None:
 
 
 def _write(path: Path, source: str, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Write beside the final name, then rename: a reader sees the old cache or the new one."""
     about = {"format": FORMAT, "source": source, "sha256": {name: _digest(array) for name, array in arrays.items()}}
     try:
         with replaced(path) as part, part.open("wb") as file:
             np.savez(file, allow_pickle=False, about=np.array(json.dumps(about)), **arrays)
     except OSError as error:
-        logger.warning("%s: cannot be written (%s): the images are decoded again next time", path, reason(error))
+        warn(f"{path}: cannot be written ({reason(error)}): the images are decoded again next time")
 
 
 def _digest(array: npt.NDArray[Any]) -> str:
-    """Hash type, shape and content."""
+    """Return a hash of type, shape and content."""
     digest = hashlib.sha256(f"{array.dtype.str} {array.shape} ".encode())
     digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
