@@ -1,4 +1,4 @@
-"""Run folders: what is in one, and what damage does."""
+"""Run folders: their files, their lock, and damaged ones."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import codistill as cd
 from codistill.core.errors import CheckpointError, UsageError
+from codistill.runs import folder as folder_module
 from codistill.runs.metadata import checked_metadata
 from codistill.settings.build import build_method
 from codistill.settings.config import RunConfig
@@ -106,7 +107,7 @@ def test_tensorboard_can_read_the_events(folder):
         assert [scalar.value for scalar in scalars] == pytest.approx(values)
 
 
-def test_the_record_says_what_was_run(folder):
+def test_the_metadata_hold_settings_data_and_environment(folder):
     record = json.loads((folder / "config.json").read_text())
     assert record["method"]["name"] == "mfef" and record["method"]["temperature"] == 3.0
     assert (record["networks"], record["data"], record["epochs"]) == (["tiny", "tiny:width=8"], "packed", EPOCHS)
@@ -181,7 +182,7 @@ def test_a_config_must_be_whole(copy, key):
             checked_metadata(damaged, copy)
 
 
-def test_the_keys_that_a_record_lacks_are_named(copy):
+def test_the_keys_that_metadata_lack_are_named(copy):
     record = json.loads((copy / "config.json").read_text())
     del record["dataset"]["mean"]
     with pytest.raises(CheckpointError, match="dataset mean is missing"):
@@ -277,3 +278,26 @@ def test_what_is_there_is_not_touched(tmp_path, present, folder):
 def test_an_empty_folder_will_do(tmp_path):
     run = cd.train(tiny.method(), tiny.data(), out=tmp_path, settings=tiny.settings(epochs=1), show=False)
     assert run.path == Path(tmp_path) and run.summary["status"] == "finished"
+
+
+def test_the_summary_of_a_finished_run_is_read_once(copy, monkeypatch):
+    run, path = cd.Run(copy), copy / "summary.json"
+    path.write_text('{"status": "interrupted"}')
+    assert run.status == "interrupted"
+    path.write_text('{"status": "finished", "seed": 3}')
+    assert run.finished and run.summary["seed"] == 3
+    monkeypatch.setattr(folder_module, "read_json", lambda path: pytest.fail("read again"))
+    assert run.summary["seed"] == 3
+
+
+def test_a_folder_is_held_as_long_as_it_is_open(copy):
+    (copy / "summary.json").unlink()
+    method, data = tiny.method(), tiny.data()
+    with pytest.raises(ZeroDivisionError), cd.Run.opened(copy, None, method, data) as run:
+        with pytest.raises(UsageError, match="in use by pid"), cd.Run.opened(copy, None, method, data):
+            pass
+        raise ZeroDivisionError
+    with cd.Run.opened(copy, None, method, data) as again:
+        assert type(again) is cd.Run and again.metadata == run.metadata
+    with pytest.raises(UsageError, match="not empty"), cd.Run.opened(copy, run.metadata, method, data):
+        pass
