@@ -67,7 +67,12 @@ def torchrun(*arguments, rest, **more):
 
 @pytest.mark.fault(38)
 @pytest.mark.parametrize(
-    ("rank", "act", "statuses"), [(1, "SIGKILL", [7, -9]), (0, "SIGKILL", [-9, 7]), (0, "raise", [1, 7])]
+    ("rank", "act", "statuses"),
+    [
+        (1, "SIGKILL", [7, -9]),
+        pytest.param(0, "SIGKILL", [-9, 7], marks=pytest.mark.slow),
+        pytest.param(0, "raise", [1, 7], marks=pytest.mark.slow),
+    ],
 )
 def test_a_lost_rank_ends_all_with_status_7_and_the_run_can_be_resumed(
     undisturbed, capfd, tmp_path, rank, act, statuses
@@ -134,7 +139,7 @@ def test_two_launchers_train_one_run(undisturbed):
 
 
 @pytest.mark.fault(34)
-@pytest.mark.parametrize(("number", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(("number", "status"), [("SIGTERM", 143), pytest.param("SIGINT", 130, marks=pytest.mark.slow)])
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(undisturbed, capfd, number, status):
     assert train(number, f"1 5 {number}") == [status, status]
     error = capfd.readouterr().err

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo  # or each fork would import it for the probe on the meta device, which takes seconds
+import torch._dynamo  # an optimiser does, and forks would each take seconds for it
 
 from codistill.cli import main
 from codistill.core.errors import DataError

@@ -14,6 +14,7 @@ from codistill.data.augment import Augmentation, DeviceImages, epoch_indices
 from codistill.networks import Network, PooledLinear
 from codistill.settings.config import ExecutionSettings, default_config
 from codistill.training.optim import make_optimizer, momentum_buffers
+from codistill.training.prepare import check_parts
 from codistill.training.ranks import ALONE, Ranks
 from codistill.training.step import TrainStep
 
@@ -120,13 +121,13 @@ def config(name="mfef", **settings):
 )
 def test_what_would_be_another_experiment_is_refused(config, ranks, words):
     with pytest.raises(UsageError, match=words):
-        Ranks(0, ranks).check_parts(config, 27)
+        check_parts(config, 27, Ranks(0, ranks))
 
 
 def test_batches_that_leave_two_images_to_each_rank_pass():
-    Ranks(0, 2).check_parts(config(), 28)
-    Ranks(0, 2).check_parts(config(drop_last=True), 27)
-    Ranks(0, 4).check_parts(config(), 24)
+    check_parts(config(), 28, Ranks(0, 2))
+    check_parts(config(drop_last=True), 27, Ranks(0, 2))
+    check_parts(config(), 24, Ranks(0, 4))
 
 
 @pytest.fixture

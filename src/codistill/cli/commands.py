@@ -23,6 +23,7 @@ from codistill.cli.options import (
     TrainOptions,
 )
 from codistill.core.errors import DivergedError, UsageError, WorkerError
+from codistill.core.torchrun import refuse_ranks
 from codistill.data import DATASETS
 from codistill.deploy.run import Run
 from codistill.methods import METHODS
@@ -31,7 +32,6 @@ from codistill.settings.config import RunConfig, default_config
 from codistill.settings.mapping import run_from_mapping, typed_mapping
 from codistill.settings.presets import PRESETS, completed, find_preset, preset_config
 from codistill.settings.recipe import read_recipe
-from codistill.training.ranks import refuse_ranks
 
 
 def run(command: str, arguments: Sequence[str]) -> None:

@@ -3,7 +3,6 @@
 import importlib.metadata
 import os
 import platform
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 
 from codistill.core.errors import CheckpointError
 from codistill.core.host import keep_freed_memory
+from codistill.core.torchrun import launch
 from codistill.data.dataset import Dataset
 from codistill.settings.config import RunConfig
 from codistill.settings.mapping import shown
@@ -31,20 +31,12 @@ def environment(device: torch.device) -> dict[str, Any]:
         "openmp": {name: value for name, value in sorted(os.environ.items()) if name.startswith(("OMP_", "GOMP_"))},
         "memory_format": "channels_last",
         "keeps_freed_memory": device.type == "cpu" and keep_freed_memory(),
+        **launch(),
     }
 
 
-def run_metadata(
-    config: RunConfig, data: Dataset, device: torch.device, launch: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Return the contents of config.json: settings, environment, and the facts of the data set that networks need.
-
-    Args:
-        config: The settings.
-        data: The data set.
-        device: Where the run is trained.
-        launch: What is recorded with the environment of how the processes were started.
-    """
+def run_metadata(config: RunConfig, data: Dataset, device: torch.device) -> dict[str, Any]:
+    """Return the contents of config.json: settings, environment, and the facts of the data set that networks need."""
     mean, std = data.statistics
     facts = {
         "name": data.name,
@@ -55,7 +47,7 @@ def run_metadata(
         "train_images": len(data.train),
         "test_images": len(data.test),
     }
-    return {**config.as_mapping(), "dataset": facts, "environment": {**environment(device), **(launch or {})}}
+    return {**config.as_mapping(), "dataset": facts, "environment": environment(device)}
 
 
 def checked_metadata(metadata: Any, path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from codistill.core.console import warn
 from codistill.core.device import choose_device
 from codistill.core.errors import DivergedError, UsageError
+from codistill.core.torchrun import refuse_ranks
 from codistill.data.augment import DeviceImages, epoch_indices
 from codistill.data.dataset import Dataset, Split
 from codistill.deploy.run import Run
@@ -35,7 +36,6 @@ from codistill.training.prepare import (
     split_training,
     with_absolute_paths,
 )
-from codistill.training.ranks import refuse_ranks
 from codistill.training.step import TrainStep
 from codistill.training.train import free_folder
 from codistill.training.trainer import Trainer

@@ -63,6 +63,25 @@ def split_training(data: Dataset, settings: TrainSettings) -> tuple[Split, Split
     return training, part(order[count - held_out :]) if held_out else None
 
 
+def check_parts(config: RunConfig, images: int, ranks: Ranks) -> None:
+    """Refuse what would be another experiment on several ranks, or leave one less than the two images BN needs.
+
+    Raises:
+        UsageError: Names the setting to change.
+    """
+    size, least, needs = config.train.batch_size, 2 * ranks.count, config.method.needs_full_batch
+    last = 0 if config.train.drop_last else images % size
+    if ranks.count > 1 and needs:
+        raise UsageError(f"{config.method_name} with {needs} needs the full batch in one process: omit torchrun")
+    if ranks.count > 1 and size < least:
+        raise UsageError(f"batch_size is {size}; {ranks.count} ranks need at least {least}, two images each")
+    if ranks.count > 1 and 0 < last < least:
+        raise UsageError(
+            f"the last batch of {images} images would have {last}, too few for {ranks.count} ranks: "
+            f"set drop_last or another batch_size than {size}"
+        )
+
+
 def check_shapes(method: Method, data: Dataset) -> None:
     """Run the method once without data, on the meta device, to find what cannot work before anything is written.
 
@@ -173,14 +192,14 @@ def set_up(
     with ranks.together():
         augmentation = settings.augmentation(data)
         training, validation = split_training(data, settings)
-        ranks.check_parts(config, len(training))
+        check_parts(config, len(training), ranks)
         check_shapes(method, data)
         steps = settings.epochs * math.ceil(len(training) / settings.batch_size)
         execution = choose_execution(config.execution, device, 1 if ranks.count > 1 else runs, steps)
         execution.prepare(method, device, config.execution.deterministic)
     config = with_absolute_paths(config, data)
     resident = resident or DeviceSplits(data.statistics, device)
-    metadata = None if run else run_metadata(config, data, device, ranks.facts())
+    metadata = None if run else run_metadata(config, data, device)
     with opened_folder(out, metadata, method, data, ranks) as folder:
         try:
             method.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -22,17 +21,14 @@ from torch.distributed.rendezvous import rendezvous
 from codistill.core.device import choose_device
 from codistill.core.errors import CodistillError, UsageError, WorkerError
 from codistill.core.signals import Terminated
+from codistill.core.torchrun import restarts, world_size
 from codistill.data.augment import BatchIndices
-from codistill.settings.config import ExecutionSettings, RunConfig
+from codistill.settings.config import ExecutionSettings
 
 T = TypeVar("T")
-
-JOIN = timedelta(minutes=2)
-"""How long a rank waits at the start for the others, of which one may have died before it joined."""
-PATIENCE = timedelta(hours=2)
-"""How long a rank waits later: rank 0 may download data, and evaluates alone. The end of one is noticed at once."""
-NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
-"""Environment variables that torchrun sets."""
+# One that died before it joined is noticed by time alone; later, the end of a process is noticed at once. Rank 0 may
+# download data, and evaluates alone.
+JOIN, PATIENCE = timedelta(minutes=2), timedelta(hours=2)
 joined = itertools.count()
 
 
@@ -43,16 +39,12 @@ class Ranks:
     Attributes:
         number: This process among them, from 0.
         count: How many there are; 1: no process group is needed.
-        restarts: How often torchrun has started them again after it lost one.
-        control: Process group (gloo) for errors, signals and objects.
-        gradients: Process group for gradients: NCCL on CUDA, else the same.
+        gradients: Process group for gradients on CUDA (NCCL); None: the default one (gloo).
     """
 
     number: int = 0
     count: int = 1
-    restarts: int = 0
-    control: dist.ProcessGroup | None = None
-    gradients: dist.ProcessGroup | None = None
+    gradients: Any = None
 
     @classmethod
     @contextlib.contextmanager
@@ -62,17 +54,16 @@ class Ranks:
         Raises:
             WorkerError: Another process did not come, or was lost.
         """
-        if ranks_in_environment() == 1:
+        if world_size() == 1:
             yield ALONE
             return
-        number, count = int(os.environ["RANK"]), ranks_in_environment()
-        ranks = cls(number, count, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
+        ranks = cls(int(os.environ["RANK"]), world_size())
         with ranks._noticing_loss():
             store = next(rendezvous("env://", timeout=JOIN))[0]
             # torchrun keeps its store over a restart, with the addresses of the processes before.
-            store = PrefixStore(f"codistill/{ranks.restarts}/{next(joined)}", store)
-            dist.init_process_group("gloo", store=store, rank=number, world_size=count, timeout=JOIN)
-            ranks.control = ranks.gradients = new_group("gloo")
+            store = PrefixStore(f"codistill/{restarts()}/{next(joined)}", store)
+            dist.init_process_group("gloo", store=store, rank=ranks.number, world_size=ranks.count, timeout=JOIN)
+            dist.group.WORLD.set_timeout(PATIENCE)  # type: ignore[union-attr]
         try:
             yield ranks
         except (KeyboardInterrupt, Terminated) as stopped:
@@ -81,7 +72,7 @@ class Ranks:
             # All ranks stop after the same step, and rank 0 says so.
             raise SystemExit(143 if isinstance(stopped, Terminated) else 130) from None
         except WorkerError:
-            if ranks.gradients is not None and ranks.gradients is not ranks.control:
+            if ranks.gradients is not None:
                 ranks.gradients.abort()  # or this process would wait on its GPU for the lost one
             raise
         finally:
@@ -92,13 +83,6 @@ class Ranks:
         """Whether this process evaluates, writes and prints."""
         return self.number == 0
 
-    def facts(self) -> dict[str, Any]:
-        """Return what config.json records: the number of ranks, and a name of torchrun's launch that restarts keep."""
-        if self.count == 1:
-            return {"ranks": 1}
-        chosen = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-        return {"ranks": self.count, "launch": chosen if chosen != "none" else f"{socket.gethostname()} {os.getppid()}"}
-
     def choose_device(self, settings: ExecutionSettings) -> torch.device:
         """Return this process's device: on CUDA the GPU of its number on this machine.
 
@@ -107,57 +91,21 @@ class Ranks:
         """
         with self.together():
             device = choose_device(settings.device, settings.precision)
-            here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-            if self.count > 1 and device.type == "cuda" and (device.index is not None or gpus < here):
-                raise UsageError(
-                    f"device {settings.device}: {here} ranks on {socket.gethostname()} need a GPU each of its {gpus}: "
-                    f"use --nproc-per-node {gpus} with --device cuda, or --device cpu"
-                )
-        if self.count == 1:
-            return device
-        kinds = set(self._gathered(device.type))
+            if self.count > 1 and device.type == "cuda":
+                here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+                if device.index is not None or gpus < here:
+                    raise UsageError(
+                        f"device {settings.device}: {here} ranks on {socket.gethostname()} need a GPU each of its "
+                        f"{gpus}: use --nproc-per-node {gpus} with --device cuda, or --device cpu"
+                    )
+                device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         with self.together():
-            if len(kinds) > 1:
+            if len({each.type for each in self.gathered(device)}) > 1:
                 raise UsageError("some machines have a GPU and others have none: use --device cpu")
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if self.count > 1 and device.type == "cuda":
             torch.cuda.set_device(device)
-            self.gradients = new_group("nccl")
+            self.gradients = dist.new_group(backend="nccl", timeout=PATIENCE)
         return device
-
-    def check_count(self, began: int, path: Path) -> None:
-        """Refuse to resume a run on another number of ranks: batch statistics would be of parts of another size.
-
-        Raises:
-            UsageError: Says how to resume it.
-        """
-        if began != self.count:
-            how = "without torchrun" if began == 1 else f"with torchrun on {began} processes"
-            raise UsageError(
-                f"{path} began on {began} ranks, and batch statistics are those of a rank: resume it {how}"
-            )
-
-    def check_parts(self, config: RunConfig, images: int) -> None:
-        """Refuse what would be another experiment on several ranks, or too few images for batch statistics.
-
-        Args:
-            config: The run.
-            images: Number of training images.
-
-        Raises:
-            UsageError: Names the setting to change.
-        """
-        size, least, needs = config.train.batch_size, 2 * self.count, config.method.needs_full_batch
-        last = 0 if config.train.drop_last else images % size
-        if self.count > 1 and needs:
-            raise UsageError(f"{config.method_name} with {needs} needs the full batch in one process: omit torchrun")
-        if self.count > 1 and size < least:
-            raise UsageError(f"batch_size is {size}; {self.count} ranks need at least {least}, two images each")
-        if self.count > 1 and 0 < last < least:
-            raise UsageError(
-                f"the last batch of {images} images would have {last}, too few for {self.count} ranks: "
-                f"set drop_last or another batch_size than {size}"
-            )
 
     def part(self, batch: BatchIndices) -> BatchIndices:
         """Return this process's part of a batch: contiguous, and of all parts none is larger by more than an image."""
@@ -167,29 +115,33 @@ class Ranks:
         return batch.part(size * self.number // self.count, size * (self.number + 1) // self.count)
 
     def average(self, tensors: Sequence[Tensor], share: float) -> None:
-        """Replace tensors by their weighted means over all processes, in place and with one exchange.
+        """Replace tensors, of the same shapes in all processes, by their weighted means, in place and in one exchange.
 
-        Args:
-            tensors: As many, and of the same shapes, in each process.
-            share: This process's weight, from 0 to 1; all weights add up to 1.
+        The weights are the shares, from 0 to 1, which add up to 1.
         """
         if self.count == 1:
             return
         bucket = torch.cat([each.detach().flatten() for each in tensors]) * share
         with self._noticing_loss():
             dist.all_reduce(bucket, group=self.gradients)
-        means = torch.split(bucket, [each.numel() for each in tensors])
-        for each, mean in zip(tensors, means, strict=True):
+        for each, mean in zip(tensors, torch.split(bucket, [each.numel() for each in tensors]), strict=True):
             each.detach().copy_(mean.view(each.shape))
 
     def largest(self, *numbers: int) -> list[int]:
         """Return the largest value that each of some numbers has in any process."""
-        if self.count == 1:
-            return list(numbers)
         agreed = torch.tensor(numbers)
-        with self._noticing_loss():
-            dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self.control)
+        if self.count > 1:
+            with self._noticing_loss():
+                dist.all_reduce(agreed, dist.ReduceOp.MAX)
         return [int(each) for each in agreed.tolist()]
+
+    def gathered(self, value: T) -> list[T]:
+        """Return the values of all processes, in their order."""
+        values: list[Any] = [value] * self.count
+        if self.count > 1:
+            with self._noticing_loss():
+                dist.all_gather_object(values, value)
+        return values
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -204,7 +156,7 @@ class Ranks:
             yield
         except CodistillError as error:
             own = error
-        for number, first in enumerate(self._gathered(own)):
+        for number, first in enumerate(self.gathered(own)):
             if first is not None and self.leads:
                 raise own or type(first)(f"rank {number}: {first}")
             if first is not None:
@@ -212,13 +164,11 @@ class Ranks:
 
     def from_leader(self, make: Callable[[], T]) -> T:
         """Return in all processes what rank 0 makes; it is pickled, and its error is that of all."""
-        made: list[Any] = [None]
         with self.together():
-            if self.leads:
-                made = [make()]
+            made: list[Any] = [make() if self.leads else None]
         if self.count > 1:
             with self._noticing_loss():
-                dist.broadcast_object_list(made, src=0, group=self.control)
+                dist.broadcast_object_list(made, src=0)
         result: T = made[0]
         return result
 
@@ -229,13 +179,6 @@ class Ranks:
                 if self.leads is leads:
                     result = make()
         return result
-
-    def _gathered(self, value: T) -> list[T]:
-        values: list[Any] = [value] * self.count
-        if self.count > 1:
-            with self._noticing_loss():
-                dist.all_gather_object(values, value, group=self.control)
-        return values
 
     @contextlib.contextmanager
     def _noticing_loss(self) -> Iterator[None]:
@@ -253,26 +196,3 @@ class Ranks:
 
 
 ALONE = Ranks()
-
-
-def new_group(backend: str) -> dist.ProcessGroup:
-    """Make a process group of all ranks."""
-    group = dist.new_group(backend=backend, timeout=PATIENCE)
-    assert isinstance(group, dist.ProcessGroup)
-    return group
-
-
-def ranks_in_environment() -> int:
-    """Return how many processes torchrun has started for this program; 1 without torchrun."""
-    known = all(os.environ.get(name, "").isdecimal() for name in NUMBERS)
-    return int(os.environ["WORLD_SIZE"]) if known else 1
-
-
-def refuse_ranks(what: str) -> None:
-    """Refuse under torchrun what one process does.
-
-    Raises:
-        UsageError: torchrun has started several.
-    """
-    if ranks_in_environment() > 1:
-        raise UsageError(f"{what}: for one process only: start it without torchrun")

@@ -138,7 +138,12 @@ class InterruptedRun:
         self.run = run
         if run.finished:
             raise UsageError(f"run {run.path} is finished: there is nothing to resume")
-        ranks.check_count(run.metadata["environment"].get("ranks", 1), run.path)
+        began = run.metadata["environment"].get("ranks", 1)
+        if began != ranks.count:
+            how = "without torchrun" if began == 1 else f"with torchrun on {began} processes"
+            raise UsageError(
+                f"{run.path} began on {began} ranks, and batch statistics are those of a rank: resume it {how}"
+            )
         config = run.config
         self.state = run.checkpoints.load() if run.checkpoints.entries() else None
         if self.state is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from codistill.core.errors import DivergedError
+from codistill.core.torchrun import launch, restarts
 from codistill.data.dataset import Dataset
 from codistill.deploy.run import Run
 from codistill.methods import Method
@@ -108,7 +109,7 @@ def train(
 def _train(
     method: Method, data: Dataset, config: RunConfig, out: Path | None, device: torch.device, show: bool, ranks: Ranks
 ) -> Run:
-    run, state, finished = ranks.from_leader(lambda: restarted(with_absolute_paths(config, data), out, ranks))
+    run, state, finished = ranks.from_leader(lambda: restarted(with_absolute_paths(config, data), out))
     if run is not None and finished:
         return run
     out = run.path if run is not None else ranks.from_leader(lambda: out or free_folder(config))
@@ -122,13 +123,12 @@ def _train(
     return loop.run
 
 
-def restarted(config: RunConfig, out: Path | None, ranks: Ranks) -> tuple[Run | None, TrainingState | None, bool]:
+def restarted(config: RunConfig, out: Path | None) -> tuple[Run | None, TrainingState | None, bool]:
     """Find the run that this launch of torchrun began before it restarted the processes.
 
     Args:
         config: What is to be trained.
         out: Its folder; None: the last one below runs/.
-        ranks: The processes.
 
     Returns:
         The run, its last checkpoint if it has one, and whether it is finished; no run: this launch has begun none.
@@ -138,12 +138,12 @@ def restarted(config: RunConfig, out: Path | None, ranks: Ranks) -> tuple[Run | 
         CheckpointError: No whole checkpoint among those that are there.
     """
     folders = [out] if out else list(itertools.takewhile(Path.exists, candidate_folders(config)))[-1:]
-    if not ranks.restarts or not folders or not (folders[0] / "config.json").exists():
+    if not restarts() or not folders or not (folders[0] / "config.json").exists():
         return None, None, False
     run = Run(folders[0])
     began, now = run.config.as_mapping(), config.as_mapping()
     same = all(began[key] == now[key] for key in now if key not in PLACES)
-    if not same or any(run.metadata["environment"].get(key) != value for key, value in ranks.facts().items()):
+    if not same or any(run.metadata["environment"].get(key) != value for key, value in launch().items()):
         return None, None, False
     if run.status == "diverged":
         raise DivergedError(f"not restarted: {run.summary.get('error')}")

@@ -14,6 +14,7 @@ import torch
 from codistill.core.device import choose_device
 from codistill.core.errors import CheckpointError
 from codistill.core.signals import Interrupted
+from codistill.core.torchrun import refuse_ranks
 from codistill.data.dataset import Split
 from codistill.deploy.run import Run
 from codistill.runs.state import TrainingState
@@ -21,7 +22,6 @@ from codistill.settings.build import load_named_data
 from codistill.settings.config import RunConfig
 from codistill.training.loop import train_loop
 from codistill.training.prepare import build_taught, set_up
-from codistill.training.ranks import refuse_ranks
 from codistill.training.resume import InterruptedRun
 from codistill.training.train import fail
 
