@@ -1,7 +1,7 @@
-"""The net under a change of structure: `python -m tests.net` prints what such a change must not alter.
+"""The net under a change of structure: `python -m tests.net` prints the results that such a change must not alter.
 
 Hashes of all weights after two steps of every method, in float32 and in bf16, on one thread; every option of every
-command with its default; the forty faults and the tests that stand for them. Hashes depend on the machine: compare the
+command with its default; the number of tests of each of the forty faults. Hashes depend on the machine: compare the
 output before a change with that after it, on one machine.
 """
 

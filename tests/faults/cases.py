@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Case:
-    """A fault, how the tests bring it about, and what is promised."""
+    """A fault, how the tests inject it, and the promise."""
 
     fault: str
     injection: str
@@ -76,7 +76,7 @@ CASES = dict(
             Case(
                 "a data file that runs code when unpickled",
                 "a batch that would write a file",
-                "status 3; names what was forbidden; the file is not written",
+                "status 3; names the forbidden callable; the file is not written",
             ),
             Case(
                 "an archive that writes elsewhere",
@@ -95,7 +95,7 @@ CASES = dict(
             ),
             Case("a damaged image among many", "one file cut", "status 3; names the file; never a grey image"),
             Case(
-                "arrays that are no images",
+                "arrays that are not images",
                 "object arrays, NaN, one channel, none",
                 "status 3; names array, type and shape; nothing is unpickled",
             ),
@@ -112,12 +112,12 @@ CASES = dict(
             Case(
                 "death at any moment of a save",
                 "the process ends at each system call of it",
-                "resume finds the old state or the new one, and ends bit for bit as it would have",
+                "resume finds the old state or the new one, and ends bitwise equal to an undisturbed run",
             ),
             Case(
                 "a damaged newest checkpoint",
                 "cut, empty, text",
-                "one warning; the one before is used, and the end is the same to the bit",
+                "one warning; the one before is used, and the end is bitwise equal",
             ),
             Case("one flipped bit in the weights", "anywhere in a checkpoint", "found by SHA-256; then as case 25"),
             Case("no checkpoint that is whole", "all damaged", "status 4; each file with its reason; none is deleted"),
@@ -144,7 +144,7 @@ CASES = dict(
             Case(
                 "a log that cannot be written",
                 "a full disk under metrics.jsonl; nobody reads stdout",
-                "training goes on; status 6 for lost metrics, 0 for a closed stdout",
+                "training continues; status 6 for lost metrics, 0 for a closed stdout",
             ),
             Case(
                 "a half-written last line of metrics.jsonl",
@@ -154,12 +154,12 @@ CASES = dict(
             Case(
                 "SIGTERM at any moment",
                 "at random steps, in evaluation, during a save",
-                "status 143; resume ends bit for bit as without it",
+                "status 143; the resumed run ends bitwise equal to an undisturbed one",
             ),
             Case(
                 "SIGINT, once and twice; SIGUSR1 and SIGUSR2",
                 "sent to a training",
-                "130; a second one acts at once; the others save and go on",
+                "130; a second one acts at once; the others save and training continues",
             ),
             Case(
                 "NaN or infinity",
@@ -167,7 +167,7 @@ CASES = dict(
                 "status 5; names who, epoch and learning rate; the bad state is never kept",
             ),
             Case(
-                "memory that runs out", "at some step", "status 6; names what to make smaller; the batch is not split"
+                "memory that runs out", "at some step", "status 6; names the settings to reduce; the batch is not split"
             ),
             Case(
                 "a rank that dies or raises",

@@ -1,4 +1,4 @@
-"""Which tests stand for which fault: `python -m tests.faults.table` writes the table of docs/reliability.md."""
+"""The tests of each fault: `python -m tests.faults.table` writes the table of docs/reliability.md."""
 
 import ast
 from collections.abc import Iterator
@@ -30,10 +30,10 @@ def tests_by_case() -> dict[int, list[str]]:
 
 
 def page() -> str:
-    """Give the page as it should be: what stands above the marker, and the table below it."""
+    """Return the page as it should be: the text above the marker, and the table below it."""
     prose, marker, _ = PAGE.read_text(encoding="utf-8").partition(MARKER)
     assert marker, f"{PAGE} has lost its line {MARKER}"
-    lines = ["", "| # | fault | how it is brought about | promise | tests |", "|---|---|---|---|---|"]
+    lines = ["", "| # | fault | how it is injected | promise | tests |", "|---|---|---|---|---|"]
     tests = tests_by_case()
     for number, case in CASES.items():
         names = "<br>".join(f"`{name}`" for name in tests[number])
