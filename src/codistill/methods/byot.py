@@ -24,11 +24,11 @@ class BYOTSettings(IndependentSettings):
     """Settings of self-distillation."""
 
     soft_weight: float = 0.3
-    """a: what an exit learns from the last classifier; 1 - a is what it learns from the labels. Between 0 and 1."""
+    """a, from 0 to 1: weight of an exit's soft targets, the last classifier's; its cross-entropy has 1 - a."""
     temperature: float = 3.0
-    """T of what an exit learns from the last classifier, > 0."""
+    """T of the soft targets, > 0."""
     scale_by_temperature: bool = False
-    """Whether that is multiplied by T^2, which the authors' code does not."""
+    """Whether their term is multiplied by T^2, which the authors' code does not."""
     hint_weight: float = 0.03
     """Factor on the squared distance of an exit's features to the last ones, at least 0."""
     hint_form: Literal["pooled", "map"] = "pooled"
@@ -84,7 +84,7 @@ class Exit(nn.Module):
     def forward(
         self, stage_map: Float[Tensor, "batch _channel _height _width"]
     ) -> tuple[Float[Tensor, "batch channel height width"], Float[Tensor, "batch class"]]:
-        """Give the adapted map and its logits."""
+        """Return the adapted map and its logits."""
         adapted = self.adapter(stage_map)
         return adapted, self.head(adapted)
 
@@ -146,7 +146,7 @@ class BYOT(Method):
                 maps.append(stage(maps[-1]))
             exits = self.exits[index]
             assert isinstance(exits, nn.ModuleList)
-            # maps[0] are the images, maps[1] is what the stem made of them.
+            # maps[0] are the images, maps[1] is the output of the stem.
             left = [leave(each) for leave, each in zip(exits, maps[2:-1], strict=True)]
             return maps[-1], self.cohort[index].head(maps[-1]), left
 
@@ -161,7 +161,7 @@ class BYOT(Method):
     def losses(
         self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
     ) -> dict[str, Float[Tensor, ""]]:
-        """Give `ce/student<j>`, and `ce/`, `soft/` and `hint/student<j>/exit<k>` of its exits; see `Method.losses`."""
+        """Compute `ce/student<j>`, and `ce/`, `soft/` and `hint/student<j>/exit<k>` of its exits."""
         chosen = self.settings
         terms = cross_entropy_terms(outputs.logits, labels)
         scale = chosen.temperature**2 if chosen.scale_by_temperature else 1.0

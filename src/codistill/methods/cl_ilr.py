@@ -46,7 +46,7 @@ class _ScaledGradient(torch.autograd.Function):
 
 
 def scale_gradient(values: Float[Tensor, "*shape"], factor: float) -> Float[Tensor, "*shape"]:
-    """Give the values as they are; the gradient that comes back through them is multiplied by the factor."""
+    """Return the values; the gradient that comes back through them is multiplied by the factor."""
     scaled: Tensor = _ScaledGradient.apply(values, factor)
     return scaled
 
@@ -87,7 +87,7 @@ class CLILR(Method):
     def losses(
         self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
     ) -> dict[str, Float[Tensor, ""]]:
-        """Give `ce/student<j>` and `kl/peers->student<j>` of each student; see `Method.losses`."""
+        """Compute `ce/student<j>` and `kl/peers->student<j>` of each student; see `Method.losses`."""
         chosen, logits = self.settings, outputs.logits
         weight = chosen.ce_weight
         terms = {name: weight * term for name, term in cross_entropy_terms(logits, labels).items()}

@@ -139,7 +139,7 @@ class Cohort(nn.Module):
         return results
 
     def run_branches_on_streams(self, device: torch.device) -> None:
-        """Let the branches of several students run at the same time from now on; for a step that is captured."""
+        """Run the branches of several students at the same time from now on; for a step that is captured."""
         if len(self) > 1:
             self.streams = [critical_stream(device) for _ in self]
 

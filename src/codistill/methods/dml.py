@@ -23,8 +23,8 @@ class DMLSettings(DistillationSettings):
     temperature: float = 3.0
     """T of the distillation terms, > 0, with the factor T^2; the paper's is 1."""
     target: Literal["pairwise", "mean"] = "pairwise"
-    """What a student learns from: each peer in a term of its own, or the mean of all its peers' logits in one term.
-    Two students: the same."""
+    """Teacher of a student: each peer in a term of its own, or the mean of all its peers' logits in one term. The same
+    for two students."""
     divide_by_peers: bool = True
     """Whether pairwise terms are divided by the number of peers, as in the paper; the authors' code adds them up."""
     update: Literal["simultaneous", "alternating"] = "simultaneous"
@@ -36,7 +36,7 @@ class DMLSettings(DistillationSettings):
 
 @METHODS.register("dml")
 class DML(Method):
-    """Students teach each other: each learns from the labels and from what its peers predict.
+    """Students teach each other: each learns from the labels and from the predictions of its peers.
 
         sum_i [ CE(z_i) + r(t) T^2 / (n - 1) sum_{j != i} KL(z_j -> z_i) ],
 
@@ -68,12 +68,12 @@ class DML(Method):
         """Refuse alternating updates of students that share stages."""
         if self.settings.update == "alternating" and self.cohort.shared_stages:
             raise UsageError(
-                f"dml: students that take turns cannot share stages, but these share {self.cohort.shared_stages}: "
+                f"dml: with alternating updates students cannot share stages, but these share {self.cohort.shared_stages}: "
                 "set method.shared_stages to 0, or method.update to simultaneous"
             )
 
     def alternating_updates(self) -> Sequence[Sequence[nn.Parameter]]:
-        """Give each student a turn where they alternate; see `Method.alternating_updates`."""
+        """Return the parameters of each student if they alternate; see `Method.alternating_updates`."""
         if self.settings.update == "simultaneous":
             return ()
         return [tuple(student.parameters()) for student in self.cohort]
@@ -81,7 +81,7 @@ class DML(Method):
     def losses(
         self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
     ) -> dict[str, Float[Tensor, ""]]:
-        """Give `ce/student<i>`, and `kl/student<j>->student<i>` or `kl/peers->student<i>`; see `Method.losses`."""
+        """Compute `ce/student<i>`, and `kl/student<j>->student<i>` or `kl/peers->student<i>`; see `Method.losses`."""
         settings, count = self.settings, len(self.cohort)
         terms = cross_entropy_terms(outputs.logits, labels)
         pairs: dict[str, tuple[Tensor, Tensor]] = {}

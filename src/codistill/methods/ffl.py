@@ -24,7 +24,7 @@ class FusionSettings(EnsembleSettings):
     detach_fusion_input: bool = False
     """Whether the fused classifier's loss stops at its input instead of training the students' backbones too."""
     fusion_projection: Projection = "pointwise"
-    """How unlike widths meet the smallest one: after concatenation (pointwise), or each map before it (each)."""
+    """Where unlike widths are projected to the smallest one: after concatenation (pointwise), or before it (each)."""
     fusion_weight_decay: float = 1e-5
     """Weight decay of the fusion module; the students have the run's own."""
 
@@ -48,7 +48,7 @@ def map_shapes(students: Iterable[Network], image_size: tuple[int, int]) -> list
 def fusion_terms(
     outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""], settings: FusionSettings
 ) -> dict[str, Float[Tensor, ""]]:
-    """The loss of FFL and MFEF.
+    """Compute the loss of FFL and MFEF.
 
     sum_j CE(z_j) + CE(z_f) + r(t) T^2 [ sum_j KL(z_f -> z_j) + KL(z_a -> z_f) ], z_a the mean of the students' logits;
     KL(a -> b) = KL(softmax(a / T) || softmax(b / T)) with a detached.
@@ -100,7 +100,7 @@ class FFL(Method):
     def losses(
         self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
     ) -> dict[str, Float[Tensor, ""]]:
-        """Give the terms of `fusion_terms`; see `Method.losses`."""
+        """Compute the terms of `fusion_terms`; see `Method.losses`."""
         return fusion_terms(outputs, labels, progress, self.settings)
 
     def parameter_groups(self) -> list[ParameterGroup]:
@@ -111,5 +111,5 @@ class FFL(Method):
         ]
 
     def predictors(self) -> dict[str, nn.Module]:
-        """Give the students, their ensemble and the fused classifier; see `Method.predictors`."""
+        """Return the students, their ensemble and the fused classifier."""
         return {**super().predictors(), "fused": EnsembleNetwork(self.cohort, self.fusion)}

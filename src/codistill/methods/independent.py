@@ -30,5 +30,5 @@ class Independent(Method):
     def losses(
         self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
     ) -> dict[str, Float[Tensor, ""]]:
-        """Give `ce/student<j>` for each student; see `Method.losses`."""
+        """Compute `ce/student<j>` for each student; see `Method.losses`."""
         return cross_entropy_terms(outputs.logits, labels)

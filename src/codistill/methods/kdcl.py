@@ -29,9 +29,9 @@ class KDCLSettings(MethodSettings):
     shared_stages: int | None = 0
     """Low stages that the students share. 0: nothing, as in KDCL."""
     variant: Literal["naive", "linear", "minlogit", "general"] = "general"
-    """How the target is made of the students: for each image the student with the smallest cross-entropy; for each
-    batch the convex combination of logits with the smallest one; for each class the smallest margin to the true class;
-    or probabilities weighted by how the students' errors correlate, anew each epoch."""
+    """Target: for each image the student with the smallest cross-entropy (naive); for each batch the convex combination
+    of logits with the smallest one (linear); for each class the smallest margin to the true class (minlogit); or
+    probabilities weighted by the correlation of the students' errors in the last epoch (general)."""
     temperature: float = 2.0
     """T of the distillation terms, > 0, with the factor T^2."""
     kl_weight: float = 1.0
@@ -54,14 +54,14 @@ class KDCLSettings(MethodSettings):
 def true_class_logit(
     values: Float[Tensor, "student batch class"], labels: Int[Tensor, " batch"]
 ) -> Float[Tensor, "student batch 1"]:
-    """Take the entry of the true class of each image."""
+    """Return the logit of the true class of each image."""
     return values.gather(2, labels[None, :, None].expand(len(values), -1, 1))
 
 
 def naive_target(
     logits: Float[Tensor, "student batch class"], labels: Int[Tensor, " batch"]
 ) -> Float[Tensor, "batch class"]:
-    """Give, for each image, the logits of the student with the smallest cross-entropy; the first of equal ones."""
+    """Return, for each image, the logits of the student with the smallest cross-entropy; the first of equal ones."""
     best = true_class_logit(F.log_softmax(logits, dim=2), labels).argmax(dim=0, keepdim=True)
     return logits.gather(0, best.expand(1, -1, logits.shape[2]))[0]
 
@@ -69,14 +69,14 @@ def naive_target(
 def minlogit_target(
     logits: Float[Tensor, "student batch class"], labels: Int[Tensor, " batch"]
 ) -> Float[Tensor, "batch class"]:
-    """Give min_i (z_i^c - z_i^y) for each class c of an image of class y: 0 for y, the lowest lead of any student."""
+    """Compute min_i (z_i^c - z_i^y) for each class c of an image of class y: 0 for y."""
     return (logits - true_class_logit(logits, labels)).min(dim=0).values
 
 
 def weighted_sum(
     weights: Float[Tensor, "*some student"], logits: Float[Tensor, "student batch class"]
 ) -> Float[Tensor, "*some batch class"]:
-    """Combine logits linearly. Not as a matrix product, which autocast would round to bfloat16."""
+    """Compute sum_i w_i z_i. Not as a matrix product, which autocast would round to bfloat16."""
     products = [weights[..., index, None, None] * each for index, each in enumerate(logits)]
     return torch.stack(products).sum(dim=0)
 
@@ -119,7 +119,7 @@ def linear_weights(
 def linear_target(
     logits: Float[Tensor, "student batch class"], labels: Int[Tensor, " batch"]
 ) -> Float[Tensor, "batch class"]:
-    """Give the convex combination of logits with the smallest mean cross-entropy; see `linear_weights`."""
+    """Compute the convex combination of logits with the smallest mean cross-entropy; see `linear_weights`."""
     return weighted_sum(linear_weights(logits, labels), logits)
 
 
@@ -164,7 +164,7 @@ class ErrorWeights(nn.Module):
         self.images += len(labels)
 
     def renew(self) -> None:
-        """Compute the weights from what was gathered, if anything was, and begin to gather anew."""
+        """Compute the weights from the gathered errors, if there are any, and reset them."""
         correlation = (self.products / self.images.clamp(min=1)).double()
         scale = correlation.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
         ones = torch.ones_like(correlation[0])
@@ -178,7 +178,7 @@ class ErrorWeights(nn.Module):
 
 @METHODS.register("kdcl")
 class KDCL(Method):
-    """Each student sees the images in its own way, and learns from the labels and from one target made of all students.
+    """Each student has its own view of the images, and learns from the labels and from one target made of all students.
 
         sum_i [ CE(z_i) + weight T^2 KL(p~_t || p~_i) ],   p~_i = softmax(z_i / T), p~_t without gradient
 
@@ -214,7 +214,7 @@ class KDCL(Method):
     def target_logits(
         self, logits: Sequence[Float[Tensor, "batch class"]], labels: Int[Tensor, " batch"]
     ) -> Float[Tensor, "batch class"]:
-        """Give scores whose softmax at the temperature is the target, from students that may have had a view each."""
+        """Compute logits whose softmax at the temperature is the target; each student may have its own view."""
         stacked = torch.stack([at_least_float32(each) for each in logits])
         if self.ensemble is not None:
             log_members = F.log_softmax(stacked / self.settings.temperature, dim=2)
@@ -227,9 +227,9 @@ class KDCL(Method):
     def losses(
         self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
     ) -> dict[str, Float[Tensor, ""]]:
-        """Give `ce/student<i>` and `kl/target->student<i>`; see `Method.losses`.
+        """Compute `ce/student<i>` and `kl/target->student<i>`; see `Method.losses`.
 
-        In training, variant general also gathers what its next weights come from.
+        In training, variant general also gathers the errors that its next weights are computed from.
         """
         terms = cross_entropy_terms(outputs.logits, labels)
         target = self.target_logits(outputs.logits, labels)

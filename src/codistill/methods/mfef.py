@@ -29,12 +29,12 @@ class MFEFSettings(FusionSettings):
     attention: bool = True
     """Component on or off: dual attention (DA)."""
     distillation: Literal["fusion", "ensemble", "none"] = "fusion"
-    """Who teaches: the fused classifier; the mean of the students' logits (Table 5, case C); or nobody (case B)."""
+    """Teacher of the students: the fused classifier; the students' ensemble (Table 5, case C); or none (case B)."""
     head_input: FeaturePoint = "msfe_da"
-    """What a student's classifier sees: its last map raw, after MSFE, or after MSFE and DA. The deployed student
-    carries these components. A component that is off is passed over."""
+    """Input of a student's classifier: its last map raw, after MSFE, or after MSFE and DA. The deployed student
+    carries these components. A component that is off is skipped."""
     fusion_input: FeaturePoint = "msfe_da"
-    """What the fusion module sees of each student, likewise."""
+    """Input of the fusion module from each student, likewise."""
     share_components: bool = False
     """Whether all students use one MSFE and one DA instead of their own."""
     groups: int = 4
@@ -52,7 +52,7 @@ class MFEFSettings(FusionSettings):
     attention_norm: bool = False
     """Whether batch normalisation follows the spatial attention's convolution, as in CBAM's code."""
     components_decay: Literal["students", "fusion"] = "students"
-    """Whose weight decay MSFE and DA have."""
+    """Group whose weight decay MSFE and DA have."""
 
 
 class Enhancement(nn.Module):
@@ -84,7 +84,7 @@ class Enhancement(nn.Module):
     def forward(
         self, feature_map: Float[Tensor, "batch channel height width"]
     ) -> tuple[Float[Tensor, "batch channel height width"], ...]:
-        """Give the map raw, after MSFE, and after MSFE and DA: one entry for each of `POINTS`."""
+        """Return the map raw, after MSFE, and after MSFE and DA: one entry for each of `POINTS`."""
         points = [feature_map]
         for step in self.steps:
             points.append(step(points[-1]))
@@ -166,7 +166,7 @@ class MFEF(Method):
     def losses(
         self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
     ) -> dict[str, Float[Tensor, ""]]:
-        """Give the terms of `fusion_terms`, or fewer without a fused classifier; see `Method.losses`."""
+        """Compute the terms of `fusion_terms`, or fewer without a fused classifier; see `Method.losses`."""
         if self.fusion is not None:
             return fusion_terms(outputs, labels, progress, self.settings)
         terms = cross_entropy_terms(outputs.logits, labels)
@@ -187,7 +187,7 @@ class MFEF(Method):
         return groups
 
     def deployed_student(self, index: int) -> Network:
-        """Give the student as a plain network whose head begins with the components that it was trained with."""
+        """Return the student as a plain network whose head begins with its components."""
         student, steps = self.cohort[index], self._steps(index, self.head_point)
         if not steps:
             return student
@@ -199,7 +199,7 @@ class MFEF(Method):
         return [step for step in enhancement.steps[:point] if not isinstance(step, nn.Identity)]
 
     def predictors(self) -> dict[str, nn.Module]:
-        """Give the students, their ensemble and, where there is one, the fused classifier; see `Method.predictors`."""
+        """Return the students, their ensemble and, where there is one, the fused classifier."""
         named = super().predictors()
         if self.fusion is not None:
             seen = [nn.Sequential(*self._steps(index, self.fusion_point)) for index in range(len(self.cohort))]

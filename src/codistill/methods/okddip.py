@@ -31,7 +31,7 @@ class OKDDipSettings(EnsembleSettings):
 
 
 class PeerAttention(nn.Module):
-    """How much each peer learns from each: alpha_ab = softmax_b(q_a . k_b), b = a included; q = W_L h, k = W_E h.
+    """Attention between peers: alpha_ab = softmax_b(q_a . k_b), b = a included; q = W_L h, k = W_E h.
 
     All peers of one width share W_L and W_E. Peers of other widths have their own, into the same space, whose size is
     the smallest width divided by the reduction.
@@ -102,15 +102,15 @@ class OKDDip(Method):
     def losses(
         self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
     ) -> dict[str, Float[Tensor, ""]]:
-        """Give `ce/student<j>` and `kl/peers->student<j>` of each student; see `Method.losses`."""
+        """Compute `ce/student<j>` and `kl/peers->student<j>` of each student; see `Method.losses`."""
         terms = cross_entropy_terms(outputs.logits, labels)
         learning = enumerate(zip(outputs.logits, self.targets(outputs), strict=True))
         pairs = {f"kl/peers->student{index}": pair for index, pair in learning}
-        # What is to be held fixed already is: the attention must learn through its targets.
+        # `targets` has detached the peers where asked for; the attention must learn through the targets.
         return terms | ramped_kl(pairs, progress, self.settings, detach=False)
 
     def targets(self, outputs: Outputs) -> list[Float[Tensor, "batch class"]]:
-        """Give the logits that each student learns from: a mixture for each peer, and the mean for the leader."""
+        """Compute the teacher logits of each student: a weighted mean for each peer, and the mean for the leader."""
         peers = [self._held(logits) for logits in outputs.logits[:-1]]
         rows = outputs.extras["log_attention"].unbind(dim=1)
         of, temperature = self.settings.ensemble_of, self.settings.temperature

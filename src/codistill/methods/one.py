@@ -43,7 +43,7 @@ class Gate(nn.Module):
 
 
 class GatedPredictor(EnsembleNetwork):
-    """The gated ensemble alone; `combine` is the gate, which sees what it sees in training.
+    """The gated ensemble alone; `combine` is the gate, whose input is the one that it has in training.
 
     Without a trunk that is the members' feature maps.
     """
@@ -105,7 +105,7 @@ class ONE(Method):
     def losses(
         self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
     ) -> dict[str, Float[Tensor, ""]]:
-        """Give `ce/student<j>` and `kl/fused->student<j>` of each student, and `ce/fused`; see `Method.losses`."""
+        """Compute `ce/student<j>` and `kl/fused->student<j>` of each student, and `ce/fused`; see `Method.losses`."""
         fused = outputs.fused_logits
         if fused is None:
             raise ValueError("the outputs have no fused logits")
@@ -114,6 +114,6 @@ class ONE(Method):
         return terms | ramped_kl(pairs, progress, self.settings, self.settings.detach_teachers)
 
     def predictors(self) -> dict[str, nn.Module]:
-        """Give the students, their ensemble and the gated ensemble; see `Method.predictors`."""
+        """Return the students, their ensemble and the gated ensemble."""
         heads = [student.head for student in self.cohort]
         return {**super().predictors(), "fused": GatedPredictor(self.cohort, self.gate, heads)}

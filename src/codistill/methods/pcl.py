@@ -19,8 +19,8 @@ class PCLSettings(DistillationSettings):
     """Settings of peer collaborative learning."""
 
     mean_decay: float = 0.999
-    """What a mean teacher keeps of its weights in a step, at most; below 1. At first it is the plain mean of all
-    steps so far."""
+    """Largest decay of the moving averages, from 0 to below 1; in the first steps they are the plain mean of all steps
+    so far."""
     views_per_student: bool = True
 
     def __post_init__(self) -> None:
@@ -111,7 +111,7 @@ class PCL(Method):
     def losses(
         self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
     ) -> dict[str, Float[Tensor, ""]]:
-        """Give `ce/` of each student and of `fused`, and `kl/fused->` and `kl/mean<l>->` it; see `Method.losses`."""
+        """Compute `ce/` of each student and of `fused`, and `kl/fused->` and `kl/mean<l>->` it; see `Method.losses`."""
         fused, chosen, count = outputs.fused_logits, self.settings, len(self.cohort)
         if fused is None:
             raise ValueError("the outputs have no fused logits")
@@ -131,7 +131,7 @@ class PCL(Method):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Let the students' new weights enter the mean teachers."""
+        """Update the moving averages of the students' weights."""
         means: list[Tensor] = list(self.means.parameters())
         students: list[Tensor] = list(self.cohort.parameters())
         steps = self.steps.to(means[0].dtype)
@@ -145,6 +145,6 @@ class PCL(Method):
         return {**super().predictions(outputs), **outputs.extras}
 
     def predictors(self) -> dict[str, nn.Module]:
-        """Give the students, their ensemble, the classifier and the mean teachers; see `Method.predictors`."""
+        """Return the students, their ensemble, the classifier and the mean teachers."""
         means = {f"mean{index}": mean for index, mean in enumerate(self.means)}
         return {**super().predictors(), "fused": EnsembleNetwork(self.cohort, self.fusion), **means}

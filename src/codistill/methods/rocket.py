@@ -21,7 +21,7 @@ class RocketSettings(MethodSettings):
     hint_weight: float = 0.03
     """Factor on the hint, at least 0."""
     hint: Literal["logits", "softmax"] = "logits"
-    """What of the booster the light network is to match: its logits, or its probabilities."""
+    """Output of the booster that the light network matches: logits or probabilities."""
     detach_booster: bool = True
     """The gradient block: whether the hint trains the light network alone, and not the booster too."""
 
@@ -60,7 +60,7 @@ class Rocket(Method):
     def losses(
         self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
     ) -> dict[str, Float[Tensor, ""]]:
-        """Give `ce/student0`, `ce/student1` and `hint/student1->student0`; see `Method.losses`."""
+        """Compute `ce/student0`, `ce/student1` and `hint/student1->student0`; see `Method.losses`."""
         terms = cross_entropy_terms(outputs.logits, labels)
         light, booster = (at_least_float32(logits) for logits in outputs.logits)
         if self.settings.hint == "softmax":

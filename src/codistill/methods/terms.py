@@ -41,7 +41,7 @@ class EnsembleSettings(DistillationSettings):
     """Settings of the methods whose students learn from an ensemble of students."""
 
     ensemble_of: EnsembleOf = "logits"
-    """What an ensemble that teaches is the mean of: the students' logits, or their softened probabilities."""
+    """Whether a teaching ensemble averages the students' logits or their softened probabilities."""
 
 
 def ramped_kl(

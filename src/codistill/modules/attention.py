@@ -74,6 +74,6 @@ class DualAttention(nn.Module):
     def forward(
         self, feature_map: Float[Tensor, "batch channel height width"]
     ) -> Float[Tensor, "batch channel height width"]:
-        """Give the weighted map, of the same shape."""
+        """Return the weighted map, of the same shape."""
         weighted = self.channel_weights(feature_map) * feature_map
         return self.spatial_weights(weighted) * weighted

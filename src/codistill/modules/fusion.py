@@ -30,7 +30,7 @@ def conv_bn_relu(
 def convolutional_regressor(channels: int, size: tuple[int, int], target: tuple[int, int]) -> nn.Module:
     """Make the layer that brings a feature map to a smaller height and width; channels are kept.
 
-    In each direction: nothing to do where the lengths agree (3, stride 1, padding 1); 3 with stride 2 where the map is
+    In each direction: kernel 3, stride 1, padding 1 where the lengths agree; 3 with stride 2 where the map is
     twice (or twice less one) as long; else an unpadded kernel of length - target + 1. BN and ReLU follow.
 
     Source: Romero et al., "FitNets", arXiv 1412.6550; shape rule after RepDistiller, models/util.py. MFEF and FFL name
@@ -57,8 +57,8 @@ class FeatureFusion(nn.Module):
     Args:
         shapes: (channels, height, width) of each student's map, at least two.
         num_classes: Number of logits.
-        projection: How unlike widths meet the smallest one: by the pointwise convolution after concatenation, or by a
-            1x1 convolution + BN + ReLU on each wider map before it.
+        projection: Where unlike widths are projected to the smallest one: by the pointwise convolution after
+            concatenation, or by a 1x1 convolution + BN + ReLU on each wider map before it.
 
     Raises:
         UsageError: Fewer than two maps.

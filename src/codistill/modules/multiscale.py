@@ -81,7 +81,7 @@ class MultiScaleExtraction(nn.Module):
     def forward(
         self, feature_map: Float[Tensor, "batch channel height width"]
     ) -> Float[Tensor, "batch channel height width"]:
-        """Give a map of the same shape whose channels have several receptive fields."""
+        """Return a map of the same shape whose channels have several receptive fields."""
         first, *rest = feature_map.split_with_sizes(self.group_widths, dim=1)
         exported, carried = [first], None
         for group, transform in zip(rest[:-1], self.transforms, strict=False):

@@ -1,4 +1,4 @@
-"""What every network is: stages that make feature maps, and a head that makes logits of the last one."""
+"""The form of every network: stages that compute feature maps, and a head that maps the last one to logits."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -46,7 +46,7 @@ class Network(nn.Module):
         return images
 
     def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch *answer"]:
-        """Map normalised images to what the head makes of their feature map: logits [batch, classes]."""
+        """Map normalised images to the output of the head: logits [batch, classes]."""
         answer: Tensor = self.head(self.feature_map(images))
         return answer
 

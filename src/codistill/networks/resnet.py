@@ -45,8 +45,7 @@ class BasicBlock(nn.Module):
         in_channels: Channels of the input.
         out_channels: Channels of the output.
         stride: Stride of the first convolution, pixels.
-        shortcut: What stands on the shortcut where the shape changes: `A` zero padding, `B` 1x1 convolution and
-            batch normalisation.
+        shortcut: Where the shape changes: `A` zero padding, `B` 1x1 convolution and batch normalisation.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: Shortcut) -> None:
