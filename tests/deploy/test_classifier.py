@@ -12,7 +12,7 @@ import torch
 import codistill as cd
 from codistill.core.errors import CheckpointError, UsageError
 from codistill.data.augment import DeviceImages
-from codistill.deploy.classifier import CARD_KEY, PixelsIn, load_classifier, load_predictor, make_card, run_predictor
+from codistill.deploy.classifier import CARD_KEY, load_classifier, load_predictor, make_card, on_pixels, run_predictor
 from codistill.deploy.export import export_predictor
 
 from .. import tiny
@@ -49,7 +49,7 @@ def images(run):
 def test_pixels_are_normalised_as_in_training():
     data = tiny.data()
     normalised, _ = DeviceImages(data.test, data.statistics, torch.device("cpu")).batch(0, 9)
-    module = PixelsIn(torch.nn.Flatten(), *map(list, data.statistics))
+    module = on_pixels(torch.nn.Flatten(), dict(zip(("mean", "std"), data.statistics, strict=True)))
     pixels = torch.from_numpy(data.test.images.transpose(0, 3, 1, 2).copy())
     torch.testing.assert_close(module(pixels), normalised.flatten(1), rtol=0, atol=1e-6)
 

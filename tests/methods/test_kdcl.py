@@ -371,7 +371,7 @@ def test_a_student_sees_its_own_view(make, batch):
 
 def run_epoch(method: cd.Method, epoch: int = 0) -> tuple[DeviceImages, list]:
     images = DeviceImages(tiny.data().train, tiny.data().statistics, CPU)
-    images.scale, images.shift = images.scale.double(), images.shift.double()
+    images.affine.double()
     step = TrainStep(method.train(), images, AUGMENTATION, make_optimizer(method, 0.05, 0.9, True, 0.01))
     plan = epoch_indices(24, 0, epoch, AUGMENTATION, CPU, method.views)
     taken = [plan.part(begin, begin + 6) for begin in range(0, 24, 6)]

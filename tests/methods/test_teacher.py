@@ -22,7 +22,7 @@ from codistill.deploy.classifier import load_classifier
 from codistill.deploy.export import export_predictor
 from codistill.methods import METHODS
 from codistill.methods.cohort import Outputs
-from codistill.methods.teacher import Renormalised, WithTeacher
+from codistill.methods.teacher import WithTeacher
 from codistill.runs.evaluate import evaluate_run
 from codistill.settings.config import TeacherSettings
 from codistill.training.optim import make_optimizer
@@ -323,9 +323,8 @@ def test_an_exported_file_teaches_as_its_run_does(made, tmp_path, predictor):
 def test_a_teacher_gets_images_in_its_own_normalisation(made):
     run = cd.Run(made / "run")
     plain = loaded(made, run.path)
-    assert not isinstance(plain, Renormalised)
+    assert isinstance(plain, Network)
     teacher = loaded(made, run.path, STATISTICS).eval()
-    assert isinstance(teacher, Renormalised)
     pixels = tiny.data().test.images
     expected = load_classifier(run.path).logits(pixels)
     given = DeviceImages(tiny.data().test, STATISTICS, torch.device("cpu")).normalised(torch.from_numpy(pixels))

@@ -122,8 +122,8 @@ def test_train_limit_takes_the_first_of_the_seeded_order(train, steps):
     np.testing.assert_array_equal(images.labels.numpy(), data.train.labels[order])
     # Normalisation is that of the data set, whatever part of it is used.
     mean, std = (torch.tensor(each) for each in data.statistics)
-    torch.testing.assert_close(images.scale, 1 / (255 * std))
-    torch.testing.assert_close(images.shift, -mean / std)
+    torch.testing.assert_close(images.affine.scale.flatten(), 1 / (255 * std))
+    torch.testing.assert_close(images.affine.shift.flatten(), -mean / std)
 
 
 def test_validation_images_are_held_out_of_the_training(train, steps, monkeypatch):

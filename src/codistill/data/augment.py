@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from codistill.data.affine import Affine
 from codistill.data.dataset import Split
 
 PaddingMode = Literal["zeros", "reflect"]
@@ -144,9 +145,7 @@ class DeviceImages:
     ) -> None:
         self.images: UInt8[Tensor, "image height width 3"] = torch.from_numpy(split.images).to(device)
         self.labels: Int[Tensor, " image"] = torch.from_numpy(split.labels).to(device)
-        mean, std = (torch.tensor(each, dtype=torch.float64) for each in statistics)
-        self.scale = (1 / (255 * std)).float().to(device)
-        self.shift = (-mean / std).float().to(device)
+        self.affine = Affine.normalise(statistics).to(device)
         self._crops: dict[Augmentation, Crops] = {}
 
     def __len__(self) -> int:
@@ -154,7 +153,8 @@ class DeviceImages:
 
     def normalised(self, pixels: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch 3 height width"]:
         """Compute (pixels / 255 - mean) / std; the result is in channels_last memory format."""
-        return (pixels * self.scale + self.shift).permute(0, 3, 1, 2)
+        normalised: Tensor = self.affine(pixels.permute(0, 3, 1, 2))
+        return normalised
 
     def batch(self, start: int, stop: int) -> tuple[Float[Tensor, "batch 3 height width"], Int[Tensor, " batch"]]:
         """Give images in order, normalised and otherwise as they are, and their labels."""

@@ -15,6 +15,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from codistill.core.errors import CheckpointError, CodistillError, UsageError
+from codistill.data.affine import Affine
 from codistill.data.dataset import Pixels
 from codistill.runs.folder import RunFolder
 from codistill.runs.state import load_weights
@@ -25,29 +26,9 @@ CARD_KEY = "codistill"
 CARD_FORMAT = 1
 
 
-class PixelsIn(nn.Module):
-    """A network with its normalisation in front, so that it takes pixels and nothing can be normalised wrongly.
-
-    Args:
-        network: Maps normalised images to logits.
-        mean: Of each channel, in units of the full range (0..1).
-        std: Likewise.
-    """
-
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(self, network: nn.Module, mean: list[float], std: list[float]) -> None:
-        super().__init__()
-        self.network = network
-        centre, spread = (torch.tensor(each, dtype=torch.float64).reshape(1, 3, 1, 1) for each in (mean, std))
-        self.register_buffer("scale", (1 / (255 * spread)).float())
-        self.register_buffer("shift", (-centre / spread).float())
-
-    def forward(self, images: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch class"]:
-        """Map RGB pixels, 0 to 255, to logits."""
-        logits: Tensor = self.network(images.float() * self.scale + self.shift)
-        return logits
+def on_pixels(module: nn.Module, card: Mapping[str, Any]) -> nn.Module:
+    """Put a network's normalisation in front of it, in evaluation mode: it maps RGB pixels, 0 to 255, to logits."""
+    return nn.Sequential(Affine.normalise((card["mean"], card["std"])), module).eval()
 
 
 @dataclass(frozen=True)
@@ -101,7 +82,7 @@ def make_card(run: RunFolder, predictor: str) -> dict[str, Any]:
 
 def from_module(card: Mapping[str, Any], module: nn.Module) -> Classifier:
     """Make a classifier of a network that takes normalised images, on the CPU."""
-    return Classifier(card, PixelsIn(module, card["mean"], card["std"]).cpu().eval())
+    return Classifier(card, on_pixels(module, card).cpu())
 
 
 def run_predictor(run: RunFolder, predictor: str | None = None, which: str = "last") -> tuple[str, nn.Module]:

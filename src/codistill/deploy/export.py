@@ -18,10 +18,10 @@ from codistill.data.dataset import Dataset
 from codistill.deploy.classifier import (
     CARD_KEY,
     Classifier,
-    PixelsIn,
     from_module,
     load_classifier,
     make_card,
+    on_pixels,
     run_predictor,
 )
 from codistill.networks.network import parameter_count
@@ -170,7 +170,7 @@ def _write_onnx(module: nn.Module, card: dict[str, Any], path: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                PixelsIn(module, card["mean"], card["std"]).eval(),
+                on_pixels(module, card),
                 (_example(card),),
                 input_names=["images"],
                 output_names=["logits"],
@@ -187,7 +187,7 @@ def _write_onnx(module: nn.Module, card: dict[str, Any], path: Path) -> None:
 
 def _write_torch_export(module: nn.Module, card: dict[str, Any], path: Path) -> None:
     program = torch.export.export(
-        PixelsIn(module, card["mean"], card["std"]).eval(),
+        on_pixels(module, card),
         (_example(card),),
         dynamic_shapes=({0: torch.export.Dim("batch")},),
     )

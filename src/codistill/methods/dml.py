@@ -68,7 +68,7 @@ class DML(Method):
         """Refuse alternating updates of students that share stages."""
         if self.settings.update == "alternating" and self.cohort.shared_stages:
             raise UsageError(
-                f"dml: with alternating updates students cannot share stages, but these share {self.cohort.shared_stages}: "
+                f"dml: students that alternate cannot share stages, but these share {self.cohort.shared_stages}: "
                 "set method.shared_stages to 0, or method.update to simultaneous"
             )
 

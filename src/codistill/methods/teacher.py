@@ -99,30 +99,3 @@ class WithTeacher(Method):
 
     def load_state_dict(self, *arguments: Any, **options: Any) -> Any:  # noqa: D102
         return self.method.load_state_dict(*arguments, **options)
-
-
-class Renormalised(nn.Module):
-    """A network that is given images in another data set's normalisation.
-
-    Args:
-        network: Maps images normalised with (mean, std) to logits.
-        given: Mean and standard deviation that the images come with, in units of the full range (0..1).
-        wanted: Those that the network was trained with.
-    """
-
-    def __init__(self, network: nn.Module, given: tuple[Any, Any], wanted: tuple[Any, Any]) -> None:
-        super().__init__()
-        self.network = network
-        (mean, std), (own_mean, own_std) = (
-            tuple(torch.tensor(list(each), dtype=torch.float64).reshape(1, 3, 1, 1) for each in pair)
-            for pair in (given, wanted)
-        )
-        self.scale: Tensor
-        self.shift: Tensor
-        self.register_buffer("scale", (std / own_std).float())
-        self.register_buffer("shift", ((mean - own_mean) / own_std).float())
-
-    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch class"]:
-        """Map images to logits."""
-        logits: Tensor = self.network(images * self.scale + self.shift)
-        return logits

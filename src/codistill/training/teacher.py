@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from codistill.core.errors import CheckpointError, UsageError
+from codistill.data.affine import Affine
 from codistill.deploy.classifier import load_predictor
-from codistill.methods.teacher import Renormalised
 from codistill.networks import Network, network
 from codistill.settings.config import TeacherSettings
 
@@ -43,7 +43,7 @@ def load_teacher(settings: TeacherSettings, class_names: tuple[str, ...], statis
     wanted = (card["mean"], card["std"])
     if all(list(a) == list(b) for a, b in zip(wanted, statistics, strict=True)):
         return module
-    return Renormalised(module, statistics, wanted)
+    return nn.Sequential(Affine.renormalise(statistics, wanted), module)
 
 
 def read_checkpoint(path: Path, spec: str, num_classes: int) -> Network:

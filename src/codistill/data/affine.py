@@ -1,0 +1,50 @@
+"""The normalisation of images as one operation: a factor and a shift for each channel."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+Statistics = tuple[Sequence[float], Sequence[float]]
+"""Mean and standard deviation of each channel, in units of the full range (0..1)."""
+
+
+class Affine(nn.Module):
+    """Compute scale * x + shift for each channel.
+
+    Args:
+        scale: One factor per channel.
+        shift: One summand per channel.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, scale: Float[Tensor, " channel"], shift: Float[Tensor, " channel"]) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale.float().reshape(1, -1, 1, 1))
+        self.register_buffer("shift", shift.float().reshape(1, -1, 1, 1))
+
+    @classmethod
+    def normalise(cls, statistics: Statistics) -> "Affine":
+        """Make the map from pixels, 0 to 255, to normalised images."""
+        mean, std = _exact(statistics)
+        return cls(1 / (255 * std), -mean / std)
+
+    @classmethod
+    def renormalise(cls, given: Statistics, wanted: Statistics) -> "Affine":
+        """Make the map from images in one normalisation to those in another."""
+        (mean, std), (own_mean, own_std) = _exact(given), _exact(wanted)
+        return cls(std / own_std, (mean - own_mean) / own_std)
+
+    def forward(
+        self, images: Shaped[Tensor, "batch channel height width"]
+    ) -> Float[Tensor, "batch channel height width"]:
+        """Map images; the memory format stays."""
+        return images * self.scale + self.shift
+
+
+def _exact(statistics: Statistics) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(list(each), dtype=torch.float64) for each in statistics)
+    return mean, std
