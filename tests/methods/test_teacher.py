@@ -323,7 +323,7 @@ def test_an_exported_file_teaches_as_its_run_does(made, tmp_path, predictor):
 def test_a_teacher_gets_images_in_its_own_normalisation(made):
     run = cd.Run(made / "run")
     plain = loaded(made, run.path)
-    assert isinstance(plain, Network)
+    assert isinstance(plain, cd.Network)
     teacher = loaded(made, run.path, STATISTICS).eval()
     pixels = tiny.data().test.images
     expected = load_classifier(run.path).logits(pixels)
