@@ -82,7 +82,7 @@ def contestants(options: Options) -> list[Contestant]:
     made = []
     for threads in sorted({1, most}, reverse=True):
         for name, layout in (("channels_last", torch.channels_last), ("contiguous", torch.contiguous_format)):
-            train = resident_loop([build(layout)], config, device)
+            train = resident_loop([build(layout)], config, device, layout)
             made.append(Contestant(f"{name}, threads {threads}", with_threads(train, threads), False))
     if options.compiled:
         method = build(torch.channels_last)

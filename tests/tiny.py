@@ -1,6 +1,7 @@
 """Trainings of a fraction of a second: networks of some hundred weights, and 8x8 images whose class is their colour."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,15 @@ def first(whole: cd.Split, count: int) -> cd.Split:
 
 def data(train: int = 24, test: int = 9, size: tuple[int, int] = (8, 8), name: str = "colours") -> cd.Dataset:
     return cd.Dataset(name, split(train, 1, size), split(test, 2, size), CLASSES)
+
+
+EXECUTION = {each.name for each in dataclasses.fields(cd.ExecutionSettings)}
+
+
+def both_settings(**changes: Any) -> tuple[cd.TrainSettings, cd.ExecutionSettings]:
+    """Return settings of a tiny training and of its execution, with changes to either."""
+    execution = {name: changes.pop(name) for name in EXECUTION & changes.keys()}
+    return settings(**changes), cd.ExecutionSettings(**({"threads": 1} | execution))
 
 
 def settings(**changes: Any) -> cd.TrainSettings:

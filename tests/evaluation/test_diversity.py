@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import codistill as cd
-from codistill.evaluation.diversity import Diversity, DiversitySums, health_warnings
+from codistill.evaluation.diversity import Diversity, DiversitySums, diversity, health_warnings
+from codistill.evaluation.metrics import read_together
 from codistill.training import trainer as loop
 
 from .. import tiny
@@ -18,11 +19,11 @@ from .. import tiny
 CPU = torch.device("cpu")
 
 
-def diversity(logits: list[np.ndarray], batch_size: int = 1000) -> Diversity:
+def diversity_of(logits: list[np.ndarray], batch_size: int = 1000) -> Diversity:
     sums = DiversitySums(len(logits), logits[0].shape[1], CPU)
     for start in range(0, len(logits[0]), batch_size):
         sums.update([torch.from_numpy(each[start : start + batch_size]) for each in logits])
-    return sums.diversity(sums.packed().tolist())
+    return diversity(read_together(sums.tensors()))
 
 
 def slow(logits: list[np.ndarray]) -> tuple[float, float, list[float]]:
@@ -54,7 +55,7 @@ def slow(logits: list[np.ndarray]) -> tuple[float, float, list[float]]:
 def test_diversity_against_numpy(students, images, classes, scale, batch_size, seed):
     rng = np.random.default_rng(seed)
     logits = [(scale * rng.standard_normal((images, classes))).astype(np.float32) for _ in range(students)]
-    found = diversity(logits, batch_size)
+    found = diversity_of(logits, batch_size)
     disagreement, kl, shares = slow(logits)
     assert found.disagreement == pytest.approx(disagreement)
     assert found.kl == pytest.approx(kl, rel=1e-4, abs=1e-6)
@@ -65,20 +66,20 @@ def test_diversity_against_numpy(students, images, classes, scale, batch_size, s
 def test_numbers_on_paper():
     # p = (2/3, 1/3) and q = (1/3, 2/3): KL = 1/3 log 2 either way; the second image is the same for both.
     first, second = np.log([[2.0, 1.0], [1.0, 3.0]]), np.log([[1.0, 2.0], [1.0, 3.0]])
-    found = diversity([first, second])
+    found = diversity_of([first, second])
     assert found.disagreement == 50.0 and found.kl == pytest.approx(math.log(2) / 6, rel=1e-5)
     assert found.largest_class_share == {"student0": 0.5, "student1": 1.0}
 
 
 def test_one_student_has_no_pairs():
-    found = diversity([np.array([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]])])
+    found = diversity_of([np.array([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]])])
     assert (found.disagreement, found.kl) == (0.0, 0.0)
     assert found.largest_class_share == {"student0": pytest.approx(2 / 3)}
 
 
 def test_equal_students_do_not_differ():
     logits = np.random.default_rng(0).standard_normal((9, 3))
-    found = diversity([logits, logits, logits])
+    found = diversity_of([logits, logits, logits])
     assert found.disagreement == 0 and found.kl == pytest.approx(0, abs=1e-7)
 
 
@@ -86,7 +87,7 @@ def test_half_precision_and_large_logits():
     logits = [torch.tensor([[60.0, -60.0, 0.0]], dtype=torch.bfloat16), torch.tensor([[-60.0, 60.0, 0.0]])]
     sums = DiversitySums(2, 3, CPU)
     sums.update(logits)
-    found = sums.diversity(sums.packed().tolist())
+    found = diversity(read_together(sums.tensors()))
     assert found.disagreement == 100 and found.kl == pytest.approx(120, rel=1e-3)
 
 
@@ -96,7 +97,7 @@ def test_the_host_reads_once():
         sums.update([torch.randn(5, 4) for _ in range(3)])
     assert reads.found == []
     with tiny.HostReads() as reads:
-        sums.diversity(sums.packed().tolist())
+        diversity(read_together(sums.tensors()))
     assert reads.found == ["tolist"]
 
 

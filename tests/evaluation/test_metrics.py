@@ -21,7 +21,7 @@ def scored(logits: Tensor, labels: Tensor, parts: list[int] | None = None) -> Sc
     sizes = parts or [len(labels)]
     for some, of_them in zip(logits.split(sizes), labels.split(sizes), strict=True):
         sums.update(some, of_them)
-    return scores(sums.packed().tolist())
+    return scores(read_together(sums.tensors()))
 
 
 def reference(logits: Tensor, labels: Tensor) -> Scores:
@@ -109,7 +109,7 @@ def test_many_updates_do_not_lose_the_small_ones():
     sums = ClassificationSums(CPU)
     sums._counts += 2**24
     sums.update(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64))
-    assert sums.packed()[0].item() == 2**24 + 1
+    assert sums.tensors()["images"].item() == 2**24 + 1
 
 
 def test_updates_read_nothing_back():
@@ -119,7 +119,7 @@ def test_updates_read_nothing_back():
         for _ in range(2):
             sums.update(logits, labels)
             terms.update({"ce/student0": logits.sum(), "ce/student1": logits.mean()}, 10)
-        sums.packed()
+        sums.tensors()
         assert reads.found == []
         terms.means()
         assert reads.found == ["tolist"]

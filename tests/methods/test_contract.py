@@ -308,7 +308,7 @@ def test_no_host_read_in_an_evaluation(method):
     evaluation = Evaluation(method.float(), {"test": images}, batch_size=8)
     with NoHostRead():
         evaluation.run()
-        evaluation.packed()
+        evaluation.tensors()
         method.after_epoch()
 
 

@@ -11,8 +11,7 @@ from codistill.core.errors import UsageError
 from codistill.data.augment import Augmentation, DeviceImages, epoch_indices
 from codistill.methods.cohort import Outputs
 from codistill.methods.dml import DML, DMLSettings
-from codistill.training.optim import make_optimizer
-from codistill.training.step import TrainStep
+from codistill.training.step import make_step
 
 from .. import tiny
 from . import slow
@@ -210,7 +209,7 @@ def test_turns_equal_a_loop_written_by_hand(students):
     method = tiny.method(DML, students=students, update="alternating").train()
     other, images = copy.deepcopy(method), DeviceImages(tiny.data().train, tiny.data().statistics, CPU)
     start = copy.deepcopy(method.state_dict())
-    step = TrainStep(method, images, AUGMENTATION, make_optimizer(method, RATE, 0.9, True, DECAY))
+    step = make_step(method, images, AUGMENTATION, tiny.settings(learning_rate=RATE, weight_decay=DECAY))
     plan = epoch_indices(24, 0, 0, AUGMENTATION, CPU)
     taken = [plan.part(begin, begin + 6) for begin in range(0, 24, 6)]
     for batch in taken:
@@ -235,7 +234,9 @@ def test_a_turn_sees_the_update_before_it():
     for update in ("simultaneous", "alternating"):
         method = tiny.method(DML, update=update).train()
         images = DeviceImages(tiny.data().train, tiny.data().statistics, CPU)
-        step = TrainStep(method, images, AUGMENTATION, make_optimizer(method, RATE, 0.0, False, 0.0))
+        step = make_step(
+            method, images, AUGMENTATION, tiny.settings(learning_rate=RATE, momentum=0.0, weight_decay=0.0)
+        )
         step(epoch_indices(24, 0, 0, AUGMENTATION, CPU).part(0, 6), START)
         states.append([[each.detach().clone() for each in student.parameters()] for student in method.cohort])
     for together, in_turn in zip(states[0][0], states[1][0], strict=True):

@@ -24,8 +24,7 @@ from codistill.methods.kdcl import (
     minlogit_target,
     naive_target,
 )
-from codistill.training.optim import make_optimizer
-from codistill.training.step import TrainStep
+from codistill.training.step import make_step
 
 from .. import tiny
 from . import slow
@@ -372,7 +371,7 @@ def test_a_student_sees_its_own_view(make, batch):
 def run_epoch(method: cd.Method, epoch: int = 0) -> tuple[DeviceImages, list]:
     images = DeviceImages(tiny.data().train, tiny.data().statistics, CPU)
     images.affine.double()
-    step = TrainStep(method.train(), images, AUGMENTATION, make_optimizer(method, 0.05, 0.9, True, 0.01))
+    step = make_step(method, images, AUGMENTATION, tiny.settings(weight_decay=0.01))
     plan = epoch_indices(24, 0, epoch, AUGMENTATION, CPU, method.views)
     taken = [plan.part(begin, begin + 6) for begin in range(0, 24, 6)]
     for batch in taken:
@@ -472,8 +471,7 @@ def test_a_step_needs_no_numbers(make, batch, variant):
 def test_no_host_read_with_own_views(variant, precision):
     method = tiny.method(KDCL, variant=variant).train()
     images = DeviceImages(tiny.data().train, tiny.data().statistics, CPU)
-    optimizer = make_optimizer(method, 0.05, 0.9, True, 0.01)
-    step = TrainStep(method, images, AUGMENTATION, optimizer, precision)
+    step = make_step(method, images, AUGMENTATION, tiny.settings(weight_decay=0.01), precision)
     plan = epoch_indices(24, 0, 0, AUGMENTATION, CPU, method.views)
     with tiny.HostReads() as reads:
         step(plan.part(0, 6), START)

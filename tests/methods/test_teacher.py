@@ -25,8 +25,7 @@ from codistill.methods.cohort import Outputs
 from codistill.methods.teacher import WithTeacher
 from codistill.runs.evaluate import evaluate_run
 from codistill.settings.config import TeacherSettings
-from codistill.training.optim import make_optimizer
-from codistill.training.step import TrainStep
+from codistill.training.step import make_step
 from codistill.training.teacher import load_teacher, read_checkpoint
 
 from .. import tiny
@@ -245,7 +244,7 @@ def test_a_teacher_of_other_classes_is_refused():
 def test_a_step_reads_nothing_on_the_host():
     method, data = taught(cd.KDCL), tiny.data()
     images = DeviceImages(data.train, data.statistics, torch.device("cpu"))
-    step = TrainStep(method.train(), images, Augmentation(), make_optimizer(method, 0.05, 0.9, True, 1e-4))
+    step = make_step(method, images, Augmentation(), tiny.settings())
     plan = epoch_indices(24, 0, 0, Augmentation(), torch.device("cpu"), method.views)
     with tiny.HostReads() as reads:
         step(plan.part(0, 8), START)

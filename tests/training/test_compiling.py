@@ -1,4 +1,4 @@
-"""Compiled parts: where they are, that they change neither results nor files, and what is said where they cannot be."""
+"""How steps are computed: the fixed rules, compiled parts that change neither results nor files, and what is undone."""
 
 import copy
 import pickle
@@ -8,17 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import codistill as cd
 from codistill.core.console import warn_once
-from codistill.core.errors import UsageError
+from codistill.core.errors import DivergedError, UsageError
 from codistill.methods import METHODS
 from codistill.networks import NETWORKS
-from codistill.settings.config import TrainSettings
 from codistill.training import compiling
-from codistill.training.compiling import compile_in_place, compile_parts, missing_compiler, parts_of
+from codistill.training.compiling import (
+    PAID_BACK_STEPS,
+    Execution,
+    choose_execution,
+    compiled,
+    missing_compiler,
+    parts_of,
+)
 from codistill.training.prepare import check_shapes
+from codistill.training.step import TrainStep
 
 from .. import tiny
 from . import compile_everything
@@ -36,8 +43,11 @@ def forget_compiled_code():
 
 
 @pytest.fixture(autouse=True)
-def cache_of_torch(monkeypatch, tmp_path):
+def stub_backend(monkeypatch, tmp_path):
+    """Trace, but run what was traced in Python."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    monkeypatch.setattr(compiling, "missing_compiler", lambda device: None)
 
 
 def independent() -> cd.Method:
@@ -55,98 +65,144 @@ def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("granularity", ["block", "stage"])
-def test_results_are_those_without_a_compiler(granularity):
-    plain, compiled = independent(), independent()
-    assert compile_in_place(compiled, granularity, backend="aot_eager", fullgraph=True) > 0
-    before = graphs()
-    for size in (6, 6, 4):
-        images = torch.randn(size, 3, 8, 8)
-        torch.testing.assert_close(gradients(compiled, images), gradients(plain, images))
+def is_plain(method: cd.Method) -> bool:
+    return all(module._compiled_call_impl is None for module in method.modules()) and not method.cohort.streams
+
+
+# --- the rules ---
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "steps", "overlap", "expected"),
+    [
+        ("auto", CUDA, 1, True, Execution(overlap=True)),
+        ("auto", CUDA, 1, False, Execution()),
+        ("auto", CUDA, PAID_BACK_STEPS, True, Execution(compiled=True, overlap=True)),
+        ("auto", CUDA, PAID_BACK_STEPS - 1, True, Execution(overlap=True)),
+        ("off", CUDA, PAID_BACK_STEPS, False, Execution()),
+        ("on", CUDA, 1, True, Execution(compiled=True, overlap=True)),
+        ("auto", CPU, PAID_BACK_STEPS, True, Execution()),
+        ("on", CPU, 1, True, Execution(compiled=True)),
+    ],
+)
+def test_how_a_run_computes_its_steps(asked, device, steps, overlap, expected):
+    assert choose_execution(cd.ExecutionSettings(compile=asked), device, steps, overlap) == expected
+
+
+def test_without_a_compiler_auto_does_without_and_a_line_says_so_once(monkeypatch, capsys):
+    monkeypatch.setattr(compiling, "missing_compiler", lambda device: "there is no compiler gcc: install one")
+    warn_once.cache_clear()
+    for _ in range(2):
+        assert not choose_execution(cd.ExecutionSettings(), CUDA, PAID_BACK_STEPS).compiled
+    choose_execution(cd.ExecutionSettings(), CUDA, 10)
+    assert capsys.readouterr().err == (
+        "codistill: warning: compile auto: there is no compiler gcc: install one; until then this trains without a "
+        "compiler, perhaps more slowly\n"
+    )
+
+
+def test_without_a_compiler_compile_on_is_refused_before_anything_is_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(compiling, "missing_compiler", missing_compiler)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UsageError, match="compile on: there is no compiler no-such-compiler: install one, or leave"):
+        train(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_that_is_too_old_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla P40")
+    assert missing_compiler(CUDA).startswith("Tesla P40 is too old for Triton")
+
+
+# --- compiled parts ---
+
+
+def test_results_are_those_without_a_compiler():
+    plain, other = independent(), independent()
+    with compiled(other, fullgraph=True):
+        before = graphs()
+        for size in (6, 6, 4):
+            images = torch.randn(size, 3, 8, 8)
+            torch.testing.assert_close(gradients(other, images), gradients(plain, images))
     assert graphs() > before
-    torch.testing.assert_close(compiled.state_dict(), plain.state_dict())
+    torch.testing.assert_close(other.state_dict(), plain.state_dict())
 
 
-def test_one_part_compiled_for_a_cpu_gives_the_same_numbers():
+@pytest.mark.slow
+def test_one_part_compiled_for_a_cpu_gives_the_same_numbers(monkeypatch):
     # The only test that runs the real compiler, which takes seconds.
-    plain, compiled = tiny.network(3).train(), tiny.network(3).train()
-    compiled.load_state_dict(plain.state_dict())
     if missing_compiler(CPU) is not None:
         pytest.skip("no compiler here")
-    compiling._compile(compiled.stages[0], torch.compile)
+    plain, other = independent(), independent()
+    monkeypatch.setattr(compiling, "BACKEND", "inductor")
+    monkeypatch.setattr(compiling, "parts_of", lambda method: [method.cohort[0].stages[0]])
     images = torch.randn(4, 3, 8, 8)
-    for net in (plain, compiled):
-        net(images).square().sum().backward()
-    for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
-        torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(compiled.state_dict(), plain.state_dict())
+    with compiled(other):
+        torch.testing.assert_close(gradients(other, images), gradients(plain, images), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(other.state_dict(), plain.state_dict())
 
 
 def test_equal_parts_are_compiled_once():
     method = independent()
-    parts = compile_in_place(method, backend="aot_eager")
-    before = graphs()
-    gradients(method, torch.randn(6, 3, 8, 8))
+    with compiled(method):
+        before = graphs()
+        gradients(method, torch.randn(6, 3, 8, 8))
     # Two equal students of three stages and a head.
-    assert parts == 2 * (3 + 1)
+    assert len(list(parts_of(method))) == 2 * (3 + 1)
     assert graphs() - before == 4
 
 
+@pytest.mark.slow
 def test_more_shapes_than_torch_allows_by_default_are_still_compiled():
     method = independent()
-    compile_in_place(method, backend="eager", fullgraph=True)
-    gradients(method, torch.randn(20, 3, 8, 8))
-    before = graphs()
-    for size in range(2, 11):
-        gradients(method, torch.randn(size, 3, 8, 8))
+    with compiled(method, fullgraph=True):
+        gradients(method, torch.randn(20, 3, 8, 8))
+        before = graphs()
+        for size in range(2, 11):
+            gradients(method, torch.randn(size, 3, 8, 8))
     assert graphs() - before == 9 * 4
 
 
 def test_evaluation_runs_without_the_compiler():
-    method = independent()
-    compile_in_place(method, backend="aot_eager")
-    before = graphs()
-    images = torch.randn(6, 3, 8, 8)
-    with torch.no_grad():
-        for predictor in method.eval().predictors().values():
-            predictor(images)
-    assert graphs() == before
-    gradients(method.train(), images)
-    assert graphs() > before
+    method, images = independent(), torch.randn(6, 3, 8, 8)
+    with compiled(method):
+        before = graphs()
+        with torch.no_grad():
+            for predictor in method.eval().predictors().values():
+                predictor(images)
+        assert graphs() == before
 
 
 def test_names_copies_pickles_and_exports_stay():
     method = tiny.method(cd.MFEF).train()
     names = list(method.state_dict())
-    compile_in_place(method, backend="aot_eager")
-    assert list(method.state_dict()) == names
-    check_shapes(method, tiny.data())
-    images = torch.randn(4, 3, 8, 8)
-    expected = method.eval()(images).fused_logits
-    student = method.deployed_student(0)
-    for other in (copy.deepcopy(student), pickle.loads(pickle.dumps(student))):
-        torch.testing.assert_close(other(images), student(images))
-        exported = torch.export.export(other, (images,))
-        torch.testing.assert_close(exported.module()(images), student(images))
-    # A copy has its own weights: training it leaves the original alone.
-    twin = copy.deepcopy(method)
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter.zero_()
-    torch.testing.assert_close(method(images).fused_logits, expected)
+    with compiled(method):
+        assert list(method.state_dict()) == names
+        check_shapes(method, tiny.data())
+        images = torch.randn(4, 3, 8, 8)
+        expected = method.eval()(images).fused_logits
+        student = method.deployed_student(0)
+        for other in (copy.deepcopy(student), pickle.loads(pickle.dumps(student))):
+            torch.testing.assert_close(other(images), student(images))
+            exported = torch.export.export(other, (images,))
+            torch.testing.assert_close(exported.module()(images), student(images))
+        # A copy has its own weights: training it leaves the original alone.
+        twin = copy.deepcopy(method)
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.zero_()
+        torch.testing.assert_close(method(images).fused_logits, expected)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_network_is_made_of_parts(name):
     built = NETWORKS[name](num_classes=3)
-    whole = {id(parameter) for parameter in built.parameters()}
-    stages = [id(each) for part in parts_of(built, "stage") for each in part.parameters()]
-    assert set(stages) == whole and len(stages) == len(whole)
-    blocks = list(parts_of(built, "block"))
-    assert len(blocks) > len(built.stages) + 1
-    assert {id(each) for part in blocks for each in part.parameters()} <= whole
+    parts = [id(each) for part in parts_of(built) for each in part.parameters()]
+    assert set(parts) == {id(parameter) for parameter in built.parameters()} and len(parts) == len(set(parts))
 
 
+@pytest.mark.slow
 def test_no_graph_breaks_in_networks_and_methods():
     # In a process of its own: here the checks of shapes stand in the modules, which no compiler can look through.
     command = [sys.executable, "-m", compile_everything.__name__]
@@ -155,27 +211,14 @@ def test_no_graph_breaks_in_networks_and_methods():
     assert done.stdout.split() == [*compile_everything.KINDS, *METHODS]
 
 
-def test_without_a_compiler_it_is_refused(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(UsageError, match="compile on: there is no compiler no-such-compiler: install one, or leave"):
-        compile_parts(independent(), CPU, False)
-
-
-def test_a_gpu_that_is_too_old_is_named(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla P40")
-    with pytest.raises(UsageError, match="compile on: Tesla P40 is too old for Triton"):
-        compile_parts(independent(), CUDA, False)
-
-
 @pytest.mark.parametrize("own", [True, False], ids=["set by the user", "unset"])
 def test_compiled_code_is_kept_in_a_stable_folder(monkeypatch, tmp_path, own):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     if not own:
         monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    compile_parts(independent(), CPU, False)
-    expected = tmp_path / "inductor" if own else tmp_path / "cache" / "codistill" / "inductor"
-    assert Path(compiling.os.environ["TORCHINDUCTOR_CACHE_DIR"]) == expected
+    with compiled(independent()):
+        expected = tmp_path / "inductor" if own else tmp_path / "cache" / "codistill" / "inductor"
+        assert Path(compiling.os.environ["TORCHINDUCTOR_CACHE_DIR"]) == expected
 
 
 def test_a_cache_folder_that_cannot_be_made_is_said_and_survived(monkeypatch, tmp_path, capsys):
@@ -183,43 +226,55 @@ def test_a_cache_folder_that_cannot_be_made_is_said_and_survived(monkeypatch, tm
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     warn_once.cache_clear()
-    compile_parts(independent(), CPU, False)
-    assert "compiled code is not kept for later runs" in capsys.readouterr().err
+    with compiled(independent()):
+        assert "compiled code is not kept for later runs" in capsys.readouterr().err
 
 
-def test_a_compiled_run_trains_as_a_plain_one(monkeypatch, tmp_path, tiny_registered):
+# --- whole runs ---
+
+
+def train(out: Path, method: cd.Method | None = None, choice: str = "on", **changes: object) -> cd.Run:
+    execution = cd.ExecutionSettings(compile=choice)
+    settings = tiny.settings(**changes)
+    return cd.train(
+        method or independent(), tiny.data(train=21), out=out, settings=settings, execution=execution, show=False
+    )
+
+
+def test_a_compiled_run_trains_as_a_plain_one(tmp_path):
     # The whole loop, with evaluation between epochs and a last batch of another size.
-    monkeypatch.setattr(compiling, "compile_in_place", lambda method, deterministic: compile_eagerly(method))
     errors = []
     for choice in ("off", "on"):
-        before = graphs()
-        run = cd.train(
-            independent(),
-            tiny.data(train=21),
-            out=tmp_path / choice,
-            settings=tiny.settings(),
-            execution=cd.ExecutionSettings(compile=choice),
-            show=False,
-        )
+        before, method = graphs(), independent()
+        run = train(tmp_path / choice, method, choice)
         errors.append([row["train"] for row in run.metrics()])
         assert (graphs() > before) is (choice == "on")
-        assert run.config.execution.compile == choice
-    for plain, compiled in zip(*errors, strict=True):
-        assert compiled == pytest.approx(plain, rel=1e-3, abs=1e-5)
+        assert run.config.execution.compile == choice and run.summary["execution"]["compiled"] is (choice == "on")
+        assert is_plain(method)
+    for plain, other in zip(*errors, strict=True):
+        assert other == pytest.approx(plain, rel=1e-3, abs=1e-5)
 
 
-def compile_eagerly(method: nn.Module) -> int:
-    return compile_in_place(method, backend="eager")
+@pytest.mark.parametrize("error", [DivergedError, KeyboardInterrupt, RuntimeError])
+def test_compiled_code_is_gone_however_a_run_ends(tmp_path, monkeypatch, error):
+    method, call = independent(), TrainStep.__call__
+
+    def breaking(self, *arguments):
+        assert not is_plain(method)
+        call(self, *arguments)
+        if error is not DivergedError:
+            raise error
+
+    monkeypatch.setattr(TrainStep, "__call__", breaking)
+    with pytest.raises(error):
+        train(tmp_path / "run", method, learning_rate=1e30 if error is DivergedError else 0.1)
+    assert is_plain(method)
 
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"compile": "maybe"}, "compile is 'maybe': .*auto, off, on|compile is 'maybe'"),
-        ({"kernels": "fuse"}, "kernels is 'fuse': did you mean fused"),
-        ({"compile": "on", "kernels": "fused"}, "compile on and kernels fused"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused(changes, says):
-    with pytest.raises(UsageError, match=says):
-        TrainSettings(**changes)
+def test_what_a_user_compiled_is_back_after_the_run(tmp_path):
+    method = independent()
+    stage = method.cohort[0].stages[0]
+    stage.compile(backend="eager")
+    own = stage._compiled_call_impl
+    train(tmp_path / "run", method)
+    assert stage._compiled_call_impl is own

@@ -28,10 +28,9 @@ from codistill.training import trainer as loop
 from codistill.training.capture import EagerSteps, GraphedSteps, make_fleet
 from codistill.training.compiling import Execution
 from codistill.training.fleet import train_fleet, train_seeds
-from codistill.training.optim import make_optimizer
-from codistill.training.prepare import set_up
+from codistill.training.prepare import DeviceSplits, check, set_up
 from codistill.training.resume import resume_together
-from codistill.training.step import TrainStep
+from codistill.training.step import TrainStep, make_step
 from codistill.training.train import train_from_config
 
 from .. import tiny
@@ -57,14 +56,16 @@ def config(colours):
     def describe(name: str = "mfef", method: Any = None, **changes: Any) -> RunConfig:
         students = ("tiny",) * STUDENTS.get(name, 2)
         base = dataclasses.replace(default_config(name), networks=students, data="packed", data_dir=colours)
-        return dataclasses.replace(base, train=tiny.settings(**changes), method=method or base.method)
+        train, execution = tiny.both_settings(**changes)
+        return dataclasses.replace(base, train=train, execution=execution, method=method or base.method)
 
     return describe
 
 
 def repeatable_on(device: str, config: RunConfig) -> RunConfig:
     """Let a run take place on a device, and to the last bit as any other there."""
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, device=device, deterministic=True))
+    execution = dataclasses.replace(config.execution, device=device, deterministic=True)
+    return dataclasses.replace(config, execution=execution)
 
 
 def bits(value: Any) -> Any:
@@ -279,8 +280,9 @@ def test_as_many_runs_at_a_time_as_memory_holds(config, monkeypatch, capsys, cou
     monkeypatch.setattr(fleet, "memory_of_a_run", lambda *_: 2**30)
     monkeypatch.setattr(fleet, "free_memory", lambda _: free * 2**30 * fleet.ALLOWANCE / fleet.USED_SHARE)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
-    configs = [config(seed=seed) for seed in range(count)]
-    assert fleet.side_by_side([tiny.method()] * count, configs, tiny.data(), torch.device("cuda")) == sizes
+    plan = check(tiny.method(), tiny.data(), config(), CPU)
+    plans = [dataclasses.replace(plan, device=torch.device("cuda")) for _ in range(count)]
+    assert fleet.side_by_side(plans, DeviceSplits(tiny.data(), CPU)) == sizes
     error = capsys.readouterr().err
     assert error.count("\n") == (len(sizes) > 1)
     if len(sizes) > 1:
@@ -329,7 +331,7 @@ def test_groups_that_wait_are_resumed_too(config, monkeypatch):
     configs = [config(seed=seed) for seed in (0, 1, 2)]
     sizes = {3: [2, 1], 2: [1, 1], 1: [1]}
     for module in (fleet, resume):
-        monkeypatch.setattr(module, "side_by_side", lambda methods, *_: sizes[len(methods)])
+        monkeypatch.setattr(module, "side_by_side", lambda plans, _: sizes[len(plans)])
     call, count = TrainStep.__call__, iter(range(100))
 
     def stopping(self, *arguments):
@@ -346,11 +348,12 @@ def test_groups_that_wait_are_resumed_too(config, monkeypatch):
         assert_equal(cd.Run(folders(3)[index]), train_from_config(each, Path(f"alone{index}"), show=False))
 
 
-def test_runs_side_by_side_have_one_copy_of_their_images(config, monkeypatch):
+@pytest.mark.parametrize("changes", [{}, {"validation": 4}, {"train_limit": 16}], ids=["all", "validation", "limit"])
+def test_runs_side_by_side_have_one_copy_of_their_images(config, monkeypatch, changes):
     made = []
     build = DeviceImages.__init__
     monkeypatch.setattr(DeviceImages, "__init__", lambda self, *rest: made.append(build(self, *rest)))
-    train_fleet([config(seed=seed) for seed in (0, 1, 2)], folders(3), show=False)
+    train_fleet([config(seed=seed, **changes) for seed in (0, 1, 2)], folders(3), show=False)
     assert len(made) == 2  # training and test
 
 
@@ -493,14 +496,9 @@ def method_of(name: str, seed: int = 0, image_size: tuple[int, int] = (8, 8)) ->
     return WithTeacher(method, tiny.own_students(1)[0]) if METHODS[name].teacher == "required" else method
 
 
-def member_of(
-    name: str, seed: int, device: torch.device = CPU, precision: str = "float32", overlap: bool = False
-) -> TrainStep:
-    method = method_of(name, seed).to(device, memory_format=torch.channels_last).train()
-    data = tiny.data()
-    optimizer = make_optimizer(method, 0.05, 0.9, True, 1e-4)
-    images = DeviceImages(data.train, data.statistics, device)
-    return TrainStep(method, images, Augmentation(), optimizer, precision, execution=Execution(overlap=overlap))
+def member_of(name: str, seed: int, device: torch.device = CPU, precision: str = "float32") -> TrainStep:
+    images = DeviceImages(tiny.data().train, tiny.data().statistics, device)
+    return make_step(method_of(name, seed), images, Augmentation(), tiny.settings(), precision)
 
 
 def test_on_a_cpu_a_fleet_is_sequential():
@@ -544,16 +542,30 @@ def repeatable(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("members", "overlap"), [(1, False), (1, True), (2, True)])
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("name", "precision", "members", "overlap"),
+    [(name, "float32", 1, True) for name in METHODS]
+    + [
+        (name, *rest)
+        for name in ("mfef", "kdcl", "pcl", "dml")
+        for rest in (("float32", 2, True), ("bf16", 1, False), ("bf16", 2, False))
+    ],
+)
 def test_a_captured_fleet_equals_plain_steps(repeatable, name, precision, members, overlap):
     device = torch.device("cuda")
     plain = [member_of(name, seed, device, precision) for seed in range(members)]
-    fast = [member_of(name, seed, device, precision, overlap) for seed in range(members)]
-    fleet = make_fleet(fast)
+    fast = [member_of(name, seed, device, precision) for seed in range(members)]
+    with contextlib.ExitStack() as running:
+        for member in fast:
+            running.enter_context(Execution(overlap=overlap).on(member.method, device))
+        compare_steps(plain, fast, 20 if precision == "float32" else 10)
+    assert not any(member.method.cohort.streams for member in fast)
+
+
+def compare_steps(plain: list[TrainStep], fast: list[TrainStep], count: int) -> None:
+    device, fleet = fast[0].device, make_fleet(fast)
     assert isinstance(fleet, GraphedSteps) or not fast[0].method.capturable
-    for number in range(20 if precision == "float32" else 10):
+    for number in range(count):
         progress = torch.tensor(number / 20, device=device)
         size = 6 if number % 2 else 8  # two sizes: three plain steps of each, then two graphs take turns
         batches = [

@@ -7,6 +7,7 @@ import torch
 
 from codistill.methods.independent import Independent
 from codistill.methods.mfef import MFEF, MFEFSettings
+from codistill.settings.config import TrainSettings
 from codistill.training.optim import learning_rate_at, make_optimizer, set_learning_rate
 
 
@@ -16,7 +17,7 @@ def method(tiny_network):
 
 
 def papers(method):
-    return make_optimizer(method, learning_rate=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    return make_optimizer(method, TrainSettings())
 
 
 def test_groups(method):
@@ -86,7 +87,7 @@ def test_steps_by_hand(tiny_network):
 def test_equals_plain_sgd(method, batch, momentum, nesterov):
     images, labels = batch[0].float(), batch[1]
     twin = copy.deepcopy(method)
-    optimizer = make_optimizer(method, 0.1, momentum, nesterov, 1e-4)
+    optimizer = make_optimizer(method, TrainSettings(momentum=momentum, nesterov=nesterov))
     fusion = set(twin.fusion.parameters())
     students = [parameter for parameter in twin.parameters() if parameter not in fusion]
     reference = torch.optim.SGD(
@@ -130,7 +131,7 @@ def test_momentum_is_there_from_the_start(method):
 
 
 def test_without_momentum_there_is_no_state(method):
-    optimizer = make_optimizer(method, 0.1, 0.0, True, 1e-4)
+    optimizer = make_optimizer(method, TrainSettings(momentum=0.0))
     fill_gradients(method, 0.5)
     optimizer.step()
     assert not any(state.get("momentum_buffer") is not None for state in optimizer.state.values())

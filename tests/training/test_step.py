@@ -9,8 +9,8 @@ from torch import Tensor
 
 import codistill as cd
 from codistill.data.augment import Augmentation, BatchIndices, DeviceImages, epoch_indices
+from codistill.training import step as module
 from codistill.training.capture import EagerSteps, make_fleet
-from codistill.training.optim import make_optimizer
 from codistill.training.ranks import ALONE
 from codistill.training.step import TrainStep
 
@@ -26,13 +26,13 @@ def settings_of(kind: type[cd.Method]) -> dict[str, float]:
     return {} if kind is cd.Independent else {"fusion_weight_decay": FUSION_DECAY}
 
 
-def images_of(data: cd.Dataset) -> DeviceImages:
-    return DeviceImages(data.train, data.statistics, CPU)
+def images_of(data: cd.Dataset, device: torch.device = CPU) -> DeviceImages:
+    return DeviceImages(data.train, data.statistics, device)
 
 
-def make_step(method: cd.Method, precision: str = "float32", momentum: float = 0.9) -> TrainStep:
-    optimizer = make_optimizer(method.train(), RATE, momentum, nesterov=True, weight_decay=DECAY)
-    return TrainStep(method, images_of(tiny.data()), AUGMENTATION, optimizer, precision)
+def make_step(method: cd.Method, precision: str = "float32", device: torch.device = CPU, **changes: float) -> TrainStep:
+    settings = tiny.settings(**{"learning_rate": RATE, "weight_decay": DECAY} | changes)
+    return module.make_step(method, images_of(tiny.data(), device), AUGMENTATION, settings, precision)
 
 
 def batches(count: int, size: int = 6) -> list[BatchIndices]:
@@ -137,12 +137,9 @@ def test_bf16_is_near_float32():
     assert means[1] == pytest.approx(means[0], rel=0.1, abs=0.02)
 
 
-def test_gradients_do_not_add_up_and_are_gone_after_the_step():
-    # With neither momentum nor decay, a batch seen twice at rate 0 leaves nothing behind.
+def test_gradients_are_gone_after_the_step():
     method = tiny.method()
-    optimizer = make_optimizer(method.train(), 0.0, 0.0, False, 0.0)
-    step = TrainStep(method, images_of(tiny.data()), AUGMENTATION, optimizer)
-    step(batches(1)[0], torch.tensor(0.5))
+    make_step(method)(batches(1)[0], torch.tensor(0.5))
     assert all(parameter.grad is None for parameter in method.parameters())
 
 
@@ -170,21 +167,18 @@ def test_after_step_follows_the_update():
 def test_a_plain_step_on_a_gpu_equals_the_cpu():
     states = []
     for device in (CPU, torch.device("cuda")):
-        method = tiny.method().to(device).train()
-        data = tiny.data()
-        optimizer = make_optimizer(method, RATE, 0.9, True, DECAY)
-        step = TrainStep(method, DeviceImages(data.train, data.statistics, device), AUGMENTATION, optimizer)
+        method = tiny.method()
+        step_there = make_step(method, device=device)
         for batch in batches(3):
-            step(BatchIndices(*(table.to(device) for table in batch)), torch.tensor(0.5, device=device))
+            step_there(BatchIndices(*(table.to(device) for table in batch)), torch.tensor(0.5, device=device))
         states.append({name: tensor.cpu() for name, tensor in method.state_dict().items()})
     torch.testing.assert_close(states[1], states[0], rtol=1e-2, atol=1e-3)
 
 
 def test_a_method_that_cannot_be_captured_runs_plainly_and_is_named(capsys):
     def member(name: str, capturable: bool) -> SimpleNamespace:
-        on_gpu = SimpleNamespace(labels=SimpleNamespace(device=torch.device("cuda")))
         method = SimpleNamespace(name=name, capturable=capturable)
-        return SimpleNamespace(images=on_gpu, method=method, ranks=ALONE)
+        return SimpleNamespace(device=torch.device("cuda"), method=method, ranks=ALONE)
 
     members = [member("mine", False), member("mfef", True), member("mine", False)]
     fleet = make_fleet(members)

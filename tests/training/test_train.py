@@ -28,8 +28,9 @@ def train(tmp_path, monkeypatch):
 
     def run(method: cd.Method | None = None, data: cd.Dataset | None = None, **changes: object) -> cd.Run:
         out = f"run{next(count)}"
+        settings, execution = tiny.both_settings(**changes)
         return cd.train(
-            method or tiny.method(), data or tiny.data(), out=out, settings=tiny.settings(**changes), show=False
+            method or tiny.method(), data or tiny.data(), out=out, settings=settings, execution=execution, show=False
         )
 
     return run
@@ -118,8 +119,8 @@ def test_train_limit_takes_the_first_of_the_seeded_order(train, steps):
     train(data=data, train_limit=11, seed=3, epochs=1)
     images = steps[0][3]
     order = seeded_order(30, 3)[:11].numpy()
-    np.testing.assert_array_equal(images.images.numpy(), data.train.images[order])
-    np.testing.assert_array_equal(images.labels.numpy(), data.train.labels[order])
+    np.testing.assert_array_equal(images.positions.numpy(), order)
+    assert sorted(image for step in steps for image in step[0]) == sorted(order)
     # Normalisation is that of the data set, whatever part of it is used.
     mean, std = (torch.tensor(each) for each in data.statistics)
     torch.testing.assert_close(images.affine.scale.flatten(), 1 / (255 * std))
@@ -139,12 +140,11 @@ def test_validation_images_are_held_out_of_the_training(train, steps, monkeypatc
     train(data=data, validation=10, seed=3, epochs=1)
     order = seeded_order(30, 3).numpy()
     validation, test = held
-    np.testing.assert_array_equal(steps[0][3].images.numpy(), data.train.images[order[:20]])
-    np.testing.assert_array_equal(validation.images.numpy(), data.train.images[order[20:]])
+    assert sorted(image for step in steps for image in step[0]) == sorted(order[:20])
+    np.testing.assert_array_equal(validation.positions.numpy(), order[20:])
+    np.testing.assert_array_equal(validation.images.numpy(), data.train.images)
+    assert test.positions is None
     np.testing.assert_array_equal(test.images.numpy(), data.test.images)
-    assert not {image.tobytes() for image in steps[0][3].images.numpy()} & {
-        image.tobytes() for image in validation.images.numpy()
-    }
 
 
 def test_limit_and_validation_come_from_the_two_ends(train, steps):

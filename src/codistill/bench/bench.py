@@ -1,5 +1,6 @@
 """The speed of a training step on this machine, alone and beside a plain PyTorch loop of the usual style."""
 
+import contextlib
 import copy
 import statistics
 import time
@@ -21,7 +22,7 @@ from codistill.networks.network import parameter_count
 from codistill.runs.metadata import environment
 from codistill.settings.build import build_method
 from codistill.settings.config import RunConfig
-from codistill.training.compiling import Execution, choose_execution
+from codistill.training.compiling import choose_execution
 
 STEPS_UNTIL_CAPTURED = 8
 OWN, PLAIN, DETERMINISTIC = "codistill", "plain", "deterministic"
@@ -60,33 +61,33 @@ def bench(
     def build() -> Method:
         return build_method(config, CLASSES, (SIDE, SIDE)).to(device).train()
 
-    def own(name: str, execution: Execution, deterministic: bool) -> Contestant:
+    def own(name: str, deterministic: bool, running: contextlib.ExitStack) -> Contestant:
         methods = [build() for _ in range(runs)]
         for method in methods:
-            execution.prepare(method, device, deterministic)
-            method.to(memory_format=torch.channels_last)
-        return Contestant(name, resident_loop(methods, config, device, execution), deterministic)
+            running.enter_context(execution.on(method, device, deterministic))
+        return Contestant(name, resident_loop(methods, config, device), deterministic)
 
     started = time.perf_counter()
     # For so few steps that compile auto, which takes longer than it is measured for here, is off.
-    execution = choose_execution(config.execution, device, runs, steps=1)
+    execution = choose_execution(config.execution, device, steps=1, overlap=runs == 1)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    contestants = [own(OWN, execution, config.execution.deterministic)]
-    pace = {OWN: timed(contestants[0], 1, device)}
-    first_step = time.perf_counter() - started
-    memory = {}
-    if on_gpu:
-        pace[OWN] = timed(contestants[0], STEPS_UNTIL_CAPTURED, device)
-        memory["peak_memory_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
-        memory["peak_reserved_mib"] = torch.cuda.max_memory_reserved(device) / 2**20
-    counted = {name: count // runs for name, count in count_launches(contestants[0], device, table).items()}
-    if compare:
-        contestants.append(Contestant(PLAIN, plain_loop(build(), config, device), config.execution.deterministic))
-        if on_gpu and not config.execution.deterministic:
-            contestants.append(own(DETERMINISTIC, execution, True))
-        pace |= {each.name: timed(each, STEPS_UNTIL_CAPTURED if on_gpu else 1, device) for each in contestants[1:]}
-    rounds = rounds_in_turn(contestants, pace, seconds, device)
+    with contextlib.ExitStack() as running:
+        contestants = [own(OWN, config.execution.deterministic, running)]
+        pace = {OWN: timed(contestants[0], 1, device)}
+        first_step = time.perf_counter() - started
+        memory = {}
+        if on_gpu:
+            pace[OWN] = timed(contestants[0], STEPS_UNTIL_CAPTURED, device)
+            memory["peak_memory_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
+            memory["peak_reserved_mib"] = torch.cuda.max_memory_reserved(device) / 2**20
+        counted = {name: count // runs for name, count in count_launches(contestants[0], device, table).items()}
+        if compare:
+            contestants.append(Contestant(PLAIN, plain_loop(build(), config, device), config.execution.deterministic))
+            if on_gpu and not config.execution.deterministic:
+                contestants.append(own(DETERMINISTIC, True, running))
+            pace |= {each.name: timed(each, STEPS_UNTIL_CAPTURED if on_gpu else 1, device) for each in contestants[1:]}
+        rounds = rounds_in_turn(contestants, pace, seconds, device)
     step = {name: statistics.median(each) for name, each in rounds.items()}
     method = build()
     result: dict[str, Any] = {

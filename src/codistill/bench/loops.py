@@ -16,9 +16,7 @@ from codistill.data.dataset import Split
 from codistill.methods import Method
 from codistill.settings.config import RunConfig
 from codistill.training.capture import make_fleet
-from codistill.training.compiling import PLAIN, Execution
-from codistill.training.optim import make_optimizer
-from codistill.training.step import TrainStep
+from codistill.training.step import make_step
 
 IMAGES, CLASSES, SIDE, PADDING = 10_240, 100, 32, 4
 AUGMENTATION = Augmentation(padding=PADDING)
@@ -116,30 +114,29 @@ def resident_images(device: torch.device) -> DeviceImages:
 
 
 def resident_loop(
-    methods: Sequence[Method], config: RunConfig, device: torch.device, execution: Execution = PLAIN
+    methods: Sequence[Method],
+    config: RunConfig,
+    device: torch.device,
+    memory_format: torch.memory_format = torch.channels_last,
 ) -> Callable[[int], None]:
     """Make codistill's own loop: resident images, augmentation on the device, captured on CUDA.
 
     Args:
-        methods: Prepared for the execution, and on the device.
+        methods: They are moved to the device.
         config: Batch size, precision and optimiser.
-        device: Where is trained.
-        execution: How.
+        device: Where they are trained.
+        memory_format: Of their weights.
     """
-    settings, augmentation = config.train, AUGMENTATION
-    resident = resident_images(device)
-    members = []
-    for method in methods:
-        optimizer = make_optimizer(
-            method, settings.learning_rate, settings.momentum, settings.nesterov, settings.weight_decay
-        )
-        members.append(
-            TrainStep(method, resident, augmentation, optimizer, config.execution.precision, execution=execution)
-        )
+    resident, precision = resident_images(device), config.execution.precision
+    members = [
+        make_step(method, resident, AUGMENTATION, config.train, precision, memory_format=memory_format)
+        for method in methods
+    ]
     fleet = make_fleet(members)
-    plan = epoch_indices(IMAGES, 0, 0, augmentation, device, methods[0].views)
+    plan = epoch_indices(IMAGES, 0, 0, AUGMENTATION, device, methods[0].views)
     progress = torch.tensor(0.5, device=device)
-    size, batches = settings.batch_size, IMAGES // settings.batch_size
+    size = config.train.batch_size
+    batches = IMAGES // size
 
     def train(steps: int) -> None:
         for step in range(steps):

@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -39,14 +39,12 @@ class SignalRequests:
     Attributes:
         stopping: SIGINT or SIGTERM, whichever came first; None: neither.
         saving: Whether SIGUSR1 or SIGUSR2 asked for a checkpoint.
-        breaks: Epochs and steps after which to stop as at Ctrl-C.
         insistent: Whether the same stopping signal for a second time acts at once.
     """
 
     def __init__(self) -> None:
         self.stopping: int | None = None
         self.saving = False
-        self.breaks: Collection[tuple[int, int]] = ()
         self.insistent = True
         self.before: dict[int, Any] = {}
 

@@ -1,5 +1,6 @@
 """Images on the training device: epoch order, random crops and flips, and normalisation of whole batches."""
 
+import copy
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -39,7 +40,7 @@ class BatchIndices(NamedTuple):
     mirror: Bool[Tensor, " batch"]
 
     def part(self, start: int, stop: int) -> "BatchIndices":
-        """Take some of the images; tables may have a leading axis of views."""
+        """Return the indices of some of the images; tables may have a leading axis of views."""
         return BatchIndices(*(table[..., start:stop] for table in self))
 
 
@@ -53,20 +54,25 @@ ORDER_STREAM, EPOCH_STREAM, INIT_STREAM = 0, 1, 2
 
 
 def seeded_order(count: int, seed: int) -> Int[Tensor, " count"]:
-    """Give the order of the training images from which limits and validation splits are taken."""
+    """Return the order of the training images from which limits and validation splits are taken."""
     return torch.randperm(count, generator=generator(seed, ORDER_STREAM))
 
 
 def epoch_indices(
-    count: int, seed: int, epoch: int, augmentation: Augmentation, device: torch.device, views: int = 1
+    images: int | Int[Tensor, " image"],
+    seed: int,
+    epoch: int,
+    augmentation: Augmentation,
+    device: torch.device,
+    views: int = 1,
 ) -> BatchIndices:
     """Draw the order, crops and flips of one epoch, a pure function of (seed, epoch), equal on all devices.
 
     Args:
-        count: Number of training images.
+        images: Number of training images, or positions of those that are used, on the host.
         seed: Seed of the run.
         epoch: Counted from 0.
-        augmentation: What is drawn.
+        augmentation: Which crops and flips there may be.
         device: Where the tables are to lie.
         views: With more than one, each table gets a leading axis: the same images, other crops and flips.
 
@@ -74,15 +80,17 @@ def epoch_indices(
         One table for the whole epoch; step k uses `part(k * batch_size, (k + 1) * batch_size)`.
     """
     source = generator(seed, EPOCH_STREAM, epoch)
+    count = images if isinstance(images, int) else len(images)
     shape = (count,) if views == 1 else (views, count)
-    index = torch.randperm(count, generator=source).expand(shape).contiguous()
+    order = torch.randperm(count, generator=source)
+    index = (order if isinstance(images, int) else images[order]).expand(shape).contiguous()
     offsets = torch.randint(0, 2 * augmentation.padding + 1, (2, *shape), generator=source)
     mirror = torch.rand(shape, generator=source) < 0.5 if augmentation.flip else torch.zeros(shape, dtype=torch.bool)
     return BatchIndices(*(to_device_async(table, device) for table in (index, offsets[0], offsets[1], mirror)))
 
 
 def to_device_async(table: Tensor, device: torch.device) -> Tensor:
-    """Copy to a device without waiting for it."""
+    """Copy a tensor from the host to a device without waiting for the copy."""
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
 
 
@@ -106,7 +114,7 @@ class Crops:
 
     @classmethod
     def tables(cls, height: int, width: int, augmentation: Augmentation, device: torch.device) -> "Crops":
-        """Work the tables out for images of a size, in pixels, and put them on a device."""
+        """Compute the tables for images of a size, in pixels, and put them on a device."""
         offsets = torch.arange(2 * augmentation.padding + 1)[:, None] - augmentation.padding
         columns = torch.arange(width)
         rows, row_inside = _source(torch.arange(height) + offsets, height, augmentation)
@@ -124,7 +132,7 @@ class Crops:
 def _source(
     place: Int[Tensor, "offset length"], length: int, augmentation: Augmentation
 ) -> tuple[Int[Tensor, "offset length"], Bool[Tensor, "offset length"]]:
-    """Turn places relative to the unpadded image into places in it, and say which lay inside."""
+    """Return places in the image of places relative to it, which may lie in the padding, and which lie inside."""
     if augmentation.padding_mode == "reflect":
         place = (length - 1) - ((length - 1) - place.abs()).abs()
     inside = (place >= 0) & (place < length)
@@ -138,48 +146,74 @@ class DeviceImages:
         split: Images and labels.
         statistics: Mean and standard deviation of each channel, in units of the full range (0..1).
         device: Where the tensors are to lie.
+
+    Attributes:
+        device: Where the tensors lie.
+        positions: Positions in the split of the images that are used, on the host; None: all of them, in order.
     """
 
     def __init__(
         self, split: Split, statistics: tuple[tuple[float, ...], tuple[float, ...]], device: torch.device
     ) -> None:
+        self.device = device
         self.images: UInt8[Tensor, "image height width 3"] = torch.from_numpy(split.images).to(device)
         self.labels: Int[Tensor, " image"] = torch.from_numpy(split.labels).to(device)
         self.affine = Affine.normalise(statistics).to(device)
+        self.positions: Int[Tensor, " used"] | None = None
+        self._places: Int[Tensor, " used"] | None = None  # the same, on the device
         self._crops: dict[Augmentation, Crops] = {}
 
+    def subset(self, positions: Int[Tensor, " used"]) -> "DeviceImages":
+        """Return the images at some positions of the split, in this order; pixels and labels are shared, not copied.
+
+        Args:
+            positions: On the host.
+        """
+        part = copy.copy(self)
+        part.positions, part._places = positions, positions.to(self.device)
+        return part
+
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.labels if self.positions is None else self.positions)
+
+    def batch(self, start: int, stop: int) -> tuple[Float[Tensor, "batch 3 height width"], Int[Tensor, " batch"]]:
+        """Return used images from `start` to before `stop`, normalised and otherwise as they are, and their labels."""
+        chosen = slice(start, stop) if self._places is None else self._places[start:stop]
+        return self.normalised(self.images[chosen]), self.labels[chosen]
+
+    def augmented(
+        self, indices: BatchIndices, augmentation: Augmentation
+    ) -> tuple[Float[Tensor, "*view batch 3 height width"], Int[Tensor, " batch"]]:
+        """Return the cropped, flipped and normalised images of a batch, and their labels.
+
+        Equal to padding each image (before normalisation), cropping at (top, left) to the old size, then mirroring.
+        Only static shapes and gathers: nothing is read back by the host.
+
+        Args:
+            indices: Positions in the split, crops and flips; with a leading axis the images have it too: one view of
+                each image for each of its entries.
+            augmentation: The one that the indices were drawn with.
+        """
+        crops = self.crops(augmentation)
+        image, top, left, mirror = (table.flatten() for table in indices)
+        place = torch.add(left, mirror, alpha=crops.offsets)
+        rows, columns = crops.rows[top], crops.columns[place]
+        pixels = self.images[image[:, None, None], rows[:, :, None], columns[:, None, :]]
+        if crops.row_inside is not None and crops.column_inside is not None:
+            inside = crops.row_inside[top][:, :, None] & crops.column_inside[place][:, None, :]
+            pixels = pixels * inside[..., None]
+        images = self.normalised(pixels)
+        labels = self.labels[image[: indices.image.shape[-1]]]
+        return images.reshape(*indices.image.shape, *images.shape[1:]), labels
 
     def normalised(self, pixels: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch 3 height width"]:
         """Compute (pixels / 255 - mean) / std; the result is in channels_last memory format."""
         normalised: Tensor = self.affine(pixels.permute(0, 3, 1, 2))
         return normalised
 
-    def batch(self, start: int, stop: int) -> tuple[Float[Tensor, "batch 3 height width"], Int[Tensor, " batch"]]:
-        """Give images in order, normalised and otherwise as they are, and their labels."""
-        return self.normalised(self.images[start:stop]), self.labels[start:stop]
-
-    def augmented(
-        self, batch: BatchIndices, augmentation: Augmentation
-    ) -> tuple[Float[Tensor, "batch 3 height width"], Int[Tensor, " batch"]]:
-        """Give the cropped, flipped and normalised images of a batch, and their labels.
-
-        Equal to padding each image (before normalisation), cropping at (top, left) to the old size, then mirroring.
-        Only static shapes and gathers: nothing is read back by the host.
-        """
-        crops = self.crops(augmentation)
-        place = torch.add(batch.left, batch.mirror, alpha=crops.offsets)
-        rows, columns = crops.rows[batch.top], crops.columns[place]
-        pixels = self.images[batch.image[:, None, None], rows[:, :, None], columns[:, None, :]]
-        if crops.row_inside is not None and crops.column_inside is not None:
-            inside = crops.row_inside[batch.top][:, :, None] & crops.column_inside[place][:, None, :]
-            pixels = pixels * inside[..., None]
-        return self.normalised(pixels), self.labels[batch.image]
-
     def crops(self, augmentation: Augmentation) -> Crops:
-        """Give the tables of an augmentation, which are made once, on the stream that is current then."""
+        """Return the tables of an augmentation, which are made once, on the stream that is current then."""
         if augmentation not in self._crops:
             height, width = self.images.shape[1:3]
-            self._crops[augmentation] = Crops.tables(height, width, augmentation, self.images.device)
+            self._crops[augmentation] = Crops.tables(height, width, augmentation, self.device)
         return self._crops[augmentation]

@@ -59,24 +59,26 @@ class DiversitySums:
         for index, each in enumerate(named):
             self._classes[index].index_add_(0, each, torch.ones_like(each, dtype=torch.float64))
 
-    def packed(self) -> Float[Tensor, " numbers"]:
-        """Give the sums as one vector; see `diversity`."""
-        return torch.cat([self._pairs, self._classes.max(dim=1).values])
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the sums by name, for `metrics.read_together`."""
+        differ, kl, images = self._pairs
+        return {"differ": differ, "kl": kl, "images": images, "favourite": self._classes.max(dim=1).values}
 
     def reset(self) -> None:
-        """Start anew."""
+        """Set all sums to 0."""
         self._pairs.zero_()
         self._classes.zero_()
 
-    def diversity(self, packed: Sequence[float]) -> Diversity:
-        """Turn the numbers of `packed` into what they say."""
-        differ, divergence, images, *shares = packed
-        pairs = max(1, self.students * (self.students - 1) // 2)
-        return Diversity(
-            100 * differ / pairs / images,
-            divergence / (2 * pairs) / images,
-            {f"student{index}": share / images for index, share in enumerate(shares)},
-        )
+
+def diversity(sums: Mapping[str, Any]) -> Diversity:
+    """Return the diversity that the numbers of `DiversitySums.tensors` amount to."""
+    students, images = len(sums["favourite"]), sums["images"]
+    pairs = max(1, students * (students - 1) // 2)
+    return Diversity(
+        100 * sums["differ"] / pairs / images,
+        sums["kl"] / (2 * pairs) / images,
+        {f"student{index}": count / images for index, count in enumerate(sums["favourite"])},
+    )
 
 
 def health_warnings(row: Mapping[str, Any], history: Sequence[Mapping[str, Any]], epochs: int) -> list[str]:

@@ -1,14 +1,14 @@
 """Evaluation of every predictor of a method in one pass over a split."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from codistill.core.device import autocast
 from codistill.data.augment import DeviceImages
-from codistill.evaluation.diversity import Diversity, DiversitySums
+from codistill.evaluation.diversity import Diversity, DiversitySums, diversity
 from codistill.evaluation.metrics import ClassificationSums, Scores, read_together, scores
 from codistill.methods import Method
 from codistill.methods.cohort import Outputs
@@ -17,7 +17,7 @@ EVALUATION_BATCH = 500
 
 
 class Evaluation:
-    """Scores of every predictor on some splits, with batch normalisation's running statistics, again and again.
+    """Score every predictor on some splits, with batch normalisation's running statistics, once an epoch.
 
     Everything is summed on the device. On CUDA the first pass runs plainly, and the passes after it are one graph.
 
@@ -38,7 +38,7 @@ class Evaluation:
         captured: bool = True,
     ) -> None:
         self.method, self.splits, self.precision, self.batch_size = method, dict(splits), precision, batch_size
-        self.device = next(iter(self.splits.values())).labels.device
+        self.device = next(iter(self.splits.values())).device
         self._sums: dict[str, dict[str, ClassificationSums]] = {name: {} for name in self.splits}
         self._diversity = {
             name: DiversitySums(len(method.cohort), method.num_classes, self.device) for name in self.splits
@@ -49,7 +49,7 @@ class Evaluation:
 
     @torch.no_grad()
     def run(self, between: Callable[[], None] = lambda: None) -> None:
-        """Look at all images anew.
+        """Score all images.
 
         Args:
             between: Called after each batch, on the host; in a captured pass, once after all.
@@ -89,20 +89,27 @@ class Evaluation:
                     sums[predictor].update(logits, labels)
                 between()
 
-    def packed(self) -> list[Float[Tensor, " numbers"]]:
-        """Give all sums as vectors, for `metrics.read_together`."""
-        vectors = []
-        for name in self.splits:
-            vectors += [each.packed() for each in self._sums[name].values()] + [self._diversity[name].packed()]
-        return vectors
+    def tensors(self) -> dict[str, Any]:
+        """Return all sums by split and predictor, for `metrics.read_together`."""
+        return {
+            split: {
+                "predictors": {name: each.tensors() for name, each in self._sums[split].items()},
+                "diversity": self._diversity[split].tensors(),
+            }
+            for split in self.splits
+        }
 
-    def scored(self, packed: Sequence[Sequence[float]]) -> dict[str, tuple[dict[str, Scores], Diversity]]:
-        """Turn the numbers of `packed` into scores by predictor, and how the students differ, for each split."""
-        vectors, found = iter(packed), {}
-        for name in self.splits:
-            by_predictor = {predictor: scores(next(vectors)) for predictor in self._sums[name]}
-            found[name] = by_predictor, self._diversity[name].diversity(next(vectors))
-        return found
+    @staticmethod
+    def scored(numbers: Mapping[str, Any]) -> dict[str, tuple[dict[str, Scores], Diversity]]:
+        """Return, for each split, the scores by predictor and how the students differ.
+
+        Args:
+            numbers: Those of `tensors`, on the host.
+        """
+        return {
+            split: ({name: scores(each) for name, each in sums["predictors"].items()}, diversity(sums["diversity"]))
+            for split, sums in numbers.items()
+        }
 
 
 def evaluate(
@@ -121,4 +128,4 @@ def evaluate(
     """
     evaluation = Evaluation(method, {"split": images}, precision, batch_size)
     evaluation.run()
-    return evaluation.scored(read_together(evaluation.packed()))["split"][0]
+    return evaluation.scored(read_together(evaluation.tensors()))["split"][0]

@@ -1,12 +1,13 @@
 """Sums that live on the device and are read by the host once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 CALIBRATION_BINS = 15
 
@@ -54,21 +55,27 @@ class ClassificationSums:
         self._bins[1].index_add_(0, bins, correct.double())
 
     def reset(self) -> None:
-        """Start anew."""
+        """Set all sums to 0."""
         for sums in (self._counts, self._nll, self._bins):
             sums.zero_()
 
-    def packed(self) -> Float[Tensor, " numbers"]:
-        """Give all sums as one vector, so that many predictors are read at once; see `scores`."""
-        return torch.cat([self._counts, self._nll[None], self._bins.flatten()])
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the sums by name, for `read_together`."""
+        (images, top1, top5), (confidence, accuracy) = self._counts, self._bins
+        counts = {"images": images, "top1": top1, "top5": top5, "nll": self._nll}
+        return counts | {"confidence": confidence, "accuracy": accuracy}
 
 
-def scores(packed: Sequence[float]) -> Scores:
-    """Turn the numbers of `ClassificationSums.packed` into scores."""
-    count, top1, top5, nll = packed[:4]
-    confidence, accuracy = packed[4 : 4 + CALIBRATION_BINS], packed[4 + CALIBRATION_BINS :]
-    gap = sum(abs(a - b) for a, b in zip(confidence, accuracy, strict=True))
-    return Scores(100 * (count - top1) / count, 100 * (count - top5) / count, nll / count, 100 * gap / count)
+def scores(sums: Mapping[str, Any]) -> Scores:
+    """Return the scores that the numbers of `ClassificationSums.tensors` amount to."""
+    images = sums["images"]
+    gap = sum(abs(a - b) for a, b in zip(sums["confidence"], sums["accuracy"], strict=True))
+    return Scores(
+        100 * (images - sums["top1"]) / images,
+        100 * (images - sums["top5"]) / images,
+        sums["nll"] / images,
+        100 * gap / images,
+    )
 
 
 class TermSums:
@@ -92,39 +99,46 @@ class TermSums:
         self.sums[:-1].add_(torch.stack([term.detach() for term in terms.values()]), alpha=images)
         self.sums[-1:].add_(images)
 
-    def packed(self) -> Float[Tensor, " numbers"]:
-        """Give the sums as one vector; see `means`."""
-        return self.sums
+    def tensors(self) -> dict[str, Any]:
+        """Return the number of images, and the sum of each term by name, for `read_together`."""
+        *sums, images = self.sums.unbind()
+        return {"images": images, "terms": dict(zip(self.names, sums, strict=True))}
 
-    def means(self, packed: Sequence[float] | None = None) -> dict[str, float]:
-        """Give the means over the images so far, with their total first, under `loss`.
+    def means(self, sums: Mapping[str, Any] | None = None) -> dict[str, float]:
+        """Return the mean of each term over the images so far, with their total first, under `loss`.
 
         Args:
-            packed: The numbers of `packed`, where the host has them; None: read them.
+            sums: The numbers of `tensors`, where the host has them; None: read them.
         """
-        *sums, images = self.sums.tolist() if packed is None else packed
-        means = {name: value / images for name, value in zip(self.names, sums, strict=True)}
+        sums = read_together(self.tensors()) if sums is None else sums
+        means = {name: value / sums["images"] for name, value in sums["terms"].items()}
         return {"loss": sum(means.values()), **means}
 
     def reset(self) -> None:
-        """Start anew."""
+        """Set all sums to 0."""
         self.sums.zero_()
 
     def state(self) -> dict[str, Any]:
-        """Give what a checkpoint inside an epoch holds."""
+        """Return what a checkpoint inside an epoch holds."""
         return {"names": list(self.names), "sums": self.sums}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave."""
+        """Continue from what `state` returned."""
         self.names = tuple(state["names"])
         self.sums = state["sums"].to(self._device)
 
 
-def read_together(vectors: Sequence[Float[Tensor, " numbers"]]) -> list[list[float]]:
-    """Bring vectors of one device to the host in one read: it waits for the device's work once."""
-    numbers = torch.cat([each.double() for each in vectors]).tolist()
-    lists, start = [], 0
-    for each in vectors:
-        lists.append(numbers[start : start + len(each)])
-        start += len(each)
-    return lists
+def read_together(tree: dict[Any, Any]) -> dict[Any, Any]:
+    """Bring scalars and vectors of one device to the host in one read, which waits for the device's work once.
+
+    Args:
+        tree: Nested dicts of them.
+
+    Returns:
+        The same keys, with a number for each scalar and a list for each vector.
+    """
+    leaves, structure = tree_flatten(tree)
+    numbers = iter(torch.cat([each.flatten().double() for each in leaves]).tolist() if leaves else [])
+    read = [next(numbers) if each.ndim == 0 else [next(numbers) for _ in each] for each in leaves]
+    filled: dict[Any, Any] = tree_unflatten(read, structure)
+    return filled

@@ -1,5 +1,6 @@
 """The students that train together, the trunk that they share, and the outputs of a forward pass."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -138,10 +139,15 @@ class Cohort(nn.Module):
             current.wait_stream(stream)
         return results
 
-    def run_branches_on_streams(self, device: torch.device) -> None:
-        """Run the branches of several students at the same time from now on; for a step that is captured."""
+    @contextlib.contextmanager
+    def branches_on_streams(self, device: torch.device) -> Iterator[None]:
+        """Run the branches of several students at the same time until this context ends; for a captured step."""
         if len(self) > 1:
             self.streams = [critical_stream(device) for _ in self]
+        try:
+            yield
+        finally:
+            self.streams = []
 
     def feature_maps(
         self, images: Float[Tensor, "*view batch channel height width"]

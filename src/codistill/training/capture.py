@@ -30,7 +30,7 @@ class GraphedSteps:
     def __init__(self, members: Sequence[TrainStep], warm_up: int = WARM_UP_STEPS) -> None:
         self.members = list(members)
         self.warm_up = warm_up
-        self.device = members[0].images.labels.device
+        self.device = members[0].device
         self.stream = critical_stream(self.device)
         self._forks = [critical_stream(self.device) for _ in members]
         self._progress = torch.zeros((), device=self.device)
@@ -38,9 +38,6 @@ class GraphedSteps:
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, list[BatchIndices]]] = {}
         # Graphs of different sizes have their memory in common: what lasts from step to step was made before them.
         self._pool = torch.cuda.graph_pool_handle()
-        for member in members:
-            if member.execution.overlap:
-                member.overlap()
 
     def __call__(self, batches: Sequence[BatchIndices], progress: Float[Tensor, ""]) -> None:
         """Train each run on its batch and add its loss terms to its `sums`."""
@@ -80,7 +77,7 @@ class GraphedSteps:
                 try:
                     self._run(static)
                 except BaseException as error:
-                    cause = error  # for to end a capture that has failed is an error of its own
+                    cause = error  # leaving a failed capture raises a second error that would hide this one
                     raise
         except RuntimeError as error:
             cause = cause or error
@@ -113,7 +110,7 @@ class EagerSteps:
 
 def make_fleet(members: Sequence[TrainStep]) -> GraphedSteps | EagerSteps:
     """Capture steps where they can be: on CUDA, in one process, and where every method allows it; else say why not."""
-    if members[0].images.labels.device.type != "cuda":
+    if members[0].device.type != "cuda":
         return EagerSteps(members)
     if members[0].ranks.count > 1:
         if members[0].ranks.leads:

@@ -1,13 +1,13 @@
-"""Where a training first went wrong: loss terms and gradients that are no numbers any more, found on the device."""
+"""Find the first step with a non-finite loss term or gradient without a host read, and stop a run that has diverged."""
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from codistill.core.errors import DivergedError
 from codistill.deploy.run import Run
@@ -27,63 +27,58 @@ class NonFiniteDetector:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.names: tuple[str, ...] = ()
-        # Zero while all was well and NaN ever after: zero times NaN or infinity is NaN.
+        # Zero as long as all steps were finite and NaN ever after: zero times NaN or infinity is NaN.
         self._damage = torch.zeros(0, device=device)
         self._good_steps = torch.zeros(0, dtype=torch.int32, device=device)
 
-    def update(self, names: Sequence[str], values: Float[Tensor, " number"]) -> None:
+    def update(self, numbers: Mapping[str, Float[Tensor, ""]]) -> None:
         """Look at the numbers of a step; each step has the same names."""
         if not self.names:
-            self.names = tuple(names)
-            self._damage = torch.zeros(len(names), device=self._device)
-            self._good_steps = torch.zeros(len(names), dtype=torch.int32, device=self._device)
-        self._damage.add_(values, alpha=0)
+            self.names = tuple(numbers)
+            self._damage = torch.zeros(len(numbers), device=self._device)
+            self._good_steps = torch.zeros(len(numbers), dtype=torch.int32, device=self._device)
+        self._damage.add_(torch.stack([each.detach().float() for each in numbers.values()]), alpha=0)
         self._good_steps.add_(self._damage == 0)
 
-    def packed(self) -> Float[Tensor, " number"]:
-        """Give one number for each name: how many steps were well before the first bad one, or -1 if all were."""
-        return torch.where(self._damage == 0, -1, self._good_steps).double()
+    def tensors(self) -> dict[str, Float[Tensor, ""]]:
+        """Return, by name, how many steps were finite before the first that was not, or -1 if all were."""
+        return dict(zip(self.names, torch.where(self._damage == 0, -1, self._good_steps).unbind(), strict=True))
 
-    def first_bad(self, packed: Sequence[float]) -> tuple[int, list[str]] | None:
-        """Give the first bad step, counted from 1, and the names of what was bad in it; None: all is well.
+    @staticmethod
+    def first_bad(numbers: Mapping[str, float]) -> tuple[int, list[str]] | None:
+        """Return the first bad step, counted from 1, and the names of what was bad in it; None: all was finite.
 
         Args:
-            packed: The numbers of `packed`, on the host.
+            numbers: Those of `tensors`, on the host.
         """
-        first = min((number for number in packed if number >= 0), default=None)
+        first = min((number for number in numbers.values() if number >= 0), default=None)
         if first is None:
             return None
-        return int(first) + 1, [name for name, number in zip(self.names, packed, strict=True) if number == first]
+        return int(first) + 1, [name for name, number in numbers.items() if number == first]
 
     def reset(self) -> None:
-        """Start anew."""
+        """Forget all steps."""
         self._damage.zero_()
         self._good_steps.zero_()
 
     def state(self) -> dict[str, Any]:
-        """Give what a checkpoint inside an epoch holds."""
+        """Return what a checkpoint inside an epoch holds."""
         return {"names": list(self.names), "damage": self._damage, "good_steps": self._good_steps}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave."""
+        """Continue from what `state` returned."""
         self.names = tuple(state["names"])
         self._damage = state["damage"].to(self._device)
         self._good_steps = state["good_steps"].to(self._device)
 
 
-def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Give a scalar for each tensor that is finite if all of its elements are (the sum of their sizes)."""
-    return list(torch._foreach_norm(list(tensors), 1)) if tensors else []
-
-
-def state_damage(state: Mapping[str, Tensor]) -> tuple[list[str], Float[Tensor, " tensor"]]:
-    """Look at a whole state, on its device: names of its floating-point tensors, and 0 for each that is finite."""
-    floating = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
-    return list(floating), torch.stack([each.float() for each in norms(list(floating.values()))]) * 0
+def norms(tensors: Mapping[str, Tensor]) -> dict[str, Float[Tensor, ""]]:
+    """Return the L1 norm of each tensor, which is finite if all of its elements are and they do not overflow."""
+    return dict(zip(tensors, torch._foreach_norm(list(tensors.values()), 1), strict=True)) if tensors else {}
 
 
 def part_of(name: str, shared_stages: int) -> str:
-    """Name the part of a method that a parameter belongs to: trunk, student1, or the method's own module."""
+    """Return the part of a method that a parameter belongs to: trunk, student1, or the method's own module."""
     student = re.search(r"cohort\.students\.(\d+)\.(?:stages\.(\d+))?", name)
     if student is None:
         return name.removeprefix("method.").partition(".")[0]
@@ -92,7 +87,7 @@ def part_of(name: str, shared_stages: int) -> str:
 
 
 def culprits(names: Iterable[str], shared_stages: int) -> str:
-    """Say who went wrong, from the names of what was bad in one step: predictors first, or else parts by gradients."""
+    """Name who diverged, from the names of what was bad in one step: predictors first, or else parts by gradients."""
     terms = [name for name in names if not name.startswith(GRADIENT)]
     labelled = [name.removeprefix("ce/") for name in terms if name.startswith("ce/")]
     if terms:
@@ -103,13 +98,8 @@ def culprits(names: Iterable[str], shared_stages: int) -> str:
     return f"{', '.join(parts)} ({GRADIENT}{gradients[0]}{more})"
 
 
-def parameter_names(method: nn.Module) -> dict[int, str]:
-    """Give the name of each parameter by its identity; one that several students share has that of the first."""
-    return {id(parameter): name for name, parameter in method.named_parameters()}
-
-
 class DivergenceGuard:
-    """Refuse numbers of a run that are none any more.
+    """Stop a run whose losses, gradients or weights became NaN or infinite.
 
     Args:
         run: Its folder.
@@ -120,32 +110,30 @@ class DivergenceGuard:
 
     def __init__(self, run: Run, method: Method, finite: NonFiniteDetector, saver: Saver) -> None:
         self.run, self.method, self.finite, self.saver = run, method, finite, saver
-        self._floating: list[str] = []
 
-    def health(self) -> list[Tensor]:
-        """Give vectors that say, once read, whether terms, gradients and the whole state are finite."""
-        self._floating, damage = state_damage(self.method.state_dict())
-        return [self.finite.packed(), damage]
+    def tensors(self) -> dict[str, dict[str, Float[Tensor, ""]]]:
+        """Return scalars that tell, once read, whether terms, gradients and the whole state are finite."""
+        state = {name: each for name, each in self.method.state_dict().items() if each.is_floating_point()}
+        return {"steps": self.finite.tensors(), "state": norms(state)}
 
-    def refuse_divergence(self, epoch: int, rate: float, watched: Sequence[float], damage: Sequence[float]) -> None:
-        """Stop where a term, a gradient or a tensor of the state is no number; nothing of it is saved.
+    def refuse_divergence(self, epoch: int, rate: float, numbers: Mapping[str, Mapping[str, float]]) -> None:
+        """Stop where a term, a gradient or a tensor of the state is NaN or infinite; nothing of it is saved.
 
         Args:
             epoch: Counted from 0.
             rate: Its learning rate.
-            watched: The first vector of `health`, read.
-            damage: The second one.
+            numbers: Those of `tensors`, on the host.
 
         Raises:
             DivergedError: Names the student or module, epoch, step and learning rate.
         """
-        found = self.finite.first_bad(watched)
+        found = self.finite.first_bad(numbers["steps"])
         shared = self.method.cohort.shared_stages
         if found is not None:
             where = f"at step {found[0]} of epoch {epoch + 1}"
             who = culprits(found[1], shared)
         else:
-            bad = [name for name, number in zip(self._floating, damage, strict=True) if number != 0]
+            bad = [name for name, number in numbers["state"].items() if not math.isfinite(number)]
             if not bad:
                 return
             where = f"in epoch {epoch + 1}"
@@ -156,16 +144,16 @@ class DivergenceGuard:
 
     @property
     def kept(self) -> str:
-        """Say what a run that diverges leaves."""
+        """What a run that diverges leaves, as the last part of an error line."""
         self.saver.flush()
         kept = "keeps the last whole checkpoint" if self.run.checkpoints.entries() else "has no checkpoint yet"
         return f"{self.run.path} {kept}"
 
     def refuse_bad_scores(self, row: Mapping[str, Any], splits: Iterable[str]) -> None:
-        """Stop where finite weights give logits that are no numbers.
+        """Stop where finite weights give logits that are NaN or infinite.
 
         Args:
-            row: What came out of an epoch.
+            row: The epoch's line of metrics.jsonl.
             splits: The splits that were scored.
 
         Raises:

@@ -16,27 +16,17 @@ from codistill.core.console import warn
 from codistill.core.device import choose_device
 from codistill.core.errors import DivergedError, UsageError
 from codistill.core.torchrun import refuse_ranks
-from codistill.data.augment import DeviceImages, epoch_indices
-from codistill.data.dataset import Dataset, Split
+from codistill.data.augment import epoch_indices
 from codistill.deploy.run import Run
 from codistill.evaluation.evaluation import EVALUATION_BATCH, evaluate
-from codistill.methods import Method
 from codistill.runs.folder import refuse_occupied
 from codistill.runs.metadata import run_metadata
 from codistill.runs.summary import write_summary_of_failure
 from codistill.settings.build import load_named_data
 from codistill.settings.config import SHARED, RunConfig
 from codistill.training.loop import train_loop
-from codistill.training.optim import make_optimizer
-from codistill.training.prepare import (
-    DeviceSplits,
-    build_taught,
-    check_shapes,
-    set_up,
-    split_training,
-    with_absolute_paths,
-)
-from codistill.training.step import TrainStep
+from codistill.training.prepare import DeviceSplits, Plan, build_taught, check, out_of_memory, set_up
+from codistill.training.step import make_step
 from codistill.training.train import free_folder
 from codistill.training.trainer import Trainer
 
@@ -51,69 +41,68 @@ ALLOWANCE = 1.3
 USED_SHARE = 0.9
 
 
-def memory_of_a_run(method: Method, config: RunConfig, data: Dataset, device: torch.device) -> int:
-    """Measure what a copy of a method takes beside the data set, bytes.
+def memory_of_a_run(plan: Plan, splits: DeviceSplits) -> int:
+    """Measure the memory of a run beside the data set, bytes, as it will be computed.
 
     That is what it keeps from step to step, what its graphs of a step and of an evaluation hold for themselves, and
     what the first plain steps of the epoch's last size need beside them, which is taken to be as much as a step does.
 
     Args:
-        method: Left as it is.
-        config: Batch size, precision and optimiser.
-        data: What it is trained on; only a few images of it are used.
-        device: A CUDA device.
+        plan: Its method is left as it is.
+        splits: The data set, on a CUDA device.
     """
-    settings = config.train
-    few = Split(data.train.images[: settings.batch_size], data.train.labels[: settings.batch_size])
-    images = DeviceImages(few, data.statistics, device)
-    test = Split(data.test.images[:EVALUATION_BATCH], data.test.labels[:EVALUATION_BATCH])
-    held = DeviceImages(test, data.statistics, device)
+    device, settings, precision = plan.device, plan.config.train, plan.config.execution.precision
+    few = splits.test.subset(torch.arange(min(EVALUATION_BATCH, len(splits.test))))
+    progress = torch.zeros((), device=device)
+    indices = epoch_indices(settings.batch_size, 0, 0, plan.augmentation, device, plan.method.views)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    probe = copy.deepcopy(method).to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    optimizer = make_optimizer(probe, settings.learning_rate, settings.momentum, settings.nesterov, 0.0)
-    augmentation = settings.augmentation(data)
-    step = TrainStep(probe, images, augmentation, optimizer, config.execution.precision)
-    plan = epoch_indices(len(images), settings.seed, 0, augmentation, device, probe.views)
-    for _ in range(2):
-        step(plan, torch.zeros((), device=device))
-    kept = torch.cuda.memory_allocated(device)
-    within_step = torch.cuda.max_memory_allocated(device) - kept
-    torch.cuda.reset_peak_memory_stats(device)
-    evaluate(probe, held, config.execution.precision)
-    within_evaluation = torch.cuda.max_memory_allocated(device) - kept
-    del probe, optimizer, step
+    probe = copy.deepcopy(plan.method)
+    with plan.execution.on(probe, device, plan.config.execution.deterministic):
+        step = make_step(probe, splits.train, plan.augmentation, settings, precision)
+        for _ in range(2):
+            step(indices, progress)
+        kept = torch.cuda.memory_allocated(device)
+        within_step = torch.cuda.max_memory_allocated(device) - kept
+        torch.cuda.reset_peak_memory_stats(device)
+        evaluate(probe, few, precision)
+        within_evaluation = torch.cuda.max_memory_allocated(device) - kept
+    del probe, step
     torch.cuda.empty_cache()
     return kept - before + (1 if settings.drop_last else 2) * within_step + within_evaluation
 
 
 def free_memory(device: torch.device) -> int:
-    """Say how many bytes of a CUDA device nobody uses."""
+    """Return how many bytes of a CUDA device are free."""
     return torch.cuda.mem_get_info(device)[0]
 
 
-def side_by_side(
-    methods: Sequence[Method], configs: Sequence[RunConfig], data: Dataset, device: torch.device
-) -> list[int]:
+def side_by_side(plans: Sequence[Plan], splits: DeviceSplits) -> list[int]:
     """Choose how many runs train at a time, from free memory and a short measurement of what one takes.
 
-    Says so in a line where not all of them fit. On a CPU runs take turns at each step, and all of them fit.
+    Prints a line where not all of them fit. On a CPU runs take turns at each step, and all of them fit.
 
     Args:
-        methods: On the host, not yet trained.
-        configs: Their settings.
-        data: Their data set.
-        device: Where they will train.
+        plans: The runs, on one device.
+        splits: Their data set there; it is placed first, so that what is free is free for the runs.
 
     Returns:
         Sizes of the groups that train one after the other, as equal as can be.
+
+    Raises:
+        ResourceError: The data set and one run do not fit.
     """
-    count = len(methods)
+    count, device = len(plans), plans[0].device
     if device.type != "cuda" or count == 1:
         return [count]
     collect_finished_runs()
-    kinds = {(config.method_name, config.networks): index for index, config in enumerate(configs)}
-    need = max(memory_of_a_run(methods[index], configs[index], data, device) for index in kinds.values())
+    kinds = {(plan.config.method_name, plan.config.networks): plan for plan in plans}
+    need = 0
+    for plan in kinds.values():
+        try:
+            need = max(need, memory_of_a_run(plan, splits))
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(plan.config, plan.method, error) from error
     free = free_memory(device) * USED_SHARE
     fit = min(count, max(1, int(free // (need * ALLOWANCE))))
     groups = -(-count // fit)
@@ -128,7 +117,7 @@ def side_by_side(
 
 
 def collect_finished_runs() -> None:
-    """Free the memory of runs that are over: matplotlib leaves cycles that hold their loops, and with them all else."""
+    """Free the memory of finished runs: matplotlib leaves cycles that hold their trainers, and with them all else."""
     gc.collect()
 
 
@@ -172,35 +161,19 @@ def train_fleet(configs: Sequence[RunConfig], outs: Sequence[Path], show: bool =
         raise UsageError("runs side by side need a run folder each, but one is named twice")
     device = choose_device(first.execution.device, first.execution.precision)
     data = load_named_data(first)
-    methods = [build_taught(config, data) for config in configs]
     # All of them before the first run folder is made.
-    for method, config, out in zip(methods, configs, outs, strict=True):
-        config.train.augmentation(data)
-        split_training(data, config.train)
-        check_shapes(method, data)
+    plans = [check(build_taught(each, data), data, each, device, alone=len(configs) == 1) for each in configs]
+    for out in outs:
         refuse_occupied(out)
-    sizes = side_by_side(methods, configs, data, device)
-    waiting: dict[Path, Run] = {}
-    # The runs of later groups have a folder from the beginning, so that `resume` knows them.
-    for method, config, out in list(zip(methods, configs, outs, strict=True))[sizes[0] :]:
-        with Run.opened(out, run_metadata(with_absolute_paths(config, data), data, device), method, data) as run:
-            waiting[out] = run
-    resident = DeviceSplits(data.statistics, device)
+    splits = DeviceSplits(data, device)
+    sizes = side_by_side(plans, splits)
+    # The runs of later groups have a folder from the beginning, so that `resume` finds them.
+    for plan, out in list(zip(plans, outs, strict=True))[sizes[0] :]:
+        with Run.opened(out, run_metadata(plan.config, data, device), plan.method, data):
+            pass
     openings = [
-        functools.partial(
-            set_up,
-            method,
-            data,
-            config,
-            out,
-            device,
-            show,
-            out.name,
-            waiting.get(out),
-            resident=resident,
-            runs=sizes[0],
-        )
-        for method, config, out in zip(methods, configs, outs, strict=True)
+        functools.partial(set_up, plan, out, show, out.name, begun=number >= sizes[0], splits=splits)
+        for number, (plan, out) in enumerate(zip(plans, outs, strict=True))
     ]
     return train_in_groups(openings, sizes, mark_diverged)
 
@@ -226,20 +199,20 @@ def train_side_by_side(openings: Sequence[Opening], diverged: Callable[[Trainer,
     """Train one group of runs, and leave its methods on the host; see `train_in_groups`."""
     collect_finished_runs()
     with contextlib.ExitStack() as held:
-        loops = [held.enter_context(opening()) for opening in openings]
-        train_loop(loops, diverged)
-        for loop in loops:
-            loop.method.cpu()
-    return [loop.run for loop in loops]
+        trainers = [held.enter_context(opening()) for opening in openings]
+        train_loop(trainers, diverged)
+        for trainer in trainers:
+            trainer.method.cpu()
+    return [trainer.run for trainer in trainers]
 
 
 def shared(config: RunConfig) -> dict[str, Any]:
-    """Give the settings that runs side by side have in common."""
+    """Return the settings that runs side by side have in common."""
     mapping = config.as_mapping()
     return {key: mapping[key] for key in SHARED}
 
 
-def mark_diverged(loop: Trainer, error: DivergedError) -> None:
-    """Write how a run ended that is dropped from a fleet, and say so."""
-    write_summary_of_failure(loop.run, loop.config, loop.method, error)
-    warn(f"{loop.run.path.name} is dropped: {error}")
+def mark_diverged(trainer: Trainer, error: DivergedError) -> None:
+    """Write how a run ended that is dropped from a fleet, and print it."""
+    write_summary_of_failure(trainer.run, trainer.config, trainer.method, error)
+    warn(f"{trainer.run.path.name} is dropped: {error}")

@@ -1,4 +1,4 @@
-"""The forward pass of a training step, with the many small things that each layer does done once for all layers."""
+"""The forward pass of a training step: casts of weights and counters of batches are done once for all layers."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,21 +21,22 @@ class TrainingForward:
 
     A small network's step is a chain of launches of a few microseconds each. Autocast adds one for each weight forward
     and one backward, and batch normalisation one for its counter of batches; here all weights of convolutions and
-    linear layers are cast together, and all counters counted together. Logits are autocast's to the last bit. So are
+    linear layers are cast together, and all counters counted together. Logits are bitwise equal to autocast's. So are
     gradients, unless a layer is applied twice in one pass: its two gradients are then added in bf16.
 
     Args:
         method: On its device.
-        precision: As in `TrainSettings.precision`.
+        precision: As in `ExecutionSettings.precision`.
+        apart: Groups of parameters that are differentiated one after the other, each from a pass of its own.
     """
 
-    def __init__(self, method: Method, precision: str) -> None:
+    def __init__(self, method: Method, precision: str, apart: Sequence[Sequence[nn.Parameter]] = ()) -> None:
         self.method = method
         self.precision = precision
         self._weights = _lowered(method) if precision == "bf16" else {}
-        # What is cast together is differentiated together: not with what has a turn of its own, or is not trained.
+        # What is cast together is differentiated together: not with what is differentiated alone, or not at all.
         frozen = [each for each in self._weights.values() if not each.requires_grad]
-        self._groups = _grouped(self._weights.values(), [*method.alternating_updates(), frozen])
+        self._groups = _grouped(self._weights.values(), [*apart, frozen])
         self._kept: list[Tensor] = []
         self._norms = [module for module in method.modules() if isinstance(module, _BatchNorm) and _counts(module)]
 
@@ -58,7 +59,7 @@ class TrainingForward:
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
-        """Keep batch normalisations from counting batches, and count one for each at the end."""
+        """Keep batch normalisations from counting this batch one by one, and count it for all of them at the end."""
         counters = [norm.num_batches_tracked for norm in self._norms]
         for norm in self._norms:
             norm.num_batches_tracked = None
@@ -75,7 +76,7 @@ class TrainingForward:
 
 
 def _counts(norm: _BatchNorm) -> bool:
-    """Say whether a batch normalisation counts batches without needing the count."""
+    """Whether a batch normalisation counts batches without needing the count."""
     return norm.num_batches_tracked is not None and norm.momentum is not None
 
 

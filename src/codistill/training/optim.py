@@ -5,11 +5,10 @@ from collections.abc import Sequence
 import torch
 
 from codistill.methods import Method
+from codistill.settings.config import TrainSettings
 
 
-def make_optimizer(
-    method: Method, learning_rate: float, momentum: float, nesterov: bool, weight_decay: float
-) -> torch.optim.SGD:
+def make_optimizer(method: Method, settings: TrainSettings) -> torch.optim.SGD:
     """Make SGD with one group for each of `Method.parameter_groups`.
 
     Fused, with the learning rate as a tensor on the device of the parameters, so that a captured step sees changes.
@@ -17,16 +16,14 @@ def make_optimizer(
 
     Args:
         method: Whose parameters are trained; already on its device.
-        learning_rate: Initial learning rate.
-        momentum: Momentum factor; 0 switches it off.
-        nesterov: Whether momentum is Nesterov's.
-        weight_decay: L2 factor of the groups that set none of their own; it reaches all tensors, biases and batch
-            normalisation included, as in the papers' code.
+        settings: The initial learning rate, momentum (0 switches it off) and whether it is Nesterov's, and the weight
+            decay of the groups that set none of their own; it reaches all tensors, biases and batch normalisation
+            included, as in the papers' code.
     """
     groups = [
         {
             "params": list(group.parameters),
-            "weight_decay": weight_decay if group.weight_decay is None else group.weight_decay,
+            "weight_decay": settings.weight_decay if group.weight_decay is None else group.weight_decay,
             "name": group.name,
         }
         for group in method.parameter_groups()
@@ -34,12 +31,12 @@ def make_optimizer(
     device = next(method.parameters()).device
     optimizer = torch.optim.SGD(
         groups,
-        lr=torch.tensor(learning_rate, device=device),
-        momentum=momentum,
-        nesterov=nesterov and momentum > 0,
+        lr=torch.tensor(settings.learning_rate, device=device),
+        momentum=settings.momentum,
+        nesterov=settings.nesterov and settings.momentum > 0,
         fused=True,
     )
-    if momentum > 0:
+    if settings.momentum > 0:
         for trained in optimizer.param_groups:
             for parameter in trained["params"]:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -47,7 +44,7 @@ def make_optimizer(
 
 
 def learning_rate_at(epoch: int, initial: float, milestones: Sequence[int], decay: float) -> float:
-    """Give the learning rate of an epoch, counted from 0: initial * decay ^ (number of milestones reached).
+    """Return the learning rate of an epoch, counted from 0: initial * decay ^ (number of milestones reached).
 
     Source: MFEF (ICANN 2022), section 4.1: 0.1, times 0.1 at epochs 150 and 225 of 300.
     """

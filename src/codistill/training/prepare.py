@@ -1,38 +1,102 @@
-"""What comes before the first step: data, networks, teacher, checks, run folder, device."""
+"""Before the first step: check a run, open its folder, put it on its device."""
 
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from codistill.core.device import set_up_gpu
 from codistill.core.errors import ResourceError, UsageError
 from codistill.core.host import set_up_cpu
-from codistill.data.augment import DeviceImages, seeded_order
-from codistill.data.dataset import Dataset, Split
+from codistill.data.augment import Augmentation, DeviceImages, seeded_order
+from codistill.data.dataset import Dataset
 from codistill.deploy.run import Run
 from codistill.methods import METHODS, Method
 from codistill.methods.teacher import WithTeacher
 from codistill.runs.metadata import run_metadata
 from codistill.runs.saving import Saver
+from codistill.runs.state import TrainingState
 from codistill.runs.summary import network_names, write_summary_of_failure
 from codistill.settings.build import build_method
 from codistill.settings.config import RunConfig, TrainSettings
-from codistill.training.compiling import choose_execution
-from codistill.training.optim import make_optimizer
+from codistill.training.compiling import Execution, choose_execution
 from codistill.training.ranks import ALONE, Ranks
-from codistill.training.step import TrainStep
+from codistill.training.step import make_step
 from codistill.training.teacher import load_teacher
 from codistill.training.trainer import Trainer
 
+Positions = Int[Tensor, " image"] | None
+"""Positions of the images that are used, on the host; None: all of them, in order."""
 
-def split_training(data: Dataset, settings: TrainSettings) -> tuple[Split, Split | None]:
-    """Take the training images that are used, and the validation images if any, from the seeded order.
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has passed all checks; nothing is written yet, and nothing is on the device.
+
+    Attributes:
+        method: What is trained, still on the host.
+        data: What it is trained and tested on.
+        config: The settings, with absolute paths.
+        device: Where it is trained.
+        augmentation: Crops and flips of the training images.
+        training: Positions of the training images that are used, in the order of the split; None: all.
+        validation: Positions of the training images that are held out; None: none are.
+        execution: How steps are computed.
+    """
+
+    method: Method
+    data: Dataset
+    config: RunConfig
+    device: torch.device
+    augmentation: Augmentation
+    training: Positions
+    validation: Positions
+    execution: Execution
+
+
+def check(
+    method: Method, data: Dataset, config: RunConfig, device: torch.device, alone: bool = True, ranks: Ranks = ALONE
+) -> Plan:
+    """Check that a run can work, and set the process up for its device.
+
+    Args:
+        method: Left as it is.
+        data: Its data set.
+        config: Its settings.
+        device: Where it will be trained.
+        alone: Whether no other run is trained on the device at the same time.
+        ranks: The processes that share the run, which all check it.
+
+    Raises:
+        UsageError: Method, data and settings do not go together, or this machine lacks what they need.
+    """
+    settings = config.train
+    set_up_cpu(config.execution.threads, device)
+    set_up_gpu(device, config.execution.deterministic)
+    with ranks.together():
+        augmentation = settings.augmentation(data)
+        training, validation = split_training(data, settings)
+        images = len(data.train) if training is None else len(training)
+        check_parts(config, images, ranks)
+        check_shapes(method, data)
+        steps = settings.epochs * math.ceil(images / settings.batch_size)
+        captured = alone and ranks.count == 1 and method.capturable
+        execution = choose_execution(config.execution, device, steps, overlap=captured)
+    config = with_absolute_paths(config, data)
+    return Plan(method, data, config, device, augmentation, training, validation, execution)
+
+
+def split_training(data: Dataset, settings: TrainSettings) -> tuple[Positions, Positions]:
+    """Return the positions of the training images that are used, and of the validation images, in the seeded order.
 
     Raises:
         UsageError: More images asked for than there are, or a last batch too small for batch statistics.
@@ -54,13 +118,8 @@ def split_training(data: Dataset, settings: TrainSettings) -> tuple[Split, Split
             f"the last batch of {wanted} images would be a single image, which batch normalisation cannot use: "
             f"set drop_last or another batch_size than {settings.batch_size}"
         )
-    order = seeded_order(count, settings.seed).numpy()
-
-    def part(chosen: Any) -> Split:
-        return Split(data.train.images[chosen], data.train.labels[chosen])
-
-    training = data.train if wanted == count else part(order[:wanted])
-    return training, part(order[count - held_out :]) if held_out else None
+    order = seeded_order(count, settings.seed)
+    return None if wanted == count else order[:wanted], order[count - held_out :] if held_out else None
 
 
 def check_parts(config: RunConfig, images: int, ranks: Ranks) -> None:
@@ -138,29 +197,33 @@ def check_teacher(method: type[Method], given: bool) -> None:
 
 
 class DeviceSplits:
-    """Splits on a device; runs side by side have one copy of what they have in common.
+    """The splits of a data set on a device; runs side by side share them.
 
     Args:
-        statistics: Mean and standard deviation of the data set.
-        device: Where they lie.
+        data: The data set.
+        device: Where they lie, from their first use on.
     """
 
-    def __init__(self, statistics: tuple[tuple[float, ...], tuple[float, ...]], device: torch.device) -> None:
-        self._statistics, self._device = statistics, device
-        self._placed: list[tuple[Split, DeviceImages]] = []
+    def __init__(self, data: Dataset, device: torch.device) -> None:
+        self._data, self._device = data, device
 
-    def images(self, split: Split) -> DeviceImages:
-        """Give a split on the device."""
-        for known, images in self._placed:
-            if known is split:
-                return images
-        images = DeviceImages(split, self._statistics, self._device)
-        self._placed.append((split, images))
-        return images
+    @functools.cached_property
+    def train(self) -> DeviceImages:
+        """All training images."""
+        return DeviceImages(self._data.train, self._data.statistics, self._device)
+
+    @functools.cached_property
+    def test(self) -> DeviceImages:
+        """The test images."""
+        return DeviceImages(self._data.test, self._data.statistics, self._device)
+
+    def subset(self, positions: Positions) -> DeviceImages:
+        """Return some of the training images; see `DeviceImages.subset`."""
+        return self.train if positions is None else self.train.subset(positions)
 
 
 def with_absolute_paths(config: RunConfig, data: Dataset) -> RunConfig:
-    """Write the places of data and teacher in full: a run is used from other folders than it was started in."""
+    """Make the paths of data and teacher absolute: a run is used from other folders than it was started in."""
     teaching = config.teaching
     if teaching.teacher is not None:
         teaching = dataclasses.replace(teaching, teacher=str(Path(teaching.teacher).absolute()))
@@ -169,58 +232,50 @@ def with_absolute_paths(config: RunConfig, data: Dataset) -> RunConfig:
 
 @contextlib.contextmanager
 def set_up(
-    method: Method,
-    data: Dataset,
-    config: RunConfig,
+    plan: Plan,
     out: Path,
-    device: torch.device,
     show: bool,
     label: str = "",
-    run: Run | None = None,
+    begun: bool = False,
+    state: TrainingState | None = None,
     ranks: Ranks = ALONE,
-    resident: DeviceSplits | None = None,
-    runs: int = 1,
+    splits: DeviceSplits | None = None,
 ) -> Iterator[Trainer]:
-    """Check everything, make the run folder and put the run on its device; close all at the end, however it comes.
+    """Open the folder of a run and put the run on its device; always release both, and leave the method as it was.
 
-    A `run` that has a folder is opened again instead of made. Of the processes that share a run, rank 0 holds the
-    folder. Splits that are `resident` already are used as they are. `runs` train side by side, this one among them.
+    Args:
+        plan: What `check` returned.
+        out: The run folder.
+        show: Whether to print.
+        label: First word of its lines, among those of other runs.
+        begun: Whether the folder holds the run already.
+        state: The checkpoint to resume from.
+        ranks: The processes that share the run; rank 0 holds the folder for all.
+        splits: The data on the device, where other runs use them too.
     """
-    settings, show = config.train, show and ranks.leads
-    set_up_cpu(config.execution.threads, device)
-    set_up_gpu(device, config.execution.deterministic)
-    with ranks.together():
-        augmentation = settings.augmentation(data)
-        training, validation = split_training(data, settings)
-        check_parts(config, len(training), ranks)
-        check_shapes(method, data)
-        steps = settings.epochs * math.ceil(len(training) / settings.batch_size)
-        execution = choose_execution(config.execution, device, 1 if ranks.count > 1 else runs, steps)
-        execution.prepare(method, device, config.execution.deterministic)
-    config = with_absolute_paths(config, data)
-    resident = resident or DeviceSplits(data.statistics, device)
-    metadata = None if run else run_metadata(config, data, device)
-    with opened_folder(out, metadata, method, data, ranks) as folder:
+    method, config, splits = plan.method, plan.config, splits or DeviceSplits(plan.data, plan.device)
+    metadata = None if begun else run_metadata(config, plan.data, plan.device)
+    with opened_folder(out, metadata, method, plan.data, ranks) as run:
         try:
-            method.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-            optimizer = make_optimizer(
-                method, settings.learning_rate, settings.momentum, settings.nesterov, settings.weight_decay
-            )
-            splits = {"validation": validation, "test": data.test}
-            held = {name: resident.images(each) for name, each in splits.items() if each is not None}
-            images = resident.images(training)
-            step = TrainStep(method, images, augmentation, optimizer, config.execution.precision, ranks, execution)
-            with contextlib.closing(Saver(folder)) as saver:
-                yield Trainer(folder, config, step, held, saver, show, label)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            lack = out_of_memory(config, method, error)
-            if ranks.leads:
-                write_summary_of_failure(folder, config, method, lack)
-            raise lack from error
+            with (
+                plan.execution.on(method, plan.device, config.execution.deterministic),
+                contextlib.closing(Saver(run)) as saver,
+            ):
+                images, precision = splits.subset(plan.training), config.execution.precision
+                step = make_step(method, images, plan.augmentation, config.train, precision, ranks)
+                held = {} if plan.validation is None else {"validation": splits.subset(plan.validation)}
+                held["test"] = splits.test
+                trainer = Trainer(run, config, step, plan.execution, held, saver, show and ranks.leads, label)
+                with ranks.together():
+                    if state is not None:
+                        trainer.restore(state)
+                yield trainer
         except BaseException as error:
+            if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+                error = out_of_memory(config, method, error)
             if ranks.leads:
-                write_summary_of_failure(folder, config, method, error)
-            raise
+                write_summary_of_failure(run, config, method, error)
+            raise error
 
 
 @contextlib.contextmanager
@@ -239,7 +294,7 @@ def opened_folder(
 
 
 def out_of_memory(config: RunConfig, method: Method, error: BaseException) -> ResourceError:
-    """Say what did not fit into memory; the batch is never split, for that would change its statistics."""
+    """Return the error of a run that does not fit into memory. To split its batch would change its statistics."""
     names = " + ".join(network_names(method.cohort))
     reason = " ".join(str(error).split())[:200]
     return ResourceError(

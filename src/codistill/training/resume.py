@@ -1,25 +1,20 @@
 """Interrupted runs that go on, alone or side by side."""
 
-import contextlib
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from codistill.core.errors import DataError, UsageError
 from codistill.data.dataset import Dataset
 from codistill.deploy.run import Run
-from codistill.methods import Method
 from codistill.settings.config import PLACES, RunConfig
 from codistill.settings.mapping import run_from_mapping
 from codistill.training.fleet import mark_diverged, shared, side_by_side, train_in_groups
-from codistill.training.prepare import DeviceSplits, build_taught, set_up
+from codistill.training.prepare import DeviceSplits, build_taught, check, set_up
 from codistill.training.ranks import ALONE, Ranks
 from codistill.training.train import fail
-from codistill.training.trainer import Trainer
 
 
 def resume(
@@ -91,14 +86,17 @@ def resumed(paths: Sequence[Path], overrides: Mapping[str, Any], show: bool, ran
         data = ranks.in_turn(group[0].load_data)
         with ranks.together():
             methods = [build_taught(config, data) for config in configs]
-        sizes = side_by_side(methods, configs, data, device)
-        resident = DeviceSplits(data.statistics, device)
-        openings = [
-            functools.partial(
-                each.taken_up, method, data, device, show, several, ranks=ranks, resident=resident, runs=sizes[0]
-            )
-            for each, method in zip(group, methods, strict=True)
+        alone = len(group) == 1
+        plans = [
+            check(method, data, config, device, alone, ranks) for method, config in zip(methods, configs, strict=True)
         ]
+        splits = DeviceSplits(data, device)
+        names = [each.run.path.name if several else "" for each in group]
+        openings = [
+            functools.partial(set_up, plan, each.run.path, show, name, True, each.state, ranks, splits)
+            for plan, each, name in zip(plans, group, names, strict=True)
+        ]
+        sizes = side_by_side(plans, splits)
         train_in_groups(openings, sizes, mark_diverged if several else fail)
     return [each.run for each in interrupted]
 
@@ -175,26 +173,6 @@ class InterruptedRun:
                     f"data set {self.config.data}: {found} {split} images, but {self.run.path} began with {began}"
                 )
         return data
-
-    @contextlib.contextmanager
-    def taken_up(
-        self,
-        method: Method,
-        data: Dataset,
-        device: torch.device,
-        show: bool,
-        label: bool = False,
-        ranks: Ranks = ALONE,
-        resident: DeviceSplits | None = None,
-        runs: int = 1,
-    ) -> Iterator[Trainer]:
-        """Put the run on its device as its checkpoint left it; see `set_up`."""
-        out, name = self.run.path, self.run.path.name if label else ""
-        with set_up(method, data, self.config, out, device, show, name, self.run, ranks, resident, runs) as loop:
-            with ranks.together():
-                if self.state is not None:
-                    loop.restore(self.state)
-            yield loop
 
 
 def overridden(config: RunConfig, override: Mapping[str, Any]) -> RunConfig:

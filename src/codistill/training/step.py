@@ -1,6 +1,4 @@
-"""One training step: plain PyTorch, and the same captured as a CUDA graph, for one run or several at once."""
-
-from collections.abc import Sequence
+"""One training step in plain PyTorch: of all parameters at once, or of one student after the other."""
 
 import torch
 from jaxtyping import Float
@@ -9,9 +7,10 @@ from torch import Tensor
 from codistill.data.augment import Augmentation, BatchIndices, DeviceImages
 from codistill.evaluation.metrics import TermSums
 from codistill.methods import Method
-from codistill.training.compiling import PLAIN, Execution
-from codistill.training.finite import GRADIENT, NonFiniteDetector, norms, parameter_names
+from codistill.settings.config import TrainSettings
+from codistill.training.finite import GRADIENT, NonFiniteDetector, norms
 from codistill.training.forward import TrainingForward
+from codistill.training.optim import make_optimizer
 from codistill.training.ranks import ALONE, Ranks
 
 
@@ -20,13 +19,12 @@ class TrainStep:
 
     Args:
         method: What is trained, in training mode and on the device of the images.
-        images: The training split.
+        images: The training images.
         augmentation: Crops and flips; the same as the batches were drawn with.
         optimizer: Over `Method.parameter_groups`.
         precision: float32, or bf16 for autocast in the forward pass; losses are computed in float32 in any case.
         ranks: The processes that share the run. Each gets the whole batch, works on its part, and ends with the
             gradients and terms of the whole batch; batch statistics are those of its part.
-        execution: How the method was prepared to compute; overlap is for captured steps.
     """
 
     def __init__(
@@ -37,52 +35,109 @@ class TrainStep:
         optimizer: torch.optim.Optimizer,
         precision: str = "float32",
         ranks: Ranks = ALONE,
-        execution: Execution = PLAIN,
     ) -> None:
         self.method = method
-        self.execution = execution
         self.images = images
+        self.device = images.device
         self.augmentation = augmentation
         images.crops(augmentation)  # here and not on the stream of whichever run comes first
         self.optimizer = optimizer
         self.forward = TrainingForward(method, precision)
         self.ranks = ranks
-        self.sums = TermSums(images.labels.device)
-        self.finite = NonFiniteDetector(images.labels.device)
-        self._names = parameter_names(method)
+        self.sums = TermSums(self.device)
+        self.finite = NonFiniteDetector(self.device)
+        names = {id(parameter): name for name, parameter in method.named_parameters()}
+        self._trained = {names[id(each)]: each for group in optimizer.param_groups for each in group["params"]}
 
-    def __call__(self, batch: BatchIndices, progress: Float[Tensor, ""]) -> None:
-        """Train on a batch, add its loss terms to `sums` and let `watch` look at them and at all gradients."""
-        count = batch.image.shape[-1]
-        batch = self.ranks.part(batch)
-        own = batch.image.shape[-1]
-        flat = BatchIndices(*(table.flatten() for table in batch))
-        images, labels = self.images.augmented(flat, self.augmentation)
-        images, labels = images.reshape(*batch.image.shape, *images.shape[1:]), labels[:own]
-        turns: Sequence[Sequence[Tensor] | None] = self.method.alternating_updates() or [None]
-        names: list[str] = []
-        sizes: list[Tensor] = []
-        for parameters in turns:
-            terms = self.terms(images, labels, progress)
-            total = torch.stack(list(terms.values())).sum()
-            total.backward(inputs=parameters)  # type: ignore[no-untyped-call]
-            trained = [each for group in self.optimizer.param_groups for each in group["params"]]
-            gradients = [(GRADIENT + self._names[id(each)], each.grad) for each in trained if each.grad is not None]
-            self.ranks.average([*(gradient for _, gradient in gradients), *terms.values()], own / count)
-            names += [name for name, _ in gradients]
-            sizes += norms([gradient for _, gradient in gradients])
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+    def __call__(self, indices: BatchIndices, progress: Float[Tensor, ""]) -> None:
+        """Train on a batch, add its loss terms to `sums`, and have `finite` look at them and at all gradients.
+
+        Args:
+            indices: Images, crops and flips of the whole batch.
+            progress: As in `Method.losses`.
+        """
+        images, labels = self.images.augmented(self.ranks.part(indices), self.augmentation)
+        terms = self.method.losses(self.forward(images), labels, progress)
+        torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
+        size = indices.image.shape[-1]
+        gradients = self._update(terms, len(labels) / size)
         self.method.after_step()
-        self.sums.update(terms, count)
-        self.finite.update([*terms, *names], torch.stack([term.detach().float() for term in terms.values()] + sizes))
+        self.sums.update(terms, size)
+        self.finite.update(terms | gradients)
 
-    def overlap(self) -> None:
-        """Let the branches run at the same time from now on, on streams of their own; for a step that is captured."""
-        if self.method.parallel_branches:
-            self.method.cohort.run_branches_on_streams(self.images.labels.device)
+    def _update(self, terms: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+        """Average terms and gradients over the ranks and update the parameters.
 
-    def terms(self, images: Tensor, labels: Tensor, progress: Tensor) -> dict[str, Tensor]:
-        """Run the method and compute its losses."""
-        outputs = self.forward(images)
-        return self.method.losses(outputs, labels, progress)
+        Args:
+            terms: Changed in place.
+            share: This rank's share of the batch.
+
+        Returns:
+            The norm of each gradient.
+        """
+        named = self._trained.items()
+        gradients = {GRADIENT + name: each.grad for name, each in named if each.grad is not None}
+        self.ranks.average([*gradients.values(), *terms.values()], share)
+        sizes = norms(gradients)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return sizes
+
+
+class AlternatingStep(TrainStep):
+    """Update one group of parameters after the other, each from a fresh forward pass of the same batch.
+
+    For methods with `Method.alternating_updates`. The terms that are summed up are those of the last pass. Arguments
+    are those of `TrainStep`.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        images: DeviceImages,
+        augmentation: Augmentation,
+        optimizer: torch.optim.Optimizer,
+        precision: str = "float32",
+        ranks: Ranks = ALONE,
+    ) -> None:
+        super().__init__(method, images, augmentation, optimizer, precision, ranks)
+        self.forward = TrainingForward(method, precision, method.alternating_updates())
+
+    def __call__(self, indices: BatchIndices, progress: Float[Tensor, ""]) -> None:
+        """Train on a batch; see `TrainStep`."""
+        images, labels = self.images.augmented(self.ranks.part(indices), self.augmentation)
+        size = indices.image.shape[-1]
+        terms: dict[str, Tensor] = {}
+        gradients: dict[str, Tensor] = {}
+        for parameters in self.method.alternating_updates():
+            terms = self.method.losses(self.forward(images), labels, progress)
+            torch.stack(list(terms.values())).sum().backward(inputs=parameters)  # type: ignore[no-untyped-call]
+            gradients |= self._update(terms, len(labels) / size)
+        self.method.after_step()
+        self.sums.update(terms, size)
+        self.finite.update(terms | gradients)
+
+
+def make_step(
+    method: Method,
+    images: DeviceImages,
+    augmentation: Augmentation,
+    settings: TrainSettings,
+    precision: str = "float32",
+    ranks: Ranks = ALONE,
+    memory_format: torch.memory_format = torch.channels_last,
+) -> TrainStep:
+    """Put a method on the device of its images, in training mode, and make its optimiser and its step.
+
+    Args:
+        method: Moved in place.
+        images: The training images.
+        augmentation: Crops and flips.
+        settings: Of the optimiser.
+        precision: See `TrainStep`.
+        ranks: See `TrainStep`.
+        memory_format: Of the weights.
+    """
+    method.to(images.device, memory_format=memory_format).train()  # type: ignore[call-overload]
+    kind = AlternatingStep if method.alternating_updates() else TrainStep
+    return kind(method, images, augmentation, make_optimizer(method, settings), precision, ranks)

@@ -17,7 +17,7 @@ from codistill.runs.state import TrainingState
 from codistill.settings.build import load_named_data
 from codistill.settings.config import PLACES, ExecutionSettings, RunConfig, TeacherSettings, TrainSettings
 from codistill.training.loop import train_loop
-from codistill.training.prepare import build_taught, check_teacher, set_up, with_absolute_paths
+from codistill.training.prepare import build_taught, check, check_teacher, set_up
 from codistill.training.ranks import Ranks
 from codistill.training.trainer import Trainer
 
@@ -109,18 +109,16 @@ def train(
 def _train(
     method: Method, data: Dataset, config: RunConfig, out: Path | None, device: torch.device, show: bool, ranks: Ranks
 ) -> Run:
-    run, state, finished = ranks.from_leader(lambda: restarted(with_absolute_paths(config, data), out))
+    plan = check(method, data, config, device, ranks=ranks)
+    run, state, finished = ranks.from_leader(lambda: restarted(plan.config, out))
     if run is not None and finished:
         return run
-    out = run.path if run is not None else ranks.from_leader(lambda: out or free_folder(config))
+    folder = run.path if run is not None else ranks.from_leader(lambda: out or free_folder(config))
     if ranks.count > 1 and state is None:
         method.load_state_dict(ranks.from_leader(method.state_dict))
-    with set_up(method, data, config, out, device, show, run=run, ranks=ranks) as loop:
-        with ranks.together():
-            if state is not None:
-                loop.restore(state)
-        train_loop([loop], fail)
-    return loop.run
+    with set_up(plan, folder, show, begun=run is not None, state=state, ranks=ranks) as trainer:
+        train_loop([trainer], fail)
+    return trainer.run
 
 
 def restarted(config: RunConfig, out: Path | None) -> tuple[Run | None, TrainingState | None, bool]:

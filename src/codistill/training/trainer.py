@@ -1,7 +1,7 @@
-"""The state of one training between steps: where it is, what it has given, what is saved and kept of it."""
+"""The trainer of one run: position, metrics, evaluation and checkpoints."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from codistill.core.console import TrainingDisplay, summary_table, warn
@@ -18,25 +18,29 @@ from codistill.runs.saving import Saver
 from codistill.runs.state import TrainingState, load_weights, tensors_once
 from codistill.runs.summary import summarise
 from codistill.settings.config import RunConfig
+from codistill.training.compiling import Execution
 from codistill.training.finite import DivergenceGuard
 from codistill.training.optim import learning_rate_at, momentum_buffers, set_learning_rate
 from codistill.training.step import TrainStep
 
 
 class Trainer:
-    """The state of a training between steps.
+    """One run between its steps.
 
     Args:
-        run: Where results go.
-        config: What is run.
+        run: Its folder.
+        config: Its settings.
         step: The training step, which holds method, images and optimiser.
+        execution: How the step is computed, for the summary.
         held: The splits that are evaluated each epoch; `test`, and `validation` where one is held out.
-        saver: What writes.
+        saver: Writes its files.
         show: Whether to print.
-        label: What its lines begin with, among those of other runs.
+        label: First word of its lines, among those of other runs.
 
     Attributes:
-        position: Completed epochs, and steps done of the one after them, when this process took the run up.
+        position: Completed epochs, and steps done of the next one, when this process started or resumed the run.
+        steps: First image and the one after the last of each step of an epoch.
+        used: Images of an epoch.
     """
 
     def __init__(
@@ -44,12 +48,13 @@ class Trainer:
         run: Run,
         config: RunConfig,
         step: TrainStep,
+        execution: Execution,
         held: dict[str, DeviceImages],
         saver: Saver,
         show: bool,
         label: str = "",
     ) -> None:
-        self.run, self.config, self.step, self.saver = run, config, step, saver
+        self.run, self.config, self.step, self.execution, self.saver = run, config, step, execution, saver
         self.method = step.method
         self.guard = DivergenceGuard(run, step.method, step.finite, saver)
         self.evaluation = Evaluation(self.method, held, config.execution.precision, captured=step.ranks.count == 1)
@@ -57,7 +62,7 @@ class Trainer:
         self.used = images // size * size if config.train.drop_last else images
         self.steps = [(start, min(start + size, self.used)) for start in range(0, self.used, size)]
         self.display = TrainingDisplay(config.train.epochs, len(self.steps), self.used, show, label)
-        self.stopwatch = Stopwatch(step.images.labels.device)
+        self.stopwatch = Stopwatch(step.device)
         self.rate = config.train.learning_rate
         self.position = (0, 0)
         self.best: Mapping[str, Any] | None = None
@@ -99,19 +104,19 @@ class Trainer:
         )
         set_learning_rate(self.step.optimizer, self.rate)
         self.display.begin_epoch(epoch)
-        device = self.step.images.labels.device
-        count, augmentation = len(self.step.images), self.step.augmentation
-        return epoch_indices(count, settings.seed, epoch, augmentation, device, self.method.views)
+        step, images = self.step, self.step.images
+        used = len(images) if images.positions is None else images.positions
+        return epoch_indices(used, settings.seed, epoch, step.augmentation, step.device, self.method.views)
 
     def first_step(self, epoch: int) -> int:
-        """Say how many steps of an epoch are done already, by the process before."""
+        """Return how many steps of an epoch the process before has done."""
         return self.position[1] if epoch == self.position[0] else 0
 
     def after_step(self, epoch: int, number: int) -> None:
-        """Show where the training is, now and then; steps are counted from 1."""
+        """Show the progress now and then; steps are counted from 1."""
         if self.display.due():
             # On a GPU a read would wait for all work in the queue; there terms are shown once an epoch.
-            readable = self.step.images.labels.device.type == "cpu"
+            readable = self.step.device.type == "cpu"
             self.display.step(epoch, number, self.step.sums.means() if readable else {})
 
     def evaluate(self, between: Callable[[], None]) -> None:
@@ -139,31 +144,39 @@ class Trainer:
             return state
         return dataclasses.replace(state, sums=self.step.sums.state(), finite=self.step.finite.state())
 
+    def tensors(self) -> dict[str, Any]:
+        """Return the numbers of the epoch on the device, for `read_together`: terms, health, scores."""
+        return {
+            "terms": self.step.sums.tensors(),
+            "health": self.guard.tensors(),
+            "scores": self.evaluation.tensors(),
+        }
+
     def save_inside(self, epoch: int, step: int) -> None:
         """Save between two steps, and wait for it; a diverged state is not saved.
 
         Args:
             epoch: Counted from 0.
-            step: Steps done of it; after none there is nothing to save.
+            step: Number of its steps that are done; after none there is nothing to save.
         """
         if step == 0 or not self.step.ranks.leads:
             return
         copy = self.saver.copy(self.state(step))
         try:
-            self.guard.refuse_divergence(epoch, self.rate, *read_together(self.guard.health()))
+            self.guard.refuse_divergence(epoch, self.rate, read_together(self.guard.tensors()))
         except DivergedError as error:
             warn(f"not saved: {error}")
             return
         self.saver.save(copy)
         self.saver.flush()
 
-    def end_epoch(self, epoch: int, numbers: Sequence[Sequence[float]], state: TrainingState | None) -> None:
-        """Keep what came out of an epoch; rank 0 does for all.
+    def end_epoch(self, epoch: int, numbers: Mapping[str, Any], state: TrainingState | None) -> None:
+        """Check, log and save an epoch; of several ranks rank 0 does.
 
         Args:
             epoch: Counted from 0.
-            numbers: What was read: terms, health, scores.
-            state: The state after the last step, on the host; None: another rank saves.
+            numbers: Those of `tensors`, on the host.
+            state: That of `state`, on the host; None: another rank saves.
 
         Raises:
             DivergedError: A number became NaN or infinite; nothing of the epoch is kept.
@@ -174,29 +187,28 @@ class Trainer:
         self.step.sums.reset()
         self.step.finite.reset()
 
-    def log_epoch(self, epoch: int, numbers: Sequence[Sequence[float]], state: TrainingState) -> None:
-        """Check, score, save and show an epoch; see `end_epoch`."""
-        terms, watched, damage, *packed = numbers
-        self.guard.refuse_divergence(epoch, self.rate, watched, damage)
-        row: dict[str, Any] = {"epoch": epoch, "learning_rate": self.rate, "train": self.step.sums.means(terms)}
-        row |= self.scored(packed)
+    def log_epoch(self, epoch: int, numbers: Mapping[str, Any], state: TrainingState) -> None:
+        """Check, log and save an epoch; see `end_epoch`."""
+        self.guard.refuse_divergence(epoch, self.rate, numbers["health"])
+        train = self.step.sums.means(numbers["terms"])
+        row: dict[str, Any] = {"epoch": epoch, "learning_rate": self.rate, "train": train}
+        row |= self.scored(numbers["scores"])
         self.guard.refuse_bad_scores(row, self.evaluation.splits)
         row["warnings"] = health_warnings(row, self.rows, self.config.train.epochs)
         seconds = self.stopwatch.seconds()
         trained = self.used - sum(stop - start for start, stop in self.steps[: self.first_step(epoch)])
         row |= {"seconds": seconds, "images_per_second": trained / seconds}
-        score = self.selection_error(row)
-        best = self.best is None or score < self.selection_error(self.best)
+        best = self.best is None or self.selection_error(row) < self.selection_error(self.best)
         if best:
             self.best = row
         self.rows.append(row)
         self.saver.log(dataclasses.replace(state, rows=tuple(self.rows), best=best))
         self.display.end_epoch(row)
 
-    def scored(self, packed: Sequence[Sequence[float]]) -> dict[str, Any]:
-        """Give scores of all predictors on the held splits, and how the students differ on the last one, the test."""
+    def scored(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
+        """Return scores of all predictors on the held splits, and how the students differ on the last one, the test."""
         row: dict[str, Any] = {}
-        for name, (scores, diversity) in self.evaluation.scored(packed).items():
+        for name, (scores, diversity) in self.evaluation.scored(numbers).items():
             row[name] = {predictor: dataclasses.asdict(each) for predictor, each in scores.items()}
             row["diversity"] = dataclasses.asdict(diversity)
         errors = {name: each["top1_error"] for name, each in row["test"].items()}
@@ -217,7 +229,7 @@ class Trainer:
         """
         lost = self.saver.finish()
         best = self.best or self.rows[-1]
-        execution = dataclasses.asdict(self.step.execution)
+        execution = dataclasses.asdict(self.execution)
         summary = summarise(self.run, self.config, self.method, self.rows, best, seconds, execution)
         if lost is None:
             write_report(self.run, summary)
@@ -230,6 +242,6 @@ class Trainer:
 
     @staticmethod
     def selection_error(row: Mapping[str, Any]) -> float:
-        """Give what the best epoch is chosen by: the better student's error, on validation images where there are."""
+        """Return what the best epoch is chosen by: the better student's error, on validation images where there are."""
         students = (each for name, each in row.get("validation", row["test"]).items() if name.startswith("student"))
         return min(float(each["top1_error"]) for each in students)

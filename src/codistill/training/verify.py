@@ -1,4 +1,4 @@
-"""Whether a training can be resumed bit for bit on a user's own set-up: a short copy of it, with breaks and without."""
+"""Check on a user's own set-up that training resumes bit for bit: a short copy of it, with breaks and without."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ from codistill.runs.state import TrainingState
 from codistill.settings.build import load_named_data
 from codistill.settings.config import RunConfig
 from codistill.training.loop import train_loop
-from codistill.training.prepare import build_taught, set_up
+from codistill.training.prepare import build_taught, check, set_up
 from codistill.training.resume import InterruptedRun
 from codistill.training.train import fail
 
@@ -39,7 +39,7 @@ def verify_resume(config: RunConfig) -> str:
         config: Networks, method, data, batch size, device, precision and the rest are those of the run.
 
     Returns:
-        A line that says what was compared.
+        A line that names what was compared.
 
     Raises:
         CheckpointError: The ends differ; names the first tensor.
@@ -52,22 +52,27 @@ def verify_resume(config: RunConfig) -> str:
     images = min(len(data.train), STEPS * config.train.batch_size)
     settings = dataclasses.replace(config.train, epochs=2, milestones=None, train_limit=images, validation=0)
     short = dataclasses.replace(config, train=settings)
+
+    def train(out: Path, stop: tuple[int, int] | None, state: TrainingState | None = None) -> None:
+        """Train or resume, and stop after a step as after Ctrl-C."""
+        plan = check(build_taught(short, data), data, short, device)
+
+        def after_step(epoch: int, step: int) -> None:
+            if (epoch, step) == stop:
+                trainer.save_inside(epoch, step)
+                raise Interrupted
+
+        with set_up(plan, out, show=False, begun=state is not None, state=state) as trainer:
+            train_loop([trainer], fail, after_step)
+
     with tempfile.TemporaryDirectory(prefix="codistill-verify-") as folder:
         whole, broken = Path(folder) / "whole", Path(folder) / "broken"
-        with set_up(build_taught(short, data), data, short, whole, device, show=False) as loop:
-            train_loop([loop], fail)
-        with (
-            contextlib.suppress(Interrupted),
-            set_up(build_taught(short, data), data, short, broken, device, show=False) as loop,
-        ):
-            train_loop([loop], fail, BREAKS[:1])
-        for place in (*BREAKS[1:], None):
-            run = InterruptedRun(Run(broken), {})
-            with (
-                contextlib.suppress(Interrupted),
-                run.taken_up(build_taught(run.config, data), data, device, show=False) as loop,
-            ):
-                train_loop([loop], fail, [place] if place else [])
+        train(whole, None)
+        state = None
+        for place in (*BREAKS, None):
+            with contextlib.suppress(Interrupted):
+                train(broken, place, state)
+            state = InterruptedRun(Run(broken), {}).state if place else None
         return compared(Run(whole), Run(broken), device, config.execution.deterministic)
 
 
@@ -80,10 +85,10 @@ def compared(whole: Run, broken: Run, device: torch.device, deterministic: bool)
     first, second = (dict(tensors(run.checkpoints.load())) for run in (whole, broken))
     different = [name for name in first if not same_bits(first[name], second[name])]
     if end_state(whole) != end_state(broken):
-        mend = "" if device.type == "cpu" or deterministic else ": add --deterministic"
+        fix = "" if device.type == "cpu" or deterministic else ": add --deterministic"
         raise CheckpointError(
             f"resume is not bit for bit here: {len(different)} of {len(first)} tensors differ"
-            f"{f', first {different[0]}' if different else ' but metrics do'}{mend}"
+            f"{f', first {different[0]}' if different else ' but metrics do'}{fix}"
         )
     return (
         f"resume verified: {len(BREAKS)} breaks in {2 * STEPS} steps change no bit of {len(first)} tensors "
@@ -92,7 +97,7 @@ def compared(whole: Run, broken: Run, device: torch.device, deterministic: bool)
 
 
 def end_state(run: Run) -> str:
-    """Give the SHA-256 of what a run ended with: position, parameters, buffers, momentum, metrics without times.
+    """Return the SHA-256 of the end of a run: position, parameters, buffers, momentum, metrics without times.
 
     Raises:
         CheckpointError: There is no whole checkpoint, or no metrics.
@@ -105,17 +110,17 @@ def end_state(run: Run) -> str:
 
 
 def tensors(state: TrainingState) -> Iterator[tuple[str, torch.Tensor]]:
-    """List the tensors of a checkpoint by name."""
+    """Yield the tensors of a checkpoint by name."""
     yield from state.method.items()
     yield from ((f"momentum {index}", each) for index, each in enumerate(state.momentum))
 
 
 def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Say whether two tensors hold the same bytes."""
+    """Whether two tensors hold the same bytes."""
     return first.contiguous().numpy().tobytes() == second.contiguous().numpy().tobytes()
 
 
 def scores(run: Run) -> list[dict[str, Any]]:
-    """Give a run's metrics without what the clock has a part in."""
+    """Return a run's metrics without times."""
     clock = ("seconds", "images_per_second")
     return [{key: value for key, value in row.items() if key not in clock} for row in run.metrics()]
