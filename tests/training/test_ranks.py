@@ -13,10 +13,10 @@ from codistill.core.errors import UsageError
 from codistill.data.augment import Augmentation, DeviceImages, epoch_indices
 from codistill.networks import Network, PooledLinear
 from codistill.settings.config import ExecutionSettings, default_config
-from codistill.training.optim import make_optimizer, momentum_buffers
+from codistill.training.optim import momentum_buffers
 from codistill.training.prepare import check_parts
 from codistill.training.ranks import ALONE, Ranks
-from codistill.training.step import TrainStep
+from codistill.training.step import make_step
 
 from .. import tiny
 from .rank_program import forked
@@ -49,12 +49,11 @@ def after_steps(method, ranks):
     method.double()
     data = tiny.data()
     images = DoubleImages(data.train, data.statistics, CPU)
-    optimizer = make_optimizer(method, 0.1, 0.9, True, 1e-4)
-    step = TrainStep(method, images, CROPS, optimizer, ranks=ranks)
+    step = make_step(method, images, CROPS, cd.TrainSettings(), ranks=ranks)
     plan = epoch_indices(len(images), 0, 0, CROPS, CPU, method.views)
     for start, stop in ((0, 8), (8, 15), (15, 20)):
         step(plan.part(start, stop), torch.tensor(0.5, dtype=torch.float64))
-    return {"state": method.state_dict(), "momentum": momentum_buffers(optimizer), "terms": step.sums.means()}
+    return {"state": method.state_dict(), "momentum": momentum_buffers(step.optimizer), "terms": step.sums.means()}
 
 
 def without_batch_statistics(name):
