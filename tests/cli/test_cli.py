@@ -203,7 +203,7 @@ def test_help_of_a_command(capsys, command):
     out, error = capsys.readouterr()
     assert out.startswith(f"usage: codistill {command}") and error == ""
     if command == "train ffl":
-        assert "--method.temperature" in out and "--epochs" in out and "How often each training image is seen" in out
+        assert "--method.temperature" in out and "--epochs" in out and "Number of passes over the training set" in out
 
 
 def test_the_version(capsys):

@@ -256,8 +256,8 @@ def test_settings_of_a_teacher():
         ({"teacher_temperature": 0.0}, "teacher_temperature is 0.0; it must be a number above 0"),
         ({"teacher_temperature": math.nan}, "teacher_temperature is nan; it must be a number above 0"),
         ({"teacher_weight": -1.0}, "teacher_weight is -1.0; it must be a number, at least 0"),
-        ({"teacher_network": "resnet20"}, "teacher_network and teacher_predictor say more of a teacher"),
-        ({"teacher_predictor": "student0"}, "teacher_network and teacher_predictor say more of a teacher"),
+        ({"teacher_network": "resnet20"}, "teacher_network and teacher_predictor describe a teacher"),
+        ({"teacher_predictor": "student0"}, "teacher_network and teacher_predictor describe a teacher"),
     ):
         with pytest.raises(UsageError, match=re.escape(message)):
             TeacherSettings(**changes)
@@ -582,7 +582,7 @@ def test_a_checkpoint_without_its_network_is_refused(flags, capsys, tmp_path):
 
 
 def test_more_of_no_teacher_is_refused(flags, capsys, tmp_path):
-    message = "teacher_network and teacher_predictor say more of a teacher, but --teacher names none"
+    message = "teacher_network and teacher_predictor describe a teacher, but --teacher names none"
     refused(capsys, tmp_path, 2, message, "kd", *flags, "--teacher-network", "tiny")
 
 

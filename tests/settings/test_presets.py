@@ -155,19 +155,23 @@ def test_a_recipe_overrides_the_preset_and_flags_the_recipe(chosen, tmp_path):
         ("ffl", 10, (5, 7)),
     ],
 )
-def test_milestones_move_with_the_epochs(chosen, tmp_path, name, epochs, milestones):
-    for flags in (["--epochs", str(epochs)], [f"--epochs={epochs}"], ["--epochs", "7", "--epochs", str(epochs)]):
-        config = chosen("--preset", name, *PAIR, *flags)
-        assert (config.train.epochs, config.train.milestones) == (epochs, milestones)
-    # Milestones that are written stay.
-    if epochs > 5:
-        assert chosen("--preset", name, *PAIR, "--epochs", str(epochs), "--milestones", "5").train.milestones == (5,)
-    (tmp_path / "recipe.toml").write_text(f"epochs = {epochs}\n")
-    config = chosen("--preset", name, *PAIR, "--recipe", "recipe.toml")
-    assert (config.train.epochs, config.train.milestones) == (epochs, milestones)
-    for later in (["--epochs", "40"], ["--epochs=40"]):
-        config = chosen("--preset", name, *PAIR, "--recipe", "recipe.toml", *later)
-        assert config == chosen("--preset", name, *PAIR, "--epochs", "40")
+def test_milestones_move_with_the_epochs(name, epochs, milestones):
+    config = preset_config(PRESETS[name])
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=epochs))
+    assert completed(PRESETS[name], longer).train.milestones == milestones
+
+
+def test_epochs_of_recipes_and_flags_move_the_milestones(chosen, tmp_path):
+    (tmp_path / "recipe.toml").write_text("epochs = 3\n")
+    for flags, epochs, milestones in (
+        (["--epochs", "7", "--epochs", "30"], 30, (15, 22)),
+        (["--epochs=30"], 30, (15, 22)),
+        (["--recipe", "recipe.toml"], 3, (2,)),
+        (["--recipe", "recipe.toml", "--epochs", "30"], 30, (15, 22)),
+        (["--epochs", "30", "--milestones", "5"], 30, (5,)),  # those that are written stay
+    ):
+        train = chosen("--preset", "mfef", *PAIR, *flags).train
+        assert (train.epochs, train.milestones) == (epochs, milestones), flags
 
 
 @pytest.mark.parametrize("epochs", ["ten", "-3", "0", "1.5", ""])

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from codistill.cli.flags import parse, parse_some, parse_with_settings
+from codistill.cli.flags import parse, parse_with_settings
 from codistill.cli.options import (
     BenchOptions,
     EvaluateOptions,
@@ -67,7 +67,7 @@ def bench_command(arguments: Sequence[str]) -> None:
 def train_command(arguments: Sequence[str]) -> None:
     """Run `codistill train`."""
     named, rest = split_named(arguments)
-    sources = parse_some(SourceOptions, rest, f"codistill train {named or 'mfef'}")
+    sources = parse(SourceOptions, rest, f"codistill train {named or 'mfef'}", strict=False)
     paths = sources.recipes or (sources.recipe,)
     each = [train_options(rest, named, dataclasses.replace(sources, recipe=path)) for path in paths]
     chosen, configs = each[0][0], [config for _, config in each]

@@ -4,21 +4,25 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import io
 import itertools
 import re
-import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, replace
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from codistill.cli.options import AUGMENTATION, FIRST
+import codistill
+from codistill.cli.options import DATA, FIRST
 from codistill.core.errors import UsageError
 from codistill.settings.removed import REMOVED
 
 T = TypeVar("T")
+# The parts of a run's settings, and the groups of their flags in the help.
 TITLES = {"": "run", "train": "optimisation", "execution": "execution", "teaching": "teacher"}
 
 
@@ -29,19 +33,19 @@ class Flag:
     Attributes:
         key: The name of the field.
         kind: Its type.
-        default: Its default; MISSING: it must be given.
-        text: Its help.
+        text: Its docstring.
         metadata: That of the field: `alias`, `metavar`, and `positional`, which is the metavar of one without a flag.
+        default: Its default; MISSING: it must be given.
         group: The title of its group in the help; empty: the first.
-        negated: Whether `--no-..` exists, if its type is bool.
+        negated: Whether a bool has a flag `--no-..`, too.
     """
 
     key: str
     kind: Any
-    default: Any = None
     text: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    group: str = ""
+    default: Any = None
+    group: str = TITLES[""]
     negated: bool = True
 
     def spellings(self) -> list[str]:
@@ -52,60 +56,52 @@ class Flag:
         return [] if "positional" in self.metadata else [prefix + name, *negation, *alias]
 
 
-def parse(kind: type[T], arguments: Sequence[str], command: str) -> T:
+def parse(kind: type[T], arguments: Sequence[str], command: str, strict: bool = True) -> T:
     """Parse the options of a command.
+
+    Args:
+        kind: A dataclass of options.
+        arguments: Flags; later ones win.
+        command: For error lines: `codistill train mfef`.
+        strict: False: pass over `--help` and flags of other options.
 
     Raises:
         UsageError: An unknown flag or a value that it does not take, in one line.
     """
-    return kind(**_parse(option_flags(kind), arguments, command, inspect.getdoc(kind)))
-
-
-def parse_some(kind: type[T], arguments: Sequence[str], command: str) -> T:
-    """Parse some of the options of a command; the others, and `--help`, are passed over.
-
-    Raises:
-        UsageError: A value that one does not take, in one line.
-    """
-    rest = [each for each in arguments if each not in ("-h", "--help")]
-    return kind(**_parse(option_flags(kind), rest, command, refuse=False))
+    rest = [each for each in arguments if strict or each not in ("-h", "--help")]
+    return kind(**_parse(option_flags(kind), rest, command, inspect.getdoc(kind), strict))
 
 
 def parse_with_settings(
     kind: type[T], arguments: Sequence[str], command: str, defaults: Mapping[str, Any]
 ) -> tuple[T, dict[str, Any]]:
-    """Parse the options of a command that takes the settings of a run, too.
+    """Parse the options of a command that takes the settings of a run, too; see `parse`.
 
     Args:
         kind: The command's own options.
-        arguments: Flags; later ones win.
-        command: For error lines: `codistill train mfef`.
+        arguments: Flags.
+        command: For error lines.
         defaults: All settings of a run by key.
 
     Returns:
-        The options, and the settings as `defaults` with the flags in their place.
-
-    Raises:
-        UsageError: An unknown flag or a value of another type, in one line.
+        The options, and the settings: the defaults with the values of flags in their place.
     """
-    own, name = option_flags(kind), defaults["method"]["name"]
+    own = option_flags(kind)
     flags = arranged([*own, *setting_flags(defaults)], FIRST[command.split()[1]])
     values = _parse(flags, arguments, command, inspect.getdoc(kind))
     options = kind(**{flag.key: values.pop(flag.key) for flag in own})
-    return options, {**values, "method": {"name": name, **values["method"]}}
+    return options, {**values, "method": {"name": defaults["method"]["name"], **values["method"]}}
 
 
 def option_flags(kind: type) -> list[Flag]:
     """Return the flags of a dataclass of options."""
-    texts, types = attribute_texts(kind), get_type_hints(kind)
+    types, declared = get_type_hints(kind), declared_fields(kind.__module__, kind.__name__)
     return [
-        Flag(
-            key=each.name,
+        replace(
+            declared.get(each.name, Flag(key=each.name, kind=None)),
             kind=types[each.name],
             default=each.default,
-            text=texts.get(each.name, ""),
             metadata=each.metadata,
-            group=TITLES[""],
             negated=False,
         )
         for each in dataclasses.fields(kind)
@@ -113,92 +109,118 @@ def option_flags(kind: type) -> list[Flag]:
 
 
 def setting_flags(defaults: Mapping[str, Any]) -> list[Flag]:
-    """Return the flags of a run's settings."""
+    """Return the flags of a run's settings with these defaults."""
     from codistill.methods import METHODS
     from codistill.settings.config import RunConfig
 
-    run = RunConfig()
-    kinds = {type(getattr(run, part) if part else run): title for part, title in TITLES.items()}
-    found = [replace(flag, group=title) for kind, title in kinds.items() for flag in option_flags(kind)]
-    found = [replace(flag, default=defaults[flag.key]) for flag in found if flag.key in {*defaults} - {"method"}]
-    settings = option_flags(METHODS[defaults["method"]["name"]].Settings)
-    found += [replace(flag, default=defaults["method"][flag.key], group="method") for flag in settings]
-    return [replace(flag, negated=True) for flag in found]
+    run, found = RunConfig(), []
+    for part, title in TITLES.items():
+        flags = option_flags(type(getattr(run, part) if part else run))
+        found += [replace(flag, default=defaults[flag.key], group=title) for flag in flags if flag.key in defaults]
+    method = defaults["method"]
+    for flag in option_flags(METHODS[method["name"]].Settings):
+        found.append(replace(flag, default=method[flag.key], group="method"))
+    return [replace(flag, negated=True) for flag in found if (flag.key, flag.group) != ("method", "run")]
 
 
 def arranged(flags: Iterable[Flag], first: Sequence[str]) -> list[Flag]:
     """Put the flags that matter first at the beginning, and those of the data in a group of their own."""
-    groups = dict.fromkeys(first, "") | dict.fromkeys(AUGMENTATION, "data and augmentation")
+    groups = dict.fromkeys(DATA, "data and augmentation") | dict.fromkeys(first, "")
     placed = [replace(each, group=groups.get(each.key, each.group)) for each in flags]
-    return sorted(placed, key=lambda each: first.index(each.key) if not each.group else len(first))
-
-
-def attribute_texts(kind: type) -> dict[str, str]:
-    """Return the docstrings of a class's attributes, and of those of its bases."""
-    found: dict[str, str] = {}
-    for each in reversed(kind.__mro__):
-        with contextlib.suppress(OSError, TypeError):  # a class without a source
-            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(each))).body
-            assert isinstance(tree, ast.ClassDef)
-            for statement, after in itertools.pairwise(tree.body):
-                match statement, after:
-                    case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                        found[name] = " ".join(text.split())
-    return found
+    return sorted(placed, key=lambda each: len(first) if each.group else first.index(each.key))
 
 
 def unknown_option(flag: str, known: Iterable[str], command: str) -> str:
     """Return the line that a command has no such option, and which ones come close."""
     name = flag.partition("=")[0].replace("_", "-")
-    key = name.lstrip("-").replace("-", "_")
-    if key in REMOVED:
-        return f"{command}: {name} was removed: {REMOVED[key]}"
+    if removed := REMOVED.get(name.lstrip("-").replace("-", "_")):
+        return f"{command}: {name} was removed: {removed}"
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(close)}?" if close else f"{command} --help lists them"
     return f"{command}: unknown option {flag}: {hint}"
 
 
+# --- what the sources say: help texts, and flags without importing torch ---
+
+
+def declared_fields(module: str, name: str, group: str = TITLES[""]) -> dict[str, Flag]:
+    """Return the fields of a dataclass and its bases as flags, by their sources: of the types only bool is known."""
+    found: dict[str, Flag] = {}
+    for _, node in reversed([*lineage(module, name)]):
+        for statement, after in itertools.pairwise([*node.body, ast.Pass()]):
+            match statement:
+                case ast.AnnAssign(target=ast.Name(id=key), annotation=annotation):
+                    # Or else that of the base whose default it changes.
+                    text = found[key].text if key in found else ""
+                    text = ast.literal_eval(after.value) if isinstance(after, ast.Expr) else text
+                    alias = re.search(r"'alias': '(\S+)'", ast.unparse(statement))
+                    kind = bool if ast.unparse(annotation) == "bool" else annotation
+                    metadata = {"alias": alias[1]} if alias else {}
+                    found[key] = Flag(key=key, kind=kind, text=" ".join(text.split()), metadata=metadata, group=group)
+    return found
+
+
+def lineage(module: str, name: str) -> Iterator[tuple[str, ast.ClassDef]]:
+    """Yield a class and its bases, as far as they are found, each with the name of its module."""
+    for node in _tree(module).body:
+        match node:
+            case ast.ImportFrom(module=str(origin), names=names) if any(each.name == name for each in names):
+                yield from lineage(origin, name)
+            case ast.ClassDef(name=found, bases=bases) if found == name:
+                yield module, node
+                for base in bases:
+                    yield from lineage(module, ast.unparse(base).partition("[")[0])
+
+
+@functools.cache
+def _tree(module: str) -> ast.Module:
+    path = Path(codistill.__file__).parent.joinpath(*module.split(".")[1:])
+    with contextlib.suppress(OSError, TypeError):  # a class of a user's program may have no source
+        if module in sys.modules:
+            return ast.parse(inspect.getsource(sys.modules[module]))
+        if module.startswith("codistill."):
+            return ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text("utf-8"))
+    return ast.Module([], [])
+
+
+# --- tyro ---
+
+
 def _parse(
-    flags: Sequence[Flag], arguments: Sequence[str], command: str, about: str | None = None, refuse: bool = True
+    flags: Iterable[Flag], arguments: Sequence[str], command: str, about: str | None, strict: bool = True
 ) -> dict[str, Any]:
-    """Let tyro parse flags into values by key; those of the method are in one of their own."""
+    """Return the values of flags by key; those of the method are in one of their own."""
     import tyro
 
-    groups: dict[str, list[Any]] = {}
+    groups: dict[str, list[Flag]] = {}
     for flag in flags:
-        groups.setdefault(flag.group, []).append(_tyro_field(flag))
-    if len(groups) == 1:
-        groups = {"": next(iter(groups.values()))}
-    members = groups.pop("", [])
-    for title, fields in groups.items():
-        kind = dataclasses.make_dataclass("Group", fields, kw_only=True)
-        members.append(
-            (_group(title), Annotated[kind, tyro.conf.arg(name=title, help="")], field(default_factory=kind))
-        )
+        groups.setdefault(flag.group, []).append(flag)
+    top = groups.pop("") if len(groups) > 1 else groups.popitem()[1]
+    members = [_tyro_field(flag) for flag in top]
+    for title, inner in groups.items():
+        kind: Any = dataclasses.make_dataclass("Group", [_tyro_field(flag) for flag in inner], kw_only=True)
+        named = Annotated[kind, tyro.conf.arg(name=title, help="")]
+        members.append((title.replace(" ", "_"), named, field(default_factory=kind)))
     whole = dataclasses.make_dataclass("Options", members, kw_only=True)
-    complaint = io.StringIO()
+    box = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(box):
             parsed: Any
             parsed, unknown = tyro.cli(
-                whole, args=list(arguments), prog=command, description=about or "", return_unknown_args=True
+                whole, args=list(arguments), prog=command, description=about, return_unknown_args=True
             )
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UsageError(f"{command}: {_one_line(complaint.getvalue(), flags)}") from None
-    if unknown and refuse:
+        raise UsageError(f"{command}: {_one_line(box.getvalue(), flags)}") from None
+    if unknown and strict:
         known = [name for flag in flags for name in flag.spellings()]
         raise UsageError(unknown_option(unknown[0], known, command))
     values = dict(vars(parsed))
     for title in groups:
-        inner = vars(values.pop(_group(title)))
-        values |= {"method": inner} if title == "method" else inner
+        inner_values = vars(values.pop(title.replace(" ", "_")))
+        values |= {"method": inner_values} if title == "method" else inner_values
     return values
-
-
-def _group(title: str) -> str:
-    return f"group_{title.replace(' ', '_')}"
 
 
 def _tyro_field(flag: Flag) -> tuple[str, Any, Any]:
@@ -208,7 +230,7 @@ def _tyro_field(flag: Flag) -> tuple[str, Any, Any]:
     about = tyro.conf.arg(
         help=flag.text,
         metavar=None if flag.kind is bool else shown or metavar(flag.kind),
-        help_behavior_hint="(required)" if flag.default is MISSING else default_text(flag.default),
+        help_behavior_hint=default_text(flag),
         aliases=(alias,) if alias else None,
         prefix_name=flag.group == "method",
     )
@@ -217,11 +239,11 @@ def _tyro_field(flag: Flag) -> tuple[str, Any, Any]:
         kind = tyro.conf.Positional[kind]  # type: ignore[misc]
     if flag.kind is bool and not flag.negated:
         kind = tyro.conf.FlagCreatePairsOff[kind]  # type: ignore[misc]
-    return flag.key, kind, field() if flag.default is MISSING else field(default=flag.default)
+    return flag.key, kind, field(default=flag.default)
 
 
 def metavar(kind: Any) -> str:
-    """Return what stands for a flag's value in the help."""
+    """Return the word that stands for a value of a type in the help."""
     if get_origin(kind) in (Union, UnionType):
         return "|".join(metavar(each) for each in get_args(kind) if each is not NoneType)
     if get_origin(kind) is Literal:
@@ -231,9 +253,12 @@ def metavar(kind: Any) -> str:
     return {bool: "{True,False}", int: "N", float: "X", str: "NAME"}.get(kind, "PATH")
 
 
-def default_text(value: Any) -> str:
-    """Return a default for the help, numbers with three digits; empty where there is none."""
-    if value in ((), ""):
+def default_text(flag: Flag) -> str:
+    """Return the default of a flag for the help, numbers with three digits; empty where it says nothing."""
+    value = flag.default
+    if value is MISSING:
+        return "(required)"
+    if value in ((), "") or (value is False and not flag.negated) or (value is None and "None" not in flag.text):
         return ""
     text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
     return f"(default: {f'{value:.3g}' if isinstance(value, float) else text})"

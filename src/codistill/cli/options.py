@@ -11,7 +11,7 @@ FIRST = {
     "train": "networks data data_dir epochs batch_size learning_rate seed seeds precision out".split(),  # noqa: SIM905
     "bench": "networks batch_size precision runs compare seconds profile json".split(),  # noqa: SIM905
 }
-AUGMENTATION = ("padding", "padding_mode", "flip", "drop_last", "train_limit", "validation")
+DATA = ("data", "data_dir", "padding", "padding_mode", "flip", "drop_last", "train_limit", "validation")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,1 +1,1 @@
-"""What everything else stands on: errors, registries, devices, signals, files, the console."""
+"""Errors, registries, devices, signals, files and the console."""

@@ -1,4 +1,4 @@
-"""Where and in which precision is computed."""
+"""Device and precision."""
 
 import os
 import time
@@ -14,7 +14,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def choose_device(name: str, precision: str) -> torch.device:
-    """Turn a device setting into a device.
+    """Return the device that a setting names.
 
     Raises:
         UsageError: No such device, or one that cannot compute in bf16; never a silent fall to the CPU.
@@ -37,14 +37,13 @@ def choose_device(name: str, precision: str) -> torch.device:
 
 
 def set_up_gpu(device: torch.device, deterministic: bool) -> None:
-    """Make a GPU the current one, which streams and graphs belong to, and choose its algorithms; for the whole process.
+    """Make a GPU the current one and choose its algorithms, for the whole process; a CPU is left as it is.
 
-    Either those that repeat to the last bit, or the fastest: the fastest convolutions are found by trying them, and may
-    differ from process to process. A CPU repeats in any case, and is left as it is.
+    The fastest convolutions are found by trial and may differ between processes; deterministic ones repeat bit for bit.
 
     Args:
-        device: Where is computed.
-        deterministic: Whether results must repeat; needs to be known before the first matrix product on the device.
+        device: The device of the run.
+        deterministic: Whether results must repeat; to be set before the first matrix product on the device.
     """
     if device.type == "cuda":
         if device.index is not None:
@@ -62,11 +61,7 @@ def critical_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class Stopwatch:
-    """Measure how long a device works on what is asked of it between two moments, without waiting for it.
-
-    Args:
-        device: The device.
-    """
+    """Measure the time that a device works between two moments, without waiting for it."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -75,11 +70,11 @@ class Stopwatch:
         self._moments = [0.0, 0.0]
 
     def start(self) -> None:
-        """Begin."""
+        """Mark the beginning."""
         self._mark(0)
 
     def stop(self) -> None:
-        """End."""
+        """Mark the end."""
         self._mark(1)
 
     def _mark(self, index: int) -> None:
@@ -88,7 +83,7 @@ class Stopwatch:
             self._events[index].record()
 
     def seconds(self) -> float:
-        """Give the time between; on a GPU the host must have waited for the end."""
+        """Return the time between both; on a GPU the host must have waited for the end."""
         if self._on_gpu:
             return float(self._events[0].elapsed_time(self._events[1])) / 1000
         return self._moments[1] - self._moments[0]

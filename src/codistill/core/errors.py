@@ -1,14 +1,13 @@
-"""What can go wrong, one class for each exit status of the command line.
+"""Errors, one class for each exit status of the command line.
 
-An error is one line that says what is wrong, where, and the mend.
+An error is one line: what is wrong, where, and how to fix it.
 """
 
 
 class CodistillError(Exception):
     """Base of every error that codistill raises on purpose; `exit_status` is what the command line returns.
 
-    Its text is one line of printable characters, also where it quotes names from hostile files: those could hold line
-    breaks and the control characters of a terminal.
+    Its text is one line of printable characters, also where it quotes names from hostile files.
     """
 
     exit_status = 1

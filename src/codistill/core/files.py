@@ -15,8 +15,7 @@ def replaced(path: Path, suffix: str = "") -> Iterator[Path]:
     """Yield a temporary path in the same folder, and rename what was written there to `path` at the end.
 
     A crash leaves the old file or the new one, never a part: the file is flushed to disk before it is renamed, and its
-    folder after that. The temporary file is removed when the body raises; one that a killed process left has `.tmp-` in
-    its name.
+    folder after that. The temporary file is removed if the body raises; one of a killed process has `.tmp-` in it.
 
     Args:
         path: The file to write or to replace.

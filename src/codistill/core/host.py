@@ -1,4 +1,4 @@
-"""The machine around the device: how many threads compute on its cores, and what becomes of memory that they free."""
+"""The host: CPU threads, the memory that the C library keeps, the cache folder."""
 
 import ctypes
 import functools
@@ -11,26 +11,22 @@ import torch
 
 # Of mallopt(3).
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
-
-
+# Smallest blocks that are given back when freed, bytes: wanted, and the most that older libraries allow.
 KEPT_BLOCKS = (256 * 2**20, 32 * 2**20)
-"""Bytes from which on a block is given back when it is freed: wished for, and the most that older libraries allow."""
-
-
+# Free memory at the end of the heap that is kept, bytes.
 KEPT_AT_THE_TOP = 2**30
-"""Bytes of free memory at the end of the heap that are kept."""
 
 
 def set_up_cpu(threads: int | None, device: torch.device) -> None:
     """Choose the number of threads, and on a CPU keep the memory that a training step frees for the next one.
 
     A step frees and takes back hundreds of megabytes. By default the C library gives much of it to the kernel, which
-    hands it out again page by page, cleared; results/speed-cpu has what that costs.
+    hands it out again page by page, cleared; results/speed-cpu has the cost.
 
     Args:
-        threads: As in `TrainSettings.threads`; None: the smaller of torch's choice, one for each core, and the
-            processor time that the process may use, or what OMP_NUM_THREADS says.
-        device: Where is computed.
+        threads: As in `ExecutionSettings.threads`; None: OMP_NUM_THREADS, or else one for each core that a container
+            may use.
+        device: The device of the run.
     """
     count = threads or default_threads()
     if count != torch.get_num_threads():
@@ -40,7 +36,7 @@ def set_up_cpu(threads: int | None, device: torch.device) -> None:
 
 
 def default_threads() -> int:
-    """Give torch's number of threads, or fewer where a container may not use so many cores."""
+    """Return torch's number of threads, or fewer where a container may not use so many cores."""
     chosen = torch.get_num_threads()
     if {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
         return chosen
@@ -49,11 +45,7 @@ def default_threads() -> int:
 
 
 def processor_quota(root: Path = Path("/")) -> float | None:
-    """Give how many cores' time this process may use by its control group, as containers set it; None: no limit.
-
-    Args:
-        root: Where the file system begins.
-    """
+    """Return the number of cores that the control group of this process, a container's, allows; None: no limit."""
     limits = []
     for folder in _control_groups(root):
         try:
@@ -69,7 +61,7 @@ def processor_quota(root: Path = Path("/")) -> float | None:
 
 
 def _control_groups(root: Path) -> Iterator[Path]:
-    """List the folders of this process's control group and of all above it, version 2 and 1."""
+    """Yield the folders of this process's control group and of all above it, version 2 and 1."""
     try:
         entries = (root / "proc/self/cgroup").read_text("utf-8").splitlines()
     except OSError:
@@ -85,11 +77,7 @@ def _control_groups(root: Path) -> Iterator[Path]:
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Let the C library keep freed memory for the rest of the process, unless the user has set how it allocates.
-
-    Returns:
-        Whether it does; only glibc knows how.
-    """
+    """Make glibc keep freed memory for the rest of the process, unless the user has; return whether it does."""
     chosen = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD"} & os.environ.keys()
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if chosen or mallopt is None:
@@ -98,10 +86,10 @@ def keep_freed_memory() -> bool:
 
 
 def cache_folder() -> Path:
-    """Give the folder for what can be made again, codistill in the user's cache folder; it need not be there.
+    """Return codistill's folder in the user's cache folder; it need not exist.
 
     Raises:
-        OSError: Nobody knows where that is.
+        OSError: The user has no home folder.
     """
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "codistill"

@@ -17,15 +17,7 @@ T = TypeVar("T")
 
 
 def near_matches(name: str, known: Iterable[str]) -> str:
-    """Say which of the known names come close to a wrong one, or else list them all.
-
-    Args:
-        name: What was asked for.
-        known: The names that exist.
-
-    Returns:
-        A clause that ends an error line, for example `did you mean resnet20 or resnet32?`.
-    """
+    """Return the end of an error line: the known names that come close to a wrong one, or else all of them."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if close:
@@ -52,7 +44,7 @@ def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
     """Split `resnet20:shortcut=A,x=y` into a registered name and its options.
 
     Raises:
-        UsageError: Something behind the colon is not key=value.
+        UsageError: An item behind the colon is not key=value.
     """
     name, _, tail = spec.partition(":")
     options: dict[str, str] = {}
@@ -73,7 +65,7 @@ def checked_options(where: str, build: Callable[..., Any], options: Mapping[str,
     """Check options against the keyword parameters of a plug-in, and turn text into their types.
 
     Args:
-        where: What the options are for, for error lines.
+        where: The plug-in, for error lines.
         build: The plug-in; its parameters that have a default value are its options.
         options: Values by name, as text (from a command line) or as they are.
 
@@ -84,8 +76,8 @@ def checked_options(where: str, build: Callable[..., Any], options: Mapping[str,
     known = {each.name: each.annotation for each in parameters if each.default is not inspect.Parameter.empty}
     for key in options:
         if key not in known:
-            mend = near_matches(key, known) if known else "it has no options"
-            raise UsageError(f"{where}: unknown option {key!r}: {mend}")
+            hint = near_matches(key, known) if known else "it has no options"
+            raise UsageError(f"{where}: unknown option {key!r}: {hint}")
     return {key: _typed(f"{where}: option {key}", value, known[key]) for key, value in options.items()}
 
 
@@ -106,7 +98,7 @@ class Registry(Mapping[str, T], Generic[T]):
     """A mapping from public names to plug-ins, filled by a decorator when their modules are imported.
 
     Args:
-        kind: What an entry is, for error lines: `method`, `network` or `data set`.
+        kind: The kind of the entries, for error lines: `method`, `network` or `data set`.
         package: The package whose modules are imported, once, at the first look-up.
     """
 

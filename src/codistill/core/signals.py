@@ -1,4 +1,4 @@
-"""Signals that wait for the end of a step, so that a run is saved before they act."""
+"""Signals that are held back until the end of a step, so that a run is saved before they act."""
 
 import contextlib
 import signal
@@ -16,7 +16,9 @@ SAVING = (signal.SIGUSR1, signal.SIGUSR2)
 class Terminated(SystemExit):
     """SIGTERM arrived; a program that does not catch it ends with status 143."""
 
-    def __init__(self, line: str = "terminated; what was saved before is kept: codistill resume RUN goes on") -> None:
+    def __init__(
+        self, line: str = "terminated; what was saved before is kept: codistill resume RUN resumes it"
+    ) -> None:
         super().__init__(128 + signal.SIGTERM)
         self.line = line
 
@@ -34,12 +36,12 @@ def terminate(*_: object) -> None:
 
 
 class SignalRequests:
-    """What signals have asked for since the last look.
+    """Requests of signals that wait to be handled.
 
     Attributes:
         stopping: SIGINT or SIGTERM, whichever came first; None: neither.
         saving: Whether SIGUSR1 or SIGUSR2 asked for a checkpoint.
-        insistent: Whether the same stopping signal for a second time acts at once.
+        insistent: Whether a second stopping signal of the same kind acts at once.
     """
 
     def __init__(self) -> None:
@@ -49,7 +51,7 @@ class SignalRequests:
         self.before: dict[int, Any] = {}
 
     def hold(self, number: int, frame: FrameType | None) -> None:
-        """Note a signal, or act at once where it insists."""
+        """Record a signal, or act at once if it insists."""
         if number in SAVING:
             self.saving = True
         elif self.stopping == number and self.insistent:
@@ -58,12 +60,7 @@ class SignalRequests:
             self.stopping = self.stopping or number
 
     def act(self, line: str, frame: FrameType | None = None) -> None:
-        """Do what the signal would have done without us: KeyboardInterrupt, SystemExit 143, or the program's handler.
-
-        Args:
-            line: What to say about the run.
-            frame: Where the signal came.
-        """
+        """Raise KeyboardInterrupt or SystemExit 143 with a line about the run, or call the program's own handler."""
         number = self.stopping or signal.SIGINT
         handler = self.before.get(number, signal.SIG_DFL)
         if number == signal.SIGINT and handler in (signal.SIG_DFL, signal.default_int_handler):
@@ -76,10 +73,10 @@ class SignalRequests:
 
 @contextlib.contextmanager
 def defer_signals() -> Iterator[SignalRequests]:
-    """Hold SIGINT and SIGTERM back, and take SIGUSR1 and SIGUSR2 as requests to save, while this is entered.
+    """Hold SIGINT and SIGTERM back, and take SIGUSR1 and SIGUSR2 as requests to save, within a `with` block.
 
     A signal that is ignored stays ignored, and a program's own handlers of SIGUSR1 and SIGUSR2 stay. Outside the main
-    thread, which alone may set handlers, all stays as it is.
+    thread, which alone may set handlers, nothing changes.
     """
     pending = SignalRequests()
     if threading.current_thread() is threading.main_thread():

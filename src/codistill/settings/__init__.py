@@ -1,1 +1,1 @@
-"""What a run is: settings, recipes, presets, and how they are built."""
+"""Settings of a run, recipes and presets, and the methods and data that are built from them."""

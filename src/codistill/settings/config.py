@@ -1,4 +1,4 @@
-"""A whole run as one frozen value: how it is trained, who teaches, and what config.json holds of them."""
+"""All settings of a run as one frozen value: training, execution, teacher, method."""
 
 import dataclasses
 import json
@@ -18,7 +18,6 @@ Precision = Literal["float32", "bf16"]
 # For counts without a bound of their own.
 LARGEST = 2**31 - 1
 
-
 # Metadata of settings. A place says where a run finds things or what computes it: results do not depend on it.
 PLACE = {"place": True}
 # Runs that train side by side have the same value.
@@ -27,10 +26,10 @@ COMMON = {"common": True}
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """How a method is trained, whatever it is; the defaults are MFEF's recipe."""
+    """Settings of the training, the same for all methods; the defaults are MFEF's recipe."""
 
     epochs: int = field(default=300, metadata=COMMON)
-    """How often each training image is seen."""
+    """Number of passes over the training set."""
     batch_size: int = field(default=128, metadata=COMMON | {"alias": "-b"})
     """Images per step, at least 2."""
     drop_last: bool = field(default=False, metadata=COMMON)
@@ -50,13 +49,13 @@ class TrainSettings:
     padding: int = 4
     """Pixels around a training image before a random crop of its size; 0: no crop."""
     padding_mode: PaddingMode = "zeros"
-    """What is in the padding: black, or the image reflected."""
+    """Content of the padding: black, or the image reflected."""
     flip: bool | None = None
     """Mirror half of the training images. None: where the data set says that a mirrored image keeps its label."""
     train_limit: int | None = field(default=None, metadata=COMMON)
-    """Use only the first so many training images of the seeded order."""
+    """Train on the first N images of the seeded order only."""
     validation: int = field(default=0, metadata=COMMON)
-    """Hold out so many training images, the last of the seeded order, to choose the best epoch by."""
+    """Hold out N training images, the last of the seeded order, to choose the best epoch."""
     seed: int = 0
     """Seed of initial weights, order, crops, flips and splits."""
 
@@ -107,20 +106,20 @@ class TrainSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutionSettings:
-    """What a run is computed on and how, apart from the experiment that it is."""
+    """Device, precision and the like: settings of the computation, apart from the experiment."""
 
     device: str = field(default="auto", metadata=PLACE | COMMON)
     """cpu, cuda, cuda:1, or auto: cuda where there is one."""
     precision: Precision = field(default="float32", metadata=COMMON)
     """float32, or bf16: autocast with float32 weights, batch statistics and losses."""
     deterministic: bool = field(default=False, metadata=COMMON)
-    """On CUDA, use only algorithms that repeat to the last bit, which costs speed; a CPU always does."""
+    """On CUDA, use only algorithms that repeat bit for bit, which costs speed; a CPU always does."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Whether torch.compile compiles the students' stages, heads and modules (the first step then takes about a
     minute, later runs less). auto: on CUDA in runs of 100,000 steps or more."""
     threads: int | None = field(default=None, metadata=PLACE | COMMON)
     """CPU threads. None: torch's choice, one for each core, or fewer in a container that may use less. Results repeat
-    to the last bit for one number of threads."""
+    bit for bit with the same number of threads."""
 
     def __post_init__(self) -> None:
         if self.threads is not None and not 1 <= self.threads <= 1024:
@@ -133,12 +132,12 @@ class ExecutionSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSettings:
-    """A frozen teacher: kd needs one, other methods may have one beside the students' own exchange."""
+    """A frozen teacher: kd needs one, other methods may have one."""
 
     teacher: str | None = field(default=None, metadata={"metavar": "PATH"})
     """A run folder, a .safetensors file that export wrote, or a checkpoint with teacher_network."""
     teacher_predictor: str | None = None
-    """Which predictor of a run folder teaches. None: its best student."""
+    """The predictor of a run folder that teaches. None: its best student."""
     teacher_network: str | None = None
     """The network whose weights a checkpoint holds: {"model": weights} as of RepDistiller or mdistiller."""
     teacher_weight: float = 1.0
@@ -152,12 +151,12 @@ class TeacherSettings:
         if not 0 <= self.teacher_weight < math.inf:
             raise UsageError(f"teacher_weight is {self.teacher_weight}; it must be a number, at least 0")
         if self.teacher is None and (self.teacher_network or self.teacher_predictor):
-            raise UsageError("teacher_network and teacher_predictor say more of a teacher, but --teacher names none")
+            raise UsageError("teacher_network and teacher_predictor describe a teacher, but --teacher names none")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One run: what is trained, how, on what."""
+    """All settings of one run."""
 
     method_name: str = "mfef"
     networks: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Settings of papers, as a whole: what each paper or its code sets, where it differs from MFEF's recipe."""
+"""Presets: all settings of a paper or of its code."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,10 +16,10 @@ class Preset:
 
     Attributes:
         method: The method that it belongs to.
-        source: Where the settings were found.
+        source: The source of the settings.
         run: Settings of the run by key.
         settings: Settings of the method by key.
-        networks: What the paper's code builds under a network's name, where that is another network.
+        networks: The network that the paper's code builds under a name, where it is not the usual one.
     """
 
     method: str
