@@ -70,7 +70,6 @@ def torchrun(*arguments, rest, **more):
     ("rank", "act", "statuses"),
     [
         (1, "SIGKILL", [7, -9]),
-        pytest.param(0, "SIGKILL", [-9, 7], marks=pytest.mark.slow),
         pytest.param(0, "raise", [1, 7], marks=pytest.mark.slow),
     ],
 )
@@ -98,12 +97,12 @@ def test_a_rank_that_fails_before_the_first_step_does_not_hold_the_others(work, 
 
 @pytest.mark.fault(38)
 def test_divergence_ends_all_ranks_with_one_line(work, capfd):
-    assert train("diverged", "1 5 diverge") == [5, 5]
+    assert train("diverged", "1 5 diverge", launch="job") == [5, 5]
     error = capfd.readouterr().err
     assert error.count("\n") == 1 and "NaN or infinite at step 2 of epoch 2" in error
     assert cd.Run("diverged").summary["status"] == "diverged"
     # torchrun restarts after every failure; this one would come again.
-    assert train("diverged", restarts=1) == [5, 5]
+    assert train("diverged", launch="job") == [5, 5]
     assert "not restarted" in capfd.readouterr().err
 
 
@@ -119,11 +118,16 @@ def test_torchrun_restarts_the_ranks_which_resume_the_run(undisturbed, work):
 
 
 @pytest.mark.fault(38)
-def test_only_a_restart_of_the_same_launch_resumes(undisturbed, capfd):
-    for more in ({}, {"restarts": 1, "launch": "another"}):
-        assert train("undisturbed", **more) == [2, 2]
-        assert capfd.readouterr().err.count("undisturbed is not empty") == 1
-    assert train("undisturbed", restarts=1) == [0, 0]  # which finished before a rank was lost
+def test_only_the_same_launch_and_settings_resume(undisturbed, capfd):
+    assert train("job", "0 5 SIGKILL", launch="job") == [-9, 7]
+    capfd.readouterr()
+    assert train("job", launch="another job") == [2, 2]
+    assert forked(lambda: program([*line("job"), "--seed", "1"]), launch="job") == [2, 2]
+    assert capfd.readouterr().err.count("job is not empty") == 2
+    assert train("job", launch="job") == [0, 0]
+    assert equal(cd.Run("job"), undisturbed)
+    assert train("job", launch="job") == [0, 0]
+    assert "job is finished" in capfd.readouterr().err
 
 
 @pytest.mark.fault(38)

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,14 +72,14 @@ def free_port() -> int:
         return port
 
 
-def forked(work: Callable[[], int], count: int = 2, launch: str = "launch", restarts: int = 0) -> list[int]:
+def forked(work: Callable[[], int], count: int = 2, launch: str | None = None) -> list[int]:
     """Do something in forks of this process with torchrun's variables, without the seconds that torchrun takes.
 
     Returns:
         The exit status of each, or minus the signal that killed it.
     """
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-    shared |= {"TORCHELASTIC_RUN_ID": launch, "TORCHELASTIC_RESTART_COUNT": restarts}
+    shared["TORCHELASTIC_RUN_ID"] = launch or uuid.uuid4().hex
     pids = []
     for rank in range(count):
         pid = os.fork()

@@ -23,11 +23,6 @@ def launch() -> dict[str, Any]:
     return {"ranks": world_size(), "launch": name if name != "none" else f"{socket.gethostname()} {os.getppid()}"}
 
 
-def restarts() -> int:
-    """Return how often torchrun has started all processes again after it lost one; 0 without torchrun."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) if world_size() > 1 else 0
-
-
 def refuse_ranks(what: str) -> None:
     """Refuse under torchrun what one process does.
 

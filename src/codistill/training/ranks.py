@@ -1,12 +1,12 @@
 """One run on several processes that torchrun starts: each trains on its part of every batch, gradients are averaged."""
 
 import contextlib
-import itertools
 import os
 import signal
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from codistill.core.device import choose_device
 from codistill.core.errors import CodistillError, UsageError, WorkerError
 from codistill.core.signals import Terminated
-from codistill.core.torchrun import restarts, world_size
+from codistill.core.torchrun import world_size
 from codistill.data.augment import BatchIndices
 from codistill.settings.config import ExecutionSettings
 
@@ -29,7 +29,6 @@ T = TypeVar("T")
 # One that died before it joined is noticed by time alone; later, the end of a process is noticed at once. Rank 0 may
 # download data, and evaluates alone.
 JOIN, PATIENCE = timedelta(minutes=2), timedelta(hours=2)
-joined = itertools.count()
 
 
 @dataclass
@@ -60,8 +59,7 @@ class Ranks:
         ranks = cls(int(os.environ["RANK"]), world_size())
         with ranks._noticing_loss():
             store = next(rendezvous("env://", timeout=JOIN))[0]
-            # torchrun keeps its store over a restart, with the addresses of the processes before.
-            store = PrefixStore(f"codistill/{restarts()}/{next(joined)}", store)
+            store = PrefixStore(fresh_name(store, ranks.number, ranks.count), store)
             dist.init_process_group("gloo", store=store, rank=ranks.number, world_size=ranks.count, timeout=JOIN)
             dist.group.WORLD.set_timeout(PATIENCE)  # type: ignore[union-attr]
         try:
@@ -196,3 +194,23 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def fresh_name(store: Store, number: int, count: int) -> str:
+    """Agree on a name below which nothing is in torchrun's store, which keeps addresses of ranks over a restart.
+
+    Rank 0 proposes a name and answers each rank that repeats it; one of an earlier start does not answer.
+    """
+    own = uuid.uuid4().hex
+    if number == 0:
+        store.set("codistill", own)
+        for other in range(1, count):
+            store.set(f"{own}/{other}/{store.get(f'{own}/{other}').decode()}", "")
+        return own
+    for _ in range(JOIN.seconds):
+        name: str = store.get("codistill").decode()
+        store.set(f"{name}/{number}", own)
+        with contextlib.suppress(dist.DistStoreError):
+            store.wait([f"{name}/{number}/{own}"], timedelta(seconds=1))
+            return name
+    raise RuntimeError("rank 0 did not come")

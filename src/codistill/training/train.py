@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+from codistill.core.console import note
 from codistill.core.errors import DivergedError
-from codistill.core.torchrun import launch, restarts
+from codistill.core.torchrun import launch, world_size
 from codistill.data.dataset import Dataset
 from codistill.deploy.run import Run
 from codistill.methods import Method
@@ -112,6 +113,8 @@ def _train(
     plan = check(method, data, config, device, ranks=ranks)
     run, state, finished = ranks.from_leader(lambda: restarted(plan.config, out))
     if run is not None and finished:
+        if ranks.leads:
+            note(f"run {run.path} is finished")
         return run
     folder = run.path if run is not None else ranks.from_leader(lambda: out or free_folder(config))
     if ranks.count > 1 and state is None:
@@ -122,7 +125,7 @@ def _train(
 
 
 def restarted(config: RunConfig, out: Path | None) -> tuple[Run | None, TrainingState | None, bool]:
-    """Find the run that this launch of torchrun began before it restarted the processes.
+    """Find the run that this launch of torchrun began before it lost a process and started all again.
 
     Args:
         config: What is to be trained.
@@ -136,7 +139,7 @@ def restarted(config: RunConfig, out: Path | None) -> tuple[Run | None, Training
         CheckpointError: No whole checkpoint among those that are there.
     """
     folders = [out] if out else list(itertools.takewhile(Path.exists, candidate_folders(config)))[-1:]
-    if not restarts() or not folders or not (folders[0] / "config.json").exists():
+    if world_size() == 1 or not folders or not (folders[0] / "config.json").exists():
         return None, None, False
     run = Run(folders[0])
     began, now = run.config.as_mapping(), config.as_mapping()
