@@ -2,6 +2,9 @@
 
 import ast
 import functools
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +18,8 @@ ORDER = [
     *("core", "data", "networks", "modules", "methods", "settings", "evaluation"),
     *("runs", "deploy", "report", "training", "sweeps", "bench", "cli"),
 ]
+# Imported in the functions that use them.
+HEAVY = ("matplotlib", "jinja2", "rich", "tensorboard", "tyro")
 
 
 class Import(NamedTuple):
@@ -138,6 +143,20 @@ def test_the_page_names_the_packages_in_order() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     rows = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
     assert rows[: len(ORDER)] == ORDER
+
+
+def test_the_public_names_load_nothing_heavy() -> None:
+    program = """
+        import sys, codistill
+        heavy = {*%r}
+        at_once = {*sys.modules}
+        for name in codistill.__all__:
+            getattr(codistill, name)
+        print(sorted(heavy & at_once), sorted(heavy & {*sys.modules}))
+    """
+    program = textwrap.dedent(program % (HEAVY,))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[] []\n"
 
 
 def main() -> None:
