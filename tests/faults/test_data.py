@@ -213,7 +213,7 @@ def test_a_label_out_of_range_in_a_pickle(capsys, tmp_path, root, label):
 @pytest.mark.fault(15)
 def test_a_class_with_too_few_images(capsys, tmp_path, published, monkeypatch):
     monkeypatch.setattr(cifar, "TRAIN_IMAGES", 50)
-    expected = ("training images: class 0 has 2 images instead of 5",)
+    expected = ("training images: class class000 has 2 images instead of 5",)
     refused(capsys, train("cifar10", published.parent), 3, *expected, unchanged=tmp_path)
 
 

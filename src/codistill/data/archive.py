@@ -68,7 +68,6 @@ def members(
     Args:
         path: The archive.
         wanted: Whether the content of a member of this name (without a leading `./`) is wanted.
-        fix: What the user can do about a bad archive, for the error line.
         member_limit: Most bytes of one member.
         total_limit: Most bytes of the unpacked archive.
 

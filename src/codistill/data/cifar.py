@@ -7,7 +7,7 @@ import numpy as np
 from codistill.core.errors import DataError
 from codistill.data.archive import members
 from codistill.data.cifar_files import CIFAR10, CIFAR100, HOST, Release
-from codistill.data.dataset import DATASETS, Dataset, Split, check_split
+from codistill.data.dataset import DATASETS, Dataset, Split, check_counts, check_split
 from codistill.data.download import fetch
 from codistill.data.untrusted import check_digest, check_file, read_file, reading
 
@@ -20,13 +20,13 @@ FIX = "delete it and fetch it again (--data NAME:download=true), or give check=f
 
 @DATASETS.register("cifar10")
 def cifar10(root: Path, download: bool = False, url: str = "", check: bool = True) -> Dataset:
-    """Load CIFAR-10: 50,000 images to train on and 10,000 to test on, 32x32, ten classes.
+    """Load CIFAR-10: 50,000 training and 10,000 test images, 32x32, ten classes.
 
     Args:
         root: The folder that holds `cifar-10-batches-bin`, `cifar-10-binary.tar.gz`, `cifar-10-batches-py` or
             `cifar-10-python.tar.gz` (the first of these counts), or one of these itself. torchvision's folder will do.
         download: Fetch the binary archive into `root` when none of them is there.
-        url: Where to fetch that very archive instead of the published address; its checksum is compared all the same.
+        url: Address of that archive in place of the published one; its checksum is compared all the same.
         check: Insist on the published checksums and on the number of images of each class. False accepts files of the
             same layout with other content.
 
@@ -45,15 +45,14 @@ def cifar10(root: Path, download: bool = False, url: str = "", check: bool = Tru
 
 @DATASETS.register("cifar100")
 def cifar100(root: Path, download: bool = False, url: str = "", check: bool = True) -> Dataset:
-    """Load CIFAR-100 with its fine labels: 50,000 images to train on and 10,000 to test on, 32x32, 100 classes.
+    """Load CIFAR-100 with its fine labels: 50,000 training and 10,000 test images, 32x32, 100 classes.
 
     Args:
         root: The folder that holds `cifar-100-binary`, `cifar-100-binary.tar.gz`, `cifar-100-python` or
             `cifar-100-python.tar.gz` (the first of these counts), or one of these itself. torchvision's folder will do.
-        download: Fetch the binary archive into `root` when none of them is there.
-        url: Where to fetch that very archive instead of the published address; its checksum is compared all the same.
-        check: Insist on the published checksums and on the number of images of each class. False accepts files of the
-            same layout with other content.
+        download: As in `cifar10`.
+        url: As in `cifar10`.
+        check: As in `cifar10`.
 
     Returns:
         The data set; images [50000, 32, 32, 3] and [10000, 32, 32, 3]. Ten images are in both parts, as published.
@@ -82,8 +81,8 @@ def _load(
     test = _decode(release, place, release.test, contents.pop(release.test), num_classes)
     train = Split(np.concatenate([part.images for part in parts]), np.concatenate([part.labels for part in parts]))
     if check:
-        _check_counts(f"{place}, training images", train, num_classes, TRAIN_IMAGES)
-        _check_counts(f"{place}, test images", test, num_classes, TEST_IMAGES)
+        check_counts(train.labels, class_names, TRAIN_IMAGES // num_classes, f"{place}, training images", FIX)
+        check_counts(test.labels, class_names, TEST_IMAGES // num_classes, f"{place}, test images", FIX)
     return Dataset(name, train, test, class_names)
 
 
@@ -131,12 +130,3 @@ def _decode(release: Release, place: Path, file: str, content: bytes, num_classe
     split = Split(*release.decode(content, str(place / file), FIX))
     check_split(split, num_classes, str(place / file))
     return split
-
-
-def _check_counts(where: str, split: Split, num_classes: int, images: int) -> None:
-    counts = np.bincount(split.labels, minlength=num_classes)
-    odd = np.flatnonzero(counts != images // num_classes)
-    if len(odd):
-        raise DataError(
-            f"{where}: class {odd[0]} has {counts[odd[0]]} images instead of {images // num_classes}: {FIX}"
-        )

@@ -24,8 +24,6 @@ def decode_records(content: bytes, where: str, fix: str, label_bytes: int) -> tu
 
     Args:
         content: Records of `label_bytes` labels, the last of which counts, then 3072 pixel bytes: planes R, G, B.
-        where: The file, for the error line.
-        fix: What the user can do, for the error line.
         label_bytes: 1 in CIFAR-10; 2 in CIFAR-100, where the coarse label comes first.
 
     Raises:
@@ -45,8 +43,6 @@ def decode_batch(content: bytes, where: str, fix: str, label_key: str) -> tuple[
 
     Args:
         content: The pickle: `data` uint8 [images, 3072], planes R, G, B, and a list of labels.
-        where: The file, for the error line.
-        fix: What the user can do, for the error line.
         label_key: Key of the labels.
 
     Raises:

@@ -12,7 +12,7 @@ from codistill.core.console import track
 from codistill.core.errors import DataError
 from codistill.data.archive import members
 from codistill.data.cache import Arrays, cached
-from codistill.data.dataset import DATASETS, Dataset, Pixels, Split
+from codistill.data.dataset import DATASETS, Dataset, Pixels, Split, check_counts
 from codistill.data.images import decode_image
 from codistill.data.untrusted import check_file, read_file, reading, visible
 
@@ -60,7 +60,7 @@ def cinic10(root: Path, train_on: Literal["train", "train+valid"] = "train", che
     arrays = cached(beside, f"{_identity(place)} check={check}", names, lambda: _decode(place, check))
     if check:
         for part in (*train_parts, "test"):
-            _check_counts(f"{place}, {part}", arrays[f"{part}_labels"])
+            check_counts(arrays[f"{part}_labels"], CLASSES, IMAGES_PER_CLASS, f"{place}, {part}", FIX)
     return Dataset(name="cinic10", train=_join(arrays, train_parts), test=_join(arrays, ["test"]), class_names=CLASSES)
 
 
@@ -82,13 +82,6 @@ def _decode(place: Path, check: bool) -> Arrays:
         arrays[f"{part}_images"] = np.stack([pixels for _, _, pixels in images])
         arrays[f"{part}_labels"] = np.array([CLASSES.index(name) for name, _, _ in images], dtype=np.int64)
     return arrays
-
-
-def _check_counts(where: str, labels: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> None:
-    counts = np.bincount(labels, minlength=len(CLASSES))
-    for name, count in zip(CLASSES, counts, strict=True):
-        if count != IMAGES_PER_CLASS:
-            raise DataError(f"{where}: class {name} has {count} images instead of {IMAGES_PER_CLASS}: {FIX}")
 
 
 def _join(arrays: Arrays, parts: list[str]) -> Split:

@@ -1,7 +1,7 @@
 """A data set: two splits of uint8 images in memory, their labels and the names of the classes."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -126,6 +126,17 @@ def check_split(split: Split, num_classes: int, where: str) -> None:
             f"{where}: image {bad[0]} has label {labels[bad[0]]}, but there are {num_classes} classes "
             f"(labels 0 to {num_classes - 1})"
         )
+
+
+def check_counts(labels: Labels, class_names: Sequence[str], images: int, where: str, fix: str) -> None:
+    """Raise an error unless every class has so many images.
+
+    Raises:
+        DataError: Names the first class that has another number.
+    """
+    for name, count in zip(class_names, np.bincount(labels, minlength=len(class_names)), strict=True):
+        if count != images:
+            raise DataError(f"{where}: class {name} has {count} images instead of {images}: {fix}")
 
 
 def dataset(spec: str, root: str | Path | None = None, **options: Any) -> Dataset:

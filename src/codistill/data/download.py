@@ -1,17 +1,15 @@
 """Fetch a published file: resumable, with progress, and under its final name only when its checksum is right."""
 
+import contextlib
 import os
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
-
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from codistill.core.errors import DataError, ResourceError, UsageError
 from codistill.data.untrusted import check_file, reason
@@ -23,8 +21,8 @@ PIECE = 1 << 18  # bytes
 TIMEOUT = 60.0  # seconds without a byte
 
 
-def fetch(url: str, path: Path, size: int, digest: str, tries: int = 20, console: Console | None = None) -> None:
-    """Fetch a file of known size and digest, going on where an earlier attempt stopped.
+def fetch(url: str, path: Path, size: int, digest: str, tries: int = 20) -> None:
+    """Fetch a file of known size and digest; an attempt continues where an earlier one stopped.
 
     The bytes gather in `<path>.part`; a cut connection leaves them there for the next attempt. Several processes that
     fetch the same file take turns, and all but the first find it ready.
@@ -35,7 +33,6 @@ def fetch(url: str, path: Path, size: int, digest: str, tries: int = 20, console
         size: In bytes.
         digest: `md5:` or `sha256:` and the hexadecimal digest.
         tries: How often to connect, at most; a connection that brought nothing is the last one.
-        console: Where progress is shown, if it is a terminal; None: standard error.
 
     Raises:
         DataError: The server cannot be reached, breaks off every time, or has another file.
@@ -51,7 +48,7 @@ def fetch(url: str, path: Path, size: int, digest: str, tries: int = 20, console
             if sys.platform != "win32":
                 fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, also by a crash
             if not path.exists():
-                _fill(url, file, size, tries, console or Console(stderr=True))
+                _fill(url, file, size, tries)
                 _finish(url, file, part, path, size, digest)
             elif part.exists():
                 part.unlink()
@@ -59,8 +56,12 @@ def fetch(url: str, path: Path, size: int, digest: str, tries: int = 20, console
         raise ResourceError(f"{path}: cannot be written ({reason(error)}): free the disk or choose another") from error
 
 
-def _fill(url: str, file: IO[bytes], size: int, tries: int, console: Console) -> None:
+def _fill(url: str, file: IO[bytes], size: int, tries: int) -> None:
     """Append to the file until it has its size."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
         name = Path(str(file.name)).stem
@@ -78,47 +79,46 @@ def _fill(url: str, file: IO[bytes], size: int, tries: int, console: Console) ->
                 break
         if _length(file) < size:
             raise DataError(
-                f"{url}: stopped at {_length(file)} of {size} bytes ({trouble}): run it again to go on, or put "
-                f"{name} there yourself"
+                f"{url}: stopped at {_length(file)} of {size} bytes ({trouble}): run it again to continue, or "
+                f"put {name} there yourself"
             )
 
 
 class _NetworkError(Exception):
-    """The server or the way to it failed, as opposed to the disk."""
+    """The server or the connection failed, as opposed to the disk."""
+
+
+@contextlib.contextmanager
+def _network() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, HTTPException, ValueError) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
+        raise _NetworkError(reason(error)) from error
 
 
 def _append(url: str, file: IO[bytes], size: int, show: Callable[[], None]) -> None:
-    """Ask for the bytes that are missing and append what comes."""
+    """Request the missing bytes and append the response."""
     start = _length(file)
     request = urllib.request.Request(url, headers={"User-Agent": "codistill", "Accept-Encoding": "identity"})
     if start:
         request.add_header("Range", f"bytes={start}-")
-    with _open(request) as response:
+    with _network():
+        opened: HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT)
+    with opened as response:
         if start and response.headers.get("Content-Range", "").split("-")[0] != f"bytes {start}":
             file.truncate(0)  # the server does not resume: it sends the file from its first byte
-        while piece := _receive(response):
+        while True:
+            with _network():
+                piece = response.read(PIECE)
+            if not piece:
+                return
             file.write(piece)
             file.flush()
             show()
             if _length(file) > size:
                 return
-
-
-def _open(request: urllib.request.Request) -> HTTPResponse:
-    try:
-        response: HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT)
-    except (OSError, HTTPException, ValueError) as error:
-        if isinstance(error, urllib.error.HTTPError):
-            error.close()
-        raise _NetworkError(reason(error)) from error
-    return response
-
-
-def _receive(response: HTTPResponse) -> bytes:
-    try:
-        return response.read(PIECE)
-    except (OSError, HTTPException) as error:
-        raise _NetworkError(reason(error)) from error
 
 
 def _finish(url: str, file: IO[bytes], part: Path, path: Path, size: int, digest: str) -> None:

@@ -53,7 +53,7 @@ def decode_image(
 
     Args:
         content: The bytes.
-        where: The file, for the error line.
+        where: The file, for error lines.
         size: As in `open_image`.
         formats: Formats to accept, as Pillow names them.
         exact: Height and width that it must have, pixels; checked before anything is decoded.
