@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -201,6 +202,21 @@ def test_cpu_measures_layouts_and_waiting(tiny_registered, tmp_path, monkeypatch
     # The median of the three processes of the first way, alone and beside a busy one: 11, 17, 23 and 29, 35, 41.
     assert cells(waiting[0]) == ["torch's default", "17", "10", "2.00", "35", "10", "2.00"]
     assert len(measured["waiting"]) == 36 and {each["busy"] for each in measured["waiting"]} == {0, 1}
+
+
+@pytest.mark.slow
+def test_saving_measures_the_share_of_checks_and_saves(tiny_registered, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "write_report", lambda run, summary: None)
+    saving = script("saving", monkeypatch)
+    monkeypatch.setattr(
+        sys, "argv", ["saving.py", "--networks", "tiny", "tiny", "--epochs", "2", "--out", str(tmp_path)]
+    )
+    assert saving.main() == 0
+    result = json.loads((tmp_path / "saving.json").read_text())
+    parts = [value for key, value in result.items() if key.startswith("seconds_")]
+    assert len(parts) == 2 and all(0 < part < result["epoch_seconds"] for part in parts)
+    assert result["share_of_an_epoch"] == sum(parts) / (result["epoch_seconds"] - sum(parts))
+    assert f"{100 * result['share_of_an_epoch']:.2f} %" in capsys.readouterr().out
 
 
 def test_cpu_keeps_cores_busy_only_as_long_as_needed(monkeypatch):

@@ -35,11 +35,8 @@ def images() -> Split:
 class PlainImages(TorchDataset[tuple[Tensor, int]]):
     """The usual way: one image at a time, on the CPU, in Pillow.
 
-    What torchvision 0.29 does for RandomCrop(32, padding=4), RandomHorizontalFlip, ToTensor and Normalize on the
-    Pillow image that its CIFAR data sets give, copies included and checks of arguments left out, without importing it.
-
-    Args:
-        split: The images.
+    The computation of torchvision 0.29 for RandomCrop(32, padding=4), RandomHorizontalFlip, ToTensor and Normalize on
+    Pillow images of its CIFAR data sets, copies included and checks of arguments left out, without importing it.
     """
 
     def __init__(self, split: Split) -> None:
@@ -61,15 +58,10 @@ class PlainImages(TorchDataset[tuple[Tensor, int]]):
 
 def plain_loop(method: Method, config: RunConfig, device: torch.device) -> Callable[[int], None]:
     """Make the loop that papers' code has: DataLoader, eager step, `.item()` on loss and accuracy of each step."""
-    settings, on_gpu = config.train, device.type == "cuda"
+    settings, on_gpu, groups = config.train, device.type == "cuda", method.parameter_groups()
+    decays = [settings.weight_decay if each.weight_decay is None else each.weight_decay for each in groups]
     optimizer = torch.optim.SGD(
-        [
-            {
-                "params": list(group.parameters),
-                "weight_decay": settings.weight_decay if group.weight_decay is None else group.weight_decay,
-            }
-            for group in method.parameter_groups()
-        ],
+        [{"params": list(each.parameters), "weight_decay": decay} for each, decay in zip(groups, decays, strict=True)],
         lr=settings.learning_rate,
         momentum=settings.momentum,
         nesterov=settings.nesterov,
@@ -108,26 +100,14 @@ def plain_loop(method: Method, config: RunConfig, device: torch.device) -> Calla
     return train
 
 
-def resident_images(device: torch.device) -> DeviceImages:
-    """Put the images on a device."""
-    return DeviceImages(images(), STATISTICS, device)
-
-
 def resident_loop(
     methods: Sequence[Method],
     config: RunConfig,
     device: torch.device,
     memory_format: torch.memory_format = torch.channels_last,
 ) -> Callable[[int], None]:
-    """Make codistill's own loop: resident images, augmentation on the device, captured on CUDA.
-
-    Args:
-        methods: They are moved to the device.
-        config: Batch size, precision and optimiser.
-        device: Where they are trained.
-        memory_format: Of their weights.
-    """
-    resident, precision = resident_images(device), config.execution.precision
+    """Make codistill's own loop, which moves methods to a device: resident images, captured steps on CUDA."""
+    resident, precision = DeviceImages(images(), STATISTICS, device), config.execution.precision
     members = [
         make_step(method, resident, AUGMENTATION, config.train, precision, memory_format=memory_format)
         for method in methods
@@ -135,8 +115,7 @@ def resident_loop(
     fleet = make_fleet(members)
     plan = epoch_indices(IMAGES, 0, 0, AUGMENTATION, device, methods[0].views)
     progress = torch.tensor(0.5, device=device)
-    size = config.train.batch_size
-    batches = IMAGES // size
+    size, batches = config.train.batch_size, IMAGES // config.train.batch_size
 
     def train(steps: int) -> None:
         for step in range(steps):

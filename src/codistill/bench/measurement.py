@@ -92,7 +92,7 @@ def count_launches(contestant: Contestant, device: torch.device, table: Path | N
     """Count the kernels that one step launches on CUDA, or its operators on a CPU.
 
     Args:
-        contestant: A loop that has run before, so that a step that is captured is one replay.
+        contestant: A loop that has run before, so that a captured step is one replay.
         device: The device that it runs on.
         table: A text file for the operators or kernels that took longest; None: none is written.
     """
