@@ -127,10 +127,11 @@ class Ranks:
 
     def largest(self, *numbers: int) -> list[int]:
         """Return the largest value that each of some numbers has in any process."""
+        if self.count == 1:
+            return list(numbers)
         agreed = torch.tensor(numbers)
-        if self.count > 1:
-            with self._noticing_loss():
-                dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        with self._noticing_loss():
+            dist.all_reduce(agreed, dist.ReduceOp.MAX)
         return [int(each) for each in agreed.tolist()]
 
     def gathered(self, value: T) -> list[T]:
