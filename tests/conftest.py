@@ -1,6 +1,5 @@
 """What all tests share: one thread, a fixed seed, tiny networks and a batch for them."""
 
-import importlib
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -100,9 +99,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunConfig]:
 
     def parse(*arguments: str) -> RunConfig:
         seen: list[RunConfig] = []
-        # By its full name, for `codistill.train` is the function.
-        module = importlib.import_module("codistill.training.train")
-        monkeypatch.setattr(module, "train_from_config", lambda config, *_, **__: seen.append(config))
+        monkeypatch.setattr(commands, "train_from_config", lambda config, *_, **__: seen.append(config))
         commands.train_command([*arguments])
         return seen[0]
 

@@ -1,21 +1,19 @@
 """Settings of papers as a whole: what each sets, how it is overridden, and the networks that it means by a name."""
 
 import dataclasses
-import importlib
 import json
 import re
 import signal
 
 import pytest
 
-from codistill.cli import main
+from codistill.cli import commands, main
 from codistill.core.errors import UsageError
 from codistill.methods import METHODS
 from codistill.networks import NETWORKS
 from codistill.settings.build import build_method
 from codistill.settings.config import RunConfig, default_config
 from codistill.settings.presets import PRESETS, completed, find_preset, preset_config
-from codistill.training import fleet
 
 DATA = ["--data", "digits"]
 PAIR = ["--networks", "resnet20", "resnet20"]
@@ -34,9 +32,8 @@ def own_handler(tmp_path, monkeypatch):
 def chosen(monkeypatch):
     """Give the run that a command line stands for, without training it."""
     seen: list[RunConfig] = []
-    train = importlib.import_module("codistill.training.train")
-    monkeypatch.setattr(train, "train_from_config", lambda config, *_, **__: seen.append(config))
-    monkeypatch.setattr(fleet, "train_seeds", lambda config, seeds, out: seen.append(config) or [])
+    monkeypatch.setattr(commands, "train_from_config", lambda config, *_, **__: seen.append(config))
+    monkeypatch.setattr(commands, "train_seeds", lambda config, seeds, out: seen.append(config) or [])
 
     def parse(*arguments: str) -> RunConfig:
         assert main(["train", *arguments, *DATA]) == 0

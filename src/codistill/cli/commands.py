@@ -10,35 +10,27 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from codistill.bench.bench import bench, lines
+from codistill.cli import options
 from codistill.cli.flags import parse, parse_with_settings
-from codistill.cli.options import (
-    BenchOptions,
-    EvaluateOptions,
-    ExportOptions,
-    ListOptions,
-    PredictOptions,
-    ResumeOptions,
-    SourceOptions,
-    SweepOptions,
-    TrainOptions,
-)
 from codistill.core.errors import DivergedError, UsageError, WorkerError
-from codistill.core.torchrun import refuse_ranks
 from codistill.data import DATASETS
+from codistill.deploy.classifier import load_classifier
+from codistill.deploy.export import export_predictor
+from codistill.deploy.predict import predict
 from codistill.deploy.run import Run
 from codistill.methods import METHODS
 from codistill.networks import NETWORKS
+from codistill.runs.evaluate import evaluate_run
 from codistill.settings.config import RunConfig, default_config
 from codistill.settings.mapping import run_from_mapping, typed_mapping
 from codistill.settings.presets import PRESETS, completed, find_preset, preset_config
 from codistill.settings.recipe import read_recipe
-
-
-def run(command: str, arguments: Sequence[str]) -> None:
-    """Run a command by its name."""
-    if command not in ("train", "resume"):
-        refuse_ranks(f"codistill {command}")
-    globals()[f"{command}_command"](arguments)
+from codistill.sweeps.driver import own_program, sweep
+from codistill.training.fleet import train_fleet, train_seeds
+from codistill.training.resume import resume_together
+from codistill.training.train import free_folder, train_from_config
+from codistill.training.verify import verify_resume
 
 
 def split_named(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -52,14 +44,12 @@ def bench_command(arguments: Sequence[str]) -> None:
     named, rest = split_named(arguments)
     default = default_config(named or "mfef")
     command = f"codistill bench {default.method_name}"
-    chosen, values = parse_with_settings(BenchOptions, rest, command, default.values())
+    chosen, values = parse_with_settings(options.BenchOptions, rest, command, default.values())
     config = run_from_mapping(values, lambda key: command)
     if chosen.runs < 1 or not 0 < chosen.seconds < 3600:
         raise UsageError(f"{command}: --runs must be at least 1, and --seconds above 0 and below 3600")
     if chosen.profile and not chosen.profile.parent.is_dir():
         raise UsageError(f"{command}: --profile {chosen.profile}: there is no folder {chosen.profile.parent}")
-    from codistill.bench.bench import bench, lines
-
     result = bench(config, chosen.runs, chosen.compare, chosen.seconds, chosen.profile)
     print(json.dumps(result, indent=2) if chosen.json else "\n".join(lines(result)))
 
@@ -67,16 +57,11 @@ def bench_command(arguments: Sequence[str]) -> None:
 def train_command(arguments: Sequence[str]) -> None:
     """Run `codistill train`."""
     named, rest = split_named(arguments)
-    sources = parse(SourceOptions, rest, f"codistill train {named or 'mfef'}", strict=False)
+    sources = parse(options.SourceOptions, rest, f"codistill train {named or 'mfef'}", strict=False)
     paths = sources.recipes or (sources.recipe,)
     each = [train_options(rest, named, dataclasses.replace(sources, recipe=path)) for path in paths]
     chosen, configs = each[0][0], [config for _, config in each]
-    from codistill.training.fleet import train_fleet, train_seeds
-    from codistill.training.train import free_folder, train_from_config
-
     if chosen.verify_resume:
-        from codistill.training.verify import verify_resume
-
         for config in configs:
             print(verify_resume(config))
     if chosen.recipes:
@@ -89,8 +74,8 @@ def train_command(arguments: Sequence[str]) -> None:
 
 
 def train_options(
-    arguments: Sequence[str], named: str | None, sources: SourceOptions
-) -> tuple[TrainOptions, RunConfig]:
+    arguments: Sequence[str], named: str | None, sources: options.SourceOptions
+) -> tuple[options.TrainOptions, RunConfig]:
     """Put together the run that `codistill train` is given.
 
     Later ones win: the method's defaults, the preset, the recipe, the flags.
@@ -113,7 +98,7 @@ def train_options(
     values = (preset_config(preset) if preset else default_config(method or "mfef")).values()
     written = typed_mapping(recipe.mapping, recipe.where, method) if recipe else {"method": {}}
     values |= {**written, "method": values["method"] | written["method"]}
-    chosen, values = parse_with_settings(TrainOptions, arguments, command, values)
+    chosen, values = parse_with_settings(options.TrainOptions, arguments, command, values)
     refuse_two_sources(chosen, command)
 
     def where(key: str) -> str:
@@ -131,7 +116,7 @@ def train_options(
     return chosen, config
 
 
-def refuse_two_sources(chosen: TrainOptions, command: str) -> None:
+def refuse_two_sources(chosen: options.TrainOptions, command: str) -> None:
     """Refuse `--recipes` beside another flag that says what is trained, and two recipes that share a folder.
 
     Raises:
@@ -159,11 +144,9 @@ def refuse_diverged(runs: Sequence[Run]) -> None:
 
 def resume_command(arguments: Sequence[str]) -> None:
     """Run `codistill resume`."""
-    chosen = parse(ResumeOptions, arguments, "codistill resume")
+    chosen = parse(options.ResumeOptions, arguments, "codistill resume")
     if not chosen.runs:
         raise UsageError("codistill resume: no run: name at least one run folder")
-    from codistill.training.resume import resume_together
-
     runs = resume_together(chosen.runs, chosen.data_dir, override=key_values(chosen.override))
     refuse_diverged(runs)
 
@@ -183,10 +166,7 @@ def key_values(written: Sequence[str]) -> dict[str, Any]:
 
 def evaluate_command(arguments: Sequence[str]) -> None:
     """Run `codistill evaluate`."""
-    chosen = parse(EvaluateOptions, arguments, "codistill evaluate")
-    from codistill.deploy.run import Run
-    from codistill.runs.evaluate import evaluate_run
-
+    chosen = parse(options.EvaluateOptions, arguments, "codistill evaluate")
     scores = evaluate_run(Run(chosen.run), chosen.checkpoint, chosen.data_dir, chosen.device)
     if chosen.json:
         print(json.dumps({name: dataclasses.asdict(each) for name, each in scores.items()}, indent=2))
@@ -202,14 +182,11 @@ def evaluate_command(arguments: Sequence[str]) -> None:
 
 def predict_command(arguments: Sequence[str]) -> None:
     """Run `codistill predict`."""
-    chosen = parse(PredictOptions, arguments, "codistill predict")
+    chosen = parse(options.PredictOptions, arguments, "codistill predict")
     if not chosen.images:
         raise UsageError("codistill predict: no images: name at least one file")
     if chosen.top < 1:
         raise UsageError(f"codistill predict: --top is {chosen.top}; it must be at least 1")
-    from codistill.deploy.classifier import load_classifier
-    from codistill.deploy.predict import predict
-
     for each in predict(load_classifier(chosen.model, chosen.predictor), chosen.images, chosen.top):
         ranked = list(zip(each.classes, each.probabilities, strict=True))
         if chosen.json:
@@ -220,10 +197,7 @@ def predict_command(arguments: Sequence[str]) -> None:
 
 def export_command(arguments: Sequence[str]) -> None:
     """Run `codistill export`."""
-    chosen = parse(ExportOptions, arguments, "codistill export")
-    from codistill.deploy.export import export_predictor
-    from codistill.deploy.run import Run
-
+    chosen = parse(options.ExportOptions, arguments, "codistill export")
     done = export_predictor(
         Run(chosen.run), chosen.predictor, chosen.out, chosen.format, chosen.checkpoint, chosen.data_dir
     )
@@ -236,7 +210,7 @@ def export_command(arguments: Sequence[str]) -> None:
 
 def list_command(arguments: Sequence[str]) -> None:
     """Run `codistill list`."""
-    chosen = parse(ListOptions, arguments, "codistill list")
+    chosen = parse(options.ListOptions, arguments, "codistill list")
     entries: dict[str, list[dict[str, Any]]] = {
         "methods": [{"name": name, "summary": first_line(METHODS[name]), **preset_of(name)} for name in METHODS],
         "networks": [{"name": name, "summary": first_line(NETWORKS[name])} for name in NETWORKS],
@@ -274,9 +248,7 @@ def first_line(plugin: object) -> str:
 
 def sweep_command(arguments: Sequence[str]) -> None:
     """Run `codistill sweep`."""
-    chosen = parse(SweepOptions, arguments, "codistill sweep")
-    from codistill.sweeps.driver import own_program, sweep
-
+    chosen = parse(options.SweepOptions, arguments, "codistill sweep")
     program = own_program(["sweep", *arguments])
     rows = sweep(
         chosen.spec,

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import codistill
 from codistill.cli.options import DATA, FIRST
 from codistill.core.errors import UsageError
 from codistill.settings.removed import REMOVED
@@ -174,7 +173,7 @@ def lineage(module: str, name: str) -> Iterator[tuple[str, ast.ClassDef]]:
 
 @functools.cache
 def _tree(module: str) -> ast.Module:
-    path = Path(codistill.__file__).parent.joinpath(*module.split(".")[1:])
+    path = Path(__file__).parents[1].joinpath(*module.split(".")[1:])
     with contextlib.suppress(OSError, TypeError):  # a class of a user's program may have no source
         if module in sys.modules:
             return ast.parse(inspect.getsource(sys.modules[module]))

@@ -13,6 +13,7 @@ from codistill.cli.options import OPTIONS
 from codistill.core.errors import CodistillError, UsageError
 from codistill.core.registry import unknown_name
 from codistill.core.signals import Terminated, terminate
+from codistill.core.torchrun import refuse_ranks, world_size
 
 USAGE = """\
 usage: codistill COMMAND ...
@@ -41,10 +42,12 @@ def run_command(arguments: Sequence[str]) -> None:
         print(f"codistill {importlib.metadata.version('codistill')}")
     elif arguments[0] in OPTIONS:
         command, *rest = arguments
+        if command not in ("train", "resume"):
+            refuse_ranks(f"codistill {command}")
         refuse_early(command, rest)
         # Only now, for torch comes with them.
         commands = importlib.import_module("codistill.cli.commands")
-        commands.run(command, rest)
+        getattr(commands, f"{command}_command")(rest)
     else:
         raise UsageError(unknown_name("command", arguments[0], OPTIONS))
 
@@ -73,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         status, line = explain(error)
         # A wrong command line is wrong in every process that torchrun started: the first of a machine says so.
-        if not (status == 2 and "MASTER_PORT" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"):
+        if status != 2 or world_size() == 1 or os.environ["LOCAL_RANK"] == "0":
             print(f"codistill: error: {line}", file=sys.stderr)
         return status
 
