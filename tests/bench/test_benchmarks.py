@@ -215,7 +215,7 @@ def test_saving_measures_the_share_of_checks_and_saves(tiny_registered, tmp_path
     result = json.loads((tmp_path / "saving.json").read_text())
     parts = [value for key, value in result.items() if key.startswith("seconds_")]
     assert len(parts) == 2 and all(0 < part < result["epoch_seconds"] for part in parts)
-    assert result["share_of_an_epoch"] == sum(parts) / (result["epoch_seconds"] - sum(parts))
+    assert result["share_of_an_epoch"] == pytest.approx(sum(parts) / (result["epoch_seconds"] - sum(parts)))
     assert f"{100 * result['share_of_an_epoch']:.2f} %" in capsys.readouterr().out
 
 
