@@ -102,8 +102,6 @@ class BYOT(Method):
 
     Args:
         students: Networks with at least three stages; stage 0, the stem, has no exit.
-        num_classes: Their number of classes.
-        settings: `BYOTSettings`, or None for the authors'.
         image_size: Height and width of the images, pixels; the adapters depend on it.
 
     Source: Zhang et al., "Be Your Own Teacher: Improve the Performance of Convolutional Neural Networks via Self

@@ -62,9 +62,6 @@ class CLILR(Method):
 
     Args:
         students: At least two networks; equal ones share all stages but the last.
-        num_classes: Their number of classes.
-        settings: `CLILRSettings`, or None for the defaults.
-        image_size: Height and width of the images, pixels.
 
     Source: Song, Chai, "Collaborative Learning for Deep Neural Networks", NeurIPS 2018, arXiv 1805.11761, which we
         could not read beyond its abstract; its authors published no code that we know of. Formula, T = 2, beta = 1/2

@@ -36,6 +36,13 @@ class Outputs:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
+    def fused(self) -> Float[Tensor, "batch class"]:
+        """The fused logits of a method that always has them."""
+        if self.fused_logits is None:
+            raise ValueError("the outputs have no fused logits")
+        return self.fused_logits
+
+    @property
     def ensemble_logits(self) -> Float[Tensor, "batch class"]:
         """Mean of the students' logits."""
         return mean_logits(self.logits)

@@ -45,9 +45,6 @@ class DML(Method):
 
     Args:
         students: At least two networks, of any kind.
-        num_classes: Their number of classes.
-        settings: `DMLSettings`, or None for the defaults.
-        image_size: Unused.
 
     Raises:
         UsageError: Fewer than two students, or alternating updates of students that share stages.

@@ -56,12 +56,11 @@ def fusion_terms(
     Source: MFEF (ICANN 2022), Eqs. (9)-(11), with the ramp-up of FFL's code (Jangho-Kim/FFL-pytorch at 546d478,
         train_FFL.py), which the paper names (alpha = 80) but leaves out of Eq. (11).
     """
-    if outputs.fused_logits is None:
-        raise ValueError("the outputs have no fused logits")
-    terms = cross_entropy_terms(outputs.logits, labels, fused=outputs.fused_logits)
-    pairs = {f"kl/fused->student{index}": (logits, outputs.fused_logits) for index, logits in enumerate(outputs.logits)}
+    fused = outputs.fused
+    terms = cross_entropy_terms(outputs.logits, labels, fused=fused)
+    pairs = {f"kl/fused->student{index}": (logits, fused) for index, logits in enumerate(outputs.logits)}
     mean = ensemble(outputs.logits, settings.ensemble_of, settings.temperature)
-    pairs["kl/ensemble->fused"] = (outputs.fused_logits, mean)
+    pairs["kl/ensemble->fused"] = (fused, mean)
     return terms | ramped_kl(pairs, progress, settings, settings.detach_teachers)
 
 
@@ -71,8 +70,6 @@ class FFL(Method):
 
     Args:
         students: At least two networks. Equal ones share all stages but the last.
-        num_classes: Their number of classes.
-        settings: `FusionSettings`, or None for the defaults.
         image_size: Height and width of the images, pixels; only maps of unlike resolution depend on it.
 
     Source: Kim et al., "Feature Fusion for Online Mutual Knowledge Distillation", ICPR 2020, arXiv 1904.09058;

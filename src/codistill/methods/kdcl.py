@@ -190,9 +190,6 @@ class KDCL(Method):
 
     Args:
         students: At least two networks, of any kind.
-        num_classes: Their number of classes.
-        settings: `KDCLSettings`, or None for the defaults.
-        image_size: Unused.
 
     Source: Guo et al., "Online Knowledge Distillation via Collaborative Learning", CVPR 2020. Its authors published no
         code; T = 2 and weight 1 come from a third party's port. The default is general because the paper's CIFAR-100

@@ -135,7 +135,7 @@ class Method(nn.Module):
         if count < minimum:
             raise UsageError(f"{self.name} needs at least {minimum} students, got {count}: {fix}")
 
-    # What a method defines: build, losses.
+    # Every method defines losses, and build if it has modules of its own.
 
     def build(self) -> None:
         """Make the method's own modules, as attributes; `cohort`, `settings` and the sizes are there already."""
@@ -155,7 +155,7 @@ class Method(nn.Module):
         """
         raise NotImplementedError
 
-    # What some methods change.
+    # Some methods override the rest.
 
     def forward(self, images: Float[Tensor, "*view batch channel height width"]) -> Outputs:
         """Run all students on normalised images.

@@ -103,8 +103,6 @@ class MFEF(Method):
     Args:
         students: At least two networks (one suffices with distillation "none"). Equal ones share all stages but the
             last; extraction, attention and classifier are each student's own.
-        num_classes: Their number of classes.
-        settings: `MFEFSettings`, or None for the paper's (where it is silent, the documented defaults).
         image_size: Height and width of the images, pixels; only maps of unlike resolution depend on it.
 
     Source: Zou, Teng, Niu, "Multi-scale Feature Extraction and Fusion for Online Knowledge Distillation", ICANN 2022.

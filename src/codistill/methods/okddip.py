@@ -74,9 +74,6 @@ class OKDDip(Method):
     Args:
         students: At least two peers and, last, the leader. Equal ones share all stages but the last (the branch-based
             variant); with shared_stages 0 they share nothing (the network-based variant).
-        num_classes: Their number of classes.
-        settings: `OKDDipSettings`, or None for the authors'.
-        image_size: Height and width of the images, pixels.
 
     Source: Chen et al., "Online Knowledge Distillation with Diverse Peers", AAAI 2020, arXiv 1912.00350; authors' code
         DefangChen/OKDDip-AAAI2020 at c6a05de, train_GL.py, models/model_cifar/resnet_GL.py.

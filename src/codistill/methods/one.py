@@ -70,9 +70,6 @@ class ONE(Method):
 
     Args:
         students: At least two networks; equal ones share all stages but the last. The authors have three.
-        num_classes: Their number of classes.
-        settings: `ONESettings`, or None for the defaults.
-        image_size: Height and width of the images, pixels.
 
     Source: Lan, Zhu, Gong, "Knowledge Distillation by On-the-Fly Native Ensemble", NeurIPS 2018, arXiv 1806.04606;
         authors' code Lan1991Xu/ONE_NeurIPS2018 at 9da95a8.
@@ -106,9 +103,7 @@ class ONE(Method):
         self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
     ) -> dict[str, Float[Tensor, ""]]:
         """Compute `ce/student<j>` and `kl/fused->student<j>` of each student, and `ce/fused`; see `Method.losses`."""
-        fused = outputs.fused_logits
-        if fused is None:
-            raise ValueError("the outputs have no fused logits")
+        fused = outputs.fused
         terms = cross_entropy_terms(outputs.logits, labels, fused=fused)
         pairs = {f"kl/fused->student{index}": (logits, fused) for index, logits in enumerate(outputs.logits)}
         return terms | ramped_kl(pairs, progress, self.settings, self.settings.detach_teachers)

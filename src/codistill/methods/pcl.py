@@ -69,9 +69,6 @@ class PCL(Method):
     Args:
         students: At least two networks; equal ones share all stages but the last, and so do their means. The authors
             have three.
-        num_classes: Their number of classes.
-        settings: `PCLSettings`, or None for the defaults.
-        image_size: Height and width of the images, pixels.
 
     Source: Wu and Gong, "Peer Collaborative Learning for Online Knowledge Distillation", AAAI 2021, arXiv 2006.04147;
         formulas after the third party's shaoeric/Peer-Collaborative-Learning-for-Online-Knowledge-Distillation at
@@ -112,9 +109,7 @@ class PCL(Method):
         self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
     ) -> dict[str, Float[Tensor, ""]]:
         """Compute `ce/` of each student and of `fused`, and `kl/fused->` and `kl/mean<l>->` it; see `Method.losses`."""
-        fused, chosen, count = outputs.fused_logits, self.settings, len(self.cohort)
-        if fused is None:
-            raise ValueError("the outputs have no fused logits")
+        fused, chosen, count = outputs.fused, self.settings, len(self.cohort)
         terms = cross_entropy_terms(outputs.logits, labels, fused=fused)
         pairs: dict[str, tuple[Tensor, Tensor]] = {}
         for index, logits in enumerate(outputs.logits):

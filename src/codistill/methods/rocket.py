@@ -42,9 +42,6 @@ class Rocket(Method):
     Args:
         students: The light network, which is the one to deploy, and the booster. Equal ones share all stages but the
             last; unlike ones share nothing unless `shared_stages` says how many of their first stages are alike.
-        num_classes: Their number of classes.
-        settings: `RocketSettings`, or None for the authors'.
-        image_size: Height and width of the images, pixels.
 
     Source: Zhou et al., "Rocket Launching: A Universal and Efficient Framework for Training Well-performing Light Net",
         AAAI 2018, arXiv 1708.04106; authors' code zhougr1993/Rocket-Launching at aa6b8f5, rocket_interval.py.
