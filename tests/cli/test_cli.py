@@ -377,36 +377,38 @@ TRAIN = """
 """
 
 
-def test_signals_end_a_training_in_order(made, tmp_path):
-    flags = ["--data-dir", str(made / "colours.npz"), "--epochs", "100000"]
-    processes = {}
+@pytest.mark.parametrize(
+    ("number", "status", "word"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        pytest.param(signal.SIGTERM, 143, "terminated", marks=pytest.mark.slow),  # tests/faults has it in one process
+    ],
+)
+def test_a_signal_ends_a_training_in_order(made, tmp_path, number, status, word):
+    flags = ["--data-dir", str(made / "colours.npz"), "--epochs", "100000", "--out", tmp_path / "out"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(TRAIN), "train", *TINY, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            processes[number] = subprocess.Popen(
-                [sys.executable, "-c", textwrap.dedent(TRAIN), "train", *TINY, *flags, "--out", tmp_path / number.name],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                cwd=Path(__file__).parents[2],
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            )
-        for number, process in processes.items():
-            assert process.stdout.readline().startswith("epoch 1/100000")
-            process.send_signal(number)
-        for number, status, word in ((signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")):
-            _, error = processes[number].communicate(timeout=60)
-            assert processes[number].returncode == status
-            place = r"after step [123] of epoch \d+ and saved: codistill resume "
-            assert re.fullmatch(rf"codistill: error: {word} {place}{tmp_path / number.name}\n", error)
-            run = cd.Run(tmp_path / number.name)
-            assert run.summary["status"] == "interrupted"
-            assert run.checkpoints.load().epoch >= len(run.metrics()) >= 1
-            # And the folder is free: nobody holds the lock of a process that is gone.
-            RunLock(run.path).release()
+        assert process.stdout.readline().startswith("epoch 1/100000")
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
     finally:
-        for process in processes.values():
-            process.kill()
-            process.wait()
+        process.kill()
+        process.wait()
+    assert process.returncode == status
+    place = r"after step [123] of epoch \d+ and saved: codistill resume "
+    assert re.fullmatch(rf"codistill: error: {word} {place}{tmp_path / 'out'}\n", error)
+    run = cd.Run(tmp_path / "out")
+    assert run.summary["status"] == "interrupted"
+    assert run.checkpoints.load().epoch >= len(run.metrics()) >= 1
+    # And the folder is free: nobody holds the lock of a process that is gone.
+    RunLock(run.path).release()
 
 
 @pytest.fixture

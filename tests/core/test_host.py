@@ -80,7 +80,6 @@ def test_the_users_number_of_threads_stands(chosen, monkeypatch):
 
 PROGRAM = """
 import resource
-import statistics
 import torch
 from codistill.core.host import keep_freed_memory, set_up_cpu
 
@@ -95,15 +94,19 @@ def faults(device):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         work()
         rounds.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    # Now and then a small block that is allocated between two large ones makes one of these move, once.
-    return round(statistics.median(rounds))
+    # A small block that is allocated between two large ones makes one of these move, in some rounds.
+    return min(rounds)
 
 print(faults("meta"), faults("cpu"), keep_freed_memory())
 """
 
 
 @pytest.mark.skipif(os.confstr("CS_GNU_LIBC_VERSION") is None, reason="glibc only")
-@pytest.mark.parametrize("given", [{}, {"MALLOC_TRIM_THRESHOLD_": "131072"}])
+@pytest.mark.parametrize(
+    "given",
+    [{}, pytest.param({"MALLOC_TRIM_THRESHOLD_": "131072"}, marks=pytest.mark.slow)],
+    ids=["plain", "set by the user"],
+)
 def test_memory_that_a_step_frees_stays_with_the_process(given):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | given
     command = [sys.executable, "-c", PROGRAM]

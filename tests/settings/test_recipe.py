@@ -96,6 +96,8 @@ def test_a_recipe_may_leave_the_method_to_the_command(parsed, recipe):
         ),
         ('[method]\nname = "mfeff"\ntemperature = 3', "PATH:2: unknown method 'mfeff': did you mean mfef?"),
         ("epochs = 3\n[method]\ntemperature = 3", "PATH:2: settings of a method need its name"),
+        ("epochs = 3\nprocesses = 2", "PATH:2: processes was removed: .* torchrun --nproc-per-node N"),
+        ('kernels = "fused"', "PATH:1: kernels was removed: leave it out; --compile on"),
         ("method = 3", "PATH:1: method must be a name, or a table"),
         ("[method]\nname = 3", "PATH:1: method must be a name, or a table"),
         ("[epochs]\nx = 1", "PATH:1: epochs is {'x': 1}; it must be a whole number"),
