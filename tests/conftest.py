@@ -1,4 +1,4 @@
-"""What all tests share: one thread, a fixed seed, tiny networks and a batch for them."""
+"""Fixtures of all tests: one thread, a fixed seed, tiny networks and a batch for them."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -43,7 +43,7 @@ def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 
 @pytest.fixture(autouse=True)
 def gpu_or_pretended(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Let tests marked `gpu` run without one, too."""
+    """Run tests marked `gpu` on a pretended one where there is none."""
     marker = request.node.get_closest_marker("gpu")
     if marker is None or torch.cuda.is_available():
         yield
@@ -114,7 +114,7 @@ def no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def empty_folder(no_pages: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Stand in an empty folder, draw no pages, and give SIGTERM back to pytest."""
+    """Work in an empty folder, draw no pages, and restore the handler of SIGTERM."""
     monkeypatch.chdir(tmp_path)
     before = signal.getsignal(signal.SIGTERM)
     yield
@@ -123,6 +123,6 @@ def empty_folder(no_pages: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 @pytest.fixture(scope="module")
 def tiny_registered() -> Iterator[None]:
-    """Let the tests of a module name a tiny network `tiny`."""
+    """Register the tiny network as `tiny` for the tests of a module."""
     with tiny.registered():
         yield

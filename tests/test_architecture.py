@@ -101,7 +101,7 @@ def floors() -> list[str]:
 
 
 def top_level_names() -> list[str]:
-    """Return the packages and files of src/codistill; the empty py.typed and caches are none."""
+    """Return the packages and files of src/codistill; without py.typed and caches."""
     return sorted(path.stem for path in SOURCE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists())
 
 

@@ -33,7 +33,7 @@ def network(num_classes: int, width: int = 8) -> Network:
 
 
 def own_students(count: int = 2, classes: int = 3) -> list[Network]:
-    """Networks of one's own, which no name can rebuild."""
+    """Make networks of one's own, which no name can rebuild."""
     students = [network(classes) for _ in range(count)]
     for student in students:
         initialise(student)
@@ -87,14 +87,14 @@ def write_npz(path: Path, whole: cd.Dataset) -> Path:
 
 @contextlib.contextmanager
 def registered() -> Iterator[None]:
-    """Let `--networks tiny` mean the tiny network."""
+    """Register the tiny network as `tiny`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(NETWORKS._discover(), "tiny", network)
         yield
 
 
 def untimed(value: Any) -> Any:
-    """Leave out what the clock has a part in, and what only it is to show, at any depth."""
+    """Leave out times, and the choices of execution that may depend on them, at any depth."""
     if isinstance(value, Mapping):
         return {key: untimed(each) for key, each in value.items() if "second" not in key and key != "execution"}
     return [untimed(each) for each in value] if isinstance(value, list) else value
@@ -106,7 +106,7 @@ def listing(folder: Path) -> dict[str, bytes | None]:
 
 
 class HostReads(TorchDispatchMode):
-    """Find what makes a CUDA step wait for the host, or a shape depend on data; `Tensor.tolist` counts once."""
+    """Find operators that make a CUDA step wait for the host, or a shape depend on data; `Tensor.tolist` counts once."""
 
     def __init__(self) -> None:
         super().__init__()

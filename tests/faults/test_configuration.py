@@ -23,7 +23,7 @@ GROUPS = {"train": TrainSettings, "execution": ExecutionSettings, "teaching": Te
 
 @pytest.fixture(autouse=True)
 def elsewhere(tiny_registered, tmp_path, monkeypatch):
-    """Stand in an empty folder, with networks that are called tiny."""
+    """Work in an empty folder, with a network named tiny."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -34,7 +34,7 @@ def colours(tmp_path_factory):
 
 
 def train(place: Path, *more: str, method: str = "mfef", networks: tuple[str, ...] = ("tiny", "tiny")) -> list[str]:
-    """Write a command line; what is said last counts."""
+    """Return a command line; the last of equal flags counts."""
     flags = ["--networks", *networks, "--data", "packed", "--data-dir", str(place)]
     return ["train", method, *flags, "--batch-size", "8", "--threads", "1", "--epochs", "5", "--out", "out", *more]
 

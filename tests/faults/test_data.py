@@ -62,7 +62,7 @@ def root(tmp_path):
 
 
 def train(data: str, place: Path) -> list[str]:
-    """Write a command line for a training of two tiny networks on what is at a place in, or at, the folder `data`."""
+    """Return a command line that trains two tiny networks on data at, or below, the folder `data`."""
     out = next(each for each in (place, *place.parents) if each.name == "data").with_name("run")
     flags = ["--networks", "tiny", "tiny", "--epochs", "1", "--batch-size", "5", "--lr", "0.05", "--threads", "1"]
     return ["train", "mfef", *flags, "--data", data, "--data-dir", str(place), "--out", str(out)]

@@ -47,7 +47,7 @@ def restore(folder: Path, contents: dict[str, bytes]) -> None:
 
 
 def with_newest(contents: dict[str, bytes], content: bytes) -> dict[str, bytes]:
-    """Give contents with other bytes in the newest checkpoint, and their digest in the index."""
+    """Return contents with other bytes in the newest checkpoint, and their digest in the index."""
     newest = max(name for name in contents if name != INDEX)
     digests = [hashlib.sha256(each).hexdigest().encode() for each in (contents[newest], content)]
     assert digests[0] in contents[INDEX]
@@ -76,7 +76,7 @@ def archive(**members: bytes) -> bytes:
     return buffer.getvalue()
 
 
-# By name, for what is in an archive depends on the second in which it was written.
+# By name: the bytes of an archive depend on the second in which it was written.
 NO_CHECKPOINTS = {
     "empty": b"",
     "text": b"text\n",

@@ -4,7 +4,7 @@ Continuous integration tries a fixed set of examples. For a longer, random searc
 
     CODISTILL_FUZZ_EXAMPLES=100000 .venv/bin/python -m pytest --timeout 0 tests/faults/test_fuzz_data.py
 
-What it finds is shown as the smallest example and belongs, once mended, into a test of its own.
+A failure is shown as its smallest example and belongs, once fixed, into a test of its own.
 """
 
 import gzip

@@ -157,7 +157,7 @@ def test_recipes_of_wild_values(place, mapping):
 
 @pytest.fixture(scope="module")
 def record(tiny_registered, tmp_path_factory):
-    """A run folder whose config.json may be replaced, and what is in it."""
+    """A run folder whose config.json may be replaced, and the content of that file."""
     folder = tmp_path_factory.mktemp("record")
     run = cd.train(tiny.method(cd.Independent), tiny.data(), settings=tiny.settings(epochs=1), out=folder, show=False)
     return folder, (run.path / "config.json").read_bytes()

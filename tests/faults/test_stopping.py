@@ -303,11 +303,11 @@ def test_metrics_that_cannot_be_written(colours, undisturbed, tmp_path, capsys, 
 def test_metrics_that_cannot_be_written_for_a_while(colours, undisturbed, tmp_path, capsys, monkeypatch):
     plain, count = cd.Run.append_metrics, iter(range(100))
 
-    def half(self: cd.Run, rows: Any) -> None:
+    def half(self: cd.Run, row: Any) -> None:
         if next(count) == 0:
-            (self.path / "metrics.jsonl").write_text(rows[-1][:20])
+            (self.path / "metrics.jsonl").write_text(json.dumps(row)[:20])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        plain(self, rows)
+        plain(self, row)
 
     monkeypatch.setattr(cd.Run, "append_metrics", half)
     assert run_here(arguments(colours, tmp_path / "run")) == 0

@@ -1,4 +1,4 @@
-"""The table of docs/reliability.md says what is tested, and everything in it is."""
+"""The table of docs/reliability.md names the tests of every fault."""
 
 from . import table
 

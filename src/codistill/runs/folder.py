@@ -62,9 +62,9 @@ class RunFolder:
         """
         with contextlib.ExitStack() as held:
             if metadata is not None:
-                if not (path / ".lock").exists():  # or the lock tells who is at work there
-                    refuse_occupied(path)
                 try:
+                    if not (path / ".lock").exists():  # or the lock tells who is at work there
+                        refuse_occupied(path)
                     path.mkdir(parents=True, exist_ok=True)
                     held.callback(RunLock(path).release)
                 except OSError as error:
