@@ -106,7 +106,7 @@ def listing(folder: Path) -> dict[str, bytes | None]:
 
 
 class HostReads(TorchDispatchMode):
-    """Find operators that make a CUDA step wait for the host, or a shape depend on data; `Tensor.tolist` counts once."""
+    """Find operators that make a CUDA step wait for the host or a shape depend on data; `Tensor.tolist` counts once."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import json
 import math
 import os
 import signal
