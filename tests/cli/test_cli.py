@@ -21,7 +21,7 @@ from codistill.cli import commands, main
 from codistill.cli.options import OPTIONS
 from codistill.core import errors
 from codistill.core.signals import Terminated
-from codistill.runs.lock import RunLock
+from codistill.runs.lock import lock_folder
 from codistill.settings.build import build_method
 
 from .. import tiny
@@ -408,7 +408,7 @@ def test_a_signal_ends_a_training_in_order(made, tmp_path, number, status, word)
     assert run.summary["status"] == "interrupted"
     assert run.checkpoints.load().epoch >= len(run.metrics()) >= 1
     # And the folder is free: nobody holds the lock of a process that is gone.
-    RunLock(run.path).release()
+    lock_folder(run.path).close()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
-from codistill.evaluation.metrics import ClassificationSums, Scores, TermSums, scores
+from codistill.evaluation.metrics import ClassificationSums, Scores, TermSums, read_together, scores
 
 from .. import tiny
 

@@ -18,7 +18,7 @@ import torch
 import codistill as cd
 from codistill.cli import main
 from codistill.core.errors import UsageError
-from codistill.runs.lock import RunLock
+from codistill.runs.lock import lock_folder
 from codistill.training.step import TrainStep
 
 from .. import tiny
@@ -450,7 +450,7 @@ def test_a_process_that_asks_for_the_lock_does_not_disturb(colours, undisturbed,
     def asked(_: TrainStep) -> None:
         # Another open file, as another process has.
         with pytest.raises(UsageError, match="in use by pid"):
-            RunLock(tmp_path / "run")
+            lock_folder(tmp_path / "run")
 
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, 4, asked)

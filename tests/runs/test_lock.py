@@ -8,15 +8,15 @@ import pytest
 
 import codistill as cd
 from codistill.core.errors import UsageError
-from codistill.runs.lock import RunLock
+from codistill.runs.lock import lock_folder
 
 from .. import tiny
 
 HOLD = """
     import sys
     from pathlib import Path
-    from codistill.runs.lock import RunLock
-    lock = RunLock(Path(sys.argv[1]))
+    from codistill.runs.lock import lock_folder
+    lock = lock_folder(Path(sys.argv[1]))
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -48,8 +48,8 @@ def test_a_folder_belongs_to_one_process_until_it_ends(held):
 
 
 def test_a_released_lock_can_be_had_again(tmp_path):
-    RunLock(tmp_path).release()
-    lock = RunLock(tmp_path)
+    lock_folder(tmp_path).close()
+    lock = lock_folder(tmp_path)
     with pytest.raises(UsageError, match="is in use by pid"):
-        RunLock(tmp_path)
-    lock.release()
+        lock_folder(tmp_path)
+    lock.close()

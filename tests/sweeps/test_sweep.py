@@ -17,7 +17,7 @@ import torch
 import codistill as cd
 from codistill.cli import main
 from codistill.core.errors import UsageError
-from codistill.runs.lock import RunLock
+from codistill.runs.lock import lock_folder
 from codistill.settings.build import build_method
 from codistill.sweeps import driver as sweep_module
 from codistill.sweeps.driver import assign, own_program, sweep
@@ -318,11 +318,11 @@ def test_a_value_out_of_range_is_a_failed_row(bench):
 
 def test_one_process_at_a_time_works_on_a_sweep(bench, capsys):
     bench.sweep()
-    lock = RunLock(bench.out)
+    lock = lock_folder(bench.out)
     try:
         refused(capsys, ["sweep", "spec.toml", "--out", "sweep"], 2, f"pid {os.getpid()}")
     finally:
-        lock.release()
+        lock.close()
 
 
 @pytest.mark.parametrize("ends", [False, True])

@@ -21,7 +21,7 @@ from codistill.data.augment import Augmentation, BatchIndices, DeviceImages, epo
 from codistill.methods import METHODS
 from codistill.methods.kdcl import KDCLSettings
 from codistill.methods.teacher import WithTeacher
-from codistill.runs.lock import RunLock
+from codistill.runs.lock import lock_folder
 from codistill.settings.config import RunConfig, TeacherSettings, default_config
 from codistill.training import fleet, resume
 from codistill.training import trainer as loop
@@ -371,7 +371,7 @@ def test_what_breaks_a_fleet_off_is_written_everywhere(config, monkeypatch):
     for path in folders(2):
         run = cd.Run(path)
         assert run.summary["status"] == "interrupted" and len(run.metrics()) == 1
-        RunLock(path).release()  # nobody holds it
+        lock_folder(path).close()  # nobody holds it
 
 
 # What does not go together.

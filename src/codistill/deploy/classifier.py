@@ -55,12 +55,7 @@ class Classifier:
         return int(height), int(width)
 
     def logits(self, images: Pixels, batch_size: int = 250) -> Float[Tensor, "images class"]:
-        """Compute the logits of images.
-
-        Args:
-            images: uint8 [images, height, width, 3], RGB.
-            batch_size: Images at a time.
-        """
+        """Compute the logits of RGB images, uint8 [images, height, width, 3], `batch_size` at a time."""
         planes = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
         with torch.no_grad():
             return torch.cat([self.compute(part) for part in torch.split(planes, batch_size)])
@@ -72,11 +67,9 @@ def make_card(run: RunFolder, predictor: str) -> dict[str, Any]:
     return {
         "format": CARD_FORMAT,
         "predictor": predictor,
-        "method": run.metadata["method"],
-        "networks": run.metadata["networks"],
+        **{key: run.metadata[key] for key in ("method", "networks", "environment")},
         **{key: data[key] for key in ("class_names", "image_size", "mean", "std")},
         "trained_on": data["name"],
-        "environment": run.metadata["environment"],
     }
 
 
@@ -86,12 +79,7 @@ def from_module(card: Mapping[str, Any], module: nn.Module) -> Classifier:
 
 
 def run_predictor(run: RunFolder, predictor: str | None = None, which: str = "last") -> tuple[str, nn.Module]:
-    """Load one predictor of a run.
-
-    Args:
-        run: The run.
-        predictor: Its name; None: the best student of the last epoch.
-        which: The `last` or the `best` checkpoint.
+    """Load one predictor of a run, with its name; None: the best student of the last epoch.
 
     Raises:
         UsageError: The run has no predictor of that name.
@@ -114,34 +102,44 @@ def load_classifier(path: Path, predictor: str | None = None) -> Classifier:
         CheckpointError: Missing, damaged, or not written by codistill.
         UsageError: A predictor that the run does not have, or a kind of file that is not read.
     """
-    if path.is_dir() or path.suffix == ".safetensors":
+    if path.is_dir() or path.suffix == ".safetensors" or not path.exists():
         return from_module(*load_predictor(path, predictor))
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such run folder or model file")
     if path.suffix != ".onnx":
         reason = " (a .pt2 file can run code when it is loaded)" if path.suffix == ".pt2" else ""
         raise UsageError(f"{path}: not a kind of file that is read here{reason}: give .safetensors, .onnx or a run")
     with _damage(path):
-        return _read_onnx(path)
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+        card = _card(session.get_modelmeta().custom_metadata_map.get(CARD_KEY), path)
+
+    def compute(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+    return Classifier(card, compute)
 
 
 def load_predictor(path: Path, predictor: str | None = None) -> tuple[dict[str, Any], nn.Module]:
-    """Load a run folder or a .safetensors file that `codistill export` wrote, as a card and a network.
-
-    Raises:
-        CheckpointError: Missing, damaged, or not written by codistill.
-        UsageError: A predictor that the run does not have.
-    """
+    """Load a run folder or a .safetensors file, as a card and a network; see `load_classifier`."""
     if path.is_dir():
         run = RunFolder(path)
         name, module = run_predictor(run, predictor)
         return make_card(run, name), module
     with _damage(path):
-        return _read_safetensors(path)
+        with safetensors.safe_open(path, "pt") as file:
+            card = _card((file.metadata() or {}).get(CARD_KEY), path)
+        config = run_from_mapping({key: card[key] for key in ("method", "networks")}, lambda key: str(path))
+        height, width = card["image_size"]
+        with torch.device("meta"):
+            built = build_method(config, len(card["class_names"]), (height, width))
+        module = built.predictors()[card["predictor"]].to_empty(device="cpu")
+        load_weights(module, safetensors.torch.load_file(path), f"{path}: {card['predictor']}")
+        return card, module
 
 
 @contextlib.contextmanager
 def _damage(path: Path) -> Iterator[None]:
+    """Make one `CheckpointError` of whatever reading a hostile or damaged file raises."""
     try:
         yield
     except UsageError as error:
@@ -162,28 +160,3 @@ def _card(text: str | None, path: Path) -> dict[str, Any]:
     if card["format"] != CARD_FORMAT:
         raise CheckpointError(f"{path}: of format {card['format']}, but this version reads format {CARD_FORMAT}")
     return card
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Any], nn.Module]:
-    with safetensors.safe_open(path, "pt") as file:
-        card = _card((file.metadata() or {}).get(CARD_KEY), path)
-    described = {"method": card["method"], "networks": card["networks"]}
-    config = run_from_mapping(described, lambda key: str(path))
-    height, width = card["image_size"]
-    with torch.device("meta"):
-        built = build_method(config, len(card["class_names"]), (height, width))
-    module = built.predictors()[card["predictor"]].to_empty(device="cpu")
-    load_weights(module, safetensors.torch.load_file(path), f"{path}: {card['predictor']}")
-    return card, module
-
-
-def _read_onnx(path: Path) -> Classifier:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
-    card = _card(session.get_modelmeta().custom_metadata_map.get(CARD_KEY), path)
-
-    def compute(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
-
-    return Classifier(card, compute)

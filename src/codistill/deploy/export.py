@@ -36,23 +36,15 @@ ALLOWED_DIFFERENCE = 1e-3
 
 @dataclass(frozen=True)
 class Exported:
-    """An exported file and how it compares with the run.
-
-    Attributes:
-        path: The file.
-        predictor: Name of the predictor in it.
-        parameters: Its number of parameters.
-        images: Number of test images that were compared.
-        difference: Largest absolute difference of a logit.
-        agreement: Images with the same highest logit, share from 0 to 1.
-    """
+    """An exported file and how it compares with the run."""
 
     path: Path
     predictor: str
-    parameters: int
-    images: int
-    difference: float
-    agreement: float
+    parameters: int  # number of them
+    images: int  # number of test images that were compared
+    difference: float  # largest absolute difference of a logit
+    allowed: float  # the largest one that is kept
+    agreement: float  # images with the same highest logit, share from 0 to 1
 
 
 def choose_format(file: Path | None, format: str | None) -> str:
@@ -61,16 +53,14 @@ def choose_format(file: Path | None, format: str | None) -> str:
     Raises:
         UsageError: Unknown, or the two contradict each other.
     """
-    by_suffix = {suffix: name for name, suffix in SUFFIXES.items()}
-    if format is None:
-        if file is None or file.suffix not in by_suffix:
-            raise UsageError(f"no format: give --format {' or '.join(SUFFIXES)}, or a file that ends accordingly")
-        return by_suffix[file.suffix]
-    if format not in SUFFIXES:
+    chosen = format or next((name for name, suffix in SUFFIXES.items() if file and file.suffix == suffix), None)
+    if chosen is None:
+        raise UsageError(f"no format: give --format {' or '.join(SUFFIXES)}, or a file that ends accordingly")
+    if chosen not in SUFFIXES:
         raise UsageError(f"unknown format {format!r}: choose from {', '.join(SUFFIXES)}")
-    if file is not None and file.suffix != SUFFIXES[format]:
-        raise UsageError(f"{file}: a {format} file must end in {SUFFIXES[format]}")
-    return format
+    if file is not None and file.suffix != SUFFIXES[chosen]:
+        raise UsageError(f"{file}: a {chosen} file must end in {SUFFIXES[chosen]}")
+    return chosen
 
 
 def export_predictor(
@@ -93,9 +83,6 @@ def export_predictor(
         format: safetensors, onnx or torch-export; None: by the ending of the file.
         which: The `last` or the `best` checkpoint.
         data_dir: Where the data set is now, if not where it was in training.
-
-    Returns:
-        The file and the comparison.
 
     Raises:
         UsageError: Unknown predictor or format, or an optional package is missing.
@@ -122,24 +109,22 @@ def export_predictor(
             loaded = Classifier(card, torch.export.load(temporary).module())
         else:
             loaded = load_classifier(temporary)
-        compared = compare(from_module(card, module), loaded, data)
-        unlike = round((1 - compared["agreement"]) * compared["images"])
-        if not compared["difference"] <= compared["allowed"] or unlike > max(1, compared["images"] // 1000):
+        done = Exported(path, name, parameter_count(module), **compare(from_module(card, module), loaded, data))
+        unlike = round((1 - done.agreement) * done.images)
+        if not done.difference <= done.allowed or unlike > max(1, done.images // 1000):
             raise CheckpointError(
-                f"{path}: not kept, for it differs from the run by up to {compared['difference']:.3g} in a logit and "
-                f"agrees on {100 * compared['agreement']:.2f} % of {compared['images']} images"
+                f"{path}: not kept, for it differs from the run by up to {done.difference:.3g} in a logit and "
+                f"agrees on {100 * done.agreement:.2f} % of {done.images} images"
             )
-    return Exported(
-        path, name, parameter_count(module), int(compared["images"]), compared["difference"], compared["agreement"]
-    )
+    return done
 
 
-def compare(reference: Classifier, loaded: Classifier, data: Dataset) -> dict[str, float]:
-    """Compare two classifiers on test images: largest difference of a logit, and agreement of the highest one."""
+def compare(reference: Classifier, loaded: Classifier, data: Dataset) -> dict[str, Any]:
+    """Compare two classifiers on test images, and return what `Exported` says of it."""
     images = data.test.images[:COMPARED_IMAGES]
     wanted, got = reference.logits(images), loaded.logits(images)
     return {
-        "images": float(len(images)),
+        "images": len(images),
         "difference": float((wanted - got).abs().max()),
         "allowed": ALLOWED_DIFFERENCE * max(1.0, float(wanted.abs().max())),
         "agreement": float((wanted.argmax(dim=1) == got.argmax(dim=1)).double().mean()),
@@ -152,9 +137,10 @@ def _write_safetensors(module: nn.Module, card: dict[str, Any], path: Path) -> N
     path.write_bytes(safetensors.torch.save(weights, metadata={CARD_KEY: json.dumps(card)}))
 
 
-def _example(card: dict[str, Any]) -> torch.Tensor:
-    height, width = card["image_size"]
-    return torch.zeros(2, 3, height, width, dtype=torch.uint8)
+def _traced(module: nn.Module, card: dict[str, Any]) -> torch.export.ExportedProgram:
+    """Trace the map from pixels to logits, for batches of any size."""
+    example = torch.zeros(2, 3, *card["image_size"], dtype=torch.uint8)
+    return torch.export.export(on_pixels(module, card), (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
 def _write_onnx(module: nn.Module, card: dict[str, Any], path: Path) -> None:
@@ -170,13 +156,7 @@ def _write_onnx(module: nn.Module, card: dict[str, Any], path: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                on_pixels(module, card),
-                (_example(card),),
-                input_names=["images"],
-                output_names=["logits"],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                dynamo=True,
-                verbose=False,
+                _traced(module, card), input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
             )
     finally:
         noisy.setLevel(level)
@@ -186,9 +166,4 @@ def _write_onnx(module: nn.Module, card: dict[str, Any], path: Path) -> None:
 
 
 def _write_torch_export(module: nn.Module, card: dict[str, Any], path: Path) -> None:
-    program = torch.export.export(
-        on_pixels(module, card),
-        (_example(card),),
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-    )
-    torch.export.save(program, path, extra_files={f"{CARD_KEY}.json": json.dumps(card)})
+    torch.export.save(_traced(module, card), path, extra_files={f"{CARD_KEY}.json": json.dumps(card)})

@@ -32,7 +32,7 @@ def predict(classifier: Classifier, images: Sequence[Path], top: int = 3) -> lis
     An image of another size than the training's is scaled to cover it and cut to it, as the `folder` data set does.
 
     Args:
-        classifier: From `codistill.classifier.load_classifier`.
+        classifier: From `load_classifier`.
         images: Files of any kind that `codistill.data.images.open_image` reads.
         top: How many classes to name for each.
 

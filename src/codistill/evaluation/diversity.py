@@ -10,34 +10,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 COLLAPSED_SHARE = 0.9
-
-
 BEHIND_POINTS = 20.0
 
 
 @dataclass(frozen=True)
 class Diversity:
-    """How the students of a cohort differ on one split.
+    """How the students of a cohort differ on one split."""
 
-    Attributes:
-        disagreement: Images for which two students name different classes, percent, mean over all pairs.
-        kl: KL(p_i || p_j) at temperature 1, nats, mean over images and ordered pairs.
-        largest_class_share: By student, the share of images, from 0 to 1, for which it names its favourite class.
-    """
-
-    disagreement: float
-    kl: float
-    largest_class_share: dict[str, float]
+    disagreement: float  # images for which two students name different classes, percent, mean over all pairs
+    kl: float  # KL(p_i || p_j) at temperature 1, nats, mean over images and ordered pairs
+    largest_class_share: dict[str, float]  # by student, of images for which it names its favourite class, 0 to 1
 
 
 class DiversitySums:
-    """Accumulate what `Diversity` needs, on the device.
-
-    Args:
-        students: Number of students.
-        num_classes: Number of classes.
-        device: Where the sums lie.
-    """
+    """Sums from which `diversity` is computed, on the device."""
 
     def __init__(self, students: int, num_classes: int, device: torch.device) -> None:
         self.students = students
@@ -48,14 +34,13 @@ class DiversitySums:
         """Add the logits of all students for a batch."""
         log_probabilities = [torch.log_softmax(each.float(), dim=1) for each in logits]
         named = [each.argmax(dim=1) for each in log_probabilities]
-        differ, divergence = torch.zeros_like(self._pairs[0]), torch.zeros_like(self._pairs[0])
         for first, second in combinations(range(self.students), 2):
-            differ += (named[first] != named[second]).sum()
+            self._pairs[0].add_((named[first] != named[second]).sum())
             gap = log_probabilities[first] - log_probabilities[second]
             # KL(p || q) + KL(q || p) = sum (p - q) (log p - log q)
             weight = log_probabilities[first].exp() - log_probabilities[second].exp()
-            divergence += (weight * gap).sum(dtype=torch.float64)
-        self._pairs += torch.stack([differ, divergence, torch.ones_like(named[0]).sum().double()])
+            self._pairs[1].add_((weight * gap).sum(dtype=torch.float64))
+        self._pairs[2].add_(len(named[0]))
         for index, each in enumerate(named):
             self._classes[index].index_add_(0, each, torch.ones_like(each, dtype=torch.float64))
 
@@ -86,12 +71,7 @@ def health_warnings(row: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
 
     Collapsed: one class is named for more than 90 % of the test images, once a twentieth of the training (and the first
     epoch) is over. Behind: the test error is more than 20 points above both the student's own best and the best of
-    another student.
-
-    Args:
-        row: The line of metrics.jsonl of the epoch.
-        history: Those of the epochs before.
-        epochs: Of the whole training.
+    another student. `row` is the epoch's line of metrics.jsonl, `history` has those before, of `epochs` in all.
     """
     found = []
     errors = {name: each["top1_error"] for name, each in row["test"].items() if name.startswith("student")}
@@ -104,8 +84,6 @@ def health_warnings(row: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
         before = [each["test"][name]["top1_error"] for each in history]
         others = [other for peer, other in errors.items() if peer != name]
         if before and others and error > min(before) + BEHIND_POINTS and error > min(others) + BEHIND_POINTS:
-            found.append(
-                f"{name} is diverging: test error {error:.1f} %, after {min(before):.1f} % before "
-                f"and {min(others):.1f} % of the best peer"
-            )
+            bests = f"after {min(before):.1f} % before and {min(others):.1f} % of the best peer"
+            found.append(f"{name} is diverging: test error {error:.1f} %, {bests}")
     return found

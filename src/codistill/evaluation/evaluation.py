@@ -19,14 +19,8 @@ EVALUATION_BATCH = 500
 class Evaluation:
     """Score every predictor on some splits, with batch normalisation's running statistics, once an epoch.
 
-    Everything is summed on the device. On CUDA the first pass runs plainly, and the passes after it are one graph.
-
-    Args:
-        method: Left in the mode, training or evaluation, that it was in.
-        splits: What to score, on the method's device.
-        precision: float32 or bf16, as in training.
-        batch_size: Images per forward pass; no influence on the scores but rounding.
-        captured: Whether passes become a graph on CUDA.
+    Everything is summed on the device. On CUDA the first pass runs plainly, and where passes are `captured` those after
+    it are one graph. The method is left in the mode, training or evaluation, that it was in.
     """
 
     def __init__(
@@ -40,20 +34,14 @@ class Evaluation:
         self.method, self.splits, self.precision, self.batch_size = method, dict(splits), precision, batch_size
         self.device = next(iter(self.splits.values())).device
         self._sums: dict[str, dict[str, ClassificationSums]] = {name: {} for name in self.splits}
-        self._diversity = {
-            name: DiversitySums(len(method.cohort), method.num_classes, self.device) for name in self.splits
-        }
-        self._captured = captured
-        self._passes = 0
+        students, classes = len(method.cohort), method.num_classes
+        self._diversity = {name: DiversitySums(students, classes, self.device) for name in self.splits}
+        self._captured, self._passes = captured, 0
         self._graph: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()
     def run(self, between: Callable[[], None] = lambda: None) -> None:
-        """Score all images.
-
-        Args:
-            between: Called after each batch, on the host; in a captured pass, once after all.
-        """
+        """Score all images, and call `between` on the host after each batch; in a captured pass, once after all."""
         for name in self.splits:
             self._diversity[name].reset()
             for sums in self._sums[name].values():
@@ -101,11 +89,7 @@ class Evaluation:
 
     @staticmethod
     def scored(numbers: Mapping[str, Any]) -> dict[str, tuple[dict[str, Scores], Diversity]]:
-        """Return, for each split, the scores by predictor and how the students differ.
-
-        Args:
-            numbers: Those of `tensors`, on the host.
-        """
+        """Return, for each split, scores by predictor and diversity, from the numbers of `tensors` on the host."""
         return {
             split: ({name: scores(each) for name, each in sums["predictors"].items()}, diversity(sums["diversity"]))
             for split, sums in numbers.items()
@@ -115,17 +99,7 @@ class Evaluation:
 def evaluate(
     method: Method, images: DeviceImages, precision: str = "float32", batch_size: int = EVALUATION_BATCH
 ) -> dict[str, Scores]:
-    """Score each student, the ensemble and the fused classifier once; see `Evaluation`.
-
-    Args:
-        method: Left in the mode, training or evaluation, that it was in.
-        images: The split, on the method's device.
-        precision: float32 or bf16, as in training.
-        batch_size: Images per forward pass; no influence on the scores but rounding.
-
-    Returns:
-        Scores by the names of `Method.predictions`.
-    """
+    """Score each student, the ensemble and the fused classifier on one split once; see `Evaluation`."""
     evaluation = Evaluation(method, {"split": images}, precision, batch_size)
     evaluation.run()
     return evaluation.scored(read_together(evaluation.tensors()))["split"][0]

@@ -30,11 +30,7 @@ class Scores:
 
 
 class ClassificationSums:
-    """Accumulate what `Scores` needs, without a host read.
-
-    Args:
-        device: Where the sums lie.
-    """
+    """Sums from which `scores` are computed, on the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._counts = torch.zeros(3, dtype=torch.float64, device=device)
@@ -70,20 +66,12 @@ def scores(sums: Mapping[str, Any]) -> Scores:
     """Return the scores that the numbers of `ClassificationSums.tensors` amount to."""
     images = sums["images"]
     gap = sum(abs(a - b) for a, b in zip(sums["confidence"], sums["accuracy"], strict=True))
-    return Scores(
-        100 * (images - sums["top1"]) / images,
-        100 * (images - sums["top5"]) / images,
-        sums["nll"] / images,
-        100 * gap / images,
-    )
+    top1_error, top5_error = (100 * (images - sums[hits]) / images for hits in ("top1", "top5"))
+    return Scores(top1_error, top5_error, sums["nll"] / images, 100 * gap / images)
 
 
 class TermSums:
-    """Accumulate the named terms of a loss over an epoch, weighted by the number of images.
-
-    Args:
-        device: Where the sums lie.
-    """
+    """Sums of the named terms of a loss over an epoch, weighted by the number of images, on the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -107,8 +95,7 @@ class TermSums:
     def means(self, sums: Mapping[str, Any] | None = None) -> dict[str, float]:
         """Return the mean of each term over the images so far, with their total first, under `loss`.
 
-        Args:
-            sums: The numbers of `tensors`, where the host has them; None: read them.
+        The numbers are those of `tensors` where the host has them; None: read them.
         """
         sums = read_together(self.tensors()) if sums is None else sums
         means = {name: value / sums["images"] for name, value in sums["terms"].items()}
@@ -129,13 +116,9 @@ class TermSums:
 
 
 def read_together(tree: dict[Any, Any]) -> dict[Any, Any]:
-    """Bring scalars and vectors of one device to the host in one read, which waits for the device's work once.
+    """Bring nested dicts of scalars and vectors of one device to the host in one read, which waits for it once.
 
-    Args:
-        tree: Nested dicts of them.
-
-    Returns:
-        The same keys, with a number for each scalar and a list for each vector.
+    The dicts have the same keys again, with a number for each scalar and a list for each vector.
     """
     leaves, structure = tree_flatten(tree)
     numbers = iter(torch.cat([each.flatten().double() for each in leaves]).tolist() if leaves else [])

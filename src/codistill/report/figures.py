@@ -6,14 +6,7 @@ from typing import Any
 
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Draw test errors and loss terms over the epochs.
-
-    Args:
-        rows: The lines of metrics.jsonl.
-
-    Returns:
-        An SVG element.
-    """
+    """Draw test errors and loss terms over the epochs, from the lines of metrics.jsonl, as an SVG element."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")

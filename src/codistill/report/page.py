@@ -11,12 +11,7 @@ from codistill.runs.folder import RunFolder
 
 
 def write_report(run: RunFolder, summary: Mapping[str, Any]) -> None:
-    """Write `report.html` of a run: scores, curves and settings in one file that loads nothing else.
-
-    Args:
-        run: Where metrics.jsonl and config.json are, and the page will be.
-        summary: The contents of summary.json of a finished run.
-    """
+    """Write `report.html` of a finished run: scores, curves and settings in one file that loads nothing else."""
     import jinja2
 
     environment = jinja2.Environment(

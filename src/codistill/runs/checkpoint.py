@@ -19,9 +19,6 @@ from codistill.runs.state import FORMAT, TrainingState, other_format
 
 ENTRY = {"file": str, "sha256": str, "epoch": int, "step": int, "best": bool}
 
-# Order of entries: completed epochs, then steps.
-position = operator.itemgetter("epoch", "step")
-
 # A file of an index and its SHA-256: names that stay in the folder, and lines without breaks.
 NAMES = r"[0-9A-Za-z-]+\.pt [0-9a-f]{64}"
 
@@ -35,12 +32,9 @@ class CheckpointStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._index = folder / "index.json"
         self._damaged: set[str] = set()
         self._told = False
-
-    @property
-    def _index(self) -> Path:
-        return self.folder / "index.json"
 
     def entries(self) -> list[dict[str, Any]]:
         """List what the index holds, oldest first: file, sha256, epoch, step and best.
@@ -48,7 +42,7 @@ class CheckpointStore:
         An index that is missing or damaged is rebuilt from the files, with a warning.
 
         Raises:
-            CheckpointError: The index is of a newer format.
+            CheckpointError: The index cannot be read, or is of another format.
         """
         try:
             content = self._index.read_bytes()
@@ -58,17 +52,12 @@ class CheckpointStore:
             raise CheckpointError(f"{self._index}: {error.strerror}") from None
         try:
             index = json.loads(content)
-            entries = [dict(entry) for entry in index["files"]]
-            number = index["format"]
+            number, entries = index["format"], [dict(entry) for entry in index["files"]]
         except (ValueError, TypeError, KeyError, RecursionError):
             return self._scanned("is damaged")
         if isinstance(number, int) and number != FORMAT:
             raise CheckpointError(f"{self._index}: {other_format(number)}")
-        for entry in entries:
-            known = all(isinstance(entry.get(key), kind) for key, kind in ENTRY.items())
-            if number != FORMAT or not known or not re.fullmatch(NAMES, f"{entry['file']} {entry['sha256']}"):
-                return self._scanned("is damaged")
-        return entries
+        return entries if number == FORMAT and all(map(is_entry, entries)) else self._scanned("is damaged")
 
     def _scanned(self, trouble: str) -> list[dict[str, Any]]:
         """Return entries made from the files; zip's own checksums stand in for the SHA-256 that is lost."""
@@ -76,14 +65,11 @@ class CheckpointStore:
         for path in sorted(self.folder.glob("*.pt")):
             with contextlib.suppress(Exception):  # what is damaged is not listed
                 content = path.read_bytes()
-                with zipfile.ZipFile(io.BytesIO(content)) as archive:
-                    whole = archive.testzip() is None
-                state = parsed(content, path)
-                if whole:
-                    found.append(index_entry(path.name, content, state))
-        found.sort(key=position)
-        best = max((position(entry) for entry in found if entry["best"]), default=None)
-        found = [{**entry, "best": position(entry) == best} for entry in found]
+                if zipfile.ZipFile(io.BytesIO(content)).testzip() is None:
+                    found.append(index_entry(path.name, content, parsed(content, path)))
+        found.sort(key=operator.itemgetter("epoch", "step"))
+        for entry in [entry for entry in found if entry["best"]][:-1]:
+            entry["best"] = False
         if not self._told:
             warn(f"{self._index} {trouble}: {len(found)} whole checkpoints were found by looking at the files")
         self._told = True
@@ -104,10 +90,8 @@ class CheckpointStore:
         entries = [*old, index_entry(name, content, state)]
         kept = [entry for entry in entries if entry["best"] or entry in entries[-2:]]
         write_json(self._index, {"format": FORMAT, "files": kept})
-        names = {entry["file"] for entry in kept}
-        for path in self.folder.glob("*.pt"):
-            if path.name not in names:
-                path.unlink(missing_ok=True)
+        for path in {*self.folder.glob("*.pt")} - {self.folder / entry["file"] for entry in kept}:
+            path.unlink(missing_ok=True)
 
     def load(self, which: str = "last") -> TrainingState:
         """Read the last or the best checkpoint; a damaged last one is passed over for the one before, with a warning.
@@ -115,10 +99,10 @@ class CheckpointStore:
         Raises:
             CheckpointError: There is none, or none that is whole; names each file and what is wrong with it.
         """
-        entries = self.entries()
-        wanted = [entry for entry in entries if entry["best"]] if which == "best" else entries[::-1]
-        reasons = []
-        for entry in wanted:
+        reasons: list[str] = []
+        for entry in reversed(self.entries()):
+            if which == "best" and not entry["best"]:
+                continue
             try:
                 state = self._read(entry)
             except CheckpointError as error:
@@ -128,9 +112,8 @@ class CheckpointStore:
             for reason in reasons:
                 warn(f"{reason}; using {entry['file']}, the one before")
             return state
-        if not reasons:
-            raise CheckpointError(f"{self.folder}: no {which} checkpoint; the run did not complete an epoch")
-        raise CheckpointError("; ".join(reasons))
+        none = f"{self.folder}: no {which} checkpoint; the run did not complete an epoch"
+        raise CheckpointError("; ".join(reasons) or none)
 
     def _read(self, entry: dict[str, Any]) -> TrainingState:
         path = self.folder / str(entry["file"])
@@ -145,11 +128,7 @@ class CheckpointStore:
 
 
 def parsed(content: bytes, path: Path) -> TrainingState:
-    """Read a state from the bytes of a checkpoint; tensors and plain types only, whatever the file asks for.
-
-    Raises:
-        CheckpointError: They are not a checkpoint, one of another format, or one that lacks a part.
-    """
+    """Read a state from the bytes of a checkpoint; tensors and plain types only, whatever the file asks for."""
     try:
         mapping = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load answers damage with five different types
@@ -161,3 +140,9 @@ def index_entry(name: str, content: bytes, state: TrainingState) -> dict[str, An
     """Return what the index says of a checkpoint file."""
     digest = hashlib.sha256(content).hexdigest()
     return {"file": name, "sha256": digest, "epoch": state.epoch, "step": state.step, "best": state.best}
+
+
+def is_entry(entry: dict[str, Any]) -> bool:
+    """Whether an entry of an index from the disk is one that `index_entry` could have made."""
+    typed = all(isinstance(entry.get(key), kind) for key, kind in ENTRY.items())
+    return typed and re.fullmatch(NAMES, f"{entry['file']} {entry['sha256']}") is not None

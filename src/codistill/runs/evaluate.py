@@ -26,9 +26,7 @@ def evaluate_run(
     """
     config = run.config
     where = choose_device(device, config.execution.precision)
-    data = run.load_data(data_dir)
+    data, facts = run.load_data(data_dir), run.metadata["dataset"]
     method = run.load_method(which).to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    facts = run.metadata["dataset"]
-    statistics = (tuple(facts["mean"]), tuple(facts["std"]))
-    images = DeviceImages(data.test, statistics, where)
+    images = DeviceImages(data.test, (facts["mean"], facts["std"]), where)
     return evaluate(method, images, config.execution.precision)

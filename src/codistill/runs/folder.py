@@ -14,7 +14,7 @@ from codistill.core.files import read_json, write_atomically, write_json
 from codistill.data.dataset import Dataset, dataset
 from codistill.methods import Method
 from codistill.runs.checkpoint import CheckpointStore
-from codistill.runs.lock import RunLock, remove_strays
+from codistill.runs.lock import lock_folder, remove_strays
 from codistill.runs.metadata import checked_metadata
 from codistill.runs.state import load_weights
 from codistill.settings.build import build_method
@@ -47,40 +47,40 @@ class RunFolder:
     @classmethod
     @contextlib.contextmanager
     def opened(cls, path: Path, metadata: Mapping[str, Any] | None, method: Method, data: Dataset) -> Iterator[Self]:
-        """Hold a run folder for writing as long as the context lasts.
+        """Hold a run folder for writing, with the method and the data of the training, as long as the context lasts.
 
         Args:
             path: The folder.
             metadata: The contents of config.json for a new run; None: the folder holds a run, which resumes.
-            method: The method that is trained; `load_method` copies it where its networks have no name.
-            data: The data set that it is trained on.
+            method: `load_method` copies it where its networks have no name.
+            data: `load_data` returns it.
 
         Raises:
             UsageError: Another process holds the folder; it cannot be made, or a new one is not empty; or the run to
                 resume is finished.
             CheckpointError: There is no run to resume.
         """
-        with contextlib.ExitStack() as held:
+        if metadata is None:
+            run = cls(path)
+            lock = lock_folder(path)
+        else:
+            try:
+                if not (path / ".lock").exists():  # or the lock tells who is at work there
+                    refuse_occupied(path)
+                path.mkdir(parents=True, exist_ok=True)
+                lock = lock_folder(path)
+            except OSError as error:
+                raise UsageError(f"run folder {path}: {error.strerror}: choose another --out") from None
+        with lock:
+            remove_strays(path)
             if metadata is not None:
-                try:
-                    if not (path / ".lock").exists():  # or the lock tells who is at work there
-                        refuse_occupied(path)
-                    path.mkdir(parents=True, exist_ok=True)
-                    held.callback(RunLock(path).release)
-                except OSError as error:
-                    raise UsageError(f"run folder {path}: {error.strerror}: choose another --out") from None
-                remove_strays(path)
                 refuse_occupied(path)
                 write_json(path / "config.json", metadata)
                 run = cls(path)
-            else:
-                run = cls(path)
-                held.callback(RunLock(path).release)
-                if run.finished:
-                    raise UsageError(f"run {path} is finished: there is nothing to resume")
-                remove_strays(path)
-                remove_strays(run.checkpoints.folder)
-                (path / "summary.json").unlink(missing_ok=True)  # tells how it ended before
+            if run.finished:
+                raise UsageError(f"run {path} is finished: there is nothing to resume")
+            remove_strays(run.checkpoints.folder)
+            (path / "summary.json").unlink(missing_ok=True)  # tells how it ended before
             run._method, run._data = method, data
             yield run
 
@@ -99,13 +99,10 @@ class RunFolder:
         Raises:
             CheckpointError: It is absent or damaged.
         """
-        if self._finished is not None:
-            return self._finished
-        summary = read_json(self.path / "summary.json")
+        summary = self._finished or read_json(self.path / "summary.json")
         if not isinstance(summary, dict):
             raise CheckpointError(f"{self.path}/summary.json: damaged: not a table of results")
-        if summary.get("status") == "finished":
-            self._finished = summary
+        self._finished = summary if summary.get("status") == "finished" else None
         return summary
 
     @property
@@ -154,17 +151,13 @@ class RunFolder:
             raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from None
 
     def load_method(self, which: str = "last") -> Method:
-        """Build the method with all its networks and load a checkpoint's weights.
+        """Build the method with all its networks, on the CPU and in evaluation mode, with a checkpoint's weights.
 
         Args:
             which: The `last` or the `best` checkpoint.
 
-        Returns:
-            The method on the CPU, in evaluation mode.
-
         Raises:
-            CheckpointError: No whole checkpoint, one of other shapes, or networks of the user's own that have no name
-                to build them from.
+            CheckpointError: No whole checkpoint, one of other shapes, or networks of the user's own without a name.
         """
         state = self.checkpoints.load(which)
         if self._method is not None and "" in self.metadata["networks"]:
@@ -183,12 +176,10 @@ class RunFolder:
         Raises:
             DataError: It is missing or damaged, or its images or classes are not those of the training.
         """
-        config = self.config
-        data = self._data if self._data and not data_dir else dataset(config.data, data_dir or config.data_dir)
+        name = self.config.data
+        data = self._data if self._data and not data_dir else dataset(name, data_dir or self.config.data_dir)
         if list(data.class_names) != self.class_names or data.image_size != self.image_size:
-            raise DataError(
-                f"data set {config.data}: its classes or image size are not those that {self.path} was trained on"
-            )
+            raise DataError(f"data set {name}: its classes or image size are not those that {self.path} was trained on")
         return data
 
     def best_student(self) -> str:
@@ -205,11 +196,7 @@ class RunFolder:
 
 
 def refuse_occupied(path: Path) -> None:
-    """Refuse a path for a new run folder that holds anything.
-
-    Raises:
-        UsageError: Something other than an empty folder is there.
-    """
+    """Raise `UsageError` where a new run folder would not be empty."""
     try:
         present = {entry.name for entry in path.iterdir()} if path.exists() else set()
     except OSError as error:

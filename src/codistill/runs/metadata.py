@@ -37,16 +37,9 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def run_metadata(config: RunConfig, data: Dataset, device: torch.device) -> dict[str, Any]:
     """Return the contents of config.json: settings, environment, and the facts of the data set that networks need."""
-    mean, std = data.statistics
-    facts = {
-        "name": data.name,
-        "class_names": list(data.class_names),
-        "image_size": list(data.image_size),
-        "mean": list(mean),
-        "std": list(std),
-        "train_images": len(data.train),
-        "test_images": len(data.test),
-    }
+    (mean, std), images = data.statistics, {"train_images": len(data.train), "test_images": len(data.test)}
+    classes = {"class_names": list(data.class_names), "image_size": list(data.image_size)}
+    facts = {"name": data.name, **classes, "mean": list(mean), "std": list(std), **images}
     return {**config.as_mapping(), "dataset": facts, "environment": environment(device)}
 
 
@@ -56,26 +49,17 @@ def checked_metadata(metadata: Any, path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: Names the folder.
     """
-    needed = {"method": ("name",), "dataset": ("name", "class_names", "image_size", "mean", "std"), "environment": ()}
     if not isinstance(metadata, dict) or "networks" not in metadata:
         raise CheckpointError(f"{path}/config.json: not that of a run: is {path} a run folder?")
-    for part, keys in needed.items():
+    # Facts that are lists: the type of the items, and how many there must be.
+    lists = {"class_names": (str, None), "image_size": (int, 2), "mean": (float, 3), "std": (float, 3)}
+    for part, keys in {"method": ["name"], "dataset": ["name", *lists], "environment": []}.items():
         missing = [key for key in keys if key not in metadata[part]] if isinstance(metadata.get(part), dict) else [part]
         if missing:
             raise CheckpointError(f"{path}/config.json: damaged: {part} {missing[0]} is missing")
-    data = metadata["dataset"]
-    right = {
-        "class_names": is_list(data["class_names"], str),
-        "image_size": is_list(data["image_size"], int, 2) and min(data["image_size"]) > 0,
-        **{key: is_list(data[key], float, 3) for key in ("mean", "std")},
-    }
-    for key, whole in right.items():
-        if not whole:
-            raise CheckpointError(f"{path}/config.json: damaged: {key} of the dataset is {shown(data[key])}")
+    for key, (kind, length) in lists.items():
+        value = metadata["dataset"][key]
+        whole = isinstance(value, list) and 0 < len(value) == (length or len(value))
+        if not whole or any(type(each) is not kind for each in value) or (key == "image_size" and min(value) <= 0):
+            raise CheckpointError(f"{path}/config.json: damaged: {key} of the dataset is {shown(value)}")
     return metadata
-
-
-def is_list(value: Any, kind: type, length: int | None = None) -> bool:
-    """Whether a value from a JSON file is a list of one type, not empty, and of the length, if one is given."""
-    whole = isinstance(value, list) and 0 < len(value) == (length or len(value))
-    return whole and all(type(each) is kind for each in value)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import KeyPath, tree_map_with_path
 
 from codistill.core.console import warn
 from codistill.core.errors import ResourceError
@@ -24,31 +25,27 @@ class HostCopies:
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[str | int, ...], Tensor] = {}
+        self._buffers: dict[KeyPath, Tensor] = {}
 
-    def copy(self, value: Any, place: tuple[str | int, ...] = ()) -> Any:
+    def copy(self, tree: Any) -> Any:
         """Copy every tensor in nested dicts and lists."""
-        if isinstance(value, Tensor):
-            buffer = self._buffers.get(place)
-            if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
-                pinned = value.device.type == "cuda"
-                buffer = torch.empty_like(value, device="cpu", pin_memory=pinned, requires_grad=False)
-                self._buffers[place] = buffer
-            return buffer.copy_(value.detach(), non_blocking=True)
-        if isinstance(value, Mapping):
-            return {key: self.copy(each, (*place, key)) for key, each in value.items()}
-        if isinstance(value, list):
-            return [self.copy(each, (*place, index)) for index, each in enumerate(value)]
-        return value
+        return tree_map_with_path(self._copied, tree)
+
+    def _copied(self, place: KeyPath, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        buffer = self._buffers.get(place)
+        if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+            pinned = value.device.type == "cuda"
+            buffer = torch.empty_like(value, device="cpu", pin_memory=pinned, requires_grad=False)
+            self._buffers[place] = buffer
+        return buffer.copy_(value.detach(), non_blocking=True)
 
 
 class Saver:
     """Write one run's checkpoints, metrics.jsonl and events, one after the other, while the training goes on.
 
     Where the disk is full or fails, a warning says so, the run goes on, and the next write makes up for it.
-
-    Args:
-        run: Its folder.
     """
 
     def __init__(self, run: RunFolder) -> None:
@@ -68,15 +65,11 @@ class Saver:
         return dataclasses.replace(state, **self._copies.copy(parts))
 
     def save(self, state: TrainingState) -> None:
-        """Begin to write a checkpoint.
-
-        Args:
-            state: A state that `copy` returned, as are those of `log`.
-        """
+        """Begin to write a checkpoint of what `copy` returned."""
         self._begin(lambda: self._save(state))
 
     def log(self, state: TrainingState) -> None:
-        """Begin to write a completed epoch: its checkpoint, its line of metrics.jsonl, its events."""
+        """Begin to write a completed epoch of what `copy` returned: checkpoint, line of metrics.jsonl, events."""
 
         def write() -> None:
             self._save(state)
@@ -92,10 +85,7 @@ class Saver:
             self._under_way = None
 
     def finish(self) -> ResourceError | None:
-        """Make sure of the last checkpoint and of all metrics, trying again what failed.
-
-        Returns:
-            The error to end with where the metrics are lost and the rest is whole.
+        """Try again what failed; return the error to end with where the metrics are lost and the rest is whole.
 
         Raises:
             ResourceError: The last checkpoint cannot be written.
@@ -105,14 +95,13 @@ class Saver:
         if self._unsaved is not None:
             self._save(self._unsaved)
         if self._unsaved is not None:
-            raise ResourceError(
-                f"{path}: the last checkpoint could not be written: free some space, then: codistill resume {path}"
-            )
+            fix = f"free some space, then: codistill resume {path}"
+            raise ResourceError(f"{path}: the last checkpoint could not be written: {fix}")
         if self._unwritten is not None:
             self._write_metrics(self._unwritten)
-        if self._unwritten is not None:
-            return ResourceError(f"{path}/metrics.jsonl could not be written; the checkpoints are whole and hold it")
-        return None
+        if self._unwritten is None:
+            return None
+        return ResourceError(f"{path}/metrics.jsonl could not be written; the checkpoints are whole and hold it")
 
     def close(self) -> None:
         """End the thread once everything that was begun is written."""
@@ -158,11 +147,11 @@ class Saver:
         step = row["epoch"] + 1
         board = self._board = self._board or SummaryWriter(str(self.run.path / "tensorboard"), purge_step=step)
         scalars = {f"train/{name.replace('->', '_to_')}": value for name, value in row["train"].items()}
+        scalars |= {f"train/{name}": row[name] for name in ("learning_rate", "images_per_second")}
+        scalars |= {f"diversity/{name}": row["diversity"][name] for name in ("disagreement", "kl")}
         for split in ("validation", "test"):
             for predictor, scores in row.get(split, {}).items():
                 scalars |= {f"{split}/{predictor}/{name}": value for name, value in scores.items()}
-        scalars |= {f"diversity/{name}": row["diversity"][name] for name in ("disagreement", "kl")}
-        scalars |= {f"train/{name}": row[name] for name in ("learning_rate", "images_per_second")}
         for name, value in scalars.items():
             board.add_scalar(name, value, step)
         board.flush()

@@ -1,6 +1,5 @@
 """The schema of a checkpoint, its checks, and how weights get out of a module and back into it."""
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,27 +17,16 @@ KINDS |= {"sums": dict, "finite": dict}
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Everything that a run needs to resume, between two steps.
-
-    Attributes:
-        config: The settings, as `RunConfig.as_mapping` returns them.
-        method: Parameters and buffers by name, see `tensors_once`.
-        momentum: In the order of the optimiser's parameters; empty without momentum.
-        rows: The lines of metrics.jsonl, one for each completed epoch.
-        step: Steps done of the epoch after the completed ones.
-        best: Whether the last completed epoch is the best so far; False within an epoch.
-        sums: Sums of the loss terms over these steps.
-        finite: Whether a loss term or gradient of these steps was NaN or infinite.
-    """
+    """Everything that a run needs to resume, between two steps."""
 
     config: Mapping[str, Any]
-    method: Mapping[str, Tensor]
-    momentum: Sequence[Tensor]
-    rows: Sequence[Mapping[str, Any]] = ()
-    step: int = 0
-    best: bool = False
-    sums: Mapping[str, Any] = field(default_factory=dict)
-    finite: Mapping[str, Any] = field(default_factory=dict)
+    method: Mapping[str, Tensor]  # parameters and buffers by name, see `tensors_once`
+    momentum: Sequence[Tensor]  # in the order of the optimiser's parameters; empty without momentum
+    rows: Sequence[Mapping[str, Any]] = ()  # lines of metrics.jsonl, one for each completed epoch
+    step: int = 0  # steps done of the epoch after the completed ones
+    best: bool = False  # whether the last completed epoch is the best so far; False within an epoch
+    sums: Mapping[str, Any] = field(default_factory=dict)  # of the loss terms over these steps
+    finite: Mapping[str, Any] = field(default_factory=dict)  # whether a number of these steps was NaN or infinite
 
     @property
     def epoch(self) -> int:
@@ -53,16 +41,11 @@ class TrainingState:
     def as_mapping(self) -> dict[str, Any]:
         """Return tensors and plain types only, as they are written; rows as text, which is parsed faster."""
         rows = [json.dumps(row, allow_nan=False) for row in self.rows]
-        fields = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
-        return {**fields, "momentum": list(self.momentum), "rows": rows, "epoch": self.epoch, "format": FORMAT}
+        return {**vars(self), "momentum": list(self.momentum), "rows": rows, "epoch": self.epoch, "format": FORMAT}
 
     @classmethod
     def from_mapping(cls, mapping: Any, where: str) -> "TrainingState":
-        """Check the contents of a checkpoint.
-
-        Args:
-            mapping: The contents, whatever they are.
-            where: The file, for the error line.
+        """Check the contents of a checkpoint, whatever they are; `where` is the file, for the error line.
 
         Raises:
             CheckpointError: It is no checkpoint, one of another format, or a part is missing.
@@ -83,8 +66,7 @@ class TrainingState:
             rows = []
         if len(rows) != mapping["epoch"] or not all(isinstance(row, dict) for row in rows):
             raise CheckpointError(f"{where}: damaged: it holds no metrics of {mapping['epoch']} epochs")
-        parts = {each.name: mapping[each.name] for each in dataclasses.fields(cls)}
-        return cls(**{**parts, "rows": rows})
+        return cls(**{name: mapping[name] for name in KINDS if name != "epoch"} | {"rows": rows})
 
 
 def tensors_once(module: nn.Module) -> dict[str, Tensor]:
@@ -96,12 +78,7 @@ def tensors_once(module: nn.Module) -> dict[str, Tensor]:
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
-    """Load what `tensors_once` returned into a module that it must fit exactly.
-
-    Args:
-        module: Filled in place.
-        weights: Tensors by name.
-        what: Where they come from, for the error line.
+    """Load what `tensors_once` returned into a module that it must fit exactly; `what` begins the error line.
 
     Raises:
         CheckpointError: They do not fit; names the first that does not, with both shapes, and counts them.
@@ -110,12 +87,13 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], what: str) ->
     missing = [name for name in own if name not in weights]
     strange = [name for name in weights if name not in own]
     unlike = [name for name in own if name in weights and own[name].shape != weights[name].shape]
-    if missing or strange or unlike:
-        first = next(name for name in (*unlike, *missing, *strange))
-        shapes = (list(tensors[first].shape) if first in tensors else "nothing" for tensors in (weights, own))
+    if wrong := [*unlike, *missing, *strange]:
+        there, here = (
+            list(tensors[wrong[0]].shape) if wrong[0] in tensors else "nothing" for tensors in (weights, own)
+        )
         raise CheckpointError(
-            "{} does not fit the networks: {} is {} there and {} here; of {} tensors, {} have another shape, {} are "
-            "missing, {} unexpected".format(what, first, *shapes, len(own), len(unlike), len(missing), len(strange))
+            f"{what} does not fit the networks: {wrong[0]} is {there} there and {here} here; of {len(own)} tensors, "
+            f"{len(unlike)} have another shape, {len(missing)} are missing, {len(strange)} unexpected"
         )
     with torch.no_grad():
         for name, tensor in own.items():

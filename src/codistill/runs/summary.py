@@ -39,27 +39,14 @@ def summarise(
     seconds: float,
     execution: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the contents of the summary.json of a finished run.
-
-    Args:
-        run: Its folder.
-        config: Its settings.
-        method: The method that was trained.
-        rows: The lines of metrics.jsonl.
-        best: The row of the best epoch.
-        seconds: From the first step to the end.
-        execution: How steps were computed, by name.
-    """
+    """Return the contents of the summary.json of a finished run; `rows` are the lines of metrics.jsonl."""
     trained = sum(row["seconds"] for row in rows)
-
-    def errors(row: Mapping[str, Any]) -> dict[str, float]:
-        return {name: each["top1_error"] for name, each in row["test"].items()}
-
+    last, at_best = ({name: each["top1_error"] for name, each in row["test"].items()} for row in (rows[-1], best))
     return {
         "status": "finished",
         **run_facts(config, method),
-        "top1_error": errors(rows[-1]),
-        "best_epoch_top1_error": errors(best),
+        "top1_error": last,
+        "best_epoch_top1_error": at_best,
         "best_epoch": best["epoch"] + 1,
         "best_epoch_chosen_on": "validation" if "validation" in rows[-1] else "test",
         "test": rows[-1]["test"],

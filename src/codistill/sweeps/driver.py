@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import torch
 
@@ -22,7 +22,7 @@ from codistill.core.registry import near_matches
 from codistill.core.signals import Interrupted, Terminated
 from codistill.methods import METHODS
 from codistill.runs.folder import RunFolder
-from codistill.runs.lock import RunLock
+from codistill.runs.lock import lock_folder
 from codistill.settings.config import RunConfig
 from codistill.sweeps.engines import local
 from codistill.sweeps.naming import differences, digest
@@ -85,10 +85,10 @@ def sweep(
     except Terminated:
         raise Terminated(f"terminated; {RESUMES}") from None
     finally:
-        lock.release()
+        lock.close()
 
 
-def locked_folder(folder: Path) -> RunLock:
+def locked_folder(folder: Path) -> IO[str]:
     """Make the folder of a sweep and lock it for this process.
 
     Raises:
@@ -99,7 +99,7 @@ def locked_folder(folder: Path) -> RunLock:
     try:
         for each in ("logs", "recipes"):
             (folder / each).mkdir(parents=True, exist_ok=True)
-        return RunLock(folder)
+        return lock_folder(folder)
     except OSError as error:
         raise UsageError(f"sweep folder {folder}: {error.strerror}: choose another --out") from None
 
