@@ -72,8 +72,6 @@ _STAND_INS: dict[tuple[str, str], type] = {
     ("numpy._core.multiarray", "_reconstruct"): _Array,  # NumPy 2
     ("_codecs", "encode"): _Bytes,  # bytes, written by Python 3 in protocol 2
 }
-
-
 _INSTRUCTIONS = frozenset(
     """
     PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 FLOAT BINFLOAT
@@ -82,8 +80,6 @@ _INSTRUCTIONS = frozenset(
     PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD
     """.split()  # noqa: SIM905 - fifty lines else
 )
-
-
 # Values that may be used again from the memo. No tuples: one that holds a tuple twice, which holds a tuple twice, and
 # so on, is a short program, but hashing it, as a key of a dictionary, would take for ever.
 _SHARED = frozenset(
