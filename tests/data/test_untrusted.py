@@ -1,3 +1,5 @@
+import io
+
 import pytest
 
 from codistill.core.errors import DataError, ResourceError, UsageError
@@ -39,7 +41,7 @@ def test_digests_and_sizes(tmp_path):
     path = tmp_path / "a.bin"
     path.write_bytes(b"1234")
     check_file(path, 4, sha256(b"1234"), "fetch it")
-    check_digest(path, b"1234", "md5:81dc9bdb52d04dc20036dbd8313ed055", "fetch it")
+    check_digest(path, io.BytesIO(b"1234"), "md5:81dc9bdb52d04dc20036dbd8313ed055", "fetch it")
     with pytest.raises(DataError, match="has 4 bytes instead of 5: fetch it"):
         check_file(path, 5, sha256(b"1234"), "fetch it")
     with pytest.raises(DataError) as error:
@@ -47,4 +49,4 @@ def test_digests_and_sizes(tmp_path):
     for digest in (sha256(b"1234"), sha256(b"1235")):
         assert digest.removeprefix("sha256:") in str(error.value)
     with pytest.raises(DataError, match=r"md5 is .* instead of 00: fetch it"):
-        check_digest(path, b"1234", "md5:00", "fetch it")
+        check_digest(path, io.BytesIO(b"1234"), "md5:00", "fetch it")

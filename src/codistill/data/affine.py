@@ -11,12 +11,7 @@ Statistics = tuple[Sequence[float], Sequence[float]]
 
 
 class Affine(nn.Module):
-    """Compute scale * x + shift for each channel.
-
-    Args:
-        scale: One factor per channel.
-        shift: One summand per channel.
-    """
+    """Compute scale * x + shift, with one factor and one summand per channel."""
 
     scale: Tensor
     shift: Tensor

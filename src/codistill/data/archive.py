@@ -25,9 +25,7 @@ class _CappedGzip(gzip.GzipFile):
     def read(self, size: int | None = -1) -> bytes:
         # tarfile reads as much as a header claims, also for long names, PAX records and maps of sparse files.
         if size is None or not 0 <= size <= self.allowance:
-            raise DataError(
-                f"{self.name}: the headers of a member have more than the {HEADER_LIMIT} bytes possible: {self.fix}"
-            )
+            raise DataError(f"{self.name}: headers of a member have more than the {HEADER_LIMIT} bytes: {self.fix}")
         self.allowance -= size
         content = super().read(size)
         self._check(self.tell())
@@ -40,9 +38,7 @@ class _CappedGzip(gzip.GzipFile):
 
     def _check(self, position: int) -> None:
         if position > self.total_limit:
-            raise DataError(
-                f"{self.name}: unpacks to more than the {self.total_limit} bytes that can be right: {self.fix}"
-            )
+            raise DataError(f"{self.name}: unpacks to more than the {self.total_limit} bytes possible: {self.fix}")
 
 
 class _StrictTarInfo(tarfile.TarInfo):
@@ -63,13 +59,8 @@ def members(
 ) -> Iterator[tuple[str, bytes]]:
     """Yield name and content of the wanted regular files of a .tar.gz, in the order of the archive.
 
-    The archive is read to its end, so that every member is checked and gzip's own checksum compared.
-
-    Args:
-        path: The archive.
-        wanted: Whether the content of a member of this name (without a leading `./`) is wanted.
-        member_limit: Most bytes of one member.
-        total_limit: Most bytes of the unpacked archive.
+    The archive is read to its end, so that every member is checked and gzip's own checksum compared. `wanted` is asked
+    by name, without a leading `./`; limits are bytes of one member and of the unpacked archive.
 
     Raises:
         DataError: The archive is missing, cut or damaged, is larger than the limits, or holds anything but folders and
@@ -104,24 +95,19 @@ def members(
 
 def _safe_name(path: Path, member: tarfile.TarInfo, seen: set[str]) -> str:
     name = PurePosixPath(member.name)
-    if name.is_absolute() or ".." in name.parts or "\\" in member.name or "\0" in member.name:
-        raise DataError(f"{path}: member {member.name!r} points outside the archive: do not use this archive")
-    if not (member.isdir() or member.isreg()) or member.issparse():
-        raise DataError(f"{path}: member {member.name!r} is {_kind(member)}: do not use this archive")
-    if member.size < 0:
-        raise DataError(f"{path}: member {member.name!r} has a negative size: do not use this archive")
-    if str(name) in seen:
-        raise DataError(f"{path}: member {member.name!r} occurs twice: do not use this archive")
+    bad = name.is_absolute() or ".." in name.parts or "\\" in member.name or "\0" in member.name
+    problems = {
+        "points outside the archive": bad,
+        "is a symbolic link": member.issym(),
+        "is a hard link": member.islnk(),
+        "is a device or pipe": member.isdev(),
+        "is neither a file nor a folder": not (member.isdir() or member.isreg()) or member.issparse(),
+        "has a negative size": member.size < 0,
+        "occurs twice": str(name) in seen,
+    }
+    for problem, found in problems.items():
+        if found:
+            raise DataError(f"{path}: member {member.name!r} {problem}: do not use this archive")
     if not member.isdir():
         seen.add(str(name))
     return str(name)
-
-
-def _kind(member: tarfile.TarInfo) -> str:
-    if member.issym():
-        return "a symbolic link"
-    if member.islnk():
-        return "a hard link"
-    if member.isdev():
-        return "a device or pipe"
-    return "neither a file nor a folder"

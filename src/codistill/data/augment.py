@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from codistill.data.affine import Affine
+from codistill.data.affine import Affine, Statistics
 from codistill.data.dataset import Split
 
 PaddingMode = Literal["zeros", "reflect"]
@@ -25,18 +25,11 @@ class Augmentation:
 
 
 class BatchIndices(NamedTuple):
-    """Which images, where each is cropped and whether it is mirrored; index tables, no pixels.
+    """Which images, where each is cropped and whether it is mirrored; index tables, no pixels."""
 
-    Attributes:
-        image: Positions in the training split.
-        top: First row of the crop in the padded image, 0 to 2 * padding.
-        left: First column, likewise.
-        mirror: Whether the crop is flipped.
-    """
-
-    image: Int[Tensor, " batch"]
-    top: Int[Tensor, " batch"]
-    left: Int[Tensor, " batch"]
+    image: Int[Tensor, " batch"]  # position in the training split
+    top: Int[Tensor, " batch"]  # first row of the crop in the padded image, 0 to 2 * padding
+    left: Int[Tensor, " batch"]  # first column, likewise
     mirror: Bool[Tensor, " batch"]
 
     def part(self, start: int, stop: int) -> "BatchIndices":
@@ -75,9 +68,6 @@ def epoch_indices(
         augmentation: Which crops and flips there may be.
         device: Where the tables are to lie.
         views: With more than one, each table gets a leading axis: the same images, other crops and flips.
-
-    Returns:
-        One table for the whole epoch; step k uses `part(k * batch_size, (k + 1) * batch_size)`.
     """
     source = generator(seed, EPOCH_STREAM, epoch)
     count = images if isinstance(images, int) else len(images)
@@ -96,20 +86,12 @@ def to_device_async(table: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Crops:
-    """Where each pixel of a crop comes from, for each offset of the crop; two lookups instead of their arithmetic.
+    """Where each pixel of a crop comes from, for each offset of the crop; two lookups instead of their arithmetic."""
 
-    Attributes:
-        offsets: How many there are in a direction, 2 * padding + 1.
-        rows: For each offset, the image's row of each row of the crop.
-        columns: The same of columns; then once more, for mirrored crops.
-        row_inside: Whether that row is the image's own and not padding; None: all of them are to be shown.
-        column_inside: The same of columns.
-    """
-
-    offsets: int
-    rows: Int[Tensor, "offset height"]
-    columns: Int[Tensor, "mirrored_offset width"]
-    row_inside: Bool[Tensor, "offset height"] | None
+    offsets: int  # in one direction, 2 * padding + 1
+    rows: Int[Tensor, "offset height"]  # the image's row of each row of the crop
+    columns: Int[Tensor, "mirrored_offset width"]  # the same of columns; then once more, for mirrored crops
+    row_inside: Bool[Tensor, "offset height"] | None  # whether it is the image's own, not padding; None: show all
     column_inside: Bool[Tensor, "mirrored_offset width"] | None
 
     @classmethod
@@ -140,35 +122,19 @@ def _source(
 
 
 class DeviceImages:
-    """A split as uint8 tensors on a device, with the normalisation of its data set.
+    """A split as uint8 tensors on a device, with the normalisation of its data set."""
 
-    Args:
-        split: Images and labels.
-        statistics: Mean and standard deviation of each channel, in units of the full range (0..1).
-        device: Where the tensors are to lie.
-
-    Attributes:
-        device: Where the tensors lie.
-        positions: Positions in the split of the images that are used, on the host; None: all of them, in order.
-    """
-
-    def __init__(
-        self, split: Split, statistics: tuple[tuple[float, ...], tuple[float, ...]], device: torch.device
-    ) -> None:
+    def __init__(self, split: Split, statistics: Statistics, device: torch.device) -> None:
         self.device = device
         self.images: UInt8[Tensor, "image height width 3"] = torch.from_numpy(split.images).to(device)
         self.labels: Int[Tensor, " image"] = torch.from_numpy(split.labels).to(device)
         self.affine = Affine.normalise(statistics).to(device)
-        self.positions: Int[Tensor, " used"] | None = None
+        self.positions: Int[Tensor, " used"] | None = None  # of the images used, on the host; None: all, in order
         self._places: Int[Tensor, " used"] | None = None  # the same, on the device
         self._crops: dict[Augmentation, Crops] = {}
 
     def subset(self, positions: Int[Tensor, " used"]) -> "DeviceImages":
-        """Return the images at some positions of the split, in this order; pixels and labels are shared, not copied.
-
-        Args:
-            positions: On the host.
-        """
+        """Return the images at positions (on the host) of the split; pixels and labels are shared, not copied."""
         part = copy.copy(self)
         part.positions, part._places = positions, positions.to(self.device)
         return part
@@ -187,12 +153,8 @@ class DeviceImages:
         """Return the cropped, flipped and normalised images of a batch, and their labels.
 
         Equal to padding each image (before normalisation), cropping at (top, left) to the old size, then mirroring.
-        Only static shapes and gathers: nothing is read back by the host.
-
-        Args:
-            indices: Positions in the split, crops and flips; with a leading axis the images have it too: one view of
-                each image for each of its entries.
-            augmentation: The one that the indices were drawn with.
+        Only static shapes and gathers: nothing is read back by the host. If the indices have a leading axis, the
+        images have it too: one view of each image for each of its entries.
         """
         crops = self.crops(augmentation)
         image, top, left, mirror = (table.flatten() for table in indices)

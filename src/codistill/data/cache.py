@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,6 @@ def cached(path: Path, source: str, names: Iterable[str], build: Callable[[], Ar
         source: Identifies the files that the arrays were made from; a change makes the cache stale.
         names: The arrays that are wanted; the others are not read.
         build: Make all arrays.
-
-    Returns:
-        At least the wanted arrays.
-
-    Raises:
-        DataError: From `build`.
     """
     try:
         arrays = _read(path, source, names)
@@ -64,7 +58,7 @@ def _read(path: Path, source: str, names: Iterable[str]) -> Arrays | None:
     return arrays
 
 
-def _write(path: Path, source: str, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+def _write(path: Path, source: str, arrays: Arrays) -> None:
     about = {"format": FORMAT, "source": source, "sha256": {name: _digest(array) for name, array in arrays.items()}}
     try:
         with replaced(path) as part, part.open("wb") as file:

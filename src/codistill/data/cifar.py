@@ -1,5 +1,6 @@
 """CIFAR-10 and CIFAR-100, from the published archives or from the folders that they are extracted to."""
 
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -73,9 +74,8 @@ def _load(
     contents = _read(release, place, check)
     class_names = release.decode_names(contents.pop(release.names), str(place / release.names), FIX)
     if len(set(class_names)) != num_classes or len(class_names) != num_classes:
-        raise DataError(
-            f"{place / release.names}: has {len(class_names)} class names, not {num_classes} distinct ones: {FIX}"
-        )
+        names = place / release.names
+        raise DataError(f"{names}: has {len(class_names)} class names, not {num_classes} distinct ones: {FIX}")
     # Popped, so that a file's bytes are freed as soon as they are decoded.
     parts = [_decode(release, place, file, contents.pop(file), num_classes) for file in release.train]
     test = _decode(release, place, release.test, contents.pop(release.test), num_classes)
@@ -110,14 +110,15 @@ def _find(name: str, releases: tuple[Release, ...], root: Path, download: bool, 
 
 def _read(release: Release, place: Path, check: bool) -> dict[str, bytes]:
     """Read the files of a release from an extracted folder or an archive."""
+    files = (release.names, *release.train, release.test)
     if place.is_dir():
-        contents = {file: read_file(place / file, MEMBER_LIMIT, FIX) for file in release.files}
+        contents = {file: read_file(place / file, MEMBER_LIMIT, FIX) for file in files}
         for file, digest in release.digests.items() if check else ():
-            check_digest(place / file, contents[file], digest, FIX)
+            check_digest(place / file, BytesIO(contents[file]), digest, FIX)
         return contents
     if check:
         check_file(place, release.size, release.digest, FIX)
-    wanted = {f"{release.folder}/{file}": file for file in release.files}
+    wanted = {f"{release.folder}/{file}": file for file in files}
     found = members(place, wanted.__contains__, FIX, MEMBER_LIMIT, ARCHIVE_LIMIT)
     contents = {wanted[member]: content for member, content in found}
     for member, file in wanted.items():

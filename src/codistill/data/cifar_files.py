@@ -22,32 +22,18 @@ NAMES_LIMIT = 1 << 16  # bytes of a file with class names
 def decode_records(content: bytes, where: str, fix: str, label_bytes: int) -> tuple[Pixels, Labels]:
     """Return images uint8 [images, 32, 32, 3] and labels int64 [images] of a binary file.
 
-    Args:
-        content: Records of `label_bytes` labels, the last of which counts, then 3072 pixel bytes: planes R, G, B.
-        label_bytes: 1 in CIFAR-10; 2 in CIFAR-100, where the coarse label comes first.
-
-    Raises:
-        DataError: The last record is cut.
+    Its records are one label, or in CIFAR-100 a coarse and a fine one, then 3072 pixel bytes: planes R, G, B.
     """
     record = label_bytes + IMAGE_BYTES
     if len(content) % record or not content:
-        raise DataError(
-            f"{where}: has {len(content)} bytes, so record {len(content) // record} (of {record} bytes) is cut: {fix}"
-        )
+        cut = f"record {len(content) // record} (of {record} bytes) is cut"
+        raise DataError(f"{where}: has {len(content)} bytes, so {cut}: {fix}")
     records = np.frombuffer(content, np.uint8).reshape(-1, record)
     return _planes_last(records[:, label_bytes:]), records[:, label_bytes - 1].astype(np.int64)
 
 
 def decode_batch(content: bytes, where: str, fix: str, label_key: str) -> tuple[Pixels, Labels]:
-    """Return images uint8 [images, 32, 32, 3] and labels int64 [images] of a pickled batch.
-
-    Args:
-        content: The pickle: `data` uint8 [images, 3072], planes R, G, B, and a list of labels.
-        label_key: Key of the labels.
-
-    Raises:
-        DataError: Damaged, forbidden content, or not such arrays.
-    """
+    """Return images and labels, as `decode_records` does, of a pickle: `data` uint8 [images, 3072] and a label list."""
     batch = read_pickle(content, where, fix)
     images, labels = (_entry(batch, key, where, fix) for key in ("data", label_key))
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape[1:] != (IMAGE_BYTES,):
@@ -60,11 +46,7 @@ def decode_batch(content: bytes, where: str, fix: str, label_key: str) -> tuple[
 
 
 def decode_lines(content: bytes, where: str, fix: str) -> tuple[str, ...]:
-    """Return class names, one a line of a text.
-
-    Raises:
-        DataError: Not a text, or a long one.
-    """
+    """Return class names, one a line of a text."""
     if len(content) > NAMES_LIMIT:
         raise DataError(f"{where}: has {len(content)} bytes, more than class names can have: {fix}")
     try:
@@ -74,11 +56,7 @@ def decode_lines(content: bytes, where: str, fix: str) -> tuple[str, ...]:
 
 
 def decode_meta(content: bytes, where: str, fix: str, key: str) -> tuple[str, ...]:
-    """Return the class names in a pickle.
-
-    Raises:
-        DataError: Damaged, forbidden content, or no list of names.
-    """
+    """Return the class names in a pickle."""
     names = _entry(read_pickle(content, where, fix), key, where, fix)
     if not all(isinstance(name, str | bytes) for name in names):
         raise DataError(f"{where}: {key} is not a list of names: {fix}")
@@ -102,36 +80,18 @@ def _describe(array: Any) -> str:
 
 @dataclass(frozen=True)
 class Release:
-    """One published archive of one data set.
-
-    Attributes:
-        archive: File name of the archive.
-        size: Of the archive, bytes.
-        digest: Of the archive.
-        folder: Folder inside the archive, and the one that it is extracted to.
-        train: Files of training images, in order.
-        test: File of test images.
-        names: File of class names.
-        digests: Of the files inside, as far as published.
-        decode: From the bytes of a file of images, `where` and `fix` to images and labels.
-        decode_names: From the bytes of `names`, `where` and `fix` to class names.
-    """
+    """One published archive of one data set."""
 
     archive: str
-    size: int
-    digest: str
-    folder: str
+    size: int  # of the archive, bytes
+    digest: str  # of the archive
+    folder: str  # inside the archive, and the one that it is extracted to
     train: tuple[str, ...]
     test: str
-    names: str
-    digests: Mapping[str, str]
+    names: str  # file of class names
+    digests: Mapping[str, str]  # of the files inside, as far as published
     decode: Callable[[bytes, str, str], tuple[Pixels, Labels]]
     decode_names: Callable[[bytes, str, str], tuple[str, ...]]
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """Names of all files that are read."""
-        return (self.names, *self.train, self.test)
 
 
 # Sizes and digests: torchvision's and Keras' loaders (python archives and their files), torchvision for Ruby (binary).

@@ -65,7 +65,6 @@ def cinic10(root: Path, train_on: Literal["train", "train+valid"] = "train", che
 
 
 def _decode(place: Path, check: bool) -> Arrays:
-    """Decode all images of all parts."""
     if check and place.is_file():
         check_file(place, ARCHIVE_SIZE, ARCHIVE_DIGEST, FIX)
     files = _folder_files(place) if place.is_dir() else _archive_files(place)

@@ -64,10 +64,9 @@ class Dataset:
         for part, split in (("train", self.train), ("test", self.test)):
             check_split(split, len(self.class_names), f"data set {self.name}, {part}")
         if self.train.images.shape[1:] != self.test.images.shape[1:]:
-            raise DataError(
-                f"data set {self.name}: train images are {size_of(self.train.images)} but test images are "
-                f"{size_of(self.test.images)}: give both one size"
-            )
+            sizes = (size_of(split.images) for split in (self.train, self.test))
+            line = "data set {}: train images are {} but test images are {}: give both one size"
+            raise DataError(line.format(self.name, *sizes))
 
     @property
     def num_classes(self) -> int:
@@ -88,10 +87,8 @@ class Dataset:
         """
         values = np.arange(256) / 255
         mean, std = [], []
-        for channel in range(3):
-            counts = np.bincount(self.train.images[..., channel].reshape(-1), minlength=256) / (
-                self.train.images[..., channel].size
-            )
+        for channel in self.train.images.reshape(-1, 3).T:
+            counts = np.bincount(channel, minlength=256) / channel.size
             centre = float(counts @ values)
             mean.append(centre)
             std.append(max(float(counts @ (values - centre) ** 2) ** 0.5, 1e-6))
@@ -104,36 +101,24 @@ def size_of(images: Pixels) -> str:
 
 
 def check_split(split: Split, num_classes: int, where: str) -> None:
-    """Raise an error for arrays that are not images and labels.
-
-    Raises:
-        DataError: Names the array, its type and shape, or the first bad label and its index.
-    """
+    """Raise an error, with type and shape or the first bad label, for arrays that are not images and labels."""
     images, labels = split.images, split.labels
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise DataError(
-            f"{where}: images are {images.dtype} {list(images.shape)}; they must be uint8 [images, height, width, 3]"
-        )
-    if labels.dtype != np.int64 or labels.ndim != 1 or len(labels) != len(images):
-        raise DataError(
-            f"{where}: labels are {labels.dtype} {list(labels.shape)}; they must be int64 [{len(images)}], one an image"
-        )
+        found = f"{images.dtype} {list(images.shape)}"
+        raise DataError(f"{where}: images are {found}; they must be uint8 [images, height, width, 3]")
+    if labels.dtype != np.int64 or labels.shape != images.shape[:1]:
+        found = f"{labels.dtype} {list(labels.shape)}"
+        raise DataError(f"{where}: labels are {found}; they must be int64 [{len(images)}], one an image")
     if len(images) == 0:
         raise DataError(f"{where}: no images")
     bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(bad):
-        raise DataError(
-            f"{where}: image {bad[0]} has label {labels[bad[0]]}, but there are {num_classes} classes "
-            f"(labels 0 to {num_classes - 1})"
-        )
+        known = f"{num_classes} classes (labels 0 to {num_classes - 1})"
+        raise DataError(f"{where}: image {bad[0]} has label {labels[bad[0]]}, but there are {known}")
 
 
 def check_counts(labels: Labels, class_names: Sequence[str], images: int, where: str, fix: str) -> None:
-    """Raise an error unless every class has so many images.
-
-    Raises:
-        DataError: Names the first class that has another number.
-    """
+    """Raise an error unless every class has so many images."""
     for name, count in zip(class_names, np.bincount(labels, minlength=len(class_names)), strict=True):
         if count != images:
             raise DataError(f"{where}: class {name} has {count} images instead of {images}: {fix}")

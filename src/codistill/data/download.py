@@ -22,20 +22,13 @@ TIMEOUT = 60.0  # seconds without a byte
 
 
 def fetch(url: str, path: Path, size: int, digest: str, tries: int = 20) -> None:
-    """Fetch a file of known size and digest; an attempt continues where an earlier one stopped.
+    """Fetch a file of known size, bytes, and digest; an attempt continues where an earlier one stopped.
 
     The bytes gather in `<path>.part`; a cut connection leaves them there for the next attempt. Several processes that
-    fetch the same file take turns, and all but the first find it ready.
-
-    Args:
-        url: http or https address.
-        path: Final name; a file that is already there is left alone.
-        size: In bytes.
-        digest: `md5:` or `sha256:` and the hexadecimal digest.
-        tries: How often to connect, at most; a connection that brought nothing is the last one.
+    fetch the same file take turns, and all but the first find it ready. A file that is already there is left alone.
 
     Raises:
-        DataError: The server cannot be reached, breaks off every time, or has another file.
+        DataError: The server cannot be reached, breaks off `tries` times or with no progress, or has another file.
         ResourceError: The file cannot be written.
         UsageError: Not an http or https address.
     """
@@ -76,12 +69,10 @@ def _fill(url: str, file: IO[bytes], size: int, tries: int) -> None:
             except _NetworkError as error:
                 trouble = str(error)
             if _length(file) == start:
-                break
+                break  # a connection that brought nothing is the last one
         if _length(file) < size:
-            raise DataError(
-                f"{url}: stopped at {_length(file)} of {size} bytes ({trouble}): run it again to continue, or "
-                f"put {name} there yourself"
-            )
+            stopped = f"stopped at {_length(file)} of {size} bytes ({trouble})"
+            raise DataError(f"{url}: {stopped}: run it again to continue, or put {name} there yourself")
 
 
 class _NetworkError(Exception):

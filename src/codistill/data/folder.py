@@ -77,17 +77,14 @@ def _read_split(root: Path, files: Mapping[str, list[Path]], size: tuple[int, in
     try:
         images = np.empty((len(paths), *size, 3), np.uint8)
     except MemoryError as error:
-        raise ResourceError(
-            f"{root}: {len(paths)} images of {size[0]}x{size[1]} pixels do not fit into memory: give a smaller resize"
-        ) from error
+        found = f"{len(paths)} images of {size[0]}x{size[1]} pixels"
+        raise ResourceError(f"{root}: {found} do not fit into memory: give a smaller resize") from error
 
     def read(path: Path) -> Pixels:
         image = open_image(path, size if resize else None)
         if image.shape[:2] != size:
-            raise DataError(
-                f"{path}: is {size_of(image[None])} pixels, but the first image is {size[0]}x{size[1]}: bring all "
-                "images to one size with the option resize (folder:resize=64)"
-            )
+            unlike = f"is {size_of(image[None])} pixels, but the first image is {size[0]}x{size[1]}"
+            raise DataError(f"{path}: {unlike}: bring all images to one size with the option folder:resize=64")
         return image
 
     # Pillow decodes outside Python's global lock.

@@ -25,19 +25,7 @@ _opening = threading.Lock()
 
 
 def open_image(path: Path, size: tuple[int, int] | None = None) -> Pixels:
-    """Read an image file: PNG, JPEG, BMP, WEBP or GIF (its first frame).
-
-    Args:
-        path: The file.
-        size: Height and width wanted, pixels: the image is scaled until it covers them, keeping its aspect ratio, and
-            its centre is cropped. None: as it is.
-
-    Returns:
-        uint8 [height, width, 3], RGB; transparent parts become white, a photo's EXIF orientation is applied.
-
-    Raises:
-        DataError: Missing, not one of these formats, damaged, or larger than 64 million pixels.
-    """
+    """Read an image file: PNG, JPEG, BMP, WEBP or GIF (its first frame); see `decode_image`."""
     return decode_image(read_file(path, MAX_FILE, FIX), str(path), size)
 
 
@@ -54,15 +42,16 @@ def decode_image(
     Args:
         content: The bytes.
         where: The file, for error lines.
-        size: As in `open_image`.
+        size: Height and width wanted, pixels: the image is scaled until it covers them, keeping its aspect ratio, and
+            its centre is cropped. None: as it is.
         formats: Formats to accept, as Pillow names them.
         exact: Height and width that it must have, pixels; checked before anything is decoded.
 
     Returns:
-        As `open_image`.
+        uint8 [height, width, 3], RGB; transparent parts become white, a photo's EXIF orientation is applied.
 
     Raises:
-        DataError: As `open_image`, or it is not of the exact size.
+        DataError: Not one of these formats, damaged, larger than 64 million pixels, or not of the exact size.
     """
     with reading(where, FIX):
         # Pillow warns of large images, and all threads share one list of warning filters.

@@ -16,10 +16,8 @@ from codistill.data.untrusted import reading
 NEEDED = ("train_images", "train_labels", "test_images", "test_labels")
 SMALL = 64 << 20  # bytes that any array may unpack to
 MOST_COMPRESSED = 200  # times; a file of zeros is a thousand times its compressed size
-FIX = (
-    "make it with numpy.savez(path, train_images=, train_labels=, test_images=, test_labels=, class_names=), images "
-    "uint8 [images, height, width, 3]"
-)
+LAYOUT = "uint8 [images, height, width, 3]"
+FIX = f"make it with numpy.savez(path, {'=, '.join(NEEDED)}=, class_names=), images {LAYOUT}"
 
 
 @DATASETS.register("packed")
@@ -49,10 +47,8 @@ def packed(root: Path) -> Dataset:
     check_split(test, len(class_names), f"{path}, test")
     absent = np.flatnonzero(np.bincount(train.labels, minlength=len(class_names)) == 0)
     if len(absent):
-        raise DataError(
-            f"{path}, train: no image has label {absent[0]} (class {class_names[absent[0]]}): give every class "
-            "training images, and number the classes from 0"
-        )
+        found = f"no image has label {absent[0]} (class {class_names[absent[0]]})"
+        raise DataError(f"{path}, train: {found}: give every class training images, and number the classes from 0")
     return Dataset("packed", train, test, class_names)
 
 
@@ -71,17 +67,17 @@ def _read_array(archive: zipfile.ZipFile, path: Path, name: str) -> npt.NDArray[
     member = f"{name}.npy"
     about = archive.getinfo(member)
     if about.file_size > SMALL and about.file_size > MOST_COMPRESSED * about.compress_size:
-        raise DataError(
-            f"{path}: {name} unpacks to {about.file_size} bytes from {about.compress_size}, more than images can: {FIX}"
-        )
+        found = f"unpacks to {about.file_size} bytes from {about.compress_size}"
+        raise DataError(f"{path}: {name} {found}, more than images can: {FIX}")
     with archive.open(member) as file:
         read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(file)]
         shape, _, dtype = read_header(file)
+        found = f"{path}: {name} is {dtype} {list(shape)}"
         if dtype.hasobject or dtype.itemsize == 0:
-            raise DataError(f"{path}: {name} is {dtype} {list(shape)}; it must be an array of numbers or texts: {FIX}")
+            raise DataError(f"{found}; it must be an array of numbers or texts: {FIX}")
         size = about.file_size - file.tell()
         if size != math.prod(shape) * dtype.itemsize:
-            raise DataError(f"{path}: {name} is {dtype} {list(shape)} but has {size} bytes: {FIX}")
+            raise DataError(f"{found} but has {size} bytes: {FIX}")
     with archive.open(member) as file:
         return np.asarray(npy.read_array(file, allow_pickle=False))
 
@@ -89,13 +85,11 @@ def _read_array(archive: zipfile.ZipFile, path: Path, name: str) -> npt.NDArray[
 def _split(path: Path, part: str, arrays: dict[str, npt.NDArray[Any]]) -> Split:
     images, labels = (arrays[f"{part}_{kind}"] for kind in ("images", "labels"))
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise DataError(
-            f"{path}: {part}_images is {images.dtype} {list(images.shape)}; it must be uint8 [images, height, width, 3]"
-        )
+        found = f"{part}_images is {images.dtype} {list(images.shape)}"
+        raise DataError(f"{path}: {found}; it must be uint8 [images, height, width, 3]")
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-        raise DataError(
-            f"{path}: {part}_labels is {labels.dtype} {list(labels.shape)}; it must be whole numbers [{len(images)}]"
-        )
+        found = f"{part}_labels is {labels.dtype} {list(labels.shape)}"
+        raise DataError(f"{path}: {found}; it must be whole numbers [{len(images)}]")
     return Split(np.ascontiguousarray(images), labels.astype(np.int64))
 
 

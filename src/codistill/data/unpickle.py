@@ -24,12 +24,11 @@ class _Type:
     """Stand-in for numpy.dtype."""
 
     def __init__(self, code: Any, *_flags: Any) -> None:
-        self.code = code.decode("latin1") if isinstance(code, bytes) else str(code)
+        self.code = _text(code)
         self.order = "<"
 
     def __setstate__(self, state: Any) -> None:
-        order = state[1]
-        self.order = order.decode("latin1") if isinstance(order, bytes) else str(order)
+        self.order = _text(state[1])
 
     def dtype(self) -> np.dtype[Any]:
         if self.code not in _DTYPES or self.order not in ("<", ">", "|", "="):
@@ -72,6 +71,7 @@ _STAND_INS: dict[tuple[str, str], type] = {
     ("numpy._core.multiarray", "_reconstruct"): _Array,  # NumPy 2
     ("_codecs", "encode"): _Bytes,  # bytes, written by Python 3 in protocol 2
 }
+
 _INSTRUCTIONS = frozenset(
     """
     PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 FLOAT BINFLOAT
@@ -121,10 +121,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
 def read_pickle(content: bytes, where: str, fix: str) -> dict[str, Any]:
     """Return a pickled dictionary of integer arrays, lists, texts and numbers.
 
-    Keys become texts, arrays NumPy arrays; texts that Python 2 wrote are bytes.
-
-    Raises:
-        DataError: It is damaged, names any other global, or is not a dictionary.
+    Keys become texts, arrays NumPy arrays; texts that Python 2 wrote are bytes. All else is a DataError.
     """
     with reading(where, fix):
         try:
@@ -134,9 +131,8 @@ def read_pickle(content: bytes, where: str, fix: str) -> dict[str, Any]:
             raise DataError(f"{where}: {error}: {fix}") from error
         if not isinstance(value, dict):
             raise DataError(f"{where}: holds a {type(value).__name__}, not a dictionary: {fix}")
-        return {
-            key.decode("latin1") if isinstance(key, bytes) else str(key): item.array
-            if isinstance(item, _Array)
-            else item
-            for key, item in value.items()
-        }
+        return {_text(key): item.array if isinstance(item, _Array) else item for key, item in value.items()}
+
+
+def _text(value: Any) -> str:
+    return value.decode("latin1") if isinstance(value, bytes) else str(value)

@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader, BytesIO
 from pathlib import Path
 
 from codistill.core.errors import CodistillError, DataError, ResourceError
@@ -18,10 +19,6 @@ def reading(where: str | Path, fix: str) -> Iterator[None]:
 
     The parsers in use (zipfile, tarfile, gzip, pickle, Pillow, NumPy) raise a dozen different types on damaged input,
     so everything is caught here; keep the block as small as the call of the parser.
-
-    Raises:
-        DataError: Anything went wrong inside the block.
-        ResourceError: Memory ran out inside the block.
     """
     try:
         yield
@@ -42,53 +39,32 @@ def reason(error: BaseException) -> str:
 
 
 def visible(folder: Path, fix: str) -> list[Path]:
-    """Return what a folder holds, sorted by name, without hidden files.
-
-    Raises:
-        DataError: It is missing or unreadable.
-    """
+    """Return what a folder holds, sorted by name, without hidden files."""
     with reading(folder, fix):
         return [folder / name for name in sorted(os.listdir(folder)) if not name.startswith(".")]
 
 
 def read_file(path: Path, limit: int, fix: str) -> bytes:
-    """Read a whole file of at most `limit` bytes.
-
-    Raises:
-        DataError: It is missing, unreadable or larger.
-    """
+    """Read a whole file of at most `limit` bytes; a larger one is a DataError."""
     with reading(path, fix), path.open("rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
-        raise DataError(f"{path}: has {path.stat().st_size} bytes, more than the {limit} that can be right: {fix}")
+        raise DataError(f"{path}: has {path.stat().st_size} bytes, more than the {limit} possible: {fix}")
     return content
 
 
-def check_digest(where: str | Path, content: bytes, digest: str, fix: str) -> None:
-    """Compare bytes with a published digest, `md5:` or `sha256:` and hexadecimal digits.
-
-    Raises:
-        DataError: With both digests.
-    """
+def check_digest(where: Path, file: BytesIO | BufferedReader, digest: str, fix: str) -> None:
+    """Compare a file, read piece by piece, with a published digest, `md5:` or `sha256:` and hexadecimal digits."""
     algorithm, expected = digest.split(":")
-    _compare(where, algorithm, expected, hashlib.new(algorithm, content, usedforsecurity=False).hexdigest(), fix)
+    actual = hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
+    if actual != expected:
+        raise DataError(f"{where}: its {algorithm} is {actual} instead of {expected}: {fix}")
 
 
 def check_file(path: Path, size: int, digest: str, fix: str) -> None:
-    """Compare a file, read piece by piece, with a published size in bytes, then with a digest as `check_digest` has.
-
-    Raises:
-        DataError: With both sizes, or both digests.
-    """
+    """Compare a file with a published size in bytes, then with a digest."""
     with reading(path, fix), path.open("rb") as file:
         actual_size = path.stat().st_size
         if actual_size != size:
             raise DataError(f"{path}: has {actual_size} bytes instead of {size}: {fix}")
-        algorithm, expected = digest.split(":")
-        actual = hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
-    _compare(path, algorithm, expected, actual, fix)
-
-
-def _compare(where: str | Path, algorithm: str, expected: str, actual: str, fix: str) -> None:
-    if actual != expected:
-        raise DataError(f"{where}: its {algorithm} is {actual} instead of {expected}: {fix}")
+        check_digest(path, file, digest, fix)

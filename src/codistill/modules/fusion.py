@@ -8,23 +8,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from codistill.core.errors import UsageError
-from codistill.networks.layers import BatchNormAct2d, PooledLinear, initialise
+from codistill.networks.layers import BatchNormAct2d, PooledLinear, conv_bn_act, initialise
 
 Projection = Literal["pointwise", "each"]
 MapShape = tuple[int, int, int]
-
-
-def conv_bn_relu(
-    width_in: int,
-    width_out: int,
-    kernel: int | tuple[int, int],
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
-    groups: int = 1,
-) -> nn.Sequential:
-    """Make convolution without bias, batch normalisation and ReLU."""
-    conv = nn.Conv2d(width_in, width_out, kernel, stride, padding, groups=groups, bias=False)
-    return nn.Sequential(conv, BatchNormAct2d(width_out))
 
 
 def convolutional_regressor(channels: int, size: tuple[int, int], target: tuple[int, int]) -> nn.Module:
@@ -45,7 +32,8 @@ def convolutional_regressor(channels: int, size: tuple[int, int], target: tuple[
         return length - wanted + 1, 1, 0
 
     (kh, sh, ph), (kw, sw, pw) = (direction(a, b) for a, b in zip(size, target, strict=True))
-    return conv_bn_relu(channels, channels, (kh, kw), (sh, sw), (ph, pw))
+    conv = nn.Conv2d(channels, channels, (kh, kw), (sh, sw), (ph, pw), bias=False)
+    return nn.Sequential(conv, BatchNormAct2d(channels))
 
 
 class FeatureFusion(nn.Module):
@@ -80,15 +68,13 @@ class FeatureFusion(nn.Module):
             if tuple(size) != (height, width):
                 layers.append(convolutional_regressor(channels, (size[0], size[1]), (height, width)))
             if projection == "each" and channels != smallest:
-                layers.append(conv_bn_relu(channels, smallest, 1))
+                layers.append(conv_bn_act(channels, smallest, 1))
                 channels = smallest
             adapters.append(nn.Sequential(*layers))
             widths.append(channels)
         total = sum(widths)
         self.adapters = nn.ModuleList(adapters)
-        self.transfer = nn.Sequential(
-            conv_bn_relu(total, total, 3, padding=1, groups=total), conv_bn_relu(total, smallest, 1)
-        )
+        self.transfer = nn.Sequential(conv_bn_act(total, total, 3, groups=total), conv_bn_act(total, smallest, 1))
         self.head = PooledLinear(smallest, num_classes)
         initialise(self)
 

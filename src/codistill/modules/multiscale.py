@@ -48,35 +48,21 @@ class MultiScaleExtraction(nn.Module):
         super().__init__()
         self.channels = channels
         self.exported = exported
-        self.group_widths = self._checked_groups(channels, groups)
+        # Of the groups that are divided, the second one is the narrowest: those behind it have carried channels too.
+        if groups < 2 or channels < groups or (groups > 2 and group_widths(channels, groups)[1] < 2):
+            cut = f"cannot split {channels} channels into {groups} groups"
+            raise UsageError(f"multi-scale extraction: {cut}: use 2 to {max(2, channels // 2)} groups")
+        self.group_widths = group_widths(channels, groups)
         widths, carried = [], 0
-        for index, width in enumerate(self.group_widths[1:], start=1):
+        for width in self.group_widths[1:]:
             widths.append(width + carried)
-            if index < groups - 1:
-                if widths[-1] < 2:
-                    raise UsageError(
-                        f"multi-scale extraction: {groups} groups of {channels} channels leave group {index + 1} one "
-                        f"channel, which cannot be divided: use at most {max(2, channels // 2)} groups"
-                    )
-                carried = widths[-1] - self._exported_width(widths[-1])
+            carried = widths[-1] // 2 if exported == "first" else widths[-1] - widths[-1] // 2
         self.conv_widths = tuple(widths)
         self.transforms = nn.ModuleList(
             nn.Sequential(conv(width, width, 3, groups=width if depthwise else 1), BatchNormAct2d(width))
             for width in widths
         )
         initialise(self)
-
-    @staticmethod
-    def _checked_groups(channels: int, groups: int) -> list[int]:
-        if groups < 2 or channels < groups:
-            raise UsageError(
-                f"multi-scale extraction: cannot split {channels} channels into {groups} groups: "
-                f"use 2 to {max(2, channels // 2)} groups"
-            )
-        return group_widths(channels, groups)
-
-    def _exported_width(self, width: int) -> int:
-        return width // 2 if self.exported == "second" else width - width // 2
 
     def forward(
         self, feature_map: Float[Tensor, "batch channel height width"]
@@ -86,11 +72,9 @@ class MultiScaleExtraction(nn.Module):
         exported, carried = [first], None
         for group, transform in zip(rest[:-1], self.transforms, strict=False):
             convolved = transform(group if carried is None else torch.cat([group, carried], dim=1))
-            keep = self._exported_width(convolved.shape[1])
-            if self.exported == "second":
-                carried, output = convolved.split_with_sizes([convolved.shape[1] - keep, keep], dim=1)
-            else:
-                output, carried = convolved.split_with_sizes([keep, convolved.shape[1] - keep], dim=1)
+            smaller = convolved.shape[1] // 2
+            halves = convolved.split_with_sizes([convolved.shape[1] - smaller, smaller], dim=1)
+            output, carried = halves if self.exported == "first" else halves[::-1]
             exported.append(output)
         last = rest[-1] if carried is None else torch.cat([rest[-1], carried], dim=1)
         exported.append(self.transforms[-1](last))

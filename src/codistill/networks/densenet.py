@@ -18,12 +18,7 @@ def bn_relu_conv(in_channels: int, out_channels: int, kernel_size: int) -> list[
 
 
 class DenseLayer(nn.Module):
-    """Append `GROWTH` new channels, computed from all channels so far.
-
-    Args:
-        in_channels: Channels of the input.
-        bottleneck: Narrow the input to 4 * `GROWTH` channels by a 1x1 convolution first.
-    """
+    """Append `GROWTH` new channels; with a bottleneck, a 1x1 convolution narrows the input to 4 * `GROWTH` first."""
 
     def __init__(self, in_channels: int, bottleneck: bool) -> None:
         super().__init__()

@@ -6,12 +6,7 @@ from torch import Tensor, nn
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
-    """Batch normalisation, then an optional addition of a shortcut, then an optional ReLU.
-
-    Args:
-        channels: Channels of the input.
-        act: Whether ReLU ends it.
-    """
+    """Batch normalisation, then an optional addition of a shortcut, then an optional ReLU."""
 
     def __init__(self, channels: int, act: bool = True) -> None:
         super().__init__(channels)
@@ -34,12 +29,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
 
 class PooledLinear(nn.Module):
-    """Head of all networks here: mean over height and width, then a linear classifier.
-
-    Args:
-        width: Channels of the feature map.
-        num_classes: Number of logits.
-    """
+    """Head of all networks here: mean over height and width, then a linear classifier."""
 
     def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
@@ -77,7 +67,8 @@ def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1,
 
 
 def conv_bn_act(
-    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, act: bool = True
+    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1, act: bool = True
 ) -> nn.Sequential:
     """Make a convolution as `conv` does, its batch normalisation and, if wanted, ReLU."""
-    return nn.Sequential(conv(in_channels, out_channels, kernel_size, stride), BatchNormAct2d(out_channels, act))
+    convolution = conv(in_channels, out_channels, kernel_size, stride, groups)
+    return nn.Sequential(convolution, BatchNormAct2d(out_channels, act))

@@ -19,13 +19,7 @@ class InvertedResidual(nn.Module):
     """Widen by a 1x1 convolution, filter each channel by a 3x3 one, narrow by a 1x1 one that no ReLU follows.
 
     At stride 1 a shortcut is added: the input, behind a 1x1 convolution and batch normalisation if the width
-    changes. At stride 2 there is none.
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        expansion: Hidden channels for each input channel.
-        stride: Stride of the 3x3 convolution, pixels.
+    changes. At stride 2 there is none. The expansion is hidden channels for each input channel.
     """
 
     def __init__(self, in_channels: int, out_channels: int, expansion: int, stride: int) -> None:

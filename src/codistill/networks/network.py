@@ -82,16 +82,9 @@ def parameter_count(module: nn.Module) -> int:
 
 
 def probe_shapes(built: Network, image_size: tuple[int, int]) -> list[tuple[int, ...]]:
-    """Find the shape [channels, height, width] of each stage's output without computing anything.
+    """Find the shape [channels, height, width] of each stage's output for images of a height and width.
 
-    Runs on the meta device in evaluation mode, so neither buffers nor random state change.
-
-    Args:
-        built: Any network.
-        image_size: Height and width of its input, pixels.
-
-    Raises:
-        UsageError: The images are too small for the network.
+    Runs on the meta device in evaluation mode: nothing is computed, neither buffers nor random state change.
     """
     probe = copy.deepcopy(built).to("meta").eval()
     images = torch.empty(1, 3, *image_size, device="meta")
@@ -100,9 +93,8 @@ def probe_shapes(built: Network, image_size: tuple[int, int]) -> list[tuple[int,
         try:
             images = stage(images)
         except RuntimeError as error:
-            size = f"{image_size[0]}x{image_size[1]}"
-            raise UsageError(
-                f"network {built.spec or type(built).__name__}: stage {index} cannot take {size} images: {error}"
-            ) from error
+            where = f"network {built.spec or type(built).__name__}: stage {index}"
+            size = "x".join(map(str, image_size))
+            raise UsageError(f"{where} cannot take {size} images: {error}") from error
         shapes.append(tuple(images.shape[1:]))
     return shapes

@@ -17,11 +17,6 @@ class PaddedShortcut(nn.Module):
 
     Half of the new channels stand before the old ones and half behind. He et al. do not say where the zeros go;
     this is the place that most implementations chose.
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output, at least as many.
-        stride: Subsampling factor, pixels.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -41,11 +36,7 @@ class PaddedShortcut(nn.Module):
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with batch normalisation, added to a shortcut before the last ReLU.
 
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        stride: Stride of the first convolution, pixels.
-        shortcut: Where the shape changes: `A` zero padding, `B` 1x1 convolution and batch normalisation.
+    Where the shape changes, shortcut `A` is zero padding, `B` a 1x1 convolution and batch normalisation.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: Shortcut) -> None:
@@ -75,16 +66,8 @@ class BasicBlock(nn.Module):
 def basic_resnet(num_classes: int, widths: tuple[int, ...], blocks: int, shortcut: Shortcut) -> Network:
     """Build a ResNet of basic blocks with a 3x3 stem and no max-pooling, for small images.
 
-    Each stage after the stem halves height and width, but the first one, which keeps them.
-
-    Args:
-        num_classes: Number of logits.
-        widths: Channels of the stages after the stem; the stem has those of the first one.
-        blocks: Blocks in each stage.
-        shortcut: `A` or `B`, see `BasicBlock`.
-
-    Returns:
-        Stages stem, stage 1, stage 2, ..; the feature map is the last stage's output, after its ReLU.
+    Each stage after the stem halves height and width, but the first one, which keeps them; `widths` are the channels
+    of these stages, `blocks` counts for each. The feature map is the last stage's output, after its ReLU.
     """
     stages: list[nn.Module] = [conv_bn_act(3, widths[0], 3)]
     channels = widths[0]
@@ -98,13 +81,8 @@ def basic_resnet(num_classes: int, widths: tuple[int, ...], blocks: int, shortcu
 def cifar_resnet(num_classes: int, depth: int, shortcut: Shortcut) -> Network:
     """Build a ResNet of depth 6n+2 for 32x32 images.
 
-    The feature map is [64, 8, 8]; stem, stage 1 and stage 2 are the usual shared trunk.
-
-    Args:
-        num_classes: Number of logits.
-        depth: 6n+2 with n blocks in each of the three stages.
-        shortcut: `A` (zero padding, no parameters) or `B` (1x1 convolution and batch normalisation, 2 752
-            parameters more).
+    The feature map is [64, 8, 8]; stem, stage 1 and stage 2 are the usual shared trunk. Shortcut `A` is zero padding
+    without parameters, `B` a 1x1 convolution and batch normalisation, 2 752 parameters more.
 
     Source: He, Zhang, Ren, Sun, Deep Residual Learning for Image Recognition, CVPR 2016, arXiv 1512.03385,
         section 4.2.

@@ -10,13 +10,7 @@ EXPANSION = 4
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolution with batch normalisation, added to a shortcut before the last ReLU.
-
-    Args:
-        in_channels: Channels of the input.
-        width: Channels of the 3x3 convolution; the output has four times as many.
-        stride: Stride of the 3x3 convolution, pixels.
-    """
+    """1x1, 3x3 (of `width` channels) and 1x1 convolution, added to a shortcut before the last ReLU."""
 
     def __init__(self, in_channels: int, width: int, stride: int) -> None:
         super().__init__()

@@ -10,13 +10,8 @@ from codistill.networks.network import NETWORKS, Network
 class PreActivationBlock(nn.Module):
     """Two 3x3 convolutions, each behind batch normalisation and ReLU, added to a shortcut; nothing after the sum.
 
-    Where the width changes, the shortcut is a bare 1x1 convolution of the normalised and activated input; elsewhere
-    it is the raw input.
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        stride: Stride of the first convolution, pixels; above 1 only where the width changes.
+    Where the width changes, and only there the stride may be above 1, the shortcut is a bare 1x1 convolution of the
+    normalised and activated input; elsewhere it is the raw input.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -41,12 +36,7 @@ def wide_resnet(num_classes: int, depth: int, widening: int) -> Network:
     """Build a wide ResNet for 32x32 images.
 
     The feature map is [64 * widening, 8, 8], after the final batch normalisation and ReLU, which belong to the last
-    stage; stem, stage 1 and stage 2 are the usual shared trunk.
-
-    Args:
-        num_classes: Number of logits.
-        depth: 6n+4 with n blocks in each of the three stages.
-        widening: Factor k on the widths 16, 32 and 64.
+    stage; stem, stage 1 and stage 2 are the usual shared trunk. The depth is 6n+4, with n blocks in each stage.
 
     Source: Zagoruyko, Komodakis, Wide Residual Networks, BMVC 2016, arXiv 1605.07146; the details as in the authors'
         github.com/szagoruyko/wide-residual-networks, pytorch/resnet.py.
