@@ -1,5 +1,6 @@
 """Sweeps: the runs of a spec, which of them are trained again, and the tables."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -70,7 +71,9 @@ def bench(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("codistill.sweeps.driver.POLL_SECONDS", 0.01)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    return Bench(tmp_path)
+    made = Bench(tmp_path)
+    monkeypatch.setattr("codistill.cli.commands.own_program", lambda arguments: made.program)
+    return made
 
 
 def table(page: str) -> list[list[str]]:
@@ -127,9 +130,6 @@ def test_names_are_unlike_whatever_the_values(tmp_path):
     assert len({name.lower() for name in names}) == len(values)
     assert all(len(name) < 120 and "/" not in name and not name.startswith((".", "-")) for name in names)
     assert names == [run.name for run in planned(tmp_path, text)]
-
-
-def test_a_single_run_is_named_by_its_method(tmp_path):
     assert [run.name for run in planned(tmp_path, f'{SHARED}method = "dml"')] == ["dml"]
 
 
@@ -213,14 +213,11 @@ def test_errors_of_a_run_are_not_tried_again(bench, status):
     assert bench.calls().count("train seed1") == 1 and rows["seed2"].status == "finished"
 
 
-def test_without_a_line_the_log_is_named(bench):
-    bench.act(seed1=["exit 1"])
-    assert bench.sweep()["seed1"].reason == f"ended with status 1: see {bench.out}/logs/seed1.log"
-
-
-def test_a_process_that_succeeds_but_leaves_nothing_has_failed(bench):
-    bench.act(seed1=["exit 0"])
-    assert "summary.json" in bench.sweep()["seed1"].reason
+def test_without_a_line_or_a_summary_the_log_is_named(bench):
+    bench.act(seed0=["exit 1"], seed1=["exit 0"])
+    rows = bench.sweep()
+    assert rows["seed0"].reason == f"ended with status 1: see {bench.out}/logs/seed0.log"
+    assert rows["seed1"].reason == f"no summary.json shows how it ended: see {bench.out}/logs/seed1.log"
 
 
 @pytest.mark.parametrize(
@@ -232,7 +229,8 @@ def test_a_process_that_succeeds_but_leaves_nothing_has_failed(bench):
     ],
 )
 def test_a_killed_run_is_tried_again_twice(bench, capsys, act, reason):
-    bench.act(seed0=["kill 9", act], seed1=["kill 9", act, act])
+    # Before the first checkpoint, a run resumes from its first step.
+    bench.act(seed0=["kill-early", act], seed1=["kill 9", act, act])
     rows = bench.sweep()
     assert rows["seed0"].status == "finished"
     assert rows["seed1"].reason == f"{reason}, the last of 3 attempts"
@@ -240,12 +238,6 @@ def test_a_killed_run_is_tried_again_twice(bench, capsys, act, reason):
         "train seed0", "resume seed0", "resume seed0", "train seed1", "resume seed1", "resume seed1", "train seed2"
     ]  # fmt: skip
     assert "seed0: killed by SIGKILL: trying again, 1 of 2" in capsys.readouterr().out
-
-
-def test_before_the_first_checkpoint_a_run_resumes_from_its_first_step(bench):
-    bench.act(seed0=["kill-early"])
-    assert bench.sweep()["seed0"].status == "finished"
-    assert bench.calls()[:2] == ["train seed0", "resume seed0"]
 
 
 def test_a_folder_without_a_config_starts_a_run_and_nothing_of_others_is_touched(bench):
@@ -304,11 +296,6 @@ def test_no_folder_is_that_of_two_runs(bench, capsys):
     refused(capsys, ["sweep", "spec.toml", "--out", "sweep"], 2, "sweep/mfef would be the folder of two runs")
 
 
-def test_a_run_folder_is_no_sweep_folder(bench, capsys):
-    bench.sweep()
-    refused(capsys, ["sweep", "spec.toml", "--out", "sweep/seed0"], 2, "sweep/seed0 is a run folder")
-
-
 def test_a_value_out_of_range_is_a_failed_row(bench):
     rows = bench.sweep(f"{SHARED}[grid]\nmomentum = [0.9, 1.5]")
     assert [row.status for row in rows.values()] == ["finished", "FAILED"]
@@ -316,8 +303,9 @@ def test_a_value_out_of_range_is_a_failed_row(bench):
     assert bench.calls() == ["train momentum-0.9"]
 
 
-def test_one_process_at_a_time_works_on_a_sweep(bench, capsys):
+def test_a_folder_that_is_a_run_or_in_use_is_refused(bench, capsys):
     bench.sweep()
+    refused(capsys, ["sweep", "spec.toml", "--out", "sweep/seed0"], 2, "sweep/seed0 is a run folder")
     lock = lock_folder(bench.out)
     try:
         refused(capsys, ["sweep", "spec.toml", "--out", "sweep"], 2, f"pid {os.getpid()}")
@@ -360,25 +348,35 @@ def test_a_process_that_outlived_its_sweep_is_waited_for(bench, monkeypatch, end
     assert sum("seed1: waits" in line for line in said) == 1
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_after_a_signal_the_runs_save(bench, capsys, monkeypatch, number, status):
-    monkeypatch.setattr(sweep_module, "own_program", lambda arguments: bench.program)
-    Path("spec.toml").write_text(SEEDS)
-    bench.act(seed1=["wait"])
+@contextlib.contextmanager
+def signalled(bench, number, ended=lambda: None):
+    """Send this process a signal once seed0 is in the table and seed1 waits; call `ended` right before."""
 
     def send():
-        while not (bench.out / "seed1" / "waiting").exists():
+        late = time.monotonic() + 60
+        while not (bench.out / "seed1" / "waiting").exists() or bench.table()["runs"][0]["status"] != "finished":
+            if time.monotonic() > late:
+                return
             time.sleep(0.01)
+        ended()
         os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=send)
     thread.start()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
     try:
-        refused(capsys, ["sweep", "spec.toml", "--out", "sweep"], status, "the same command resumes")
+        yield
     finally:
         signal.signal(signal.SIGINT, before)
         thread.join()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_after_a_signal_the_runs_save(bench, capsys, number, status):
+    Path("spec.toml").write_text(SEEDS)
+    bench.act(seed1=["wait"])
+    with signalled(bench, number):
+        refused(capsys, ["sweep", "spec.toml", "--out", "sweep"], status, "the same command resumes")
     assert [row["status"] for row in bench.table()["runs"]] == ["finished", "unfinished", "unfinished"]
     assert json.loads((bench.out / "seed1" / "summary.json").read_text())["status"] == "interrupted"
     assert "2 of 3 unfinished: no mean" in (bench.out / "table.md").read_text()
@@ -501,37 +499,24 @@ def test_after_other_errors_runs_are_tried_in_halves(bench, status):
     ]
 
 
-def test_a_stopped_process_leaves_ended_runs_in_the_table_and_the_rest_resumes_together(bench, capsys, monkeypatch):
-    monkeypatch.setattr(sweep_module, "own_program", lambda arguments: bench.program)
+def test_a_stopped_process_leaves_ended_runs_in_the_table_and_the_rest_resumes_together(bench, capsys):
     Path("spec.toml").write_text(SEEDS)
     bench.act(seed0=["done"], seed1=["wait"])
     held = []
 
-    def ended() -> list[object]:
-        return [row["status"] for row in bench.table()["runs"]]
-
-    def send():
-        late = time.monotonic() + 30
-        while not (bench.out / "seed1" / "waiting").exists() or ended()[0] != "finished":
-            if time.monotonic() > late:
-                break
-            time.sleep(0.01)
+    def note_locks():
         for seed in (0, 1, 2):
             with open(bench.out / "logs" / f"seed{seed}.log") as log:
                 try:
                     fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     held.append(seed)
-        os.kill(os.getpid(), signal.SIGTERM)
 
-    thread = threading.Thread(target=send)
-    thread.start()
-    try:
+    with signalled(bench, signal.SIGTERM, note_locks):
         line = ["sweep", "spec.toml", "--out", "sweep", "--side-by-side", "True"]
         refused(capsys, line, 143, "the same command resumes")
-    finally:
-        thread.join()
-    assert held == [0, 1, 2] and ended() == ["finished", "unfinished", "unfinished"]
+    assert held == [0, 1, 2]
+    assert [row["status"] for row in bench.table()["runs"]] == ["finished", "unfinished", "unfinished"]
     bench.act()
     assert all(row.status == "finished" for row in bench.sweep(side_by_side=True).values())
     assert bench.calls() == ["resume seed1+seed2"]
@@ -566,8 +551,7 @@ def test_workers_are_started_as_the_sweep_was(monkeypatch):
     assert own_program(command) == [sys.executable, "-m", "codistill"]
 
 
-def test_status_7_names_the_failed_runs(bench, capsys, monkeypatch):
-    monkeypatch.setattr(sweep_module, "own_program", lambda arguments: bench.program)
+def test_status_7_names_the_failed_runs(bench, capsys):
     bench.act(seed2=["exit 3 no data"])
     Path("spec.toml").write_text(SEEDS)
     refused(capsys, ["sweep", "spec.toml", "--out", "sweep"], 7, "1 of 3 runs failed: seed2", "sweep/table.md")

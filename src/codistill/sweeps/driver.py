@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import torch
 
@@ -89,11 +89,7 @@ def sweep(
 
 
 def locked_folder(folder: Path) -> IO[str]:
-    """Make the folder of a sweep and lock it for this process.
-
-    Raises:
-        UsageError: It cannot be made, is a run folder, or another process holds it.
-    """
+    """Make the folder of a sweep and lock it for this process."""
     if (folder / "config.json").exists():
         raise UsageError(f"sweep folder {folder} is a run folder: choose another --out")
     try:
@@ -105,30 +101,24 @@ def locked_folder(folder: Path) -> IO[str]:
 
 
 def find_folders(folder: Path, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
-    """Name runs by the folders that they have, whatever the spec called them when they were started.
-
-    Raises:
-        UsageError: The folder of one holds another run, or would be that of two.
-    """
+    """Name runs by the folders that they have, whatever the spec called them when they were started."""
     found: dict[str, RunConfig] = {}
     for path in sorted(folder.glob("*/config.json")):
         with contextlib.suppress(CodistillError):  # a damaged one keeps its name, and its process reports the damage
             found[path.parent.name] = RunFolder(path.parent).config
-    names = {digest(config): name for name, config in reversed(found.items())}
-    named: list[PlannedRun] = []
+    digests = {name: digest(config) for name, config in found.items()}
+    names = {key: name for name, key in reversed(digests.items())}
+    named: dict[str, PlannedRun] = {}
     for run in runs:
-        name = run.name
-        if run.config is not None and (name not in found or digest(found[name]) != digest(run.config)):
-            name = names.get(digest(run.config), name)
-            if name in found and name == run.name:
-                raise UsageError(
-                    f"{folder / name} holds a run with other settings: {differences(found[name], run.config)}: "
-                    "choose another --out, or remove that folder"
-                )
-        if name in {each.name for each in named}:
+        key = digest(run.config) if run.config else digests.get(run.name)
+        name = run.name if key == digests.get(run.name) else names.get(key, run.name)
+        if run.config and digests.get(name, key) != key:
+            changed = differences(found[name], run.config)
+            raise UsageError(f"{folder / name} holds a run with other settings: {changed}: choose another --out")
+        if name in named:
             raise UsageError(f"{folder / name} would be the folder of two runs of the spec: choose another --out")
-        named.append(dataclasses.replace(run, name=name))
-    return named
+        named[name] = dataclasses.replace(run, name=name)
+    return list(named.values())
 
 
 @dataclass
@@ -142,8 +132,8 @@ class Job:
     @property
     def name(self) -> str:
         """The names of the runs, or of the first ones."""
-        names = [run.name for run in self.runs]
-        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        more = f" and {len(self.runs) - 3} more" if len(self.runs) > 3 else ""
+        return ", ".join(run.name for run in self.runs[:3]) + more
 
 
 class Sweep:
@@ -174,7 +164,7 @@ class Sweep:
                 time.sleep(POLL_SECONDS)
                 for slot, job in list(busy.items()):
                     self.unfinished(job)  # the table has runs that ended while others of their process train
-                    if job.process and (status := local.poll(job.process)) is not None:
+                    if job.process and (status := job.process.poll()) is not None:
                         del busy[slot]
                         self.on_exit(job, status)
         finally:
@@ -183,12 +173,9 @@ class Sweep:
         return list(self.rows.values())
 
     def start(self, job: Job, slot: int, slots: int) -> bool:
-        """Start the process of a job, or leave it as it is while a process of an earlier sweep works on it.
+        """Start the process of a job unless one of an earlier sweep works on it; return whether any run has no end.
 
         Where some of its runs have a folder, the process resumes those, and the others become a job of their own.
-
-        Returns:
-            Whether the job has runs without an end: a process of an earlier sweep may have ended all of them.
         """
         # The contents of the folders are final only under the locks.
         with local.locked([self.folder / "logs" / f"{run.name}.log" for run in job.runs]) as logs:
@@ -205,14 +192,11 @@ class Sweep:
             files = {run.name: file for run, file in zip(job.runs, logs, strict=True)}
             job.runs = started or new
             if job.runs:
-                self.say(
-                    f"{job.name}: {'resume' if started else 'start'}{' side by side' if len(job.runs) > 1 else 's'}"
-                )
-                job.process = local.start(
-                    [*self.program, *self.command(job.runs, resume=bool(started))],
-                    [files[run.name] for run in job.runs],
-                    local.slot_environment(slot, slots, job.runs[0].config),
-                )
+                ending = " side by side" if len(job.runs) > 1 else "s"
+                self.say(f"{job.name}: {'resume' if started else 'start'}{ending}")
+                command = [*self.program, *self.command(job.runs, resume=bool(started))]
+                environment = local.slot_environment(slot, slots, job.runs[0].config)
+                job.process = local.start(command, [files[run.name] for run in job.runs], environment)
             return bool(job.runs)
 
     def command(self, runs: Sequence[PlannedRun], resume: bool) -> list[str]:
@@ -233,26 +217,22 @@ class Sweep:
         left = self.unfinished(job)
         if not left:
             return
-        log = self.folder / "logs" / f"{job.runs[0].name}.log"
-        verdict, reason = classify_exit(status, len(job.runs), log, self.folder / left[0].name)
-        if verdict == "done":
-            self.note(self.row(left[0], reason))
-        elif verdict == "split":
-            self.say(f"{job.name}: {reason}: trying them again in halves")
-            self.waiting.extendleft(part for part in (left[len(left) // 2 :], left[: len(left) // 2]) if part)
-        else:
-            again = []
-            for run in left:
-                self.attempts[run.name] += 1
-                count = self.attempts[run.name]
-                if count == ATTEMPTS:
-                    self.note(self.row(run, f"{reason}, the last of {ATTEMPTS} attempts"))
-                else:
-                    self.say(f"{run.name}: {reason}: trying again, {count} of {ATTEMPTS - 1}")
-                    again.append(run)
+        retried, reason = classify_exit(status, self.folder / "logs" / f"{job.runs[0].name}.log")
+        if retried:
+            self.attempts.update(run.name for run in left)
+            again = [run for run in left if self.attempts[run.name] < ATTEMPTS]
+            last = f"{reason}, the last of {ATTEMPTS} attempts"
+            self.note(*(self.row(run, last) for run in left if run not in again))
+            for run in again:
+                self.say(f"{run.name}: {reason}: trying again, {self.attempts[run.name]} of {ATTEMPTS - 1}")
             # What kills a process may be one of its runs: each has its last attempt alone.
             alone = any(self.attempts[run.name] == ATTEMPTS - 1 for run in again)
             self.waiting.extendleft([[run] for run in reversed(again)] if alone else [again] if again else [])
+        elif len(job.runs) > 1:  # one of them may be the cause
+            self.say(f"{job.name}: {reason}: trying them again in halves")
+            self.waiting.extendleft(part for part in (left[len(left) // 2 :], left[: len(left) // 2]) if part)
+        else:
+            self.note(self.row(left[0], reason))
 
     def unfinished(self, job: Job) -> list[PlannedRun]:
         """Return the runs of a job that have not ended; note those whose folder shows an end for the first time."""
@@ -291,29 +271,21 @@ class Sweep:
         self.console.print(line, soft_wrap=True)
 
 
-def classify_exit(status: int, runs: int, log: Path, folder: Path) -> tuple[Literal["done", "retry", "split"], str]:
-    """Decide what follows from the exit of a process that left a run without an end.
+def classify_exit(status: int, log: Path) -> tuple[bool, str]:
+    """Return whether runs that a process left without an end are tried again as they are, and the reason.
 
-    Args:
-        status: Its exit status; negative, or above 128 as a shell has it, where a signal ended it.
-        runs: How many runs it worked on.
-        log: Its log.
-        folder: Of that run.
-
-    Returns:
-        `retry` where a signal ended it or it lost a worker; after other errors `split` for several runs, of which one
-        may be the cause, and `done` for a single one; and the reason.
+    A signal ended it where the status is negative, or above 128 as a shell has it.
     """
     number = -status if status < 0 else status - 128
     if number > 0:
         known = {each.value: each.name for each in signal.Signals}
-        return "retry", f"killed by {known.get(number, f'signal {number}')}"
+        return True, f"killed by {known.get(number, f'signal {number}')}"
     last = log.read_text(encoding="utf-8", errors="replace").rpartition("\n$ ")[2].splitlines()
     errors = [line.partition("codistill: error: ")[2] for line in last if line.startswith("codistill: error: ")]
     reason = errors[-1] if errors else f"ended with status {status}: see {log}"
     if status == 0:
-        reason = f"{folder}: no summary.json shows how it ended: see {log}"
-    return "retry" if status == WorkerError.exit_status else "split" if runs > 1 else "done", reason
+        reason = f"no summary.json shows how it ended: see {log}"
+    return status == WorkerError.exit_status, reason
 
 
 def assign(runs: Sequence[PlannedRun], slots: int, side_by_side: bool | None) -> list[list[PlannedRun]]:

@@ -2,54 +2,34 @@
 
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from codistill.core.errors import UsageError
-from codistill.core.registry import near_matches
-from codistill.methods import METHODS
 from codistill.settings.config import RunConfig
-from codistill.settings.mapping import LISTS, run_from_mapping, typed_mapping
+from codistill.settings.mapping import LISTS, Where, run_from_mapping, split_method, typed_mapping
 from codistill.settings.recipe import read_table
 from codistill.sweeps.naming import canonical, digest, unique_names
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class PlannedRun:
-    """One run of a sweep.
-
-    Attributes:
-        name: Made of the values in which the runs differ; a folder name, unlike every other one in any case.
-        group: The same without the seed.
-        recipe: The run as a recipe: the contents of a JSON file that `codistill train --recipe` takes.
-        config: The whole run; None where a value is out of range.
-        problem: Which value, and why.
-    """
+    """One run of a sweep: its name, that of its group, and the recipe that `codistill train --recipe` takes."""
 
     name: str
-    group: str
+    group: str  # the name without the seed
     recipe: dict[str, Any]
-    config: RunConfig | None = None
-    problem: str = ""
+    config: RunConfig | None  # None where a value is out of range, which `problem` names
+    problem: str
 
 
 def read_spec(path: Path) -> list[PlannedRun]:
-    """Read the spec of a sweep.
+    """Return the runs of a spec in its order.
 
     The settings at the top are those of every run. The lists of `[grid]` are multiplied with each other, and with the
     entries of `[[runs]]`, where there are any.
-
-    Args:
-        path: A TOML file.
-
-    Returns:
-        The runs, in the order of the spec.
-
-    Raises:
-        UsageError: Unreadable, an unknown key, a value of a wrong type, the same run twice, or no run that could work;
-            names the line where there is one.
     """
     mapping, text = read_table(path, "sweep")
 
@@ -70,52 +50,37 @@ def read_spec(path: Path) -> list[PlannedRun]:
             own: dict[str, Any] = {}
             for part in (flat(entry, where), *point):
                 for key in own.keys() & part.keys():  # one value would be lost
-                    raise UsageError(
-                        f"{where(key)}: {key} is in [grid] and in [[runs]], or twice in [grid]: write it once"
-                    )
+                    raise UsageError(f"{where(key)}: {key} is in [grid] and in [[runs]], or twice in [grid]")
                 own |= part
             settings.append(shared | own)
     groups = unique_names([{key: value for key, value in each.items() if key != "seed"} for each in settings])
-    runs: list[PlannedRun] = []
-    known: dict[str, str] = {}
+    runs: dict[str, PlannedRun] = {}
     for each, name, group in zip(settings, unique_names(settings), groups, strict=True):
         run = planned(each, name, group, where)
         # The same run may be written in two ways, as with a default that only one of them names.
         key = digest(run.config) if run.config else canonical(run.recipe)
-        if key in known:
-            raise UsageError(f"sweep {path}: {known[key]} and {name} are the same run: leave one of them out")
-        known[key] = name
-        runs.append(run)
-    if all(run.problem for run in runs):
-        raise UsageError(f"sweep {path}: no run can work: {runs[0].problem}")
-    return runs
+        if key in runs:
+            raise UsageError(f"sweep {path}: {runs[key].name} and {name} are the same run: leave one of them out")
+        runs[key] = run
+    if all(run.problem for run in runs.values()):
+        raise UsageError(f"sweep {path}: no run can work: {next(iter(runs.values())).problem}")
+    return list(runs.values())
 
 
-def flat(settings: Mapping[str, Any], where: Callable[[str], str]) -> dict[str, Any]:
-    """Return settings with keys of their own for the method's name and settings: `method.name` and so on.
-
-    Raises:
-        UsageError: The method is neither a name nor a table.
-    """
-    result = {key: value for key, value in settings.items() if key != "method"}
-    method = settings.get("method", {})
-    if isinstance(method, str):
-        method = {"name": method}
-    if not isinstance(method, dict):
-        raise UsageError(f'{where("method")}: method must be a name, or a table with a name: [method] name = "mfef"')
-    return {**{f"method.{key}": value for key, value in method.items()}, **result}
+def flat(settings: Mapping[str, Any], where: Where) -> dict[str, Any]:
+    """Return settings with keys of their own for the method's name and settings: `method.name` and so on."""
+    name, method = split_method(settings.get("method", {}), where)
+    method |= {} if name is None else {"name": name}
+    rest = {key: value for key, value in settings.items() if key != "method"}
+    return {**{f"method.{key}": value for key, value in method.items()}, **rest}
 
 
-def grid_axes(grid: Any, where: Callable[[str], str]) -> list[list[dict[str, Any]]]:
-    """Return the factors of `[grid]`: for each key its alternatives, as settings.
-
-    Raises:
-        UsageError: Not lists, or without values.
-    """
+def grid_axes(grid: Any, where: Where) -> list[list[dict[str, Any]]]:
+    """Return the factors of `[grid]`: for each key its alternatives, as settings."""
     if not isinstance(grid, dict):
         raise UsageError(f"{where('grid')}: grid must be a table of lists: [grid]")
     if isinstance(grid.get("method"), dict):  # written method.temperature = [2, 3], without quotes
-        grid = flat(grid, where)
+        grid |= {f"method.{key}": values for key, values in grid.pop("method").items()}
     axes = []
     for key, values in grid.items():
         kind = list if key in LISTS else object
@@ -127,21 +92,12 @@ def grid_axes(grid: Any, where: Callable[[str], str]) -> list[list[dict[str, Any
     return axes
 
 
-def planned(settings: Mapping[str, Any], name: str, group: str, where: Callable[[str], str]) -> PlannedRun:
-    """Make a run of its settings; a value out of range is the run's `problem`.
-
-    Raises:
-        UsageError: An unknown key or method, or a value of a wrong type.
-    """
+def planned(settings: Mapping[str, Any], name: str, group: str, where: Where) -> PlannedRun:
+    """Make a run of its settings; a value out of range is the run's `problem`."""
     recipe = {key: value for key, value in settings.items() if not key.startswith("method.")}
-    method = {key.removeprefix("method."): value for key, value in settings.items() if key.startswith("method.")}
-    chosen = method["name"]
-    if not isinstance(chosen, str) or chosen not in METHODS:
-        raise UsageError(f"{where(str(chosen))}: unknown method {chosen!r}: {near_matches(str(chosen), METHODS)}")
-    recipe["method"] = method
+    recipe["method"] = {key[len("method.") :]: value for key, value in settings.items() if key not in recipe}
     typed_mapping(recipe, where)
     try:
-        config = run_from_mapping(recipe, lambda key: "")
+        return PlannedRun(name, group, recipe, run_from_mapping(recipe, lambda key: ""), "")
     except UsageError as error:
-        return PlannedRun(name=name, group=group, recipe=recipe, problem=str(error).removeprefix(": "))
-    return PlannedRun(name=name, group=group, recipe=recipe, config=config)
+        return PlannedRun(name, group, recipe, None, str(error).removeprefix(": "))

@@ -33,12 +33,10 @@ class Row:
 
 
 def grouped(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Summarise runs that differ in the seed only, as `table.json` has it, in the order of the first run of each group.
+    """Summarise runs that differ in the seed only, as `table.json` has it.
 
-    Returns:
-        For each group: its name; how many runs it has, and how many of them failed or are unfinished; the mean top-1
-        error of each predictor after the last epoch, percent, empty unless all finished; and the sample standard
-        deviation (n - 1), percentage points, empty for a single run.
+    The mean top-1 error of each predictor after the last epoch is empty unless all finished; the sample standard
+    deviation (n - 1), percentage points, also for a single run.
     """
     groups = []
     for name in dict.fromkeys(row.group for row in rows):

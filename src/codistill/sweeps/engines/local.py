@@ -1,6 +1,6 @@
 """Processes on this machine, and the locks by which a sweep knows those of an earlier one.
 
-Another engine replaces `start`, `poll` and `stop`, and nothing else.
+Another engine replaces `start` and `stop`; what it starts has a `poll`, as `subprocess.Popen` has it.
 """
 
 import contextlib
@@ -22,13 +22,10 @@ Process = subprocess.Popen[bytes]
 
 @contextlib.contextmanager
 def locked(logs: Sequence[Path]) -> Iterator[list[IO[bytes]] | None]:
-    """Open logs for appending and lock them.
+    """Yield logs open for appending and locked; None where the process of an earlier sweep still holds one.
 
     A process that is started meanwhile inherits the locks with the open files, and the kernel releases them when it
     ends, even if its parent dies first.
-
-    Yields:
-        The files; None where the process of an earlier sweep still holds one.
     """
     with contextlib.ExitStack() as opened:
         files: list[IO[bytes]] | None = [opened.enter_context(open(log, "ab")) for log in logs]
@@ -43,10 +40,7 @@ def locked(logs: Sequence[Path]) -> Iterator[list[IO[bytes]] | None]:
 def start(command: Sequence[str], logs: Sequence[IO[bytes]], environment: dict[str, str]) -> Process:
     """Start a command in a session of its own, where a Ctrl-C does not reach it.
 
-    Args:
-        command: The command line; its output goes into the first log.
-        logs: Of the runs that it works on, locked; the others name the first one.
-        environment: Its environment variables.
+    Its output goes into the first one of the locked logs of its runs; the others name that one.
     """
     first, *others = logs
     for log in logs:
@@ -62,11 +56,6 @@ def start(command: Sequence[str], logs: Sequence[IO[bytes]], environment: dict[s
         env=environment,
         start_new_session=True,
     )
-
-
-def poll(process: Process) -> int | None:
-    """Return the exit status, negative where a signal ended the process; None: it runs."""
-    return process.poll()
 
 
 def stop(processes: Sequence[Process]) -> None:
