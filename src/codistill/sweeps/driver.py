@@ -107,7 +107,7 @@ def find_folders(folder: Path, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
         with contextlib.suppress(CodistillError):  # a damaged one keeps its name, and its process reports the damage
             found[path.parent.name] = RunFolder(path.parent).config
     digests = {name: digest(config) for name, config in found.items()}
-    names = {key: name for name, key in reversed(digests.items())}
+    names: dict[str | None, str] = {key: name for name, key in reversed(digests.items())}
     named: dict[str, PlannedRun] = {}
     for run in runs:
         key = digest(run.config) if run.config else digests.get(run.name)
