@@ -79,11 +79,7 @@ def from_module(card: Mapping[str, Any], module: nn.Module) -> Classifier:
 
 
 def run_predictor(run: RunFolder, predictor: str | None = None, which: str = "last") -> tuple[str, nn.Module]:
-    """Load one predictor of a run, with its name; None: the best student of the last epoch.
-
-    Raises:
-        UsageError: The run has no predictor of that name.
-    """
+    """Load a predictor of a run, with its name; None: the best student. Raise `UsageError` where the run lacks it."""
     predictors = run.load_method(which).predictors()
     name = run.best_student() if predictor is None else predictor
     if name not in predictors:

@@ -48,11 +48,7 @@ class Exported:
 
 
 def choose_format(file: Path | None, format: str | None) -> str:
-    """Return the format by its name, or by the ending of the file.
-
-    Raises:
-        UsageError: Unknown, or the two contradict each other.
-    """
+    """Return the format by its name or the file's ending; raise `UsageError` where it is unknown, or the two differ."""
     chosen = format or next((name for name, suffix in SUFFIXES.items() if file and file.suffix == suffix), None)
     if chosen is None:
         raise UsageError(f"no format: give --format {' or '.join(SUFFIXES)}, or a file that ends accordingly")

@@ -11,6 +11,10 @@ from codistill.runs.folder import RunFolder
 class Run(RunFolder):
     """A run: its folder, and what can be done with the networks in it.
 
+    Attributes:
+        metadata: The contents of config.json: settings, data set, environment.
+        checkpoints: The checkpoints.
+
     Args:
         path: The folder; it must hold a config.json.
 

@@ -26,7 +26,6 @@ class DiversitySums:
     """Sums from which `diversity` is computed, on the device."""
 
     def __init__(self, students: int, num_classes: int, device: torch.device) -> None:
-        self.students = students
         self._pairs = torch.zeros(3, dtype=torch.float64, device=device)
         self._classes = torch.zeros(students, num_classes, dtype=torch.float64, device=device)
 
@@ -34,12 +33,10 @@ class DiversitySums:
         """Add the logits of all students for a batch."""
         log_probabilities = [torch.log_softmax(each.float(), dim=1) for each in logits]
         named = [each.argmax(dim=1) for each in log_probabilities]
-        for first, second in combinations(range(self.students), 2):
-            self._pairs[0].add_((named[first] != named[second]).sum())
-            gap = log_probabilities[first] - log_probabilities[second]
+        for (log_p, first), (log_q, second) in combinations(zip(log_probabilities, named, strict=True), 2):
+            self._pairs[0].add_((first != second).sum())
             # KL(p || q) + KL(q || p) = sum (p - q) (log p - log q)
-            weight = log_probabilities[first].exp() - log_probabilities[second].exp()
-            self._pairs[1].add_((weight * gap).sum(dtype=torch.float64))
+            self._pairs[1].add_(((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dtype=torch.float64))
         self._pairs[2].add_(len(named[0]))
         for index, each in enumerate(named):
             self._classes[index].index_add_(0, each, torch.ones_like(each, dtype=torch.float64))

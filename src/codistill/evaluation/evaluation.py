@@ -4,14 +4,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from codistill.core.device import autocast
 from codistill.data.augment import DeviceImages
 from codistill.evaluation.diversity import Diversity, DiversitySums, diversity
 from codistill.evaluation.metrics import ClassificationSums, Scores, read_together, scores
 from codistill.methods import Method
-from codistill.methods.cohort import Outputs
 
 EVALUATION_BATCH = 500
 
@@ -68,8 +66,8 @@ class Evaluation:
             for start in range(0, len(images), self.batch_size):
                 pixels, labels = images.batch(start, start + self.batch_size)
                 with autocast(self.device, self.precision):
-                    outputs: Outputs = self.method(pixels)
-                    predictions: dict[str, Tensor] = self.method.predictions(outputs)
+                    outputs = self.method(pixels)
+                    predictions = self.method.predictions(outputs)
                 self._diversity[name].update(outputs.logits)
                 for predictor, logits in predictions.items():
                     if predictor not in sums:

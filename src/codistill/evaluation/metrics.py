@@ -33,8 +33,7 @@ class ClassificationSums:
     """Sums from which `scores` are computed, on the device."""
 
     def __init__(self, device: torch.device) -> None:
-        self._counts = torch.zeros(3, dtype=torch.float64, device=device)
-        self._nll = torch.zeros((), dtype=torch.float64, device=device)
+        self._counts = torch.zeros(4, dtype=torch.float64, device=device)
         self._bins = torch.zeros(2, CALIBRATION_BINS, dtype=torch.float64, device=device)
 
     def update(self, logits: Float[Tensor, "batch class"], labels: Int[Tensor, " batch"]) -> None:
@@ -43,8 +42,8 @@ class ClassificationSums:
         ranked = log_probabilities.topk(min(5, logits.shape[1]), dim=1).indices
         hits = ranked == labels[:, None]
         correct = hits[:, 0]
-        self._counts += torch.stack([torch.ones_like(correct).sum(), correct.sum(), hits.any(dim=1).sum()])
-        self._nll -= log_probabilities.gather(1, labels[:, None]).sum(dtype=torch.float64)
+        nll = -log_probabilities.gather(1, labels[:, None]).sum(dtype=torch.float64)
+        self._counts += torch.stack([torch.ones_like(correct).sum(), correct.sum(), hits.any(dim=1).sum(), nll])
         confidence = log_probabilities.amax(dim=1).exp()
         bins = (confidence * CALIBRATION_BINS).ceil().long().sub(1).clamp(0, CALIBRATION_BINS - 1)
         self._bins[0].index_add_(0, bins, confidence.double())
@@ -52,14 +51,13 @@ class ClassificationSums:
 
     def reset(self) -> None:
         """Set all sums to 0."""
-        for sums in (self._counts, self._nll, self._bins):
-            sums.zero_()
+        self._counts.zero_()
+        self._bins.zero_()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the sums by name, for `read_together`."""
-        (images, top1, top5), (confidence, accuracy) = self._counts, self._bins
-        counts = {"images": images, "top1": top1, "top5": top5, "nll": self._nll}
-        return counts | {"confidence": confidence, "accuracy": accuracy}
+        counts = dict(zip(("images", "top1", "top5", "nll"), self._counts, strict=True))
+        return counts | {"confidence": self._bins[0], "accuracy": self._bins[1]}
 
 
 def scores(sums: Mapping[str, Any]) -> Scores:

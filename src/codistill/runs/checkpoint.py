@@ -24,11 +24,7 @@ NAMES = r"[0-9A-Za-z-]+\.pt [0-9a-f]{64}"
 
 
 class CheckpointStore:
-    """The checkpoints of one run: at least the last two and the best, each named in an index with its SHA-256.
-
-    Args:
-        folder: Where they lie; made when the first one is saved.
-    """
+    """The checkpoints of one run: at least the last two and the best, each named in an index with its SHA-256."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

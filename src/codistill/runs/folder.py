@@ -23,18 +23,7 @@ from codistill.settings.mapping import run_from_mapping
 
 
 class RunFolder:
-    """The folder of a run: config.json, metrics.jsonl, checkpoints and summary.json.
-
-    Attributes:
-        metadata: The contents of config.json: settings, data set, environment.
-        checkpoints: The checkpoints.
-
-    Args:
-        path: The folder; it must hold a config.json.
-
-    Raises:
-        CheckpointError: It is not a run folder, or its config.json is damaged.
-    """
+    """The folder of a run: config.json (its `metadata`), metrics.jsonl, checkpoints and summary.json."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -47,13 +36,10 @@ class RunFolder:
     @classmethod
     @contextlib.contextmanager
     def opened(cls, path: Path, metadata: Mapping[str, Any] | None, method: Method, data: Dataset) -> Iterator[Self]:
-        """Hold a run folder for writing, with the method and the data of the training, as long as the context lasts.
+        """Hold a run folder for writing as long as the context lasts.
 
-        Args:
-            path: The folder.
-            metadata: The contents of config.json for a new run; None: the folder holds a run, which resumes.
-            method: `load_method` copies it where its networks have no name.
-            data: `load_data` returns it.
+        `metadata` are those of a new run; None: the folder holds a run, which resumes. `load_method` copies the method
+        where its networks have no name, `load_data` returns the data.
 
         Raises:
             UsageError: Another process holds the folder; it cannot be made, or a new one is not empty; or the run to

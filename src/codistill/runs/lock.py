@@ -10,11 +10,7 @@ from codistill.core.errors import UsageError
 
 
 def lock_folder(folder: Path) -> IO[str]:
-    """Lock a folder for this process until the returned file is closed; the kernel unlocks it when the process dies.
-
-    Raises:
-        UsageError: Another process holds it.
-    """
+    """Lock a folder until the returned file is closed or the process dies, or raise `UsageError` with who holds it."""
     file = open(folder / ".lock", "a+")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

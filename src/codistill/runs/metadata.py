@@ -44,11 +44,7 @@ def run_metadata(config: RunConfig, data: Dataset, device: torch.device) -> dict
 
 
 def checked_metadata(metadata: Any, path: Path) -> dict[str, Any]:
-    """Return the contents of a config.json, or refuse those that no run has written.
-
-    Raises:
-        CheckpointError: Names the folder.
-    """
+    """Return the contents of a config.json, or raise `CheckpointError` where no run has written them."""
     if not isinstance(metadata, dict) or "networks" not in metadata:
         raise CheckpointError(f"{path}/config.json: not that of a run: is {path} a run folder?")
     # Facts that are lists: the type of the items, and how many there must be.

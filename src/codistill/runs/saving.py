@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,7 +67,7 @@ class Saver:
 
     def save(self, state: TrainingState) -> None:
         """Begin to write a checkpoint of what `copy` returned."""
-        self._begin(lambda: self._save(state))
+        self._begin(partial(self._save, state))
 
     def log(self, state: TrainingState) -> None:
         """Begin to write a completed epoch of what `copy` returned: checkpoint, line of metrics.jsonl, events."""
@@ -74,7 +75,7 @@ class Saver:
         def write() -> None:
             self._save(state)
             self._write_metrics(state.rows)
-            self._tried("events", lambda: self._write_events(state.rows[-1]))
+            self._tried("events", partial(self._write_events, state.rows[-1]))
 
         self._begin(write)
 
@@ -126,18 +127,14 @@ class Saver:
         return True
 
     def _save(self, state: TrainingState) -> None:
-        saved = self._tried("checkpoint", lambda: self.run.checkpoints.save(state))
+        saved = self._tried("checkpoint", partial(self.run.checkpoints.save, state))
         if saved:
             self._warned.discard("checkpoint")
         self._unsaved = None if saved else state
 
     def _write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        def write() -> None:
-            if self._unwritten is None:
-                self.run.append_metrics(rows[-1])
-            else:
-                self.run.write_metrics(rows)
-
+        add, rewrite = partial(self.run.append_metrics, rows[-1]), partial(self.run.write_metrics, rows)
+        write = add if self._unwritten is None else rewrite
         self._unwritten = None if self._tried("metrics.jsonl", write) else rows
 
     def _write_events(self, row: Mapping[str, Any]) -> None:

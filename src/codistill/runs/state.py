@@ -45,11 +45,7 @@ class TrainingState:
 
     @classmethod
     def from_mapping(cls, mapping: Any, where: str) -> "TrainingState":
-        """Check the contents of a checkpoint, whatever they are; `where` is the file, for the error line.
-
-        Raises:
-            CheckpointError: It is no checkpoint, one of another format, or a part is missing.
-        """
+        """Check the contents of a checkpoint, whatever they are; raise `CheckpointError`, with `where` it is."""
         if not isinstance(mapping, dict) or not isinstance(mapping.get("format"), int):
             raise CheckpointError(f"{where}: not a checkpoint of codistill")
         if mapping["format"] != FORMAT:
@@ -78,10 +74,9 @@ def tensors_once(module: nn.Module) -> dict[str, Tensor]:
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
-    """Load what `tensors_once` returned into a module that it must fit exactly; `what` begins the error line.
+    """Load what `tensors_once` returned into a module, or raise `CheckpointError` where it does not fit exactly.
 
-    Raises:
-        CheckpointError: They do not fit; names the first that does not, with both shapes, and counts them.
+    The error line begins with `what`, and names the first tensor that does not fit with both shapes.
     """
     own = tensors_once(module)
     missing = [name for name in own if name not in weights]
