@@ -12,7 +12,7 @@ import torch
 import codistill as cd
 from codistill.core.errors import CheckpointError, UsageError
 from codistill.data.augment import DeviceImages
-from codistill.deploy.classifier import CARD_KEY, load_classifier, load_predictor, make_card, on_pixels, run_predictor
+from codistill.deploy.classifier import CARD_KEY, load_classifier, load_predictor, make_card
 from codistill.deploy.export import export_predictor
 
 from .. import tiny
@@ -46,14 +46,6 @@ def images(run):
     return run.load_data().test.images
 
 
-def test_pixels_are_normalised_as_in_training():
-    data = tiny.data()
-    normalised, _ = DeviceImages(data.test, data.statistics, torch.device("cpu")).batch(0, 9)
-    module = on_pixels(torch.nn.Flatten(), dict(zip(("mean", "std"), data.statistics, strict=True)))
-    pixels = torch.from_numpy(data.test.images.transpose(0, 3, 1, 2).copy())
-    torch.testing.assert_close(module(pixels), normalised.flatten(1), rtol=0, atol=1e-6)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_run_and_files_are_one(run, files, images, name):
     from_run, from_file = load_classifier(run.path, "ensemble"), load_classifier(files[name])
@@ -80,11 +72,6 @@ def test_each_predictor_of_a_run(run, images):
         torch.testing.assert_close(load_classifier(run.path, name).logits(images), logits, rtol=1e-5, atol=1e-5)
     best = load_classifier(run.path)
     assert best.card["predictor"] == run.best_student()
-
-
-def test_a_predictor_that_the_run_lacks(run):
-    with pytest.raises(UsageError, match="no predictor 'teacher': choose from student0, student1, ensemble, fused"):
-        run_predictor(run, "teacher")
 
 
 def test_loading_takes_no_random_numbers(run, files):

@@ -71,12 +71,6 @@ def test_the_last_two_and_the_best_are_kept(store):
     assert sorted(each.name for each in store.folder.iterdir()) == [*(file.name for file in files), "index.json"]
 
 
-def test_a_new_best_frees_the_old_one(store):
-    files = saved(store, True, False, False, True, False, False)
-    assert [file.name for file in files] == ["epoch-000004.pt", "epoch-000005.pt", "epoch-000006.pt"]
-    assert value(store.load("best")) == 4
-
-
 def test_an_epoch_saved_again_replaces_itself(store):
     saved(store, True, False)
     store.save(state(2, value=20))
@@ -128,22 +122,12 @@ def test_a_damaged_last_one_is_passed_over_with_one_warning(store, damage, capsy
     assert tiny.listing(store.folder) == before
 
 
-def test_flipped_bits_are_found_where_torch_load_finds_none(store):
-    path = saved(store, True)[0]
-    content = path.read_bytes()
-    place = content.index(torch.full((1000,), 1.0).numpy().tobytes()) + 2000
-    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-    assert torch.load(path, weights_only=True)["method"]["weight"].ne(1.0).sum() == 1
-    with pytest.raises(CheckpointError, match=r"damaged: SHA-256 is [0-9a-f]{12}\.\. instead of "):
-        store.load()
-
-
 def test_when_all_are_bad_each_is_named_and_none_deleted(store, capsys):
     files = saved(store, True, False, False)
     for file in files:
         flip(file)
     before = tiny.listing(store.folder)
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(CheckpointError, match=r"damaged: SHA-256 is [0-9a-f]{12}\.\. instead of ") as error:
         store.load()
     assert all(file.name in str(error.value) for file in files) and "\n" not in str(error.value)
     assert tiny.listing(store.folder) == before
@@ -210,14 +194,6 @@ def enter(store: CheckpointStore, content: bytes) -> None:
     write_json(store.folder / "index.json", {"format": 2, "files": [{**entry, "best": True}]})
 
 
-def test_a_checkpoint_of_another_format_is_refused(store):
-    buffer = io.BytesIO()
-    torch.save({"format": 3}, buffer)
-    enter(store, buffer.getvalue())
-    with pytest.raises(CheckpointError, match=r"format 3 > 2: made by a newer version of codistill"):
-        store.load()
-
-
 def without(key: str) -> dict[str, object]:
     return {name: value for name, value in state(1).as_mapping().items() if name != key}
 
@@ -227,6 +203,7 @@ def without(key: str) -> dict[str, object]:
     [
         *((content, "not a checkpoint of codistill") for content in ([1], {}, {"format": "2"}, without("format"))),
         *((without(key), f"damaged: {key} is missing") for key in state(1).as_mapping() if key != "format"),
+        ({"format": 3}, "format 3 > 2: made by a newer version of codistill"),
         ({**state(1).as_mapping(), "epoch": 2}, "it holds no metrics of 2 epochs"),
         ({**state(1).as_mapping(), "rows": ["{"]}, "it holds no metrics of 1 epochs"),
         ({**state(1).as_mapping(), "rows": ["3"]}, "it holds no metrics of 1 epochs"),
@@ -262,8 +239,8 @@ def test_after_a_damaged_one_two_whole_ones_are_kept(store):
     assert all(each.load() for each in (store, CheckpointStore(store.folder)))
 
 
-@pytest.mark.parametrize("wrapping", ["pickle", "torch.save", "zip"])
-def test_code_in_a_checkpoint_is_not_run(store, tmp_path, wrapping):
+def test_code_in_a_checkpoint_is_not_run(store, tmp_path):
+    # tests/faults has pickles and files of torch.save.
     sentinel = tmp_path / "sentinel"
 
     class Evil:
@@ -271,14 +248,9 @@ def test_code_in_a_checkpoint_is_not_run(store, tmp_path, wrapping):
             return os.system, (f"touch {sentinel}",)
 
     buffer = io.BytesIO()
-    if wrapping == "pickle":
-        pickle.dump({"format": 2, "method": Evil()}, buffer)
-    elif wrapping == "torch.save":
-        torch.save({"format": 2, "method": Evil()}, buffer)
-    else:
-        with zipfile.ZipFile(buffer, "w") as archive:
-            archive.writestr("x/data.pkl", pickle.dumps({"format": 2, "method": Evil()}))
-            archive.writestr("x/version", "3")
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("x/data.pkl", pickle.dumps({"format": 2, "method": Evil()}))
+        archive.writestr("x/version", "3")
     pickle.loads(pickle.dumps(Evil()))
     assert sentinel.exists()  # unpickled carelessly, it runs
     sentinel.unlink()

@@ -50,9 +50,10 @@ def checked_metadata(metadata: Any, path: Path) -> dict[str, Any]:
     # Facts that are lists: the type of the items, and how many there must be.
     lists = {"class_names": (str, None), "image_size": (int, 2), "mean": (float, 3), "std": (float, 3)}
     for part, keys in {"method": ["name"], "dataset": ["name", *lists], "environment": []}.items():
-        missing = [key for key in keys if key not in metadata[part]] if isinstance(metadata.get(part), dict) else [part]
+        given = metadata.get(part)
+        missing = [f"{part} {key}" for key in keys if key not in given] if isinstance(given, dict) else [part]
         if missing:
-            raise CheckpointError(f"{path}/config.json: damaged: {part} {missing[0]} is missing")
+            raise CheckpointError(f"{path}/config.json: damaged: {missing[0]} is missing")
     for key, (kind, length) in lists.items():
         value = metadata["dataset"][key]
         whole = isinstance(value, list) and 0 < len(value) == (length or len(value))
