@@ -27,15 +27,15 @@ import torch
 from codistill.runs.metadata import environment
 from codistill.runs.saving import Saver
 from codistill.settings.config import ExecutionSettings, default_config
-from codistill.training import step
-from codistill.training.finite import DivergenceGuard, NonFiniteDetector
+from codistill.training import step, trainer
+from codistill.training.finite import NonFiniteDetector
 from codistill.training.train import train_from_config
 
 # Owner and name of each function that is timed, and when it is called.
 TIMED = (
     (step, "norms", "step"),
     (NonFiniteDetector, "update", "step"),
-    (DivergenceGuard, "tensors", "end"),
+    (trainer, "health", "end"),
     (Saver, "copy", "end"),
     (Saver, "log", "end"),
 )

@@ -17,7 +17,7 @@ EVALUATION_BATCH = 500
 class Evaluation:
     """Score every predictor on some splits, with batch normalisation's running statistics, once an epoch.
 
-    Everything is summed on the device. On CUDA the first pass runs plainly, and where passes are `captured` those after
+    Everything is summed on the device. On CUDA the first pass runs eagerly, and where passes are `captured` those after
     it are one graph. The method is left in the mode, training or evaluation, that it was in.
     """
 

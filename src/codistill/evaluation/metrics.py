@@ -81,7 +81,7 @@ class TermSums:
         if not self.names:
             self.names = tuple(terms)
             self.sums = torch.zeros(len(terms) + 1, dtype=torch.float64, device=self._device)
-        # In float64, although the terms are not: what is added in place is widened to what it is added to.
+        # In float64, although the terms are not: the summand of an addition in place is widened.
         self.sums[:-1].add_(torch.stack([term.detach() for term in terms.values()]), alpha=images)
         self.sums[-1:].add_(images)
 

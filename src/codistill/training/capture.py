@@ -16,15 +16,15 @@ WARM_UP_STEPS = 3
 
 
 class GraphedSteps:
-    """The plain steps of several independent runs as one CUDA graph per batch size, each run on a stream of its own.
+    """The steps of several independent runs as one CUDA graph per batch size, each run on a stream of its own.
 
-    The first calls with a size run plainly, on the stream that is captured later: they are real training steps, and
+    The first calls with a size run eagerly, on the stream that is captured later: they are real training steps, and
     make cuDNN and the allocator ready. Then the steps are captured together, and from then on replayed. Kernels and
     their order within a run are those of the run alone.
 
     Args:
         members: The steps, on one device; everything that they touch stays where it is in memory.
-        warm_up: How many calls of a size run plainly.
+        warm_up: Number of eager calls of a size.
     """
 
     def __init__(self, members: Sequence[TrainStep], warm_up: int = WARM_UP_STEPS) -> None:
@@ -87,13 +87,13 @@ class GraphedSteps:
             reason = " ".join(str(cause).split())[:200]
             raise UsageError(
                 f"{names} cannot be captured as a CUDA graph: does its step read from the host? Set capturable = False "
-                f"in its class to run it plainly ({reason})"
+                f"in its class to run it eagerly ({reason})"
             ) from cause
         return graph, static
 
 
 class EagerSteps:
-    """The plain steps of several independent runs, one after the other: a CPU's fleet.
+    """The steps of several independent runs, one after the other, as on a CPU.
 
     Args:
         members: The steps.
@@ -109,7 +109,7 @@ class EagerSteps:
 
 
 def make_fleet(members: Sequence[TrainStep]) -> GraphedSteps | EagerSteps:
-    """Capture steps where they can be: on CUDA, in one process, and where every method allows it; else say why not."""
+    """Capture steps on CUDA, in one process, where every method allows it; else run them eagerly, and print why."""
     if members[0].device.type != "cuda":
         return EagerSteps(members)
     if members[0].ranks.count > 1:

@@ -70,9 +70,9 @@ def _keep_compiled_code() -> None:
 def compiled(method: Method, *, deterministic: bool = False, fullgraph: bool = False) -> Iterator[None]:
     """Have the parts of a method run compiled code in training mode until this context ends.
 
-    Parts are compiled in their first training step. In evaluation mode the same modules run plainly, with the same
-    weights. What a user compiled before is back afterwards. Compiled code is kept in TORCHINDUCTOR_CACHE_DIR for later
-    runs, by default codistill/inductor in the user's cache folder.
+    Parts are compiled in their first training step. In evaluation mode the same modules run uncompiled, with the same
+    weights. Afterwards modules that a user had compiled are compiled as before. Compiled code is kept for later runs in
+    TORCHINDUCTOR_CACHE_DIR, by default codistill/inductor in the user's cache folder.
 
     Args:
         method: Already on its device; it may be captured or not.
@@ -104,7 +104,7 @@ def _in_training(module: nn.Module, code: Callable[..., Any]) -> Callable[..., A
 
 
 def parts_of(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield what is compiled as one, in the order of registration; shared parts come more than once.
+    """Yield the modules that are compiled, in the order of registration; shared ones come more than once.
 
     Each stage is a part: branches on streams of their own need parts, and equal parts are compiled once.
     """
@@ -119,7 +119,7 @@ def parts_of(module: nn.Module) -> Iterator[nn.Module]:
 
 
 PAID_BACK_STEPS = 100_000
-"""Steps from which on a first compilation, about a minute, is less than what it saves, under 1 ms a step."""
+"""Steps from which on compilation, about a minute, takes less than it saves, under 1 ms a step."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def choose_execution(settings: ExecutionSettings, device: torch.device, steps: i
             device. Several runs fill the device without.
 
     Raises:
-        UsageError: `compile` is on, and this machine lacks what is needed.
+        UsageError: `compile` is on, and this machine lacks a compiler.
     """
     auto = settings.compile == "auto" and device.type == "cuda" and steps >= PAID_BACK_STEPS
     compiled = auto or settings.compile == "on"

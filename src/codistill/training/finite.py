@@ -1,4 +1,4 @@
-"""Find the first step with a non-finite loss term or gradient without a host read, and stop a run that has diverged."""
+"""Find the first step with a non-finite loss term or gradient without a host read, and name who diverged."""
 
 import math
 import re
@@ -9,10 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from codistill.core.errors import DivergedError
-from codistill.deploy.run import Run
 from codistill.methods import Method
-from codistill.runs.saving import Saver
 
 GRADIENT = "gradient of "
 
@@ -98,71 +95,29 @@ def culprits(names: Iterable[str], shared_stages: int) -> str:
     return f"{', '.join(parts)} ({GRADIENT}{gradients[0]}{more})"
 
 
-class DivergenceGuard:
-    """Stop a run whose losses, gradients or weights became NaN or infinite.
+def health(method: Method, finite: NonFiniteDetector) -> dict[str, dict[str, Float[Tensor, ""]]]:
+    """Return scalars that tell, once read, whether terms, gradients and the whole state of a method are finite."""
+    state = {name: each for name, each in method.state_dict().items() if each.is_floating_point()}
+    return {"steps": finite.tensors(), "state": norms(state)}
+
+
+def divergence(numbers: Mapping[str, Mapping[str, float]], shared_stages: int, epoch: int) -> str | None:
+    """Return who became NaN or infinite and where, as the first part of an error line; None: all is finite.
 
     Args:
-        run: Its folder.
-        method: What is trained.
-        finite: The detector of its step.
-        saver: What writes.
+        numbers: Those of `health`, on the host.
+        shared_stages: Of the cohort.
+        epoch: Counted from 0.
     """
+    found = NonFiniteDetector.first_bad(numbers["steps"])
+    if found is not None:
+        return f"{culprits(found[1], shared_stages)} became NaN or infinite at step {found[0]} of epoch {epoch + 1}"
+    bad = [name for name, number in numbers["state"].items() if not math.isfinite(number)]
+    parts = ", ".join(dict.fromkeys(part_of(name, shared_stages) for name in bad))
+    return f"{parts} (weights {bad[0]}) became NaN or infinite in epoch {epoch + 1}" if bad else None
 
-    def __init__(self, run: Run, method: Method, finite: NonFiniteDetector, saver: Saver) -> None:
-        self.run, self.method, self.finite, self.saver = run, method, finite, saver
 
-    def tensors(self) -> dict[str, dict[str, Float[Tensor, ""]]]:
-        """Return scalars that tell, once read, whether terms, gradients and the whole state are finite."""
-        state = {name: each for name, each in self.method.state_dict().items() if each.is_floating_point()}
-        return {"steps": self.finite.tensors(), "state": norms(state)}
-
-    def refuse_divergence(self, epoch: int, rate: float, numbers: Mapping[str, Mapping[str, float]]) -> None:
-        """Stop where a term, a gradient or a tensor of the state is NaN or infinite; nothing of it is saved.
-
-        Args:
-            epoch: Counted from 0.
-            rate: Its learning rate.
-            numbers: Those of `tensors`, on the host.
-
-        Raises:
-            DivergedError: Names the student or module, epoch, step and learning rate.
-        """
-        found = self.finite.first_bad(numbers["steps"])
-        shared = self.method.cohort.shared_stages
-        if found is not None:
-            where = f"at step {found[0]} of epoch {epoch + 1}"
-            who = culprits(found[1], shared)
-        else:
-            bad = [name for name, number in numbers["state"].items() if not math.isfinite(number)]
-            if not bad:
-                return
-            where = f"in epoch {epoch + 1}"
-            who = f"{', '.join(dict.fromkeys(part_of(name, shared) for name in bad))} (weights {bad[0]})"
-        raise DivergedError(
-            f"{who} became NaN or infinite {where} at learning rate {rate:g}: lower --learning-rate; {self.kept}"
-        )
-
-    @property
-    def kept(self) -> str:
-        """What a run that diverges leaves, as the last part of an error line."""
-        self.saver.flush()
-        kept = "keeps the last whole checkpoint" if self.run.checkpoints.entries() else "has no checkpoint yet"
-        return f"{self.run.path} {kept}"
-
-    def refuse_bad_scores(self, row: Mapping[str, Any], splits: Iterable[str]) -> None:
-        """Stop where finite weights give logits that are NaN or infinite.
-
-        Args:
-            row: The epoch's line of metrics.jsonl.
-            splits: The splits that were scored.
-
-        Raises:
-            DivergedError: Names predictors, epoch and learning rate.
-        """
-        for split in splits:
-            bad = [name for name, each in row[split].items() if not math.isfinite(each["nll"])]
-            if bad:
-                raise DivergedError(
-                    f"{', '.join(bad)} ({split} NLL) became NaN or infinite in epoch {row['epoch'] + 1} at learning "
-                    f"rate {row['learning_rate']:g}: lower --learning-rate; {self.kept}"
-                )
+def bad_scores(row: Mapping[str, Any], split: str) -> str | None:
+    """Return which predictors' scores became NaN or infinite, as `divergence` does, from a line of metrics.jsonl."""
+    bad = ", ".join(name for name, each in row[split].items() if not math.isfinite(each["nll"]))
+    return f"{bad} ({split} NLL) became NaN or infinite in epoch {row['epoch'] + 1}" if bad else None

@@ -44,8 +44,8 @@ USED_SHARE = 0.9
 def memory_of_a_run(plan: Plan, splits: DeviceSplits) -> int:
     """Measure the memory of a run beside the data set, bytes, as it will be computed.
 
-    That is what it keeps from step to step, what its graphs of a step and of an evaluation hold for themselves, and
-    what the first plain steps of the epoch's last size need beside them, which is taken to be as much as a step does.
+    It is the sum of the memory that it keeps from step to step, that of its graphs of a step and of an evaluation, and
+    that of the first eager steps of the epoch's last size, which is assumed to be as much as a step's.
 
     Args:
         plan: Its method is left as it is.
@@ -78,13 +78,13 @@ def free_memory(device: torch.device) -> int:
 
 
 def side_by_side(plans: Sequence[Plan], splits: DeviceSplits) -> list[int]:
-    """Choose how many runs train at a time, from free memory and a short measurement of what one takes.
+    """Choose how many runs train at a time, from free memory and a short measurement of one run.
 
     Prints a line where not all of them fit. On a CPU runs take turns at each step, and all of them fit.
 
     Args:
         plans: The runs, on one device.
-        splits: Their data set there; it is placed first, so that what is free is free for the runs.
+        splits: Their data set there; it is placed first, so that free memory is free for the runs.
 
     Returns:
         Sizes of the groups that train one after the other, as equal as can be.
@@ -137,7 +137,7 @@ def train_seeds(config: RunConfig, seeds: Sequence[int], out: Path | None = None
 def train_fleet(configs: Sequence[RunConfig], outs: Sequence[Path], show: bool = True) -> list[Run]:
     """Train independent runs side by side on one device, each in its own run folder.
 
-    Each run ends as it would have ended alone; one that diverges is marked in its summary.json, and the others go on.
+    Each run ends as it would have ended alone. One that diverges is marked in its summary.json; the others continue.
 
     Args:
         configs: Runs with the same data set, epochs, batch size, device and precision; they may differ in method,
@@ -184,26 +184,24 @@ def train_in_groups(
     """Train runs side by side, one group after the other.
 
     Args:
-        openings: What puts each run on its device.
+        openings: A function for each run that puts it on its device.
         sizes: How many runs each group has.
         diverged: See `train_loop`.
 
     Returns:
         The runs, in order.
     """
-    waiting = iter(openings)
-    return [run for size in sizes for run in train_side_by_side(list(itertools.islice(waiting, size)), diverged)]
-
-
-def train_side_by_side(openings: Sequence[Opening], diverged: Callable[[Trainer, DivergedError], None]) -> list[Run]:
-    """Train one group of runs, and leave its methods on the host; see `train_in_groups`."""
-    collect_finished_runs()
-    with contextlib.ExitStack() as held:
-        trainers = [held.enter_context(opening()) for opening in openings]
-        train_loop(trainers, diverged)
-        for trainer in trainers:
-            trainer.method.cpu()
-    return [trainer.run for trainer in trainers]
+    waiting, runs = iter(openings), []
+    for size in sizes:
+        collect_finished_runs()
+        with contextlib.ExitStack() as held:
+            trainers = [held.enter_context(opening()) for opening in itertools.islice(waiting, size)]
+            train_loop(trainers, diverged)
+            for trainer in trainers:
+                trainer.method.cpu()
+        runs += [trainer.run for trainer in trainers]
+        del trainers, trainer  # or they would hold the memory that the next group needs
+    return runs
 
 
 def shared(config: RunConfig) -> dict[str, Any]:
@@ -213,6 +211,6 @@ def shared(config: RunConfig) -> dict[str, Any]:
 
 
 def mark_diverged(trainer: Trainer, error: DivergedError) -> None:
-    """Write how a run ended that is dropped from a fleet, and print it."""
+    """Write the summary of a run that is dropped from a fleet, and warn."""
     write_summary_of_failure(trainer.run, trainer.config, trainer.method, error)
     warn(f"{trainer.run.path.name} is dropped: {error}")

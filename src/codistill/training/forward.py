@@ -92,7 +92,7 @@ def _lowered(method: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _grouped(weights: Iterable[nn.Parameter], groups: Iterable[Iterable[nn.Parameter]]) -> list[list[nn.Parameter]]:
-    """Divide weights by the first group that they are in; those that are in none come last."""
+    """Return the weights by the first group that they are in; those that are in none come last."""
     left = {id(each): each for each in weights}
     divided = [[left.pop(id(each)) for each in group if id(each) in left] for group in groups]
     return [group for group in (*divided, list(left.values())) if group]

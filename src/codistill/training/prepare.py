@@ -43,8 +43,8 @@ class Plan:
     """A run that has passed all checks; nothing is written yet, and nothing is on the device.
 
     Attributes:
-        method: What is trained, still on the host.
-        data: What it is trained and tested on.
+        method: The method, still on the host.
+        data: Its data set.
         config: The settings, with absolute paths.
         device: Where it is trained.
         augmentation: Crops and flips of the training images.
@@ -244,10 +244,10 @@ def set_up(
     """Open the folder of a run and put the run on its device; always release both, and leave the method as it was.
 
     Args:
-        plan: What `check` returned.
+        plan: The result of `check`.
         out: The run folder.
         show: Whether to print.
-        label: First word of its lines, among those of other runs.
+        label: Prefix of its lines, among those of other runs.
         begun: Whether the folder holds the run already.
         state: The checkpoint to resume from.
         ranks: The processes that share the run; rank 0 holds the folder for all.

@@ -1,4 +1,4 @@
-"""Interrupted runs that go on, alone or side by side."""
+"""Resume interrupted runs, alone or side by side."""
 
 import functools
 import json
@@ -23,10 +23,10 @@ def resume(
     show: bool = True,
     override: Mapping[str, Any] | None = None,
 ) -> Run:
-    """Go on with an interrupted run from its last whole checkpoint, which may lie inside an epoch.
+    """Resume an interrupted run from its last whole checkpoint, which may lie inside an epoch.
 
-    On a CPU, and on CUDA with `deterministic`, it ends as it would have ended without the break, to the last bit. A run
-    that was stopped before its first checkpoint begins anew.
+    On a CPU, and on CUDA with `deterministic`, its end is bitwise equal to that of a run without the break. A run that
+    was stopped before its first checkpoint starts from the beginning.
 
     Args:
         path: The run folder.
@@ -48,9 +48,9 @@ def resume_together(
     show: bool = True,
     override: Mapping[str, Any] | None = None,
 ) -> list[Run]:
-    """Go on with several runs: side by side where they stopped at the same step and share what a fleet shares.
+    """Resume several runs: side by side where they stopped at the same step and share what a fleet shares.
 
-    One of several that diverges is marked in its summary.json, and the others go on.
+    One of several that diverges is marked in its summary.json; the others continue.
 
     Args:
         paths: Run folders, or folders of them, whose unfinished runs are meant.
@@ -67,7 +67,7 @@ def resume_together(
 
 
 def resumed(paths: Sequence[Path], overrides: Mapping[str, Any], show: bool, ranks: Ranks) -> list[Run]:
-    """Go on with several runs in this process, or with one on several ranks; see `resume_together`."""
+    """Resume several runs in this process, or one on several ranks; see `resume_together`."""
 
     def read() -> list[InterruptedRun]:
         runs = [run for path in paths for run in unfinished(path)]
@@ -119,7 +119,7 @@ def unfinished(path: Path) -> list[Run]:
 
 
 class InterruptedRun:
-    """A run that can go on: its settings, and what its last whole checkpoint holds.
+    """A run to resume: its settings, and its last whole checkpoint.
 
     Args:
         run: The run.
@@ -150,7 +150,7 @@ class InterruptedRun:
             if changed:
                 listed = "; ".join(f"{key}: {began.get(key)!r} -> {now[key]!r}" for key in changed)
                 raise UsageError(
-                    f"{run.path}/config.json was changed since the run began: {listed}: put it back, or train anew"
+                    f"{run.path}/config.json was changed since the run began: {listed}: put it back, or start a new run"
                 )
         self.config = overridden(config, override)
 
@@ -183,5 +183,5 @@ def overridden(config: RunConfig, override: Mapping[str, Any]) -> RunConfig:
     """
     for key in override:
         if key not in PLACES:
-            raise UsageError(f"override of {key}: a run goes on as it began; only {', '.join(PLACES)} can change")
+            raise UsageError(f"override of {key}: it belongs to the experiment; only {', '.join(PLACES)} can change")
     return run_from_mapping(override, lambda key: "codistill resume --override", base=config)

@@ -18,11 +18,11 @@ class TrainStep:
     """Gather, augment, forward, losses, one backward, one optimiser step; no host read.
 
     Args:
-        method: What is trained, in training mode and on the device of the images.
+        method: The method, in training mode and on the device of the images.
         images: The training images.
         augmentation: Crops and flips; the same as the batches were drawn with.
         optimizer: Over `Method.parameter_groups`.
-        precision: float32, or bf16 for autocast in the forward pass; losses are computed in float32 in any case.
+        forward: The forward pass; losses are computed in float32 in any case.
         ranks: The processes that share the run. Each gets the whole batch, works on its part, and ends with the
             gradients and terms of the whole batch; batch statistics are those of its part.
     """
@@ -33,7 +33,7 @@ class TrainStep:
         images: DeviceImages,
         augmentation: Augmentation,
         optimizer: torch.optim.Optimizer,
-        precision: str = "float32",
+        forward: TrainingForward,
         ranks: Ranks = ALONE,
     ) -> None:
         self.method = method
@@ -42,7 +42,7 @@ class TrainStep:
         self.augmentation = augmentation
         images.crops(augmentation)  # here and not on the stream of whichever run comes first
         self.optimizer = optimizer
-        self.forward = TrainingForward(method, precision)
+        self.forward = forward
         self.ranks = ranks
         self.sums = TermSums(self.device)
         self.finite = NonFiniteDetector(self.device)
@@ -91,18 +91,6 @@ class AlternatingStep(TrainStep):
     are those of `TrainStep`.
     """
 
-    def __init__(
-        self,
-        method: Method,
-        images: DeviceImages,
-        augmentation: Augmentation,
-        optimizer: torch.optim.Optimizer,
-        precision: str = "float32",
-        ranks: Ranks = ALONE,
-    ) -> None:
-        super().__init__(method, images, augmentation, optimizer, precision, ranks)
-        self.forward = TrainingForward(method, precision, method.alternating_updates())
-
     def __call__(self, indices: BatchIndices, progress: Float[Tensor, ""]) -> None:
         """Train on a batch; see `TrainStep`."""
         images, labels = self.images.augmented(self.ranks.part(indices), self.augmentation)
@@ -134,10 +122,12 @@ def make_step(
         images: The training images.
         augmentation: Crops and flips.
         settings: Of the optimiser.
-        precision: See `TrainStep`.
+        precision: float32, or bf16 for autocast in the forward pass.
         ranks: See `TrainStep`.
         memory_format: Of the weights.
     """
     method.to(images.device, memory_format=memory_format).train()  # type: ignore[call-overload]
-    kind = AlternatingStep if method.alternating_updates() else TrainStep
-    return kind(method, images, augmentation, make_optimizer(method, settings), precision, ranks)
+    turns = method.alternating_updates()
+    forward = TrainingForward(method, precision, apart=turns)
+    kind = AlternatingStep if turns else TrainStep
+    return kind(method, images, augmentation, make_optimizer(method, settings), forward, ranks)

@@ -128,7 +128,7 @@ def restarted(config: RunConfig, out: Path | None) -> tuple[Run | None, Training
     """Find the run that this launch of torchrun began before it lost a process and started all again.
 
     Args:
-        config: What is to be trained.
+        config: The run.
         out: Its folder; None: the last one below runs/.
 
     Returns:

@@ -19,7 +19,7 @@ from codistill.runs.state import TrainingState, load_weights, tensors_once
 from codistill.runs.summary import summarise
 from codistill.settings.config import RunConfig
 from codistill.training.compiling import Execution
-from codistill.training.finite import DivergenceGuard
+from codistill.training.finite import bad_scores, divergence, health
 from codistill.training.optim import learning_rate_at, momentum_buffers, set_learning_rate
 from codistill.training.step import TrainStep
 
@@ -35,7 +35,7 @@ class Trainer:
         held: The splits that are evaluated each epoch; `test`, and `validation` where one is held out.
         saver: Writes its files.
         show: Whether to print.
-        label: First word of its lines, among those of other runs.
+        label: Prefix of its lines, among those of other runs.
 
     Attributes:
         position: Completed epochs, and steps done of the next one, when this process started or resumed the run.
@@ -56,7 +56,6 @@ class Trainer:
     ) -> None:
         self.run, self.config, self.step, self.execution, self.saver = run, config, step, execution, saver
         self.method = step.method
-        self.guard = DivergenceGuard(run, step.method, step.finite, saver)
         self.evaluation = Evaluation(self.method, held, config.execution.precision, captured=step.ranks.count == 1)
         size, images = config.train.batch_size, len(step.images)
         self.used = images // size * size if config.train.drop_last else images
@@ -146,11 +145,8 @@ class Trainer:
 
     def tensors(self) -> dict[str, Any]:
         """Return the numbers of the epoch on the device, for `read_together`: terms, health, scores."""
-        return {
-            "terms": self.step.sums.tensors(),
-            "health": self.guard.tensors(),
-            "scores": self.evaluation.tensors(),
-        }
+        checked = health(self.method, self.step.finite)
+        return {"terms": self.step.sums.tensors(), "health": checked, "scores": self.evaluation.tensors()}
 
     def save_inside(self, epoch: int, step: int) -> None:
         """Save between two steps, and wait for it; a diverged state is not saved.
@@ -162,13 +158,30 @@ class Trainer:
         if step == 0 or not self.step.ranks.leads:
             return
         copy = self.saver.copy(self.state(step))
+        numbers = read_together(health(self.method, self.step.finite))
         try:
-            self.guard.refuse_divergence(epoch, self.rate, read_together(self.guard.tensors()))
+            self.refuse(divergence(numbers, self.method.cohort.shared_stages, epoch))
         except DivergedError as error:
             warn(f"not saved: {error}")
             return
         self.saver.save(copy)
         self.saver.flush()
+
+    def refuse(self, words: str | None) -> None:
+        """Stop a run that diverged.
+
+        Args:
+            words: Who diverged and where; None: nobody, and the run continues.
+
+        Raises:
+            DivergedError: With the words, the learning rate and the state of the run's folder.
+        """
+        if words is not None:
+            self.saver.flush()
+            kept = "keeps the last whole checkpoint" if self.run.checkpoints.entries() else "has no checkpoint yet"
+            raise DivergedError(
+                f"{words} at learning rate {self.rate:g}: lower --learning-rate; {self.run.path} {kept}"
+            )
 
     def end_epoch(self, epoch: int, numbers: Mapping[str, Any], state: TrainingState | None) -> None:
         """Check, log and save an epoch; of several ranks rank 0 does.
@@ -189,11 +202,12 @@ class Trainer:
 
     def log_epoch(self, epoch: int, numbers: Mapping[str, Any], state: TrainingState) -> None:
         """Check, log and save an epoch; see `end_epoch`."""
-        self.guard.refuse_divergence(epoch, self.rate, numbers["health"])
+        self.refuse(divergence(numbers["health"], self.method.cohort.shared_stages, epoch))
         train = self.step.sums.means(numbers["terms"])
         row: dict[str, Any] = {"epoch": epoch, "learning_rate": self.rate, "train": train}
         row |= self.scored(numbers["scores"])
-        self.guard.refuse_bad_scores(row, self.evaluation.splits)
+        for split in self.evaluation.splits:
+            self.refuse(bad_scores(row, split))
         row["warnings"] = health_warnings(row, self.rows, self.config.train.epochs)
         seconds = self.stopwatch.seconds()
         trained = self.used - sum(stop - start for start, stop in self.steps[: self.first_step(epoch)])
@@ -242,6 +256,6 @@ class Trainer:
 
     @staticmethod
     def selection_error(row: Mapping[str, Any]) -> float:
-        """Return what the best epoch is chosen by: the better student's error, on validation images where there are."""
+        """Return the error that the best epoch has least of: the better student's, on validation images if any."""
         students = (each for name, each in row.get("validation", row["test"]).items() if name.startswith("student"))
         return min(float(each["top1_error"]) for each in students)
