@@ -16,7 +16,7 @@ import torch
 import codistill as cd
 from codistill.cli import main
 from codistill.core.device import set_up_gpu
-from codistill.core.errors import DataError, UsageError
+from codistill.core.errors import CheckpointError, DataError, UsageError
 from codistill.data.augment import Augmentation, BatchIndices, DeviceImages, epoch_indices
 from codistill.methods import METHODS
 from codistill.methods.kdcl import KDCLSettings
@@ -202,9 +202,10 @@ def test_of_recipes_one_may_diverge(colours, capsys, device):
     [
         (["--recipes", "a.json", "--recipe", "b.json"], "--recipes and --recipe: give one of them only"),
         (["--recipes", "a.json", "--seeds", "0", "1"], "--recipes and --seeds: give one of them only"),
-        (["--recipes=a.json", "--preset=mfef"], "--recipes and --preset: give one of them only"),
-        (["--recipes"], "--recipes: name at least one file"),
-        (["--recipes", "a.json", "more/a.json"], "--recipes a.json and more/a.json: both runs would be in a"),
+        (["--recipes=b.json", "--preset=mfef"], "--recipes and --preset: give one of them only"),
+        (["--recipes"], "--recipes: name at least one"),
+        (["--seeds"], "--seeds: name at least one"),
+        (["--recipes", "a.json", "more/a.json"], "--recipes a.json: two runs would be in a: rename one of the files"),
         (["--recipes", "b.json", "none.json"], "recipe none.json: "),
         (["--recipes", "b.json", "bad.json"], "bad.json:1: unknown key 'sed': did you mean seed"),
         (["mfef", "--recipes", "b.json", "a.json"], "the recipe is for dml, not for mfef"),
@@ -456,7 +457,7 @@ def test_a_folder_twice_is_refused(config, tmp_path):
 )
 def test_one_that_cannot_work_is_found_before_anything_is_written(config, tmp_path, changes, message):
     bad = config(**changes) if "padding" in changes else dataclasses.replace(config(), **changes)
-    with pytest.raises(cd.errors.CheckpointError if "teaching" in changes else UsageError, match=message):
+    with pytest.raises(CheckpointError if "teaching" in changes else UsageError, match=message):
         train_fleet([config(), bad], folders(2), show=False)
     assert list(tmp_path.iterdir()) == []
 

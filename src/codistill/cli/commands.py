@@ -61,6 +61,9 @@ def train_command(arguments: Sequence[str]) -> None:
     paths = sources.recipes or (sources.recipe,)
     each = [train_options(rest, named, dataclasses.replace(sources, recipe=path)) for path in paths]
     chosen, configs = each[0][0], [config for _, config in each]
+    for flag, given in (("--recipes", chosen.recipes), ("--seeds", chosen.seeds)):
+        if flag in rest and not given:
+            raise UsageError(f"codistill train: {flag}: name at least one")
     if chosen.verify_resume:
         for config in configs:
             print(verify_resume(config))
