@@ -41,15 +41,10 @@ def bench(
         table: A text file for the operators or kernels that took longest in one step; None: none is written.
 
     Returns:
-        Of each run, ms_per_step, images_per_second, operators_per_step (CPU) or kernels_per_step (CUDA) and, on CUDA,
-        peak memory of all runs together; the execution; first_step_seconds from building the networks to the end of a
-        first step, compilation included; parameters, and forward_mflop_per_image, of which training takes three times
-        as many.
-        With `compare`, the plain loop's speed and `ratio_to_plain`, our images per second over the plain loop's, and
-        `deterministic_ratio`, those of the deterministic setting over ours: medians over rounds of all in turn.
-
-    Raises:
-        UsageError: The batch is larger than the images that are measured on.
+        Speed and launches of each run, and peak memory of all runs together. first_step_seconds reaches from building
+        the networks to the end of a first step, compilation included. Ratios are medians over rounds of all in turn:
+        `ratio_to_plain` is our images per second over the plain loop's, `deterministic_ratio` those of the
+        deterministic setting over ours.
     """
     device = choose_device(config.execution.device, config.execution.precision)
     set_up_gpu(device, config.execution.deterministic)
@@ -61,7 +56,7 @@ def bench(
     def build() -> Method:
         return build_method(config, CLASSES, (SIDE, SIDE)).to(device).train()
 
-    def own(name: str, deterministic: bool, running: contextlib.ExitStack) -> Contestant:
+    def own(name: str, deterministic: bool) -> Contestant:
         methods = [build() for _ in range(runs)]
         for method in methods:
             running.enter_context(execution.on(method, device, deterministic))
@@ -73,19 +68,20 @@ def bench(
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     with contextlib.ExitStack() as running:
-        contestants = [own(OWN, config.execution.deterministic, running)]
+        contestants = [own(OWN, config.execution.deterministic)]
         pace = {OWN: timed(contestants[0], 1, device)}
         first_step = time.perf_counter() - started
-        memory = {}
+        measured: dict[str, float] = {}
         if on_gpu:
             pace[OWN] = timed(contestants[0], STEPS_UNTIL_CAPTURED, device)
-            memory["peak_memory_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
-            memory["peak_reserved_mib"] = torch.cuda.max_memory_reserved(device) / 2**20
-        counted = {name: count // runs for name, count in count_launches(contestants[0], device, table).items()}
+            measured["peak_memory_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
+            measured["peak_reserved_mib"] = torch.cuda.max_memory_reserved(device) / 2**20
+        unit, count = count_launches(contestants[0], device, table)
+        measured[f"{unit}_per_step"] = count // runs
         if compare:
             contestants.append(Contestant(PLAIN, plain_loop(build(), config, device), config.execution.deterministic))
             if on_gpu and not config.execution.deterministic:
-                contestants.append(own(DETERMINISTIC, True, running))
+                contestants.append(own(DETERMINISTIC, True))
             pace |= {each.name: timed(each, STEPS_UNTIL_CAPTURED if on_gpu else 1, device) for each in contestants[1:]}
         rounds = rounds_in_turn(contestants, pace, seconds, device)
     step = {name: statistics.median(each) for name, each in rounds.items()}
@@ -100,18 +96,14 @@ def bench(
         "ms_per_step": 1000 * step[OWN] / runs,
         "images_per_second": size / step[OWN],
         "first_step_seconds": first_step,
-        **counted,
-        **memory,
+        **measured,
         "parameters": parameter_count(method),
         "forward_mflop_per_image": forward_flop(method) / 1e6,
         "environment": environment(device),
     }
     if PLAIN in step:
-        result |= {
-            "plain_ms_per_step": 1000 * step[PLAIN],
-            "plain_images_per_second": size / step[PLAIN],
-            "ratio_to_plain": runs * ratio(rounds, PLAIN, OWN),
-        }
+        result |= {"plain_ms_per_step": 1000 * step[PLAIN], "plain_images_per_second": size / step[PLAIN]}
+        result["ratio_to_plain"] = runs * ratio(rounds, PLAIN, OWN)
     if DETERMINISTIC in step:
         result["deterministic_ratio"] = ratio(rounds, OWN, DETERMINISTIC)
     return result
@@ -128,26 +120,18 @@ def forward_flop(method: Method) -> int:
 
 def lines(result: Mapping[str, Any]) -> list[str]:
     """Write a result of `bench` for people."""
-    ways = [name for name, chosen in result["execution"].items() if chosen]
-    text = [
-        f"{result['ms_per_step']:.2f} ms per step of a run, {result['images_per_second']:,.0f} images/s each"
-        + (f" ({', '.join(ways)})" if ways else "")
-    ]
+    ways = ", ".join(name for name, chosen in result["execution"].items() if chosen)
+    speed = f"{result['ms_per_step']:.2f} ms per step of a run, {result['images_per_second']:,.0f} images/s each"
+    text = [f"{speed} ({ways})" if ways else speed]
     if "ratio_to_plain" in result:
-        text.append(
-            f"plain loop: {result['plain_ms_per_step']:.2f} ms per step, "
-            f"{result['plain_images_per_second']:,.0f} images/s; ours is {result['ratio_to_plain']:.2f} times as fast"
-        )
+        plain = f"{result['plain_ms_per_step']:.2f} ms per step, {result['plain_images_per_second']:,.0f} images/s"
+        text.append(f"plain loop: {plain}; ours is {result['ratio_to_plain']:.2f} times as fast")
     if "deterministic_ratio" in result:
         text.append(f"with --deterministic: {result['deterministic_ratio']:.2f} times that speed")
     unit = "kernels" if "kernels_per_step" in result else "operators"
     text.append(f"{result[f'{unit}_per_step']:,} {unit} per step")
-    text.append(
-        f"{result['parameters']:,} parameters; {result['forward_mflop_per_image']:,.0f} MFLOP per image forward, "
-        "three times as many in training"
-    )
+    mflop = f"{result['forward_mflop_per_image']:,.0f} MFLOP per image forward, three times as many in training"
+    text.append(f"{result['parameters']:,} parameters; {mflop}")
     if "peak_memory_mib" in result:
-        text.append(f"peak memory {result['peak_memory_mib']:,.0f} MiB, reserved {result['peak_reserved_mib']:,.0f}")
-    else:
-        text.append("memory is measured on CUDA only")
-    return text
+        return [*text, f"peak memory {result['peak_memory_mib']:,.0f} MiB, reserved {result['peak_reserved_mib']:,.0f}"]
+    return [*text, "memory is measured on CUDA only"]

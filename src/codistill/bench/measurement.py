@@ -46,16 +46,9 @@ def synchronise(device: torch.device) -> None:
 def rounds_in_turn(
     contestants: Sequence[Contestant], pace: Mapping[str, float], seconds: float, device: torch.device
 ) -> Mapping[str, list[float]]:
-    """Measure the contestants in turn until the time is up, at least once each.
+    """Return seconds a step of each contestant, by round, measured in turn until the time is up, at least once each.
 
-    Args:
-        contestants: They have run before; on a GPU so often that their steps are captured.
-        pace: About how long a step of each takes, seconds; later rounds go by the round before.
-        seconds: How long to measure.
-        device: The device that they run on.
-
-    Returns:
-        Seconds a step, one entry for each round.
+    They have run before, on a GPU until their steps are captured; `pace` is about how long a step of each takes.
     """
     share = seconds / ROUNDS[device.type] / len(contestants)
     rounds: dict[str, list[float]] = {each.name: [] for each in contestants}
@@ -88,31 +81,25 @@ class OperatorCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def count_launches(contestant: Contestant, device: torch.device, table: Path | None) -> dict[str, int]:
-    """Count the kernels that one step launches on CUDA, or its operators on a CPU.
+def count_launches(contestant: Contestant, device: torch.device, table: Path | None) -> tuple[str, int]:
+    """Count the kernels that one step launches on CUDA, or its operators on a CPU; write the slowest ones to `table`.
 
-    Args:
-        contestant: A loop that has run before, so that a captured step is one replay.
-        device: The device that it runs on.
-        table: A text file for the operators or kernels that took longest; None: none is written.
+    The loop has run before, so that a captured step is one replay.
     """
     set_up_gpu(device, contestant.deterministic)
-    found: dict[str, int] = {}
     on_gpu = device.type == "cuda"
-    if not on_gpu:
-        with OperatorCount() as count:
-            contestant.train(1)
-        found["operators_per_step"] = count.operators
     if on_gpu or table:
         synchronise(device)
         with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU], acc_events=True) as seen:
             contestant.train(1)
             synchronise(device)
-        if on_gpu:
-            kernels = [event for event in seen.events() or [] if event.device_type.name == "CUDA"]
-            found["kernels_per_step"] = sum(not event.name.startswith(("Memcpy", "Memset")) for event in kernels)
         if table:
             key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
             text = seen.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=100)
             table.write_text(text, encoding="utf-8")
-    return found
+        if on_gpu:
+            kernels = [event for event in seen.events() or [] if event.device_type.name == "CUDA"]
+            return "kernels", sum(not event.name.startswith(("Memcpy", "Memset")) for event in kernels)
+    with OperatorCount() as count:
+        contestant.train(1)
+    return "operators", count.operators
