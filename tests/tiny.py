@@ -89,7 +89,7 @@ def write_npz(path: Path, whole: cd.Dataset) -> Path:
 def registered() -> Iterator[None]:
     """Register the tiny network as `tiny`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(NETWORKS._discover(), "tiny", network)
+        patch.setitem(NETWORKS._entries, "tiny", network)
         yield
 
 

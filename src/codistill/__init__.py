@@ -51,8 +51,8 @@ if TYPE_CHECKING:
 
 __version__ = importlib.metadata.version("codistill")
 
-# Where a public name lives, which is imported when the name is first used: torch and more come with it, and take
-# seconds. Classes of methods are found by the registry, so that a new one needs no line here.
+# The module of each public name, imported when the name is first used: torch, which comes with it, takes seconds.
+# Classes of methods are found by the registry, so that a new one needs no line here.
 _HOMES = {
     "core.errors": "CodistillError",
     "data": "DATASETS Dataset Split dataset",
@@ -120,20 +120,18 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    found: Any = None
-    for home, names in _HOMES.items():
-        if name in names.split():
-            found = importlib.import_module(f"{__name__}.{home}")
-            if name not in ("losses", "modules"):
-                # `evaluate` scores a run; the package has a function of that name for a method, too.
-                found = getattr(found, "evaluate_run" if name == "evaluate" else name)
-    if found is None and name[:1].isupper():
-        registry = importlib.import_module(f"{__name__}.methods").METHODS
-        found = next((each for each in registry.values() if each.__name__ == name), None)
+    home = next((home for home, names in _HOMES.items() if name in names.split()), "")
+    found: Any
+    if home:
+        module = importlib.import_module(f"{__name__}.{home}")
+        # `evaluate` scores a run; its module has a function of that name for a method, too.
+        found = getattr(module, "evaluate_run" if name == "evaluate" else name, module)
+    else:
+        methods = importlib.import_module(f"{__name__}.methods").METHODS.values() if name[:1].isupper() else ()
+        found = next((each for each in methods if each.__name__ == name), None)
     if found is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = found
-    return found
+    return globals().setdefault(name, found)
 
 
 def __dir__() -> list[str]:

@@ -101,7 +101,7 @@ def colours(monkeypatch):
         calls.append({"root": root, "size": size, "check": check})
         return tiny.data(size=(size, size))
 
-    monkeypatch.setitem(DATASETS._discover(), "colours", load)
+    monkeypatch.setitem(DATASETS._entries, "colours", load)
     return calls
 
 

@@ -27,12 +27,7 @@ def duration(seconds: float) -> str:
 
 
 def lasting_console(show: bool, **options: Any) -> "Console":
-    """Make a console whose reader may go away (`| head -1`): later output is dropped, without an error.
-
-    Args:
-        show: False: print nothing.
-        options: As of `rich.console.Console`.
-    """
+    """Make a rich console whose reader may go away (`| head -1`): later output is dropped, without an error."""
     from rich.console import Console
 
     class LastingConsole(Console):
@@ -45,13 +40,7 @@ def lasting_console(show: bool, **options: Any) -> "Console":
 
 
 def track(items: Iterable[T], title: str, total: int | None) -> Iterable[T]:
-    """Return items that show a progress bar on standard error, if that is a terminal, while they are used up.
-
-    Args:
-        items: Anything that takes long.
-        title: The title of the bar.
-        total: The number of items, if it is known.
-    """
+    """Return items that show a progress bar on standard error, if that is a terminal, while they are used up."""
     import rich.progress
     from rich.console import Console
 
@@ -61,14 +50,9 @@ def track(items: Iterable[T], title: str, total: int | None) -> Iterable[T]:
 
 
 class TrainingDisplay:
-    """Show epoch, step, images/s, loss terms and the time left.
+    """Show epoch, step, images/s, loss terms and the time left of a run of so many epochs, each of steps and images.
 
-    Args:
-        epochs: Epochs of the whole run.
-        steps: Steps of an epoch.
-        images: Images of an epoch.
-        show: False: print nothing.
-        label: The beginning of each line.
+    Every line begins with the label; nothing is printed unless `show`.
     """
 
     def __init__(self, epochs: int, steps: int, images: int, show: bool = True, label: str = "") -> None:
@@ -87,7 +71,7 @@ class TrainingDisplay:
         )
         self._task = self._bar.add_task("", total=steps, epoch=1, status="")
         self._started = self._epoch_started = self._shown = time.monotonic()
-        self._before = 0  # steps
+        self._steps_before = 0
 
     def __enter__(self) -> "TrainingDisplay":
         self._bar.start()
@@ -98,7 +82,7 @@ class TrainingDisplay:
 
     def resume(self, epochs: int, steps: int = 0) -> None:
         """Estimate the time left from the speed after this point, given in epochs and steps of the next one."""
-        self._before = epochs * self.steps + steps
+        self._steps_before = epochs * self.steps + steps
 
     def begin_epoch(self, epoch: int) -> None:
         """Start the bar of an epoch, counted from 0."""
@@ -112,37 +96,31 @@ class TrainingDisplay:
 
     def step(self, epoch: int, step: int, terms: Mapping[str, float]) -> None:
         """Show the state after a step, counted from 1; `terms` may be empty where reading them would stall a GPU."""
-        now = time.monotonic()
-        self._shown = now
+        self._shown = time.monotonic()
         done = epoch * self.steps + step
-        here = min(step, done - self._before)
-        rate = here * self.images / self.steps / (now - self._epoch_started)
-        left = self._left(now, done)
-        status = f"{rate:,.0f} images/s  {term_text(terms)}  {duration(left)} left"
+        images = min(step, done - self._steps_before) * self.images / self.steps
+        rate = images / (self._shown - self._epoch_started)
+        status = f"{rate:,.0f} images/s  {term_text(terms)}  {self._left(done)} left"
         self._bar.update(self._task, completed=step, status=status)
         if self._bar.disable:
-            self.console.print(
-                f"{self.label}epoch {epoch + 1}/{self.epochs}  step {step}/{self.steps}  {status}", soft_wrap=True
-            )
+            self._print(f"epoch {epoch + 1}/{self.epochs}  step {step}/{self.steps}  {status}")
 
-    def _left(self, now: float, done: int) -> float:
-        """Estimate the seconds left, after so many steps of the whole run."""
-        return (now - self._started) / max(1, done - self._before) * (self.epochs * self.steps - done)
+    def _print(self, line: str) -> None:
+        self.console.print(self.label + line, soft_wrap=True)
+
+    def _left(self, done: int) -> str:
+        """Estimate the time left after so many steps of the whole run."""
+        pace = (time.monotonic() - self._started) / max(1, done - self._steps_before)
+        return duration(pace * (self.epochs * self.steps - done))
 
     def end_epoch(self, row: Mapping[str, Any]) -> None:
         """Print the line of a finished epoch."""
-        now = time.monotonic()
         epoch = row["epoch"] + 1
-        left = self._left(now, epoch * self.steps)
+        speed, terms, left = f"{row['images_per_second']:,.0f}", term_text(row["train"]), self._left(epoch * self.steps)
         errors = "  ".join(f"{name} {each['top1_error']:.2f}" for name, each in row["test"].items())
-        self.console.print(
-            f"{self.label}epoch {epoch}/{self.epochs}  {row['images_per_second']:,.0f} images/s  "
-            f"{term_text(row['train'])}  "
-            f"error %: {errors}  {duration(left)} left",
-            soft_wrap=True,
-        )
+        self._print(f"epoch {epoch}/{self.epochs}  {speed} images/s  {terms}  error %: {errors}  {left} left")
         for warning in row["warnings"]:
-            self.console.print(f"{self.label}warning: epoch {epoch}: {warning}", soft_wrap=True)
+            self._print(f"warning: epoch {epoch}: {warning}")
 
 
 def term_text(terms: Mapping[str, float]) -> str:
@@ -154,12 +132,7 @@ def term_text(terms: Mapping[str, float]) -> str:
 
 
 def summary_table(summary: Mapping[str, Any], final: Mapping[str, Any]) -> "Table":
-    """Make the table that ends a run.
-
-    Args:
-        summary: The contents of summary.json.
-        final: Scores on the test split by predictor, as in metrics.jsonl.
-    """
+    """Make the table that ends a run of summary.json and the last scores on the test split by predictor."""
     from rich.table import Table
 
     title = f"{summary['method']} on {summary['data']}, {summary['epochs']} epochs, seed {summary['seed']}"
@@ -181,10 +154,8 @@ def warn(line: str) -> None:
     print(f"codistill: warning: {line}", file=sys.stderr)
 
 
-@functools.cache
-def warn_once(line: str) -> None:
-    """Print a warning of one line, once in a process."""
-    warn(line)
+warn_once = functools.cache(warn)
+"""Print a warning of one line, once in a process."""
 
 
 def note(line: str) -> None:

@@ -1,6 +1,7 @@
 """Device and precision."""
 
 import os
+import re
 import time
 
 import torch
@@ -21,12 +22,9 @@ def choose_device(name: str, precision: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"device {name!r}: choose cpu, cuda, cuda:<number> or auto") from None
-    if device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"(cpu|cuda)(:(0|[1-9]\d?))?", name):
         raise UsageError(f"device {name!r}: choose cpu, cuda, cuda:<number> or auto")
+    device = torch.device(name)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
@@ -39,11 +37,8 @@ def choose_device(name: str, precision: str) -> torch.device:
 def set_up_gpu(device: torch.device, deterministic: bool) -> None:
     """Make a GPU the current one and choose its algorithms, for the whole process; a CPU is left as it is.
 
-    The fastest convolutions are found by trial and may differ between processes; deterministic ones repeat bit for bit.
-
-    Args:
-        device: The device of the run.
-        deterministic: Whether results must repeat; to be set before the first matrix product on the device.
+    The fastest convolutions are found by trial and may differ between processes; deterministic ones, to be chosen
+    before the first matrix product on the device, repeat bit for bit.
     """
     if device.type == "cuda":
         if device.index is not None:
@@ -64,9 +59,8 @@ class Stopwatch:
     """Measure the time that a device works between two moments, without waiting for it."""
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        if self._on_gpu:
-            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+        count = 2 if device.type == "cuda" else 0
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(count)]  # type: ignore[no-untyped-call]
         self._moments = [0.0, 0.0]
 
     def start(self) -> None:
@@ -79,11 +73,11 @@ class Stopwatch:
 
     def _mark(self, index: int) -> None:
         self._moments[index] = time.perf_counter()
-        if self._on_gpu:
+        if self._events:
             self._events[index].record()
 
     def seconds(self) -> float:
         """Return the time between both; on a GPU the host must have waited for the end."""
-        if self._on_gpu:
+        if self._events:
             return float(self._events[0].elapsed_time(self._events[1])) / 1000
         return self._moments[1] - self._moments[0]

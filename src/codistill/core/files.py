@@ -15,11 +15,8 @@ def replaced(path: Path, suffix: str = "") -> Iterator[Path]:
     """Yield a temporary path in the same folder, and rename what was written there to `path` at the end.
 
     A crash leaves the old file or the new one, never a part: the file is flushed to disk before it is renamed, and its
-    folder after that. The temporary file is removed if the body raises; one of a killed process has `.tmp-` in it.
-
-    Args:
-        path: The file to write or to replace.
-        suffix: How the temporary name has to end, for writers and readers that go by it.
+    folder after that. The temporary file is removed if the body raises; one of a killed process has `.tmp-` in it, and
+    ends in `suffix`, for writers that go by it.
     """
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}{suffix}")
     try:

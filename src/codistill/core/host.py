@@ -9,24 +9,18 @@ from pathlib import Path
 
 import torch
 
-# Of mallopt(3).
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
-# Smallest blocks that are given back when freed, bytes: wanted, and the most that older libraries allow.
-KEPT_BLOCKS = (256 * 2**20, 32 * 2**20)
-# Free memory at the end of the heap that is kept, bytes.
-KEPT_AT_THE_TOP = 2**30
+# Of mallopt(3): smallest blocks that are given back when freed, bytes (wanted, and the most that older libraries
+# allow), and free memory at the end of the heap that is kept, bytes.
+MMAP_THRESHOLD, KEPT_BLOCKS = -3, (256 * 2**20, 32 * 2**20)
+TRIM_THRESHOLD, KEPT_AT_THE_TOP = -1, 2**30
 
 
 def set_up_cpu(threads: int | None, device: torch.device) -> None:
     """Choose the number of threads, and on a CPU keep the memory that a training step frees for the next one.
 
     A step frees and takes back hundreds of megabytes. By default the C library gives much of it to the kernel, which
-    hands it out again page by page, cleared; results/speed-cpu has the cost.
-
-    Args:
-        threads: As in `ExecutionSettings.threads`; None: OMP_NUM_THREADS, or else one for each core that a container
-            may use.
-        device: The device of the run.
+    hands it out again page by page, cleared; results/speed-cpu has the cost. Without `threads`, OMP_NUM_THREADS
+    decides, or else there is one for each core that a container may use.
     """
     count = threads or default_threads()
     if count != torch.get_num_threads():
@@ -38,9 +32,7 @@ def set_up_cpu(threads: int | None, device: torch.device) -> None:
 def default_threads() -> int:
     """Return torch's number of threads, or fewer where a container may not use so many cores."""
     chosen = torch.get_num_threads()
-    if {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
-        return chosen
-    quota = processor_quota()
+    quota = None if {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys() else processor_quota()
     return chosen if quota is None else max(1, min(chosen, math.ceil(quota)))
 
 
@@ -68,11 +60,9 @@ def _control_groups(root: Path) -> Iterator[Path]:
         return
     for entry in entries:
         _, controllers, path = entry.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        mounted = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
-        group = Path(path.lstrip("/"))
-        yield from (mounted / each for each in (group, *group.parents))
+        if not controllers or "cpu" in controllers.split(","):
+            mounted, group = root / "sys/fs/cgroup" / ("cpu" if controllers else ""), Path(path.lstrip("/"))
+            yield from (mounted / each for each in (group, *group.parents))
 
 
 @functools.cache

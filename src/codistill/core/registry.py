@@ -16,13 +16,11 @@ from codistill.core.errors import UsageError
 T = TypeVar("T")
 
 
-def near_matches(name: str, known: Iterable[str]) -> str:
-    """Return the end of an error line: the known names that come close to a wrong one, or else all of them."""
+def near_matches(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """Return the end of an error line: the known names that come close to a wrong one, or else what to do or all."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    if close:
-        return f"did you mean {' or '.join(close)}?"
-    return f"choose from {', '.join(known)}"
+    return f"did you mean {' or '.join(close)}?" if close else otherwise or f"choose from {', '.join(known)}"
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
@@ -62,12 +60,7 @@ def write_spec(name: str, options: Mapping[str, Any]) -> str:
 
 
 def checked_options(where: str, build: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Check options against the keyword parameters of a plug-in, and turn text into their types.
-
-    Args:
-        where: The plug-in, for error lines.
-        build: The plug-in; its parameters that have a default value are its options.
-        options: Values by name, as text (from a command line) or as they are.
+    """Check options against those parameters of a plug-in that have a default, and turn text into their types.
 
     Raises:
         UsageError: An option that does not exist, or text that is not a value of it.
@@ -99,14 +92,12 @@ class Registry(Mapping[str, T], Generic[T]):
 
     Args:
         kind: The kind of the entries, for error lines: `method`, `network` or `data set`.
-        package: The package whose modules are imported, once, at the first look-up.
+        package: The package whose modules are imported at the first look-up.
     """
 
     def __init__(self, kind: str, package: str) -> None:
-        self.kind = kind
-        self.package = package
-        self._entries: dict[str, T] = {}
-        self._discovered = False
+        self.kind, self.package = kind, package
+        self._registered: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
         """Enter the decorated object under a public name.
@@ -116,32 +107,29 @@ class Registry(Mapping[str, T], Generic[T]):
         """
 
         def enter(entry: T) -> T:
-            if name in self._entries:
+            if name in self._registered:
                 raise ValueError(f"two entries for the {self.kind} {name!r}")
-            self._entries[name] = entry
+            self._registered[name] = entry
             return entry
 
         return enter
 
-    def _discover(self) -> dict[str, T]:
-        if not self._discovered:
-            package = importlib.import_module(self.package)
-            for module in pkgutil.iter_modules(package.__path__):
-                importlib.import_module(f"{self.package}.{module.name}")
-            self._discovered = True
-        return self._entries
+    @functools.cached_property
+    def _entries(self) -> dict[str, T]:
+        for module in pkgutil.iter_modules(importlib.import_module(self.package).__path__):
+            importlib.import_module(f"{self.package}.{module.name}")
+        return self._registered
 
     def __getitem__(self, name: str) -> T:
-        entries = self._discover()
-        if name not in entries:
-            raise UsageError(unknown_name(self.kind, name, entries))
-        return entries[name]
+        if name not in self._entries:
+            raise UsageError(unknown_name(self.kind, name, self._entries))
+        return self._entries[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._discover()
+        return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._discover()))
+        return iter(sorted(self._entries))
 
     def __len__(self) -> int:
-        return len(self._discover())
+        return len(self._entries)

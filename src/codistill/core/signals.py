@@ -8,22 +8,16 @@ from types import FrameType
 from typing import Any
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
-
-
 SAVING = (signal.SIGUSR1, signal.SIGUSR2)
+KEPT = "what was saved before is kept: codistill resume RUN resumes it"
 
 
 class Terminated(SystemExit):
     """SIGTERM arrived; a program that does not catch it ends with status 143."""
 
-    def __init__(
-        self, line: str = "terminated; what was saved before is kept: codistill resume RUN resumes it"
-    ) -> None:
-        super().__init__(128 + signal.SIGTERM)
-        self.line = line
-
-    def __str__(self) -> str:
-        return self.line
+    def __init__(self, line: str = f"terminated; {KEPT}") -> None:
+        super().__init__(line)
+        self.code = 128 + signal.SIGTERM
 
 
 class Interrupted(KeyboardInterrupt):

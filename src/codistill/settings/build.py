@@ -11,7 +11,7 @@ from codistill.settings.config import RunConfig
 
 
 def build_method(config: RunConfig, num_classes: int, image_size: tuple[int, int]) -> Method:
-    """Build a method with fresh networks; the weights are a pure function of the seed.
+    """Build a method with new networks; the weights are a pure function of the seed.
 
     Raises:
         UsageError: Networks, method and settings do not go together.
@@ -28,11 +28,7 @@ def build_method(config: RunConfig, num_classes: int, image_size: tuple[int, int
 
 
 def load_named_data(config: RunConfig) -> Dataset:
-    """Load the data set that a run names.
-
-    Raises:
-        UsageError: It names none.
-    """
+    """Load the data set that a run names."""
     if not config.data:
         raise UsageError("no data set: name one with --data, for example --data digits")
     return dataset(config.data, config.data_dir)

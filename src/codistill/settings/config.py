@@ -13,15 +13,10 @@ from codistill.data.dataset import Dataset
 from codistill.methods import METHODS, MethodSettings
 
 Precision = Literal["float32", "bf16"]
-
-
 # For counts without a bound of their own.
 LARGEST = 2**31 - 1
-
-# Metadata of settings. A place says where a run finds things or what computes it: results do not depend on it.
-PLACE = {"place": True}
-# Runs that train side by side have the same value.
-COMMON = {"common": True}
+# Metadata of settings: results do not depend on a place, and runs that train side by side have common ones in common.
+PLACE, COMMON = {"place": True}, {"common": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +34,9 @@ class TrainSettings:
     momentum: float = 0.9
     """Momentum, from 0 to below 1."""
     nesterov: bool = True
-    """Nesterov's form of momentum."""
+    """Nesterov momentum."""
     weight_decay: float = field(default=1e-4, metadata={"alias": "--wd"})
-    """L2 factor on all parameters of the students; a method's own modules may have another."""
+    """Weight decay (L2) of all parameters of the students; a method's own modules may have another."""
     milestones: tuple[int, ...] | None = None
     """Epochs at which the learning rate is multiplied by learning_rate_decay. None: at 1/2 and 3/4 of the epochs."""
     learning_rate_decay: float = 0.1
@@ -49,15 +44,15 @@ class TrainSettings:
     padding: int = 4
     """Pixels around a training image before a random crop of its size; 0: no crop."""
     padding_mode: PaddingMode = "zeros"
-    """Content of the padding: black, or the image reflected."""
+    """Fill of the padding: black (zeros), or the mirrored image (reflect)."""
     flip: bool | None = None
     """Mirror half of the training images. None: where the data set says that a mirrored image keeps its label."""
     train_limit: int | None = field(default=None, metadata=COMMON)
-    """Train on the first N images of the seeded order only."""
+    """Train only on the first N images of the seeded order."""
     validation: int = field(default=0, metadata=COMMON)
     """Hold out N training images, the last of the seeded order, to choose the best epoch."""
     seed: int = 0
-    """Seed of initial weights, order, crops, flips and splits."""
+    """Seed of initial weights, order of images, crops, flips and splits."""
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -85,16 +80,11 @@ class TrainSettings:
     @property
     def learning_rate_steps(self) -> tuple[int, ...]:
         """Epochs at which the learning rate falls."""
-        if self.milestones is not None:
-            return self.milestones
-        return math.ceil(self.epochs / 2), math.ceil(self.epochs * 3 / 4)
+        halves = math.ceil(self.epochs / 2), math.ceil(self.epochs * 3 / 4)
+        return halves if self.milestones is None else self.milestones
 
     def augmentation(self, data: Dataset) -> Augmentation:
-        """Decide on crops and flips for a data set.
-
-        Raises:
-            UsageError: More padding than the images have pixels.
-        """
+        """Decide on crops and flips for a data set; raise UsageError if its images are smaller than the padding."""
         smallest = min(data.image_size)
         if self.padding_mode == "reflect" and self.padding >= smallest:
             raise UsageError(f"padding is {self.padding}, but reflection needs less than {smallest} pixels")
@@ -141,7 +131,7 @@ class TeacherSettings:
     teacher_network: str | None = None
     """The network whose weights a checkpoint holds: {"model": weights} as of RepDistiller or mdistiller."""
     teacher_weight: float = 1.0
-    """Factor on the teacher's terms."""
+    """Weight of the teacher's terms."""
     teacher_temperature: float = 3.0
     """T of the teacher's terms, > 0; they are multiplied by T^2."""
 
@@ -183,20 +173,18 @@ class RunConfig:
         return plain
 
 
-def _settings() -> dict[str, tuple[str, dataclasses.Field[Any]]]:
-    parts = {"": RunConfig, "train": TrainSettings, "execution": ExecutionSettings, "teaching": TeacherSettings}
-    found = {each.name: (part, each) for part, kind in parts.items() for each in dataclasses.fields(kind)}
-    return {key: place for key, place in found.items() if key not in ("method_name", "method", *parts)}
-
-
-SETTINGS = _settings()
+_PARTS = {"": RunConfig, "train": TrainSettings, "execution": ExecutionSettings, "teaching": TeacherSettings}
+SETTINGS = {
+    each.name: (part, each)
+    for part, kind in _PARTS.items()
+    for each in dataclasses.fields(kind)
+    if each.name not in ("method_name", "method", *_PARTS)
+}
 """All settings of a run but its method's, by key: the part of `RunConfig` that has the field, and the field."""
 PLACES = tuple(key for key, (_, each) in SETTINGS.items() if each.metadata.get("place"))
 """Settings that do not affect results and may change on resume."""
 SHARED = tuple(key for key, (_, each) in SETTINGS.items() if each.metadata.get("common"))
 """Settings that runs which train side by side have in common."""
-# What config.json holds beside the run itself.
-RECORDED_KEYS = ("codistill", "environment", "dataset")
 
 
 def default_config(method_name: str) -> RunConfig:

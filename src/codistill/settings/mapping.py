@@ -10,25 +10,27 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from codistill.core.errors import UsageError
 from codistill.core.registry import near_matches
 from codistill.methods import METHODS
-from codistill.settings.config import RECORDED_KEYS, SETTINGS, RunConfig, default_config
+from codistill.settings.config import SETTINGS, RunConfig, default_config
 from codistill.settings.removed import REMOVED
 
 T = TypeVar("T")
 Where = Callable[[str], str]
 """The place of a key, for error lines: `recipe FILE:3`."""
+# What config.json holds beside the run itself.
+RECORDED_KEYS = ("codistill", "environment", "dataset")
 
 
 def run_from_mapping(
     mapping: Mapping[str, Any], where: Where, method: str | None = None, base: RunConfig | None = None
 ) -> RunConfig:
-    """Make a run of a mapping as `RunConfig.as_mapping` returns it; what it leaves out has its default.
+    """Make a run of a mapping as `RunConfig.as_mapping` returns it.
 
     Args:
         mapping: Settings by key. `method` is a name or a table of a name and settings; keys that only config.json has
-            are passed over.
+            are ignored.
         where: The place of a key.
         method: The method where the mapping names none; None: mfef.
-        base: The defaults; None: those of the method.
+        base: Values of what the mapping leaves out; None: the method's defaults.
 
     Raises:
         UsageError: An unknown key or method, or a value that a setting cannot have; says where.
@@ -45,11 +47,7 @@ def run_from_mapping(
 
 
 def typed_mapping(mapping: Mapping[str, Any], where: Where, method: str | None = None) -> dict[str, Any]:
-    """Return a run's mapping with values of the settings' types, whatever else may be wrong with them.
-
-    Raises:
-        UsageError: An unknown key or method, or a value of a wrong type; says where.
-    """
+    """Return a run's mapping with values of the settings' types, whatever else may be wrong with them."""
     name, settings = split_method(mapping.get("method", {}), where)
     if settings and not (name or method):
         raise UsageError(f'{where("method")}: settings of a method need its name: name = "mfef"')
@@ -63,11 +61,7 @@ def typed_mapping(mapping: Mapping[str, Any], where: Where, method: str | None =
 
 
 def split_method(method: Any, where: Where) -> tuple[str | None, dict[str, Any]]:
-    """Split what a mapping says of the method into its name, if it is there, and its settings.
-
-    Raises:
-        UsageError: Neither a name nor a table, or an unknown method.
-    """
+    """Split what a mapping says of the method into its name, if it is there, and its settings."""
     key = "method" if isinstance(method, str) else "name"
     table = {"name": method} if isinstance(method, str) else method
     if not isinstance(table, dict) or not isinstance(table.get("name", ""), str):
@@ -102,11 +96,7 @@ def _typed(key: str, value: Any, kind: Any, where: str) -> Any:
 
 
 def convert(value: Any, kind: Any) -> Any:
-    """Return a value of a TOML or JSON file as one of a type: lists as tuples, whole numbers as floats.
-
-    Raises:
-        TypeError: The value is not of the type.
-    """
+    """Return a TOML or JSON value as one of a type (lists as tuples, whole numbers as floats) or raise TypeError."""
     origin = get_origin(kind)
     if origin in (Union, UnionType):
         for each in get_args(kind):
@@ -131,12 +121,13 @@ def convert(value: Any, kind: Any) -> Any:
 
 def describe(kind: Any) -> str:
     """Return in words which values a type has."""
-    if get_origin(kind) in (Union, UnionType):
-        return " or ".join(describe(each) for each in get_args(kind) if each is not type(None))
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(map(repr, get_args(kind)))}"
-    if get_origin(kind) is tuple:
-        return {int: "a list of whole numbers", str: "a list of names"}.get(get_args(kind)[0], "a list")
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(describe(each) for each in inner if each is not type(None))
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, inner))}"
+    if origin is tuple:
+        return {int: "a list of whole numbers", str: "a list of names"}.get(inner[0], "a list")
     return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(kind, str(kind))
 
 

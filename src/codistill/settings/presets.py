@@ -12,104 +12,78 @@ from codistill.settings.mapping import run_from_mapping
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """Settings of one paper.
-
-    Attributes:
-        method: The method that it belongs to.
-        source: The source of the settings.
-        run: Settings of the run by key.
-        settings: Settings of the method by key.
-        networks: The network that the paper's code builds under a name, where it is not the usual one.
-    """
+    """Settings of one paper: of the run and of the method, by key."""
 
     method: str
     source: str
-    run: Mapping[str, Any] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    run: Mapping[str, Any]
+    settings: Mapping[str, Any]
     networks: Mapping[str, str] = field(default_factory=dict)
+    """The network that the paper's code builds under a name, where it is not the usual one."""
 
 
-def _recipe(**changes: Any) -> dict[str, Any]:
-    recipe = {
-        "epochs": 300,
-        "batch_size": 128,
-        "learning_rate": 0.1,
-        "learning_rate_decay": 0.1,
-        "milestones": [150, 225],
-        "momentum": 0.9,
-        "nesterov": True,
-        "weight_decay": 1e-4,
-        "padding": 4,
-        "padding_mode": "zeros",
-        "drop_last": False,
-    }
-    return recipe | changes
-
-
+_RUN: dict[str, Any] = {
+    "epochs": 300,
+    "batch_size": 128,
+    "learning_rate": 0.1,
+    "learning_rate_decay": 0.1,
+    "milestones": [150, 225],
+    "momentum": 0.9,
+    "nesterov": True,
+    "weight_decay": 1e-4,
+    "padding": 4,
+    "padding_mode": "zeros",
+    "drop_last": False,
+}
+# Of MFEF; the code of FFL, ONE and OKDDip adds 1e-7 to the teaching probabilities.
+_METHOD: dict[str, Any] = {"temperature": 3.0, "ramp_up": 80 / 300, "detach_teachers": True}
+_CODE = _METHOD | {"target_epsilon": 1e-7}
 PRESETS: dict[str, Preset] = {
     "mfef": Preset(
         method="mfef",
         source="MFEF (ICANN 2022), section 4.1; where it is silent, FFL's code",
-        run=_recipe(),
-        settings={
-            "temperature": 3.0,
-            "ramp_up": 80 / 300,
-            "detach_teachers": True,
-            "detach_fusion_input": False,
-            "fusion_weight_decay": 1e-5,
-            "groups": 4,
-            "attention_reduction": 16,
-            "attention_kernel": 7,
-        },
+        run=_RUN,
+        settings=_METHOD
+        | {"detach_fusion_input": False, "fusion_weight_decay": 1e-5}
+        | {"groups": 4, "attention_reduction": 16, "attention_kernel": 7},
     ),
     "ffl": Preset(
         method="ffl",
         source="Jangho-Kim/FFL-pytorch at 546d478, train_FFL.py: 301 epochs, reflected padding, 1e-7 on soft targets",
-        run=_recipe(epochs=301, padding_mode="reflect"),
-        settings={
-            "temperature": 3.0,
-            "ramp_up": 80 / 301,
-            "detach_teachers": True,
-            "detach_fusion_input": False,
-            "target_epsilon": 1e-7,
-            "fusion_weight_decay": 1e-5,
-        },
+        run=_RUN | {"epochs": 301, "padding_mode": "reflect"},
+        settings=_CODE | {"ramp_up": 80 / 301, "detach_fusion_input": False, "fusion_weight_decay": 1e-5},
     ),
     "one": Preset(
         method="one",
         source="Lan1991Xu/ONE_NeurIPS2018, scripts: no Nesterov, milestones 151 and 225; bottlenecks from depth 44 on",
-        run=_recipe(milestones=[151, 225], nesterov=False),
-        settings={"temperature": 3.0, "ramp_up": 80 / 300, "detach_teachers": True, "target_epsilon": 1e-7},
+        run=_RUN | {"milestones": [151, 225], "nesterov": False},
+        settings=_CODE,
         networks={"resnet56": "resnet83-bottleneck", "resnet110": "resnet164-bottleneck"},
     ),
     "okddip": Preset(
         method="okddip",
         source="DefangChen/OKDDip-AAAI2020 at c6a05de, train_GL.py: weight decay 5e-4, targets not detached",
-        run=_recipe(weight_decay=5e-4),
-        settings={"temperature": 3.0, "ramp_up": 80 / 300, "detach_teachers": False, "target_epsilon": 1e-7},
+        run=_RUN | {"weight_decay": 5e-4},
+        settings=_CODE | {"detach_teachers": False},
         networks={"resnet110": "resnet110-bottleneck"},
     ),
     "dml": Preset(
         method="dml",
         source="Zhang et al., CVPR 2018 (200 epochs, lr / 10 every 60), and their code: T = 1, in turn, no 1/(n-1)",
-        run=_recipe(epochs=200, milestones=[60, 120, 180]),
+        run=_RUN | {"epochs": 200, "milestones": [60, 120, 180]},
         settings={"temperature": 1.0, "update": "alternating", "target": "pairwise", "divide_by_peers": False},
     ),
     "kdcl": Preset(
         method="kdcl",
         source="Guo et al., CVPR 2020, as two independent notes report it; no official code: KDCL-General, T = 2",
-        run=_recipe(),
+        run=_RUN,
         settings={"variant": "general", "temperature": 2.0, "views_per_student": True},
     ),
 }
 
 
 def find_preset(name: str, method: str | None) -> Preset:
-    """Look a preset up.
-
-    Raises:
-        UsageError: Unknown, or of another method than the one that was named.
-    """
+    """Look a preset up; raise UsageError if it is unknown or of another method than the one that was named."""
     if name not in PRESETS:
         raise UsageError(f"unknown preset {name!r}: {near_matches(name, PRESETS)}")
     preset = PRESETS[name]
@@ -125,9 +99,9 @@ def preset_config(preset: Preset) -> RunConfig:
 
 
 def completed(preset: Preset, config: RunConfig) -> RunConfig:
-    """Return a run with the networks that the paper's code builds under these names, and milestones where it has none.
+    """Return a run with the networks that the paper's code builds under these names.
 
-    They are the preset's, in proportion to the epochs.
+    Milestones, where it has none, are the preset's, in proportion to the epochs.
     """
     epochs, milestones = config.train.epochs, config.train.milestones
     if milestones is None:

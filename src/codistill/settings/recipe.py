@@ -1,6 +1,5 @@
 """Recipes: TOML files, or the config.json of a run, that hold a whole run."""
 
-import dataclasses
 import json
 import re
 import tomllib
@@ -14,18 +13,10 @@ from codistill.settings.mapping import split_method
 
 @dataclass(frozen=True)
 class Recipe:
-    """The contents of a recipe.
-
-    Attributes:
-        path: The file.
-        mapping: Settings by key, `method` among them.
-        method: The method's name, where the file says one.
-        text: The file as it is.
-    """
+    """The contents of a recipe: settings by key, `method` among them, and its text as it is."""
 
     path: Path
     mapping: dict[str, Any]
-    method: str | None
     text: str
 
     def where(self, key: str) -> str:
@@ -34,27 +25,19 @@ class Recipe:
         line = f":{self.text.count(chr(10), 0, found.start()) + 1}" if found else ""
         return f"recipe {self.path}{line}"
 
+    @property
+    def method(self) -> str | None:
+        """The method's name, if it has one; UsageError if that is unknown."""
+        return split_method(self.mapping.get("method", {}), self.where)[0]
+
 
 def read_recipe(path: Path) -> Recipe:
-    """Read a TOML recipe, or a run's config.json.
-
-    Raises:
-        UsageError: Unreadable, not TOML or JSON, or of a method that is unknown; names the line.
-    """
-    mapping, text = read_table(path, "recipe")
-    recipe = Recipe(path, mapping, None, text)
-    return dataclasses.replace(recipe, method=split_method(mapping.get("method", {}), recipe.where)[0])
+    """Read a TOML recipe, or a run's config.json."""
+    return Recipe(path, *read_table(path, "recipe"))
 
 
 def read_table(path: Path, kind: str) -> tuple[dict[str, Any], str]:
-    """Read a TOML or JSON file.
-
-    Args:
-        path: The file.
-        kind: What it is, for error lines.
-
-    Returns:
-        Its contents, parsed and as text.
+    """Read a TOML or JSON file of a kind, for error lines, and return its table and its text.
 
     Raises:
         UsageError: Unreadable, not TOML or JSON, or JSON of something else than a table.
