@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -79,17 +79,12 @@ def train_command(arguments: Sequence[str]) -> None:
 def train_options(
     arguments: Sequence[str], named: str | None, sources: options.SourceOptions
 ) -> tuple[options.TrainOptions, RunConfig]:
-    """Put together the run that `codistill train` is given.
-
-    Later ones win: the method's defaults, the preset, the recipe, the flags.
+    """Return the run that `codistill train` is given: later ones of defaults, preset, recipe and flags win.
 
     Args:
         arguments: The flags.
         named: The method that stands before them, if any.
         sources: The preset and the recipe, if any.
-
-    Raises:
-        UsageError: In one line.
     """
     recipe = read_recipe(sources.recipe) if sources.recipe else None
     if named and recipe and recipe.method not in (None, named):
@@ -113,18 +108,12 @@ def train_options(
     if preset:
         config = completed(preset, config)
     if "" in config.networks:
-        raise UsageError(
-            "a network without a name: only the program that built it can train it; name one with --networks"
-        )
+        raise UsageError("a network without a name, which only your program can build: name one with --networks")
     return chosen, config
 
 
 def refuse_two_sources(chosen: options.TrainOptions, command: str) -> None:
-    """Refuse `--recipes` beside another flag that says what is trained, and two recipes that share a folder.
-
-    Raises:
-        UsageError: In one line.
-    """
+    """Refuse `--recipes` beside another flag that says what is trained, and two recipes that share a folder."""
     names = [path.stem for path in chosen.recipes]
     for flag, value in (("--recipe", chosen.recipe), ("--seeds", chosen.seeds), ("--preset", chosen.preset)):
         if names and value:
@@ -135,11 +124,7 @@ def refuse_two_sources(chosen: options.TrainOptions, command: str) -> None:
 
 
 def refuse_diverged(runs: Sequence[Run]) -> None:
-    """Raise if some of several runs diverged.
-
-    Raises:
-        DivergedError: One did.
-    """
+    """Raise DivergedError if some of several runs diverged."""
     lost = [str(run.path) for run in runs if not run.finished]
     if lost:
         raise DivergedError(f"{len(lost)} of {len(runs)} runs diverged: {', '.join(lost)}; the others are finished")
@@ -150,21 +135,13 @@ def resume_command(arguments: Sequence[str]) -> None:
     chosen = parse(options.ResumeOptions, arguments, "codistill resume")
     if not chosen.runs:
         raise UsageError("codistill resume: no run: name at least one run folder")
-    runs = resume_together(chosen.runs, chosen.data_dir, override=key_values(chosen.override))
-    refuse_diverged(runs)
-
-
-def key_values(written: Sequence[str]) -> dict[str, Any]:
-    """Read `key=value` words.
-
-    Raises:
-        UsageError: One without an equals sign.
-    """
-    for each in written:
-        if "=" not in each:
+    changed: dict[str, Any] = {}
+    for each in chosen.override:
+        key, equals, value = each.partition("=")
+        if not equals:
             raise UsageError(f"codistill resume --override {each}: write it as key=value, for example device=cpu")
-    pairs = (each.split("=", 1) for each in written)
-    return {key: int(value) if key == "threads" and value.isdecimal() else value for key, value in pairs}
+        changed[key] = int(value) if key == "threads" and value.isdecimal() else value
+    refuse_diverged(resume_together(chosen.runs, chosen.data_dir, override=changed))
 
 
 def evaluate_command(arguments: Sequence[str]) -> None:
@@ -174,8 +151,7 @@ def evaluate_command(arguments: Sequence[str]) -> None:
     if chosen.json:
         print(json.dumps({name: dataclasses.asdict(each) for name, each in scores.items()}, indent=2))
         return
-    table = Table(title=f"{chosen.run}, {chosen.checkpoint} checkpoint: test set")
-    table.add_column("predictor")
+    table = Table("predictor", title=f"{chosen.run}, {chosen.checkpoint} checkpoint: test set")
     for heading in ("top-1 error %", "top-5 error %", "NLL", "ECE %"):
         table.add_column(heading, justify="right")
     for name, each in scores.items():
@@ -201,24 +177,26 @@ def predict_command(arguments: Sequence[str]) -> None:
 def export_command(arguments: Sequence[str]) -> None:
     """Run `codistill export`."""
     chosen = parse(options.ExportOptions, arguments, "codistill export")
-    done = export_predictor(
-        Run(chosen.run), chosen.predictor, chosen.out, chosen.format, chosen.checkpoint, chosen.data_dir
-    )
+    where = (chosen.out, chosen.format, chosen.checkpoint, chosen.data_dir)
+    done = export_predictor(Run(chosen.run), chosen.predictor, *where)
     print(
-        f"ok: {done.path}: {done.predictor}, {done.parameters:,} parameters; loaded again and compared on "
-        f"{done.images} test images: logits differ by at most {done.difference:.2g}, "
-        f"top-1 agrees on {100 * done.agreement:.2f} %"
+        f"ok: {done.path}: {done.predictor}, {done.parameters:,} parameters; loaded and compared on {done.images} test "
+        f"images: logits differ by at most {done.difference:.2g}, top-1 agrees on {100 * done.agreement:.2f} %"
     )
 
 
 def list_command(arguments: Sequence[str]) -> None:
     """Run `codistill list`."""
     chosen = parse(options.ListOptions, arguments, "codistill list")
+    registries: dict[str, Mapping[str, Any]] = {"methods": METHODS, "networks": NETWORKS, "data": DATASETS}
     entries: dict[str, list[dict[str, Any]]] = {
-        "methods": [{"name": name, "summary": first_line(METHODS[name]), **preset_of(name)} for name in METHODS],
-        "networks": [{"name": name, "summary": first_line(NETWORKS[name])} for name in NETWORKS],
-        "data": [{"name": name, "summary": first_line(DATASETS[name])} for name in DATASETS],
+        kind: [{"name": name, "summary": (inspect.getdoc(each) or "").partition("\n")[0]} for name, each in all.items()]
+        for kind, all in registries.items()
     }
+    for member in entries["methods"]:
+        if preset := PRESETS.get(member["name"]):
+            sets = {**preset.run, **{f"method.{key}": value for key, value in preset.settings.items()}}
+            member["preset"] = {"source": preset.source, "sets": sets, "networks": dict(preset.networks)}
     if chosen.json:
         print(json.dumps(entries, indent=2))
         return
@@ -228,39 +206,16 @@ def list_command(arguments: Sequence[str]) -> None:
             table.add_row(member["name"], escape(member["summary"]))
         Console().print(table)
     for member in entries["methods"]:
-        if "preset" in member:
-            preset = member["preset"]
-            sets = [f"{key} {value}" for key, value in preset["sets"].items()]
-            sets += [f"{name} is {network}" for name, network in preset["networks"].items()]
-            print(f"\n--preset {member['name']}: {preset['source']}\n  {', '.join(sets)}")
-
-
-def preset_of(method: str) -> dict[str, Any]:
-    """Return the settings of the paper's preset of a method, where it has one."""
-    if method not in PRESETS:
-        return {}
-    preset = PRESETS[method]
-    sets = {**preset.run, **{f"method.{key}": value for key, value in preset.settings.items()}}
-    return {"preset": {"source": preset.source, "sets": sets, "networks": dict(preset.networks)}}
-
-
-def first_line(plugin: object) -> str:
-    """Return the summary line of a plug-in's docstring."""
-    return (inspect.getdoc(plugin) or "").partition("\n")[0]
+        if shown := member.get("preset"):
+            words = [f"{key} {value}" for key, value in shown["sets"].items()]
+            words += [f"{name} is {network}" for name, network in shown["networks"].items()]
+            print(f"\n--preset {member['name']}: {shown['source']}\n  {', '.join(words)}")
 
 
 def sweep_command(arguments: Sequence[str]) -> None:
     """Run `codistill sweep`."""
     chosen = parse(options.SweepOptions, arguments, "codistill sweep")
-    program = own_program(["sweep", *arguments])
-    rows = sweep(
-        chosen.spec,
-        chosen.out,
-        executor=chosen.executor,
-        slots=chosen.slots,
-        side_by_side=chosen.side_by_side,
-        program=program,
-    )
+    rows = sweep(**vars(chosen), program=own_program(["sweep", *arguments]))
     failed = [row.name for row in rows if row.status == "FAILED"]
     if failed:
         some = ", ".join(failed[:5]) + (", .." if len(failed) > 5 else "")

@@ -15,11 +15,7 @@ PARTS = ("RunConfig", "TrainSettings", "ExecutionSettings", "TeacherSettings")
 
 
 def refuse_early(command: str, arguments: Sequence[str]) -> None:
-    """Check the names and flags of a command, unless torch is loaded: then plug-ins of a user may be, too.
-
-    Raises:
-        UsageError: A method, network, data set or flag that does not exist.
-    """
+    """Refuse methods, networks, data sets and flags that do not exist, unless torch is loaded, as plug-ins may be."""
     if "torch" in sys.modules or {"-h", "--help"} & {*arguments}:
         return
     method, shown, flags = "mfef", f"codistill {command}", option_flags(OPTIONS[command])

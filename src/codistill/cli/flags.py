@@ -3,7 +3,6 @@
 import ast
 import contextlib
 import dataclasses
-import difflib
 import functools
 import inspect
 import io
@@ -18,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from codistill.cli.options import DATA, FIRST
 from codistill.core.errors import UsageError
+from codistill.core.registry import near_matches
 from codistill.settings.removed import REMOVED
 
 T = TypeVar("T")
@@ -25,27 +25,20 @@ T = TypeVar("T")
 TITLES = {"": "run", "train": "optimisation", "execution": "execution", "teaching": "teacher"}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Flag:
-    """One flag, or one argument without a flag.
-
-    Attributes:
-        key: The name of the field.
-        kind: Its type.
-        text: Its docstring.
-        metadata: That of the field: `alias`, `metavar`, and `positional`, which is the metavar of one without a flag.
-        default: Its default; MISSING: it must be given.
-        group: The title of its group in the help; empty: the first.
-        negated: Whether a bool has a flag `--no-..`, too.
-    """
+    """One flag, or one argument without a flag, made of a field of a dataclass and its docstring."""
 
     key: str
     kind: Any
     text: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    default: Any = None
+    """`alias`, `metavar`, and `positional`: the metavar of an argument without a flag."""
+    default: Any = None  # MISSING: it must be given
     group: str = TITLES[""]
+    """The title of its group in the help; empty: the first."""
     negated: bool = True
+    """Whether a bool has a flag `--no-..`, too."""
 
     def spellings(self) -> list[str]:
         """Return the flag as it may be written."""
@@ -56,17 +49,7 @@ class Flag:
 
 
 def parse(kind: type[T], arguments: Sequence[str], command: str, strict: bool = True) -> T:
-    """Parse the options of a command.
-
-    Args:
-        kind: A dataclass of options.
-        arguments: Flags; later ones win.
-        command: For error lines: `codistill train mfef`.
-        strict: False: pass over `--help` and flags of other options.
-
-    Raises:
-        UsageError: An unknown flag or a value that it does not take, in one line.
-    """
+    """Parse the options of a command, `codistill train mfef`; unless strict, pass over `--help` and other flags."""
     rest = [each for each in arguments if strict or each not in ("-h", "--help")]
     return kind(**_parse(option_flags(kind), rest, command, inspect.getdoc(kind), strict))
 
@@ -74,19 +57,12 @@ def parse(kind: type[T], arguments: Sequence[str], command: str, strict: bool = 
 def parse_with_settings(
     kind: type[T], arguments: Sequence[str], command: str, defaults: Mapping[str, Any]
 ) -> tuple[T, dict[str, Any]]:
-    """Parse the options of a command that takes the settings of a run, too; see `parse`.
-
-    Args:
-        kind: The command's own options.
-        arguments: Flags.
-        command: For error lines.
-        defaults: All settings of a run by key.
-
-    Returns:
-        The options, and the settings: the defaults with the values of flags in their place.
-    """
-    own = option_flags(kind)
-    flags = arranged([*own, *setting_flags(defaults)], FIRST[command.split()[1]])
+    """Parse the options of a command that takes the settings of a run, too: return both, by these default settings."""
+    own, first = option_flags(kind), FIRST[command.split()[1]]
+    # In the help, flags that matter first are at the beginning, and those of the data have a group of their own.
+    groups = dict.fromkeys(DATA, "data and augmentation") | dict.fromkeys(first, "")
+    flags = [replace(each, group=groups.get(each.key, each.group)) for each in [*own, *setting_flags(defaults)]]
+    flags.sort(key=lambda each: len(first) if each.group else first.index(each.key))
     values = _parse(flags, arguments, command, inspect.getdoc(kind))
     options = kind(**{flag.key: values.pop(flag.key) for flag in own})
     return options, {**values, "method": {"name": defaults["method"]["name"], **values["method"]}}
@@ -95,14 +71,9 @@ def parse_with_settings(
 def option_flags(kind: type) -> list[Flag]:
     """Return the flags of a dataclass of options."""
     types, declared = get_type_hints(kind), declared_fields(kind.__module__, kind.__name__)
+    texts = {each.name: declared[each.name].text if each.name in declared else "" for each in dataclasses.fields(kind)}
     return [
-        replace(
-            declared.get(each.name, Flag(key=each.name, kind=None)),
-            kind=types[each.name],
-            default=each.default,
-            metadata=each.metadata,
-            negated=False,
-        )
+        Flag(each.name, types[each.name], texts[each.name], each.metadata, each.default, negated=False)
         for each in dataclasses.fields(kind)
     ]
 
@@ -117,16 +88,9 @@ def setting_flags(defaults: Mapping[str, Any]) -> list[Flag]:
         flags = option_flags(type(getattr(run, part) if part else run))
         found += [replace(flag, default=defaults[flag.key], group=title) for flag in flags if flag.key in defaults]
     method = defaults["method"]
-    for flag in option_flags(METHODS[method["name"]].Settings):
-        found.append(replace(flag, default=method[flag.key], group="method"))
+    own = option_flags(METHODS[method["name"]].Settings)
+    found += [replace(flag, default=method[flag.key], group="method") for flag in own]
     return [replace(flag, negated=True) for flag in found if (flag.key, flag.group) != ("method", "run")]
-
-
-def arranged(flags: Iterable[Flag], first: Sequence[str]) -> list[Flag]:
-    """Put the flags that matter first at the beginning, and those of the data in a group of their own."""
-    groups = dict.fromkeys(DATA, "data and augmentation") | dict.fromkeys(first, "")
-    placed = [replace(each, group=groups.get(each.key, each.group)) for each in flags]
-    return sorted(placed, key=lambda each: len(first) if each.group else first.index(each.key))
 
 
 def unknown_option(flag: str, known: Iterable[str], command: str) -> str:
@@ -134,9 +98,7 @@ def unknown_option(flag: str, known: Iterable[str], command: str) -> str:
     name = flag.partition("=")[0].replace("_", "-")
     if removed := REMOVED.get(name.lstrip("-").replace("-", "_")):
         return f"{command}: {name} was removed: {removed}"
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"{command} --help lists them"
-    return f"{command}: unknown option {flag}: {hint}"
+    return f"{command}: unknown option {flag}: {near_matches(name, known, f'{command} --help lists them')}"
 
 
 # --- what the sources say: help texts, and flags without importing torch ---
@@ -152,10 +114,9 @@ def declared_fields(module: str, name: str, group: str = TITLES[""]) -> dict[str
                     # Or else that of the base whose default it changes.
                     text = found[key].text if key in found else ""
                     text = ast.literal_eval(after.value) if isinstance(after, ast.Expr) else text
-                    alias = re.search(r"'alias': '(\S+)'", ast.unparse(statement))
+                    metadata = dict(re.findall(r"'(alias)': '(\S+)'", ast.unparse(statement)))
                     kind = bool if ast.unparse(annotation) == "bool" else annotation
-                    metadata = {"alias": alias[1]} if alias else {}
-                    found[key] = Flag(key=key, kind=kind, text=" ".join(text.split()), metadata=metadata, group=group)
+                    found[key] = Flag(key, kind, " ".join(text.split()), metadata, group=group)
     return found
 
 
@@ -227,7 +188,8 @@ def _tyro_field(flag: Flag) -> tuple[str, Any, Any]:
 
     alias, shown = flag.metadata.get("alias"), flag.metadata.get("positional") or flag.metadata.get("metavar")
     about = tyro.conf.arg(
-        help=flag.text,
+        # What None stands for is what happens without the flag.
+        help=flag.text if flag.default is not None else flag.text.replace("None: ", "Default: "),
         metavar=None if flag.kind is bool else shown or metavar(flag.kind),
         help_behavior_hint=default_text(flag),
         aliases=(alias,) if alias else None,
@@ -253,11 +215,11 @@ def metavar(kind: Any) -> str:
 
 
 def default_text(flag: Flag) -> str:
-    """Return the default of a flag for the help, numbers with three digits; empty where it says nothing."""
+    """Return the default of a flag for the help, numbers with three digits; empty where the text says it."""
     value = flag.default
     if value is MISSING:
         return "(required)"
-    if value in ((), "") or (value is False and not flag.negated) or (value is None and "None" not in flag.text):
+    if value in ((), "", None) or (value is False and not flag.negated):
         return ""
     text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
     return f"(default: {f'{value:.3g}' if isinstance(value, float) else text})"

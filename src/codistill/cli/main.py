@@ -12,7 +12,7 @@ from codistill.cli.early import refuse_early
 from codistill.cli.options import OPTIONS
 from codistill.core.errors import CodistillError, UsageError
 from codistill.core.registry import unknown_name
-from codistill.core.signals import Terminated, terminate
+from codistill.core.signals import KEPT, Terminated, terminate
 from codistill.core.torchrun import refuse_ranks, world_size
 
 USAGE = """\
@@ -31,11 +31,7 @@ codistill COMMAND --help shows a command's options. --debug before the command s
 
 
 def run_command(arguments: Sequence[str]) -> None:
-    """Run a command line.
-
-    Raises:
-        CodistillError: What was wrong with it, or with what it met.
-    """
+    """Run a command line."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
     elif arguments[0] == "--version":
@@ -88,7 +84,7 @@ def explain(error: BaseException) -> tuple[int, str]:
         case CodistillError():
             return error.exit_status, line
         case KeyboardInterrupt():
-            return 130, line or "interrupted; what was saved before is kept: codistill resume RUN resumes it"
+            return 130, line or f"interrupted; {KEPT}"
         case Terminated():
             return 143, line
         # That of torch, which need not be loaded, by its name.

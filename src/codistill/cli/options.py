@@ -23,7 +23,7 @@ class SourceOptions:
     recipes: tuple[Path, ...] = ()
     """Train one run for each of these recipes, side by side on one device, in folders of OUT named like the files."""
     preset: str | None = None
-    """Settings of a paper as a whole: mfef, ffl, one, okddip, dml or kdcl; codistill list shows them."""
+    """All settings of a paper: mfef, ffl, one, okddip, dml or kdcl; codistill list shows them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,19 +31,19 @@ class TrainOptions(SourceOptions):
     """Train students together. Defaults are the method's; a recipe changes them, flags change the recipe."""
 
     out: Path | None = None
-    """The run folder. None: a new one below runs/."""
+    """The run folder. None: a new one in runs/."""
     seeds: tuple[int, ...] = ()
     """Train one run for each of these seeds, side by side on one device, in OUT/seed0, OUT/seed1, .."""
     verify_resume: bool = False
-    """First train some steps of this very run twice, once with breaks, and compare the two bit for bit."""
+    """First train some steps of this run twice, once with interruptions, and compare the two bit for bit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResumeOptions:
-    """Resume interrupted runs from their last checkpoints; they end as they would have ended without the break."""
+    """Resume interrupted runs from their last checkpoints, with the results of uninterrupted ones."""
 
     runs: tuple[Path, ...] = field(metadata={"positional": "RUN .."})
-    """Run folders, or folders of them as --seeds makes; those that stopped at one step resume side by side."""
+    """Run folders, or folders of them as of --seeds; runs that stopped at the same step resume side by side."""
     data_dir: str | None = field(default=None, metadata={"metavar": "PATH"})
     """Where the data set is now, if it has moved."""
     override: tuple[str, ...] = field(default=(), metadata={"metavar": "KEY=VALUE .."})
@@ -75,25 +75,25 @@ class PredictOptions:
     images: tuple[Path, ...] = field(metadata={"positional": "IMAGE .."})
     """Image files."""
     predictor: str | None = None
-    """Which predictor of a run. None: the student with the lowest error."""
+    """The predictor of a run. None: the student with the lowest error."""
     top: int = 3
-    """How many classes to name for each image."""
+    """Number of classes to print for each image."""
     json: bool = False
     """Print JSON instead of text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """Write one predictor as one file, load it again and compare it with the run on test images."""
+    """Write one predictor as one file, then load it and compare it with the run on test images."""
 
     run: Path = field(metadata={"positional": "RUN"})
     """The run folder."""
     predictor: str | None = None
     """student0, student1, .., ensemble or fused. None: the student with the lowest error."""
     format: Literal["safetensors", "onnx", "torch-export"] | None = None
-    """File format. None: by the ending of --out."""
+    """File format. None: by the suffix of --out."""
     out: Path | None = None
-    """The file. None: RUN/exports/PREDICTOR with the format's ending."""
+    """The file. None: RUN/exports/PREDICTOR with the format's suffix."""
     checkpoint: Checkpoint = "last"
     """Weights of the last epoch or of the best one."""
     data_dir: str | None = field(default=None, metadata={"metavar": "PATH"})
@@ -105,15 +105,15 @@ class SweepOptions:
     """Train many runs, each in a folder of its own; the same command again resumes an interrupted sweep."""
 
     spec: Path = field(metadata={"positional": "SPEC"})
-    """A TOML file: the settings of all runs, and those that vary: [grid] of lists, [[runs]]."""
+    """A TOML file: settings of all runs, then those that vary: lists in [grid], tables in [[runs]]."""
     out: Path
-    """The folder of the sweep, in which each run gets a folder."""
+    """The folder of the sweep, with a folder for each run."""
     executor: Literal["local"] = "local"
-    """Where the processes run: local is this machine."""
+    """Where the processes run: local, on this machine."""
     slots: int | None = None
-    """How many processes at a time. None: one for each GPU, or one."""
+    """Number of processes at a time. None: one for each GPU, or one."""
     side_by_side: bool | None = None
-    """Whether runs that can train side by side share a process. None: on CUDA, where they share one graph."""
+    """Whether runs that can train side by side share a process. None: on CUDA, where one graph holds them all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,14 +121,14 @@ class BenchOptions:
     """Time training steps on random images of CIFAR-100's shape; no data set is needed."""
 
     runs: int = 1
-    """How many independent runs train side by side."""
+    """Number of independent runs that train side by side."""
     compare: bool = False
-    """Measure a plain PyTorch loop (DataLoader, eager, .item() each step) too, in turn in the same process; on CUDA
-    also the deterministic setting."""
+    """Also measure a plain PyTorch loop (DataLoader, eager, .item() each step), in turn in the same process, and on
+    CUDA --deterministic."""
     seconds: float = 15.0
     """Measurement time in seconds, set-up not included."""
     profile: Path | None = None
-    """Write the operators that take longest in one step into this text file."""
+    """Write the operators that take longest in one step to this text file."""
     json: bool = False
     """Print JSON instead of text."""
 
