@@ -1,5 +1,6 @@
 """Bars, lines and tables."""
 
+import io
 import re
 
 import pytest
@@ -9,20 +10,9 @@ from codistill.core import console
 from codistill.core.console import TrainingDisplay, duration, summary_table, term_text, track
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0:00"),
-        (59.4, "0:59"),
-        (59.6, "1:00"),
-        (61, "1:01"),
-        (3599, "59:59"),
-        (3600, "1:00:00"),
-        (90061, "25:01:01"),
-    ],
-)
-def test_durations(seconds, text):
-    assert duration(seconds) == text
+def test_durations():
+    texts = {0: "0:00", 59.4: "0:59", 59.6: "1:00", 61: "1:01", 3599: "59:59", 3600: "1:00:00", 90061: "25:01:01"}
+    assert {seconds: duration(seconds) for seconds in texts} == texts
 
 
 def test_the_terms_of_students_stand_side_by_side():
@@ -52,14 +42,9 @@ def test_plain_lines_say_epoch_step_rate_terms_and_time_left(clock, capsys):
         line = capsys.readouterr().out
         assert line == "epoch 1/4  step 5/10  100 images/s  loss 2.000  ce/student 1.000 1.000  0:35 left\n"
         clock(5)
-        row = {
-            "epoch": 0,
-            "images_per_second": 100.0,
-            "train": {"loss": 1.5},
-            "test": {"student0": {"top1_error": 12.5}},
-            "warnings": ["student0 has collapsed"],
-        }
-        display.end_epoch(row)
+        row = {"epoch": 0, "images_per_second": 100.0, "train": {"loss": 1.5}}
+        test = {"student0": {"top1_error": 12.5}}
+        display.end_epoch({**row, "test": test, "warnings": ["student0 has collapsed"]})
         line, warning = capsys.readouterr().out.splitlines()
         assert line == "epoch 1/4  100 images/s  loss 1.500  error %: student0 12.50  0:30 left"
         assert "warning" in warning and "student0 has collapsed" in warning
@@ -100,9 +85,8 @@ def test_a_quiet_display_prints_nothing(clock, capsys):
 
 
 def test_a_terminal_gets_a_bar(clock, capsys, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
+    for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm"), ("COLUMNS", "120")):
+        monkeypatch.setenv(name, value)
     with TrainingDisplay(epochs=3, steps=10, images=1000) as display:
         display.begin_epoch(1)
         assert not display.due()
@@ -115,33 +99,20 @@ def test_a_terminal_gets_a_bar(clock, capsys, monkeypatch):
     assert "epoch 2/3" in shown and "step 5/10" in shown and "100 images/s  loss 2.000" in shown
 
 
-def summary() -> tuple[dict, dict]:
-    names = ("student0", "student1", "ensemble", "fused")
-    errors = {name: 10.0 + index for index, name in enumerate(names)}
-    whole = {
-        "method": "mfef",
-        "data": "cifar100",
-        "epochs": 300,
-        "seed": 7,
-        "top1_error": errors,
-        "best_epoch": 299,
-        "best_epoch_top1_error": {name: error - 5 for name, error in errors.items()},
-        "parameters": dict.fromkeys(names, 12_345_678),
-    }
-    scores = {"top1_error": 10.0, "top5_error": 2.25, "nll": 0.4567, "ece": 3.5}
-    return whole, dict.fromkeys(names, scores)
-
-
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_table_is_whole_in_a_terminal_of_any_usual_width(width):
-    screen = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    screen.print(summary_table(*summary()))
-    screen.file.close()
+    names = ("student0", "student1", "ensemble", "fused")
+    errors = {name: 10.0 + index for index, name in enumerate(names)}
+    best = {name: error - 5 for name, error in errors.items()}
+    summary = {"method": "mfef", "data": "cifar100", "epochs": 300, "seed": 7, "best_epoch": 299, "top1_error": errors}
+    summary |= {"best_epoch_top1_error": best, "parameters": dict.fromkeys(names, 12_345_678)}
+    scores = {"top1_error": 10.0, "top5_error": 2.25, "nll": 0.4567, "ece": 3.5}
+    screen = Console(width=width, record=True, file=io.StringIO())
+    screen.print(summary_table(summary, dict.fromkeys(names, scores)))
     text = screen.export_text()
     assert "…" not in text
-    title = re.sub(r"\s+", " ", text)
-    assert "mfef on cifar100, 300 epochs, seed 7" in title
-    for index, name in enumerate(("student0", "student1", "ensemble", "fused")):
+    assert "mfef on cifar100, 300 epochs, seed 7" in re.sub(r"\s+", " ", text)
+    for index, name in enumerate(names):
         row = next(line for line in text.splitlines() if name in line)
         cells = [cell.strip() for cell in row.strip("│ ").split("│")]
         assert cells == [name, f"{10 + index}.00", f"{5 + index}.00", "2.25", "3.50", "0.4567", "12,345,678"]

@@ -30,26 +30,15 @@ def groups(root, entries: str, limits: dict[str, str]):
         ("0::/\n", {"cpu.max": "max 100000\n"}, None),
         ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "400000 100000\n"}, 4),
         ("0::/a/b\n", {"a/b/cpu.max": "200000 100000\n", "a/cpu.max": "400000 100000\n"}, 2),
-        (
-            "3:cpu,cpuacct:/x\n0::/\n",
-            {"cpu/x/cpu.cfs_quota_us": "300000\n", "cpu/x/cpu.cfs_period_us": "100000\n"},
-            3,
-        ),
-        (
-            "3:cpu:/\n0::/\n",
-            {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"},
-            None,
-        ),
+        ("3:cpu,cpuacct:/x\n0::/\n", {"cpu/x/cpu.cfs_quota_us": "300000", "cpu/x/cpu.cfs_period_us": "100000\n"}, 3),
+        ("3:cpu:/\n0::/\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
         ("2:cpuset:/\n", {"cpu.max": "100000 100000\n"}, None),
         ("0::/\n", {"cpu.max": "what\n"}, None),
+        ("", {}, None),
     ],
 )
 def test_the_quota_of_a_container_is_the_smallest_above_it(tmp_path, entries, limits, quota):
     assert host.processor_quota(groups(tmp_path, entries, limits)) == quota
-
-
-def test_without_control_groups_there_is_no_quota(tmp_path):
-    assert host.processor_quota(tmp_path) is None
 
 
 @pytest.fixture

@@ -49,14 +49,9 @@ def test_every_kind_of_look_up_discovers(plugins, look_up):
 
 
 def test_is_a_mapping(plugins):
-    assert len(plugins.COLOURS) == 3
     assert dict(plugins.COLOURS) == {"blue": "#00f", "orange": "#fa0", "red": "#f00"}
-    assert "pink" not in plugins.COLOURS
-
-
-def test_register_gives_back_the_entry(plugins):
-    assert plugins.COLOURS.register("green")("#0f0") == "#0f0"
-    assert plugins.COLOURS["green"] == "#0f0"
+    assert len(plugins.COLOURS) == 3 and "green" not in plugins.COLOURS
+    assert plugins.COLOURS.register("green")("#0f0") == plugins.COLOURS["green"] == "#0f0"
 
 
 def test_an_unknown_name_names_its_neighbours(plugins):
@@ -110,7 +105,6 @@ def test_a_spec_without_a_value_is_refused():
 def test_write_spec_is_what_parse_spec_reads():
     assert write_spec("resnet20", {}) == "resnet20"
     assert write_spec("folder", {"size": 64, "flip": True}) == "folder:flip=True,size=64"
-    assert parse_spec(write_spec("folder", {"size": 64, "flip": True})) == ("folder", {"flip": "True", "size": "64"})
 
 
 def plugin(
@@ -149,8 +143,5 @@ def test_options_take_the_types_of_the_parameters(given, typed):
 def test_wrong_options_are_refused(given, says):
     with pytest.raises(UsageError, match=says):
         checked_options("plugin", plugin, given)
-
-
-def test_a_plugin_without_options_says_so():
     with pytest.raises(UsageError, match="it has no options"):
-        checked_options("plugin", lambda num_classes: None, {"size": "3"})
+        checked_options("plugin", lambda num_classes: None, given)
