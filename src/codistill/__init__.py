@@ -33,14 +33,13 @@ if TYPE_CHECKING:
     from codistill.methods.dml import DML
     from codistill.methods.ffl import FFL
     from codistill.methods.independent import Independent
-    from codistill.methods.kd import KD
+    from codistill.methods.kd import KD, WithTeacher
     from codistill.methods.kdcl import KDCL
     from codistill.methods.mfef import MFEF
     from codistill.methods.okddip import OKDDip
     from codistill.methods.one import ONE
     from codistill.methods.pcl import PCL
     from codistill.methods.rocket import Rocket
-    from codistill.methods.teacher import WithTeacher
     from codistill.networks import NETWORKS, Network, network
     from codistill.runs.evaluate import evaluate_run as evaluate
     from codistill.settings.config import ExecutionSettings, RunConfig, TeacherSettings, TrainSettings
@@ -61,8 +60,8 @@ _HOMES = {
     "deploy.run": "Run",
     "methods": "METHODS Method MethodSettings ParameterGroup",
     "methods.cohort": "Outputs",
+    "methods.kd": "WithTeacher",
     "methods.losses": "losses",
-    "methods.teacher": "WithTeacher",
     "modules": "modules",
     "networks": "NETWORKS Network network",
     "runs.evaluate": "evaluate",

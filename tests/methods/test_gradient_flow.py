@@ -46,15 +46,14 @@ def make(name: str, seed: int, settings: MethodSettings | None = None) -> Method
 def parts(method: Method) -> dict[str, nn.Module]:
     """Name modules that together hold all parameters of a method, each once; those of its teacher too."""
     found: dict[str, nn.Module] = {}
-    inner = method.method if isinstance(method, cd.WithTeacher) else method
-    shared = inner.cohort.shared_stages
-    for number, stage in enumerate(inner.cohort[0].stages[:shared]):
+    shared = method.cohort.shared_stages
+    for number, stage in enumerate(method.cohort[0].stages[:shared]):
         found[f"trunk/stage{number}"] = stage
-    for index, student in enumerate(inner.cohort):
+    for index, student in enumerate(method.cohort):
         for number, stage in enumerate(student.stages[shared:], start=shared):
             found[f"branch{index}/stage{number}"] = stage
         found[f"head{index}"] = student.head
-    for name, module in inner.named_children():
+    for name, module in method.named_children():
         if name == "enhancements":
             found |= {f"enhancement{index}": each for index, each in enumerate(module)}
         elif name == "exits":
@@ -66,8 +65,8 @@ def parts(method: Method) -> dict[str, nn.Module]:
     held = [id(parameter) for module in found.values() for parameter in module.parameters()]
     assert len(held) == len(set(held))
     assert set(held) == {id(parameter) for parameter in method.parameters()}
-    if isinstance(method, cd.WithTeacher):
-        found["teacher"] = method._frozen[0]
+    if method.taught_by is not None:
+        found["teacher"] = method.taught_by.network
     return found
 
 

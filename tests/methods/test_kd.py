@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from codistill.methods.cohort import Outputs
-from codistill.methods.kd import KD, KDSettings
-from codistill.methods.teacher import WithTeacher
+from codistill.methods.kd import KD, KDSettings, WithTeacher
 from codistill.settings.config import TeacherSettings
 
 START = torch.tensor(0.0)
@@ -20,14 +19,14 @@ CE, OTHER_CE = 0.2413113, 1.10413061
 
 @pytest.fixture
 def make(tiny_network):
-    def build(students: int = 1, weight: float = 1.0, temperature: float = 3.0, **settings) -> WithTeacher:
+    def build(students: int = 1, weight: float = 1.0, temperature: float = 3.0, **settings) -> KD:
         method = KD([tiny_network() for _ in range(students)], 3, KDSettings(**settings), (8, 8))
         return WithTeacher(method, tiny_network(), weight, temperature)
 
     return build
 
 
-def terms_at(method: WithTeacher, *logits: list[float]) -> dict[str, float]:
+def terms_at(method: KD, *logits: list[float]) -> dict[str, float]:
     students = tuple(torch.tensor([each], dtype=torch.float64) for each in logits)
     outputs = Outputs(students, (), teacher_logits=torch.tensor([TEACHER], dtype=torch.float64))
     return {name: term.item() for name, term in method.losses(outputs, LABEL, START).items()}

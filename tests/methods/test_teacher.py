@@ -22,7 +22,7 @@ from codistill.deploy.classifier import load_classifier
 from codistill.deploy.export import export_predictor
 from codistill.methods import METHODS
 from codistill.methods.cohort import Outputs
-from codistill.methods.teacher import WithTeacher
+from codistill.methods.kd import WithTeacher
 from codistill.runs.evaluate import evaluate_run
 from codistill.settings.config import TeacherSettings
 from codistill.training.step import make_step
@@ -41,7 +41,7 @@ def teacher_of(seed: int = 7, classes: int = 3) -> cd.Network:
     return tiny.own_students(1, classes)[0]
 
 
-def taught(kind: type[cd.Method] = cd.KD, weight: float = 1.0, temperature: float = 3.0, **settings) -> WithTeacher:
+def taught(kind: type[cd.Method] = cd.KD, weight: float = 1.0, temperature: float = 3.0, **settings) -> cd.Method:
     return WithTeacher(tiny.method(kind, **settings), teacher_of(), weight, temperature)
 
 
@@ -90,7 +90,7 @@ def test_the_methods_own_terms_stay_what_they_are(batch):
     images, labels = batch
     outputs = method(images)
     terms = method.losses(outputs, labels, START)
-    own = method.method.losses(method.method(images), labels, START)
+    own = tiny.method(cd.MFEF).double().losses(tiny.method(cd.MFEF).double()(images), labels, START)
     assert list(terms) == [*own, "kl/teacher->student0", "kl/teacher->student1"]
     torch.testing.assert_close({name: terms[name] for name in own}, own)
 
@@ -107,7 +107,7 @@ def test_every_method_that_may_have_a_teacher_learns_from_it(name, batch):
     for index, logits in enumerate(outputs.logits):
         term = terms[f"kl/teacher->student{index}"]
         expected = 9 * F.kl_div(
-            (logits / 3).log_softmax(1), (method._frozen[0](images) / 3).softmax(1), reduction="sum"
+            (logits / 3).log_softmax(1), (method.taught_by.network(images) / 3).softmax(1), reduction="sum"
         )
         torch.testing.assert_close(term, expected / 6)
     sum(terms.values()).backward()
@@ -121,36 +121,12 @@ def test_each_view_has_its_own_teacher_logits():
     assert outputs.teacher_logits.shape == (2, 4, 3)
     terms = method.losses(outputs, torch.tensor([0, 1, 2, 0]), START)
     for index in range(2):
-        target = method._frozen[0](views[index])
+        target = method.taught_by.network(views[index])
         torch.testing.assert_close(outputs.teacher_logits[index], target)
         expected = 9 * F.kl_div(
             (outputs.logits[index] / 3).log_softmax(1), (target / 3).softmax(1), reduction="batchmean"
         )
         torch.testing.assert_close(terms[f"kl/teacher->student{index}"], expected)
-
-
-def test_what_is_the_methods_is_asked_of_it():
-    method = taught(cd.DML, update="alternating", shared_stages=0)
-    assert [[id(each) for each in turn] for turn in method.alternating_updates()] == [
-        [id(each) for each in turn] for turn in method.method.alternating_updates()
-    ]
-    assert len(method.alternating_updates()) == 2
-    plain = tiny.method(cd.MFEF)
-    whole = WithTeacher(plain, teacher_of())
-    for name in ("name", "capturable", "views", "parallel_branches", "num_classes", "image_size"):
-        assert getattr(whole, name) == getattr(plain, name), name
-    assert whole.settings is plain.settings and whole.cohort is plain.cohort
-    assert list(whole.predictors()) == list(plain.predictors())
-
-
-def test_the_hooks_reach_the_method(monkeypatch):
-    called = []
-    for hook in ("after_step", "after_epoch"):
-        monkeypatch.setattr(cd.MFEF, hook, lambda self, hook=hook: called.append(hook))
-    method = taught(cd.MFEF)
-    method.after_step()
-    method.after_epoch()
-    assert called == ["after_step", "after_epoch"]
 
 
 # What a teacher leaves alone, and is left alone by.
@@ -159,7 +135,7 @@ def test_the_hooks_reach_the_method(monkeypatch):
 @pytest.mark.parametrize("kind", [cd.KD, cd.MFEF, cd.KDCL], ids=lambda kind: kind.name)
 def test_training_leaves_the_teacher_alone(kind):
     method = taught(kind)
-    teacher = method._frozen[0]
+    teacher = method.taught_by.network
     before = copies(teacher)
     run = cd.train(method, tiny.data(), out="run", settings=tiny.settings(), show=False)
     assert run.summary["status"] == "finished"
@@ -182,22 +158,22 @@ def test_no_gradient_reaches_the_teacher(batch):
 
 def test_the_teacher_is_in_evaluation_mode_in_every_mode(batch):
     method = taught()
-    teacher = method._frozen[0]
+    teacher = method.taught_by.network
     teacher.train()  # whoever gave it away
-    method = WithTeacher(method.method, teacher).double()
+    method = WithTeacher(method, teacher).double()
     expected = copy.deepcopy(teacher).eval()(batch[0])
     for mode in (True, False, True):
         method.train(mode)
-        assert not teacher.training and method.method.training is mode
+        assert not teacher.training and method.training is mode
     torch.testing.assert_close(method(batch[0]).teacher_logits, expected.detach())
 
 
 def test_the_teacher_belongs_to_nothing():
     method, plain = taught(cd.MFEF), tiny.method(cd.MFEF)
-    theirs = {id(each) for each in method._frozen[0].parameters()}
+    theirs = {id(each) for each in method.taught_by.network.parameters()}
     assert theirs.isdisjoint(map(id, method.parameters()))
     assert theirs.isdisjoint(id(each) for group in method.parameter_groups() for each in group.parameters)
-    assert not any(module is method._frozen[0] for module in method.modules())
+    assert not any(module is method.taught_by.network for module in method.modules())
     assert same(copies(method), copies(plain))
     other = tiny.method(cd.MFEF, seed=1)
     other.load_state_dict(method.state_dict())
@@ -210,16 +186,18 @@ def test_the_teacher_belongs_to_nothing():
 def test_the_teacher_moves_along(move):
     method = taught()
     assert method.to(**move) is method
-    for tensor in [*method._frozen[0].parameters(), *method._frozen[0].buffers(), *method.parameters()]:
+    for tensor in [*method.taught_by.network.parameters(), *method.taught_by.network.buffers(), *method.parameters()]:
         assert tensor.device.type == move.get("device", "cpu")
         assert not tensor.is_floating_point() or tensor.dtype == move.get("dtype", torch.float32)
-    assert {each.dtype for each in method.half()._frozen[0].parameters()} == {torch.float16}
+    assert {each.dtype for each in method.half().taught_by.network.parameters()} == {torch.float16}
 
 
 def test_a_copy_has_a_teacher_of_its_own():
     method = taught()
     other = copy.deepcopy(method).to("meta")
-    assert next(other._frozen[0].parameters()).is_meta and not next(method._frozen[0].parameters()).is_meta
+    assert (
+        next(other.taught_by.network.parameters()).is_meta and not next(method.taught_by.network.parameters()).is_meta
+    )
 
 
 def test_in_evaluation_the_teacher_is_not_run(batch):
@@ -228,7 +206,7 @@ def test_in_evaluation_the_teacher_is_not_run(batch):
     def fail(*_: object) -> None:
         raise AssertionError("the teacher was run")
 
-    method._frozen[0].register_forward_pre_hook(fail)
+    method.taught_by.network.register_forward_pre_hook(fail)
     outputs = method(batch[0])
     assert outputs.teacher_logits is None
     assert list(method.predictions(outputs)) == ["student0", "student1", "ensemble"]

@@ -19,8 +19,8 @@ from codistill.core.device import set_up_gpu
 from codistill.core.errors import CheckpointError, DataError, UsageError
 from codistill.data.augment import Augmentation, BatchIndices, DeviceImages, epoch_indices
 from codistill.methods import METHODS
+from codistill.methods.kd import WithTeacher
 from codistill.methods.kdcl import KDCLSettings
-from codistill.methods.teacher import WithTeacher
 from codistill.runs.lock import lock_folder
 from codistill.settings.config import RunConfig, TeacherSettings, default_config
 from codistill.training import fleet, resume

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from codistill.core.errors import UsageError
 from codistill.methods.cohort import Outputs
 from codistill.methods.independent import IndependentSettings
-from codistill.methods.losses import at_least_float32, cross_entropy, soft_cross_entropy, squared_distance
+from codistill.methods.losses import Terms, at_least_float32, cross_entropy, soft_cross_entropy, squared_distance
 from codistill.methods.method import METHODS, Method
 from codistill.methods.terms import cross_entropy_terms
 from codistill.modules.fusion import MapShape
@@ -40,14 +40,10 @@ class BYOTSettings(IndependentSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.soft_weight <= 1:
-            raise UsageError(f"method.soft_weight is {self.soft_weight}; it must be between 0 and 1")
-        if not 0 < self.temperature < math.inf:
-            raise UsageError(f"method.temperature is {self.temperature}; it must be a number above 0")
-        if not 0 <= self.hint_weight < math.inf:
-            raise UsageError(f"method.hint_weight is {self.hint_weight}; it must be at least 0")
-        if self.adapter_width is not None and self.adapter_width < 1:
-            raise UsageError(f"method.adapter_width is {self.adapter_width}; it must be at least 1")
+        self.check("soft_weight", 0 <= self.soft_weight <= 1, "between 0 and 1")
+        self.check("temperature", 0 < self.temperature < math.inf, "a number above 0")
+        self.check("hint_weight", 0 <= self.hint_weight < math.inf, "at least 0")
+        self.check("adapter_width", self.adapter_width is None or self.adapter_width >= 1, "at least 1")
 
 
 class Exit(nn.Module):
@@ -120,7 +116,7 @@ class BYOT(Method):
 
     def _exits(self, student: Network) -> list[Exit]:
         name = student.spec or type(student).__name__
-        shapes: list[MapShape] = [(shape[0], shape[1], shape[2]) for shape in probe_shapes(student, self.image_size)]
+        shapes = probe_shapes(student, self.image_size)
         if len(shapes) < 3:
             raise UsageError(f"byot needs networks of at least 3 stages, but {name} has {len(shapes)}: choose another")
         last = shapes[-1]
@@ -156,9 +152,7 @@ class BYOT(Method):
                 extras |= {f"features/{name}": features, f"logits/{name}": exit_logits}
         return Outputs(logits, maps, extras=extras)
 
-    def losses(
-        self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
-    ) -> dict[str, Float[Tensor, ""]]:
+    def terms(self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]) -> Terms:
         """Compute `ce/student<j>`, and `ce/`, `soft/` and `hint/student<j>/exit<k>` of its exits."""
         chosen = self.settings
         terms = cross_entropy_terms(outputs.logits, labels)

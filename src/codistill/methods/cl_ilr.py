@@ -7,11 +7,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from codistill.core.errors import UsageError
 from codistill.methods.cohort import Outputs
-from codistill.methods.losses import ensemble
+from codistill.methods.losses import Terms, ensemble
 from codistill.methods.method import METHODS, Method
-from codistill.methods.terms import EnsembleSettings, cross_entropy_terms, ramped_kl
+from codistill.methods.terms import EnsembleSettings, cross_entropy_terms, kl_pairs, ramped_kl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +28,7 @@ class CLILRSettings(EnsembleSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.ce_weight <= 1:
-            raise UsageError(f"method.ce_weight is {self.ce_weight}; it must be between 0 and 1")
+        self.check("ce_weight", 0 <= self.ce_weight <= 1, "between 0 and 1")
 
 
 class _ScaledGradient(torch.autograd.Function):
@@ -78,19 +76,13 @@ class CLILR(Method):
         low = self.cohort.trunk(images)
         if self.settings.rescale_gradients and self.cohort.shared_stages:
             low = scale_gradient(low, 1 / len(self.cohort))
-        maps, logits = self.branches(low)
-        return Outputs(logits, maps)
+        return self.branches(low)
 
-    def losses(
-        self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
-    ) -> dict[str, Float[Tensor, ""]]:
-        """Compute `ce/student<j>` and `kl/peers->student<j>` of each student; see `Method.losses`."""
-        chosen, logits = self.settings, outputs.logits
-        weight = chosen.ce_weight
+    def terms(self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]) -> Terms:
+        """Compute `ce/student<j>` and `kl/peers->student<j>` of each student."""
+        chosen, logits, weight = self.settings, outputs.logits, self.settings.ce_weight
         terms = {name: weight * term for name, term in cross_entropy_terms(logits, labels).items()}
-        pairs = {}
-        for index, own in enumerate(logits):
-            others = [*logits[:index], *logits[index + 1 :]]
-            pairs[f"kl/peers->student{index}"] = (own, ensemble(others, chosen.ensemble_of, chosen.temperature))
-        divergences = ramped_kl(pairs, progress, chosen, chosen.detach_teachers)
+        others = [[*logits[:index], *logits[index + 1 :]] for index in range(len(logits))]
+        targets = [ensemble(each, chosen.ensemble_of, chosen.temperature) for each in others]
+        divergences = ramped_kl(kl_pairs("peers", logits, targets), progress, chosen, chosen.detach_teachers)
         return terms | {name: (1 - weight) * divergence for name, divergence in divergences.items()}

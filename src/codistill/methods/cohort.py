@@ -48,14 +48,6 @@ class Outputs:
         return mean_logits(self.logits)
 
 
-class MeanLogits(nn.Module):
-    """Combine the logits of several students into those of their ensemble."""
-
-    def forward(self, logits: Sequence[Float[Tensor, "batch class"]]) -> Float[Tensor, "batch class"]:
-        """Return the mean."""
-        return mean_logits(logits)
-
-
 class Cohort(nn.Module):
     """Students that may share their low stages.
 
@@ -63,8 +55,6 @@ class Cohort(nn.Module):
     a complete network that can be called, counted and exported alone.
 
     Attributes:
-        students: The networks.
-        shared_stages: How many low stages they share.
         streams: CUDA streams that the branches run on, one for each student; empty: one after the other.
 
     Args:
@@ -116,15 +106,9 @@ class Cohort(nn.Module):
         low: Float[Tensor, "*view batch channel height width"],
         finish: Callable[[int, Float[Tensor, "batch _channel _height _width"]], T],
     ) -> list[T]:
-        """Run each student's branch, then `finish` on its feature map.
+        """Run each student's branch on the output of `trunk`, then `finish` with its index and feature map.
 
-        Args:
-            low: Output of `trunk`: one map for all students, or a leading axis with one for each.
-            finish: Called with a student's index and its feature map. It belongs to the student's branch, and may run
-                at the same time as those of the others.
-
-        Returns:
-            The result of `finish` for each student.
+        `finish` belongs to the branch: it may run at the same time as those of the others.
         """
 
         def branch(index: int) -> T:
@@ -179,11 +163,13 @@ class EnsembleNetwork(nn.Module):
 
     Args:
         cohort: The students.
-        combine: Maps the list of the heads' outputs to logits.
+        combine: Maps the list of the heads' outputs to logits; None: their mean.
         heads: One for each student; None: `combine` gets the feature maps.
     """
 
-    def __init__(self, cohort: Cohort, combine: nn.Module, heads: Sequence[nn.Module] | None = None) -> None:
+    def __init__(
+        self, cohort: Cohort, combine: nn.Module | None = None, heads: Sequence[nn.Module] | None = None
+    ) -> None:
         super().__init__()
         shared = cohort.shared_stages
         self.trunk = nn.Sequential(*cohort[0].stages[:shared])
@@ -196,10 +182,11 @@ class EnsembleNetwork(nn.Module):
     def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch class"]:
         """Map normalised images to logits."""
         low = self.trunk(images)
-        logits: Tensor = self.combine([branch(low) for branch in self.branches])
+        outputs = [branch(low) for branch in self.branches]
+        logits: Tensor = mean_logits(outputs) if self.combine is None else self.combine(outputs)
         return logits
 
 
 def layout(stages: nn.ModuleList) -> tuple[str, tuple[torch.Size, ...]]:
-    """Return structure and tensor shapes of stages; equal descriptions mean interchangeable modules."""
+    """Return structure and tensor shapes of stages: equal ones are interchangeable."""
     return repr(stages), tuple(tensor.shape for tensor in stages.state_dict().values())

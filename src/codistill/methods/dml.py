@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from codistill.core.errors import UsageError
 from codistill.methods.cohort import Outputs
-from codistill.methods.losses import mean_logits
+from codistill.methods.losses import Terms, mean_logits
 from codistill.methods.method import METHODS, Method
 from codistill.methods.terms import DistillationSettings, cross_entropy_terms, ramped_kl
 
@@ -75,10 +75,8 @@ class DML(Method):
             return ()
         return [tuple(student.parameters()) for student in self.cohort]
 
-    def losses(
-        self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
-    ) -> dict[str, Float[Tensor, ""]]:
-        """Compute `ce/student<i>`, and `kl/student<j>->student<i>` or `kl/peers->student<i>`; see `Method.losses`."""
+    def terms(self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]) -> Terms:
+        """Compute `ce/student<i>`, and `kl/student<j>->student<i>` or `kl/peers->student<i>`."""
         settings, count = self.settings, len(self.cohort)
         terms = cross_entropy_terms(outputs.logits, labels)
         pairs: dict[str, tuple[Tensor, Tensor]] = {}

@@ -1,19 +1,16 @@
 """FFL: feature fusion learning."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from codistill.core.errors import UsageError
 from codistill.methods.cohort import EnsembleNetwork, Outputs
-from codistill.methods.losses import ensemble
+from codistill.methods.losses import Terms, ensemble
 from codistill.methods.method import METHODS, Method, ParameterGroup
-from codistill.methods.terms import EnsembleSettings, cross_entropy_terms, ramped_kl
+from codistill.methods.terms import EnsembleSettings, cross_entropy_terms, kl_pairs, ramped_kl
 from codistill.modules import FeatureFusion
-from codistill.modules.fusion import MapShape, Projection
-from codistill.networks import Network
+from codistill.modules.fusion import Projection
 from codistill.networks.network import probe_shapes
 
 
@@ -30,24 +27,12 @@ class FusionSettings(EnsembleSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.fusion_weight_decay < 1:
-            raise UsageError(
-                f"method.fusion_weight_decay is {self.fusion_weight_decay}; it must be at least 0 and below 1"
-            )
-
-
-def map_shapes(students: Iterable[Network], image_size: tuple[int, int]) -> list[MapShape]:
-    """Find the shape of each student's feature map for images of a size."""
-    shapes = []
-    for student in students:
-        channels, height, width = probe_shapes(student, image_size)[-1]
-        shapes.append((channels, height, width))
-    return shapes
+        self.check("fusion_weight_decay", 0 <= self.fusion_weight_decay < 1, "at least 0 and below 1")
 
 
 def fusion_terms(
     outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""], settings: FusionSettings
-) -> dict[str, Float[Tensor, ""]]:
+) -> Terms:
     """Compute the loss of FFL and MFEF.
 
     sum_j CE(z_j) + CE(z_f) + r(t) T^2 [ sum_j KL(z_f -> z_j) + KL(z_a -> z_f) ], z_a the mean of the students' logits;
@@ -58,9 +43,8 @@ def fusion_terms(
     """
     fused = outputs.fused
     terms = cross_entropy_terms(outputs.logits, labels, fused=fused)
-    pairs = {f"kl/fused->student{index}": (logits, fused) for index, logits in enumerate(outputs.logits)}
     mean = ensemble(outputs.logits, settings.ensemble_of, settings.temperature)
-    pairs["kl/ensemble->fused"] = (fused, mean)
+    pairs = {**kl_pairs("fused", outputs.logits, fused), "kl/ensemble->fused": (fused, mean)}
     return terms | ramped_kl(pairs, progress, settings, settings.detach_teachers)
 
 
@@ -83,7 +67,7 @@ class FFL(Method):
 
     def build(self) -> None:
         """Make the fusion module."""
-        shapes = map_shapes(self.cohort, self.image_size)
+        shapes = [probe_shapes(student, self.image_size)[-1] for student in self.cohort]
         self.fusion = FeatureFusion(shapes, self.num_classes, self.settings.fusion_projection)
 
     def forward(self, images: Float[Tensor, "*view batch channel height width"]) -> Outputs:
@@ -92,12 +76,10 @@ class FFL(Method):
         maps = outputs.feature_maps
         if self.settings.detach_fusion_input:
             maps = tuple(each.detach() for each in maps)
-        return Outputs(outputs.logits, outputs.feature_maps, self.fusion(maps))
+        return replace(outputs, fused_logits=self.fusion(maps))
 
-    def losses(
-        self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
-    ) -> dict[str, Float[Tensor, ""]]:
-        """Compute the terms of `fusion_terms`; see `Method.losses`."""
+    def terms(self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]) -> Terms:
+        """Compute the terms of `fusion_terms`."""
         return fusion_terms(outputs, labels, progress, self.settings)
 
     def parameter_groups(self) -> list[ParameterGroup]:

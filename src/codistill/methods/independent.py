@@ -6,6 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from codistill.methods.cohort import Outputs
+from codistill.methods.losses import Terms
 from codistill.methods.method import METHODS, Method, MethodSettings
 from codistill.methods.terms import cross_entropy_terms
 
@@ -27,8 +28,6 @@ class Independent(Method):
 
     settings: IndependentSettings
 
-    def losses(
-        self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
-    ) -> dict[str, Float[Tensor, ""]]:
-        """Compute `ce/student<j>` for each student; see `Method.losses`."""
+    def terms(self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]) -> Terms:
+        """Compute `ce/student<j>` for each student."""
         return cross_entropy_terms(outputs.logits, labels)

@@ -1,36 +1,45 @@
 """KD: knowledge distillation from a frozen teacher."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from codistill.core.errors import UsageError
 from codistill.methods.cohort import Outputs
 from codistill.methods.independent import IndependentSettings
-from codistill.methods.losses import soft_target_kl
+from codistill.methods.losses import Terms
 from codistill.methods.method import METHODS, Method
+from codistill.methods.teacher import Teacher
 from codistill.methods.terms import cross_entropy_terms
 
 
-def teacher_terms(outputs: Outputs, weight: float, temperature: float) -> dict[str, Float[Tensor, ""]]:
-    """Compute b T^2 KL(softmax(z_t / T) || softmax(z_j / T)) of each student j with the teacher t.
+def WithTeacher(method: Method, teacher: nn.Module, weight: float = 1.0, temperature: float = 3.0) -> Method:
+    """Give a method a frozen teacher, which all its students learn from too, and return it.
+
+    Adds `kl/teacher->student<j>`, b T^2 KL(softmax(z_t / T) || softmax(z_j / T)), to the terms of the method. The
+    teacher runs in training only, in evaluation mode without gradients. It follows the method to its device, and
+    belongs neither to its parameters nor to its checkpoints.
 
     Args:
-        outputs: With teacher logits z_t: one for all students, or one per student where each has a view of its own.
+        method: Changed in place.
+        teacher: Maps the students' normalised images to logits z_t of the same classes; frozen in place.
         weight: b, at least 0.
         temperature: T > 0.
 
-    Returns:
-        `kl/teacher->student<j>` for each student, in nats.
+    Raises:
+        UsageError: The teacher has another number of classes.
+
+    Source: Hinton et al., arXiv 1503.02531.
     """
-    teacher = outputs.teacher_logits
-    if teacher is None:
-        raise ValueError("the outputs have no teacher logits: they were computed in evaluation mode")
-    students = torch.stack(list(outputs.logits))
-    divergences = weight * soft_target_kl(students, teacher.expand_as(students), temperature)
-    return {f"kl/teacher->student{index}": each for index, each in enumerate(divergences.unbind())}
+    probe = copy.deepcopy(teacher).to("meta").eval()
+    classes = probe(torch.empty(1, 3, *method.image_size, device="meta")).shape[-1]
+    if classes != method.num_classes:
+        raise UsageError(f"the teacher has {classes} classes, but the students {method.num_classes}")
+    method.taught_by = Teacher(teacher.eval().requires_grad_(False), weight, temperature)
+    return method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +51,7 @@ class KDSettings(IndependentSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.ce_weight < float("inf"):
-            raise UsageError(f"method.ce_weight is {self.ce_weight}; it must be at least 0")
+        self.check("ce_weight", 0 <= self.ce_weight < float("inf"), "at least 0")
 
 
 @METHODS.register("kd")
@@ -52,7 +60,7 @@ class KD(Method):
 
         sum_j [ a CE(z_j) + b T^2 KL(softmax(z_t / T) || softmax(z_j / T)) ]
 
-    The second term is `teacher_terms`, which `WithTeacher` adds to the losses of any method that is given a teacher.
+    The second term is the one that `WithTeacher` adds to any method that is given a teacher.
 
     Source: Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv 1503.02531. Weights a = b = 1 and T = 3
         as in DefangChen/OKDDip-AAAI2020 at c6a05de, train_kd.py; MFEF (ICANN 2022) prints none.
@@ -63,9 +71,7 @@ class KD(Method):
     settings: KDSettings
     teacher = "required"
 
-    def losses(
-        self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
-    ) -> dict[str, Float[Tensor, ""]]:
-        """Compute a CE(z_j), `ce/student<j>`, of each student; see `Method.losses`."""
+    def terms(self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]) -> Terms:
+        """Compute a CE(z_j), `ce/student<j>`, of each student."""
         terms = cross_entropy_terms(outputs.logits, labels)
         return {name: self.settings.ce_weight * value for name, value in terms.items()}

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from codistill.core.errors import UsageError
 from codistill.methods.cohort import Outputs
-from codistill.methods.losses import at_least_float32, soft_target_kl
+from codistill.methods.losses import Terms, at_least_float32, mixture_logits, students_kl
 from codistill.methods.method import METHODS, Method, MethodSettings
 from codistill.methods.terms import cross_entropy_terms
 
@@ -45,10 +44,8 @@ class KDCLSettings(MethodSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.temperature < math.inf:
-            raise UsageError(f"method.temperature is {self.temperature}; it must be a number above 0")
-        if not 0 <= self.kl_weight < math.inf:
-            raise UsageError(f"method.kl_weight is {self.kl_weight}; it must be a number, at least 0")
+        self.check("temperature", 0 < self.temperature < math.inf, "a number above 0")
+        self.check("kl_weight", 0 <= self.kl_weight < math.inf, "a number, at least 0")
 
 
 def true_class_logit(
@@ -214,32 +211,24 @@ class KDCL(Method):
         """Compute logits whose softmax at the temperature is the target; each student may have its own view."""
         stacked = torch.stack([at_least_float32(each) for each in logits])
         if self.ensemble is not None:
-            log_members = F.log_softmax(stacked / self.settings.temperature, dim=2)
-            log_weights = self.ensemble.weights.to(stacked.dtype).log()
-            return self.settings.temperature * (log_members + log_weights[:, None, None]).logsumexp(dim=0)
-        if self.settings.variant == "naive":
-            return naive_target(stacked, labels)
-        return (linear_target if self.settings.variant == "linear" else minlogit_target)(stacked, labels)
+            log_weights = self.ensemble.weights.to(stacked.dtype).log().expand(len(labels), -1)
+            return mixture_logits(list(stacked), self.settings.temperature, log_weights)
+        targets = {"naive": naive_target, "linear": linear_target, "minlogit": minlogit_target}
+        return targets[self.settings.variant](stacked, labels)
 
-    def losses(
-        self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
-    ) -> dict[str, Float[Tensor, ""]]:
-        """Compute `ce/student<i>` and `kl/target->student<i>`; see `Method.losses`.
+    def terms(self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]) -> Terms:
+        """Compute `ce/student<i>` and `kl/target->student<i>`.
 
         In training, variant general also gathers the errors that its next weights are computed from.
         """
-        terms = cross_entropy_terms(outputs.logits, labels)
-        target = self.target_logits(outputs.logits, labels)
-        learning = torch.stack(list(outputs.logits))
-        divergences = self.settings.kl_weight * soft_target_kl(
-            learning, target.expand_as(learning), self.settings.temperature
-        )
-        terms |= {f"kl/target->student{index}": divergence for index, divergence in enumerate(divergences.unbind())}
+        logits, temperature = outputs.logits, self.settings.temperature
+        target = self.target_logits(logits, labels)
+        distillation = students_kl("target", logits, target, temperature, self.settings.kl_weight)
         if self.ensemble is not None and self.training:
             with torch.no_grad():
-                softened = at_least_float32(learning) / self.settings.temperature
+                softened = at_least_float32(torch.stack(list(logits))) / temperature
                 self.ensemble.gather(softened.softmax(dim=2), labels)
-        return terms
+        return cross_entropy_terms(logits, labels) | distillation
 
     def after_epoch(self) -> None:
         """Renew the weights of variant general; see `Method.after_epoch`."""

@@ -14,6 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 EnsembleOf = Literal["logits", "probabilities"]
+Terms = dict[str, Float[Tensor, ""]]
+"""Scalars by name, such as `ce/student0` and `kl/fused->student0`."""
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
@@ -92,6 +94,19 @@ def soft_target_kl(
     return temperature**2 * divergence
 
 
+def students_kl(
+    source: str,
+    logits: Sequence[Float[Tensor, "batch class"]],
+    target_logits: Float[Tensor, "*student batch class"],
+    temperature: float,
+    weight: float,
+) -> Terms:
+    """Compute `kl/<source>->student<j>`, the weighted `soft_target_kl`, of each student; one target or one for each."""
+    students = torch.stack(list(logits))
+    divergences = weight * soft_target_kl(students, target_logits.expand_as(students), temperature)
+    return {f"kl/{source}->student{index}": each for index, each in enumerate(divergences.unbind())}
+
+
 def soft_cross_entropy(
     logits: Float[Tensor, "batch class"], target_logits: Float[Tensor, "batch class"], temperature: float
 ) -> Float[Tensor, ""]:
@@ -143,10 +158,16 @@ def mean_logits(logits: Sequence[Float[Tensor, "batch class"]]) -> Float[Tensor,
     return at_least_float32(torch.stack(list(logits))).mean(dim=0)
 
 
-def mixture_logits(logits: Sequence[Float[Tensor, "batch class"]], temperature: float) -> Float[Tensor, "batch class"]:
-    """Compute logits whose softmax at the temperature is the mean of the students' softened probabilities."""
-    log_members = F.log_softmax(at_least_float32(torch.stack(list(logits))) / temperature, dim=-1)
-    return temperature * (torch.logsumexp(log_members, dim=0) - math.log(len(logits)))
+def mixture_logits(
+    logits: Sequence[Float[Tensor, "batch class"]],
+    temperature: float,
+    log_weights: Float[Tensor, "batch member"] | None = None,
+) -> Float[Tensor, "batch class"]:
+    """Compute logits whose softmax at T is the mean, weighted or not, of the students' softened probabilities."""
+    log_members = F.log_softmax(at_least_float32(torch.stack(list(logits), dim=1)) / temperature, dim=-1)
+    if log_weights is None:
+        return temperature * (torch.logsumexp(log_members, dim=1) - math.log(len(logits)))
+    return temperature * torch.logsumexp(at_least_float32(log_weights).unsqueeze(2) + log_members, dim=1)
 
 
 def weighted_logits(
@@ -158,20 +179,6 @@ def weighted_logits(
     """
     members = at_least_float32(torch.stack(list(logits), dim=1))
     return (at_least_float32(weights).unsqueeze(2) * members).sum(dim=1)
-
-
-def weighted_mixture_logits(
-    logits: Sequence[Float[Tensor, "batch class"]], log_weights: Float[Tensor, "batch member"], temperature: float
-) -> Float[Tensor, "batch class"]:
-    """Compute logits whose softmax at the temperature is the weighted mean of softened probabilities.
-
-    Args:
-        logits: Logits of the students.
-        log_weights: Logarithms of weights that add up to 1 for each image.
-        temperature: T > 0.
-    """
-    log_members = F.log_softmax(at_least_float32(torch.stack(list(logits), dim=1)) / temperature, dim=-1)
-    return temperature * torch.logsumexp(at_least_float32(log_weights).unsqueeze(2) + log_members, dim=1)
 
 
 def ensemble(
@@ -188,8 +195,6 @@ def ensemble(
         temperature: T > 0.
         log_weights: Logarithms of weights that add up to 1 for each image; None: equal weights.
     """
-    if log_weights is None:
-        return mean_logits(logits) if of == "logits" else mixture_logits(logits, temperature)
-    if of == "logits":
-        return weighted_logits(logits, log_weights.exp())
-    return weighted_mixture_logits(logits, log_weights, temperature)
+    if of == "probabilities":
+        return mixture_logits(logits, temperature, log_weights)
+    return mean_logits(logits) if log_weights is None else weighted_logits(logits, log_weights.exp())

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from jaxtyping import Float, Int
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from codistill.core.errors import UsageError
 from codistill.core.registry import Registry, near_matches
-from codistill.methods.cohort import Cohort, EnsembleNetwork, MeanLogits, Outputs
+from codistill.methods.cohort import Cohort, EnsembleNetwork, Outputs
+from codistill.methods.losses import Terms
+from codistill.methods.teacher import Teacher
 from codistill.networks import Network
 
 TeacherRule = Literal["required", "allowed", "refused"]
@@ -50,13 +52,17 @@ class MethodSettings:
         return ""
 
     def __post_init__(self) -> None:
-        if self.shared_stages is not None and self.shared_stages < 0:
-            raise UsageError(f"method.shared_stages is {self.shared_stages}; it must be at least 0")
+        self.check("shared_stages", self.shared_stages is None or self.shared_stages >= 0, "at least 0")
         # Without this a misspelt choice would quietly be another experiment.
         for each in fields(self):
             value = getattr(self, each.name)
             if get_origin(each.type) is Literal and value not in get_args(each.type):
                 raise UsageError(f"method.{each.name} is {value!r}: {near_matches(str(value), get_args(each.type))}")
+
+    def check(self, name: str, valid: bool, bounds: str) -> None:
+        """Raise a UsageError if a setting's value is not valid; `bounds` tells which ones are."""
+        if not valid:
+            raise UsageError(f"method.{name} is {getattr(self, name)}; it must be {bounds}")
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class Method(nn.Module):
     In any loop: `terms = method.losses(method(images), labels, progress)`, then `sum(terms.values()).backward()`.
 
     A new method is a subclass with the decorator `@METHODS.register("my-method")`, an annotation
-    `settings: MySettings`, `losses`, and `build` where it has modules of its own. Everything else has a default.
+    `settings: MySettings`, `terms`, and `build` where it has modules of its own. Everything else has a default.
 
     Args:
         students: Networks with equal numbers of classes.
@@ -85,6 +91,7 @@ class Method(nn.Module):
     Attributes:
         cohort: The students, with the stages that they share.
         settings: As above; `Settings` is the class that the annotation names.
+        taught_by: A frozen teacher, set by `WithTeacher`, whose terms are added to the method's own.
 
     Raises:
         UsageError: Too few or too many students, or settings that cannot work with them.
@@ -113,6 +120,7 @@ class Method(nn.Module):
         image_size: tuple[int, int] = (32, 32),
     ) -> None:
         super().__init__()
+        self.taught_by: Teacher | None = None
         self.settings = self.Settings() if settings is None else settings
         if not isinstance(self.settings, self.Settings):
             raise UsageError(f"{self.name} takes {self.Settings.__name__}, not {type(self.settings).__name__}")
@@ -127,26 +135,38 @@ class Method(nn.Module):
         self.build()
 
     def require_students(self, count: int, minimum: int, fix: str = "name more --networks") -> None:
-        """Check the size of a cohort.
-
-        Raises:
-            UsageError: Fewer than `minimum` students.
-        """
+        """Raise a UsageError if there are fewer than `minimum` students."""
         if count < minimum:
             raise UsageError(f"{self.name} needs at least {minimum} students, got {count}: {fix}")
 
-    # Every method defines losses, and build if it has modules of its own.
+    def __call__(self, images: Float[Tensor, "*view batch channel height width"]) -> Outputs:
+        """Run `forward` and, in training, the frozen teacher."""
+        outputs: Outputs = super().__call__(images)
+        if self.taught_by is None or not self.training:
+            return outputs
+        return replace(outputs, teacher_logits=self.taught_by.logits(images))
+
+    def losses(self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]) -> Terms:
+        """Compute the method's `terms` and those of a frozen teacher, if it has one; their sum is minimised."""
+        terms = self.terms(outputs, labels, progress)
+        return terms if self.taught_by is None else terms | self.taught_by.terms(outputs)
+
+    def _apply(self, *arguments: Any, **options: Any) -> "Method":
+        if self.taught_by is not None:
+            self.taught_by.network._apply(*arguments, **options)  # type: ignore[no-untyped-call]
+        super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
+        return self
+
+    # Every method defines terms, and build if it has modules of its own.
 
     def build(self) -> None:
         """Make the method's own modules, as attributes; `cohort`, `settings` and the sizes are there already."""
 
-    def losses(
-        self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
-    ) -> dict[str, Float[Tensor, ""]]:
-        """Compute the named terms of the loss, weights applied; their sum is minimised.
+    def terms(self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]) -> Terms:
+        """Compute the named terms of the method's loss, weights applied.
 
         Args:
-            outputs: Returned by `forward`.
+            outputs: Those of a forward pass.
             labels: Class indices.
             progress: Share of the epochs that are done, epoch / epochs, constant within an epoch.
 
@@ -163,26 +183,16 @@ class Method(nn.Module):
         Args:
             images: One batch for all, or, with a leading axis, one view of it for each student.
         """
-        maps, logits = self.branches(self.cohort.trunk(images))
-        return Outputs(logits, maps)
+        return self.branches(self.cohort.trunk(images))
 
-    def branches(
-        self, low: Float[Tensor, "*view batch channel height width"]
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Run each student from the shared trunk on.
-
-        Args:
-            low: Output of `Cohort.trunk`.
-
-        Returns:
-            One feature map per student, and one [batch, classes] of logits per student.
-        """
+    def branches(self, low: Float[Tensor, "*view batch channel height width"]) -> Outputs:
+        """Run each student from the output of `Cohort.trunk` on."""
 
         def finish(index: int, feature_map: Tensor) -> tuple[Tensor, Tensor]:
             return feature_map, self.cohort[index].head(feature_map)
 
         maps, logits = zip(*self.cohort.each_branch(low, finish), strict=True)
-        return maps, logits
+        return Outputs(logits, maps)
 
     @property
     def parallel_branches(self) -> bool:
@@ -191,10 +201,7 @@ class Method(nn.Module):
 
     @property
     def views(self) -> int:
-        """Augmented views of an image in a training step: one per student if `views_per_student`, else 1.
-
-        Always 1 in evaluation mode.
-        """
+        """Views of an image in a pass: in training one per student if `views_per_student`, else 1."""
         return len(self.cohort) if self.training and self.settings.views_per_student else 1
 
     def parameter_groups(self) -> list[ParameterGroup]:
@@ -228,7 +235,7 @@ class Method(nn.Module):
         students = [self.deployed_student(index) for index in range(len(self.cohort))]
         named: dict[str, nn.Module] = {f"student{index}": student for index, student in enumerate(students)}
         if len(students) > 1:
-            named["ensemble"] = EnsembleNetwork(self.cohort, MeanLogits(), [student.head for student in students])
+            named["ensemble"] = EnsembleNetwork(self.cohort, heads=[student.head for student in students])
         return named
 
     def deployed_student(self, index: int) -> Network:

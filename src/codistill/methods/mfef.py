@@ -8,13 +8,14 @@ from torch import Tensor, nn
 
 from codistill.core.errors import UsageError
 from codistill.methods.cohort import EnsembleNetwork, Outputs
-from codistill.methods.ffl import FusionSettings, fusion_terms, map_shapes
-from codistill.methods.losses import ensemble
+from codistill.methods.ffl import FusionSettings, fusion_terms
+from codistill.methods.losses import Terms, ensemble
 from codistill.methods.method import METHODS, Method, ParameterGroup
-from codistill.methods.terms import cross_entropy_terms, ramped_kl
+from codistill.methods.terms import cross_entropy_terms, kl_pairs, ramped_kl
 from codistill.modules import DualAttention, FeatureFusion, MultiScaleExtraction
 from codistill.modules.multiscale import Half
 from codistill.networks import Network
+from codistill.networks.network import probe_shapes
 
 FeaturePoint = Literal["raw", "msfe", "msfe_da"]
 POINTS: tuple[FeaturePoint, ...] = ("raw", "msfe", "msfe_da")
@@ -68,17 +69,11 @@ class Enhancement(nn.Module):
         super().__init__()
         steps: list[nn.Module] = [nn.Identity(), nn.Identity()]
         if settings.multiscale and length >= 1:
-            steps[0] = MultiScaleExtraction(
-                channels, settings.groups, settings.exported_half, depthwise=settings.depthwise
-            )
+            half, depthwise = settings.exported_half, settings.depthwise
+            steps[0] = MultiScaleExtraction(channels, settings.groups, half, depthwise=depthwise)
         if settings.attention and length >= 2:
-            steps[1] = DualAttention(
-                channels,
-                settings.attention_reduction,
-                settings.attention_kernel,
-                settings.attention_bias,
-                settings.attention_norm,
-            )
+            reduction, kernel = settings.attention_reduction, settings.attention_kernel
+            steps[1] = DualAttention(channels, reduction, kernel, settings.attention_bias, settings.attention_norm)
         self.steps = nn.ModuleList(steps)
 
     def forward(
@@ -117,9 +112,8 @@ class MFEF(Method):
         chosen = self.settings
         fused = chosen.distillation == "fusion"
         if chosen.distillation != "none":
-            self.require_students(
-                len(self.cohort), 2, "with one student use --method.distillation none (MSFE and DA alone)"
-            )
+            fix = "with one student use --method.distillation none (MSFE and DA alone)"
+            self.require_students(len(self.cohort), 2, fix)
         self.head_point = POINTS.index(chosen.head_input)
         self.fusion_point = POINTS.index(chosen.fusion_input) if fused else 0
         late = self.fusion_point > self.head_point and (chosen.multiscale or chosen.attention)
@@ -128,7 +122,7 @@ class MFEF(Method):
                 "mfef: detach_fusion_input would leave the components that only the fusion sees without a gradient: "
                 "set fusion_input to head_input, or detach_fusion_input to false"
             )
-        shapes = map_shapes(self.cohort, self.image_size)
+        shapes = [probe_shapes(student, self.image_size)[-1] for student in self.cohort]
         self.enhancements = nn.ModuleList(self._enhancements([shape[0] for shape in shapes]))
         self.fusion = FeatureFusion(shapes, self.num_classes, chosen.fusion_projection) if fused else None
 
@@ -161,16 +155,14 @@ class MFEF(Method):
             inputs = [each.detach() for each in inputs]
         return Outputs(logits, maps, self.fusion(inputs))
 
-    def losses(
-        self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
-    ) -> dict[str, Float[Tensor, ""]]:
-        """Compute the terms of `fusion_terms`, or fewer without a fused classifier; see `Method.losses`."""
+    def terms(self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]) -> Terms:
+        """Compute the terms of `fusion_terms`, or fewer without a fused classifier."""
         if self.fusion is not None:
             return fusion_terms(outputs, labels, progress, self.settings)
         terms = cross_entropy_terms(outputs.logits, labels)
         if self.settings.distillation == "ensemble":
             mean = ensemble(outputs.logits, self.settings.ensemble_of, self.settings.temperature)
-            pairs = {f"kl/ensemble->student{index}": (logits, mean) for index, logits in enumerate(outputs.logits)}
+            pairs = kl_pairs("ensemble", outputs.logits, mean)
             terms |= ramped_kl(pairs, progress, self.settings, self.settings.detach_teachers)
         return terms
 

@@ -1,18 +1,17 @@
 """OKDDip: peers with attention for each other, and a leader that learns from all of them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from codistill.core.errors import UsageError
 from codistill.methods.cohort import Outputs
-from codistill.methods.losses import at_least_float32, ensemble
+from codistill.methods.losses import Terms, at_least_float32, ensemble
 from codistill.methods.method import METHODS, Method
-from codistill.methods.terms import EnsembleSettings, cross_entropy_terms, ramped_kl
+from codistill.methods.terms import EnsembleSettings, cross_entropy_terms, kl_pairs, ramped_kl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +25,7 @@ class OKDDipSettings(EnsembleSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.attention_reduction < 1:
-            raise UsageError(f"method.attention_reduction is {self.attention_reduction}; it must be at least 1")
+        self.check("attention_reduction", self.attention_reduction >= 1, "at least 1")
 
 
 class PeerAttention(nn.Module):
@@ -94,20 +92,17 @@ class OKDDip(Method):
         """Run all students and the peers' attention on normalised images."""
         outputs = super().forward(images)
         features = [self._held(feature_map.mean(dim=(2, 3))) for feature_map in outputs.feature_maps[:-1]]
-        return Outputs(outputs.logits, outputs.feature_maps, extras={"log_attention": self.attention(features)})
+        return replace(outputs, extras={"log_attention": self.attention(features)})
 
-    def losses(
-        self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
-    ) -> dict[str, Float[Tensor, ""]]:
-        """Compute `ce/student<j>` and `kl/peers->student<j>` of each student; see `Method.losses`."""
+    def terms(self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]) -> Terms:
+        """Compute `ce/student<j>` and `kl/peers->student<j>` of each student."""
         terms = cross_entropy_terms(outputs.logits, labels)
-        learning = enumerate(zip(outputs.logits, self.targets(outputs), strict=True))
-        pairs = {f"kl/peers->student{index}": pair for index, pair in learning}
+        pairs = kl_pairs("peers", outputs.logits, self.targets(outputs))
         # `targets` has detached the peers where asked for; the attention must learn through the targets.
         return terms | ramped_kl(pairs, progress, self.settings, detach=False)
 
     def targets(self, outputs: Outputs) -> list[Float[Tensor, "batch class"]]:
-        """Compute the teacher logits of each student: a weighted mean for each peer, and the mean for the leader."""
+        """Compute each student's teacher logits: a weighted mean for each peer, the mean for the leader."""
         peers = [self._held(logits) for logits in outputs.logits[:-1]]
         rows = outputs.extras["log_attention"].unbind(dim=1)
         of, temperature = self.settings.ensemble_of, self.settings.temperature

@@ -1,7 +1,7 @@
 """ONE: on-the-fly native ensemble."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from codistill.core.errors import UsageError
 from codistill.methods.cohort import EnsembleNetwork, Outputs
-from codistill.methods.losses import weighted_logits
+from codistill.methods.losses import Terms, weighted_logits
 from codistill.methods.method import METHODS, Method
-from codistill.methods.terms import DistillationSettings, cross_entropy_terms, ramped_kl
+from codistill.methods.terms import DistillationSettings, cross_entropy_terms, kl_pairs, ramped_kl
 from codistill.networks import Network
 
 
@@ -43,10 +43,9 @@ class Gate(nn.Module):
 
 
 class GatedPredictor(EnsembleNetwork):
-    """The gated ensemble alone; `combine` is the gate, whose input is the one that it has in training.
+    """The gated ensemble alone; `combine` is the gate, which sees the trunk's map or, without one, those of all."""
 
-    Without a trunk that is the members' feature maps.
-    """
+    combine: Gate
 
     def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch class"]:
         """Map normalised images to logits."""
@@ -95,17 +94,14 @@ class ONE(Method):
     def forward(self, images: Float[Tensor, "*view batch channel height width"]) -> Outputs:
         """Run all students, the gate and the gated ensemble on normalised images."""
         low = self.cohort.trunk(images)
-        maps, logits = self.branches(low)
-        weights = self.gate([low] if self.cohort.shared_stages else maps)
-        return Outputs(logits, maps, weighted_logits(logits, weights), extras={"gate": weights})
+        outputs = self.branches(low)
+        weights = self.gate([low] if self.cohort.shared_stages else outputs.feature_maps)
+        return replace(outputs, fused_logits=weighted_logits(outputs.logits, weights), extras={"gate": weights})
 
-    def losses(
-        self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
-    ) -> dict[str, Float[Tensor, ""]]:
-        """Compute `ce/student<j>` and `kl/fused->student<j>` of each student, and `ce/fused`; see `Method.losses`."""
-        fused = outputs.fused
-        terms = cross_entropy_terms(outputs.logits, labels, fused=fused)
-        pairs = {f"kl/fused->student{index}": (logits, fused) for index, logits in enumerate(outputs.logits)}
+    def terms(self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]) -> Terms:
+        """Compute `ce/student<j>` and `kl/fused->student<j>` of each student, and `ce/fused`."""
+        terms = cross_entropy_terms(outputs.logits, labels, fused=outputs.fused)
+        pairs = kl_pairs("fused", outputs.logits, outputs.fused)
         return terms | ramped_kl(pairs, progress, self.settings, self.settings.detach_teachers)
 
     def predictors(self) -> dict[str, nn.Module]:

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from codistill.core.errors import UsageError
 from codistill.methods.cohort import EnsembleNetwork, Outputs
+from codistill.methods.losses import Terms
 from codistill.methods.method import METHODS, Method, ParameterGroup
 from codistill.methods.terms import DistillationSettings, cross_entropy_terms, ramped_kl
 
@@ -25,8 +25,7 @@ class PCLSettings(DistillationSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.mean_decay < 1:
-            raise UsageError(f"method.mean_decay is {self.mean_decay}; it must be at least 0 and below 1")
+        self.check("mean_decay", 0 <= self.mean_decay < 1, "at least 0 and below 1")
 
 
 class ConcatenatedClassifier(nn.Module):
@@ -105,10 +104,8 @@ class PCL(Method):
         extras = {f"mean{index}": each for index, each in enumerate(means)}
         return Outputs(logits, maps, self.fusion(maps), extras=extras)
 
-    def losses(
-        self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
-    ) -> dict[str, Float[Tensor, ""]]:
-        """Compute `ce/` of each student and of `fused`, and `kl/fused->` and `kl/mean<l>->` it; see `Method.losses`."""
+    def terms(self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]) -> Terms:
+        """Compute `ce/` of each student and of `fused`, and `kl/fused->` and `kl/mean<l>->` it."""
         fused, chosen, count = outputs.fused, self.settings, len(self.cohort)
         terms = cross_entropy_terms(outputs.logits, labels, fused=fused)
         pairs: dict[str, tuple[Tensor, Tensor]] = {}

@@ -7,9 +7,8 @@ from typing import Literal
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from codistill.core.errors import UsageError
 from codistill.methods.cohort import Outputs
-from codistill.methods.losses import at_least_float32, squared_distance
+from codistill.methods.losses import Terms, at_least_float32, squared_distance
 from codistill.methods.method import METHODS, Method, MethodSettings
 from codistill.methods.terms import cross_entropy_terms
 
@@ -27,8 +26,7 @@ class RocketSettings(MethodSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.hint_weight < math.inf:
-            raise UsageError(f"method.hint_weight is {self.hint_weight}; it must be at least 0")
+        self.check("hint_weight", 0 <= self.hint_weight < math.inf, "at least 0")
 
 
 @METHODS.register("rocket")
@@ -54,10 +52,8 @@ class Rocket(Method):
     min_students = 2
     max_students = 2
 
-    def losses(
-        self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]
-    ) -> dict[str, Float[Tensor, ""]]:
-        """Compute `ce/student0`, `ce/student1` and `hint/student1->student0`; see `Method.losses`."""
+    def terms(self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]) -> Terms:
+        """Compute `ce/student0`, `ce/student1` and `hint/student1->student0`."""
         terms = cross_entropy_terms(outputs.logits, labels)
         light, booster = (at_least_float32(logits) for logits in outputs.logits)
         if self.settings.hint == "softmax":

@@ -8,9 +8,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from codistill.core.errors import UsageError
-from codistill.methods.losses import EnsembleOf, cross_entropy, ramp_up, soft_target_kl
+from codistill.methods.losses import EnsembleOf, Terms, cross_entropy, ramp_up, soft_target_kl
 from codistill.methods.method import MethodSettings
+
+Logits = Float[Tensor, "batch class"]
+Pairs = Mapping[str, tuple[Logits, Logits]]
+"""Student logits and teacher logits by the name of a distillation term."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +31,9 @@ class DistillationSettings(MethodSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.temperature < math.inf:
-            raise UsageError(f"method.temperature is {self.temperature}; it must be a number above 0")
-        if not 0 <= self.ramp_up <= 1:
-            raise UsageError(f"method.ramp_up is {self.ramp_up}; it must be between 0 and 1, a share of the training")
-        if not 0 <= self.target_epsilon < 1:
-            raise UsageError(f"method.target_epsilon is {self.target_epsilon}; it must be at least 0 and below 1")
+        self.check("temperature", 0 < self.temperature < math.inf, "a number above 0")
+        self.check("ramp_up", 0 <= self.ramp_up <= 1, "between 0 and 1, a share of the training")
+        self.check("target_epsilon", 0 <= self.target_epsilon < 1, "at least 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,16 +44,21 @@ class EnsembleSettings(DistillationSettings):
     """Whether a teaching ensemble averages the students' logits or their softened probabilities."""
 
 
-def ramped_kl(
-    pairs: Mapping[str, tuple[Float[Tensor, "batch class"], Float[Tensor, "batch class"]]],
-    progress: Float[Tensor, ""],
-    settings: DistillationSettings,
-    detach: bool,
-) -> dict[str, Float[Tensor, ""]]:
+def kl_pairs(
+    source: str,
+    logits: Sequence[Float[Tensor, "batch class"]],
+    targets: Sequence[Float[Tensor, "batch class"]] | Tensor,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the pair `kl/<source>->student<j>` of each student with its target, or with the one of all."""
+    each = [targets] * len(logits) if isinstance(targets, Tensor) else targets
+    return {f"kl/{source}->student{index}": pair for index, pair in enumerate(zip(logits, each, strict=True))}
+
+
+def ramped_kl(pairs: Pairs, progress: Float[Tensor, ""], settings: DistillationSettings, detach: bool) -> Terms:
     """Compute r(t) T^2 KL(softmax(target / T) || softmax(logits / T)) of each pair, all at once.
 
     Args:
-        pairs: By the name of the term, student logits and teacher logits.
+        pairs: As from `kl_pairs`.
         progress: Share of the epochs that are done.
         settings: Temperature, ramp-up and epsilon.
         detach: Whether the teacher logits get no gradient.
@@ -67,11 +72,7 @@ def ramped_kl(
     return dict(zip(pairs, ramped.unbind(), strict=True))
 
 
-def cross_entropy_terms(
-    logits: Sequence[Float[Tensor, "batch class"]],
-    labels: Int[Tensor, " batch"],
-    **others: Float[Tensor, "batch class"],
-) -> dict[str, Float[Tensor, ""]]:
+def cross_entropy_terms(logits: Sequence[Logits], labels: Int[Tensor, " batch"], **others: Logits) -> Terms:
     """Compute the term `ce/student<j>` of each student and `ce/<name>` of each other head, all at once."""
     names = [*(f"student{index}" for index in range(len(logits))), *others]
     losses = cross_entropy(torch.stack([*logits, *others.values()]), labels)

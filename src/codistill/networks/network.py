@@ -81,7 +81,7 @@ def parameter_count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def probe_shapes(built: Network, image_size: tuple[int, int]) -> list[tuple[int, ...]]:
+def probe_shapes(built: Network, image_size: tuple[int, int]) -> list[tuple[int, int, int]]:
     """Find the shape [channels, height, width] of each stage's output for images of a height and width.
 
     Runs on the meta device in evaluation mode: nothing is computed, neither buffers nor random state change.
@@ -96,5 +96,6 @@ def probe_shapes(built: Network, image_size: tuple[int, int]) -> list[tuple[int,
             where = f"network {built.spec or type(built).__name__}: stage {index}"
             size = "x".join(map(str, image_size))
             raise UsageError(f"{where} cannot take {size} images: {error}") from error
-        shapes.append(tuple(images.shape[1:]))
+        channels, height, width = images.shape[1:]
+        shapes.append((channels, height, width))
     return shapes

@@ -21,7 +21,7 @@ from codistill.data.augment import Augmentation, DeviceImages, seeded_order
 from codistill.data.dataset import Dataset
 from codistill.deploy.run import Run
 from codistill.methods import METHODS, Method
-from codistill.methods.teacher import WithTeacher
+from codistill.methods.kd import WithTeacher
 from codistill.runs.metadata import run_metadata
 from codistill.runs.saving import Saver
 from codistill.runs.state import TrainingState

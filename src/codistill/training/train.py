@@ -13,7 +13,6 @@ from codistill.core.torchrun import launch, world_size
 from codistill.data.dataset import Dataset
 from codistill.deploy.run import Run
 from codistill.methods import Method
-from codistill.methods.teacher import WithTeacher
 from codistill.runs.state import TrainingState
 from codistill.settings.build import load_named_data
 from codistill.settings.config import PLACES, ExecutionSettings, RunConfig, TeacherSettings, TrainSettings
@@ -84,11 +83,10 @@ def train(
         UsageError: Settings, networks and data do not go together, or the folder is not empty; nothing was written.
         DivergedError: A loss became NaN or infinite; the last whole checkpoint is kept.
     """
-    inner, teaching = method, TeacherSettings()
-    if isinstance(method, WithTeacher):
-        inner = method.method
-        teaching = TeacherSettings(teacher_weight=method.weight, teacher_temperature=method.temperature)
-    check_teacher(type(inner), inner is not method)
+    teacher, teaching = method.taught_by, TeacherSettings()
+    if teacher is not None:
+        teaching = TeacherSettings(teacher_weight=teacher.weight, teacher_temperature=teacher.temperature)
+    check_teacher(type(method), teacher is not None)
     settings = settings or TrainSettings()
     if epochs is not None:
         settings = dataclasses.replace(settings, epochs=epochs)
