@@ -313,39 +313,41 @@ def test_a_folder_that_is_a_run_or_in_use_is_refused(bench, capsys):
         lock.close()
 
 
+def on_waiting(monkeypatch, act):
+    """Call `act` when a sweep says that it waits; return the list of these lines."""
+    waits, say = [], sweep_module.Sweep.say
+
+    def listen(state, line):
+        say(state, line)
+        if "waits for a process of an earlier sweep" in line:
+            waits.append(line)
+            act()
+
+    monkeypatch.setattr(sweep_module.Sweep, "say", listen)
+    return waits
+
+
 @pytest.mark.parametrize("ends", [False, True])
 def test_a_process_that_outlived_its_sweep_is_waited_for(bench, monkeypatch, ends):
     bench.act(seed1=["kill 9"] * 3)
     bench.sweep()
     bench.act()
-    said, say, waits = [], sweep_module.Sweep.say, threading.Event()
-
-    def listen(state, line):
-        say(state, line)
-        said.append(line)
-        if "waits for a process of an earlier sweep" in line:
-            waits.set()
-
-    monkeypatch.setattr(sweep_module.Sweep, "say", listen)
     summary = (bench.out / "seed0" / "summary.json").read_text()
     log = open(bench.out / "logs" / "seed1.log", "a")  # noqa: SIM115
     fcntl.flock(log, fcntl.LOCK_EX)
 
     def end():
-        assert waits.wait(60)
         if ends:
             (bench.out / "seed1" / "summary.json").write_text(summary)
         with (bench.folder / "calls.txt").open("a") as calls:
             calls.write("end seed1\n")
         log.close()
 
-    thread = threading.Thread(target=end)
-    thread.start()
+    waits = on_waiting(monkeypatch, end)
     rows = bench.sweep(slots=2)
-    thread.join()
     assert [row.status for row in rows.values()] == ["finished"] * 3
     assert bench.calls() == ["end seed1"] + ["resume seed1"] * (not ends)
-    assert sum("seed1: waits" in line for line in said) == 1
+    assert len(waits) == 1 and waits[0].startswith("seed1: waits")
 
 
 @contextlib.contextmanager
@@ -490,13 +492,8 @@ def test_after_other_errors_runs_are_tried_in_halves(bench, status):
     rows = bench.sweep(SEEDS.replace("2]", "2, 3]"), side_by_side=True)
     assert [row.status for row in rows.values()] == ["finished"] * 3 + ["FAILED"]
     assert ("summary.json" if status == 0 else "what, where and the fix") in rows["seed3"].reason
-    assert bench.calls() == [
-        f"train {ALL}+seed3",
-        "train seed0+seed1",
-        "train seed2+seed3",
-        "train seed2",
-        "train seed3",
-    ]
+    parts = [f"{ALL}+seed3", "seed0+seed1", "seed2+seed3", "seed2", "seed3"]
+    assert bench.calls() == [f"train {part}" for part in parts]
 
 
 def test_a_stopped_process_leaves_ended_runs_in_the_table_and_the_rest_resumes_together(bench, capsys):
@@ -526,19 +523,15 @@ def test_a_process_that_works_on_one_of_several_is_waited_for(bench, monkeypatch
     (bench.out / "logs").mkdir(parents=True)
     log = open(bench.out / "logs" / "seed1.log", "a")  # noqa: SIM115
     fcntl.flock(log, fcntl.LOCK_EX)
-    said, say = [], sweep_module.Sweep.say
 
-    def listen(state, line):
-        say(state, line)
-        said.append(line)
-        if "waits for a process of an earlier sweep" in line:
-            assert bench.calls() == []
-            log.close()
+    def end():
+        assert bench.calls() == []
+        log.close()
 
-    monkeypatch.setattr(sweep_module.Sweep, "say", listen)
+    waits = on_waiting(monkeypatch, end)
     rows = bench.sweep(side_by_side=True)
     assert [row.status for row in rows.values()] == ["finished"] * 3
-    assert bench.calls() == [f"train {ALL}"] and sum("waits" in line for line in said) == 1
+    assert bench.calls() == [f"train {ALL}"] and len(waits) == 1
 
 
 def test_workers_are_started_as_the_sweep_was(monkeypatch):
