@@ -32,7 +32,7 @@ TINY = ["--networks", "tiny", "tiny", "--data", "packed", "--batch-size", "8", "
 
 @pytest.fixture(autouse=True)
 def own_handler():
-    """Give SIGTERM back to pytest."""
+    """Restore the handler of SIGTERM that pytest has."""
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)

@@ -32,8 +32,8 @@ def images(digits_run):
 def expected(digits_run, images):
     """Softmax probabilities, computed from the checkpoint with nothing of predict's."""
     student = digits_run.load_method().predictors()["student0"]
-    record = digits_run.metadata["dataset"]
-    mean, std = (torch.tensor(record[key]).reshape(1, 3, 1, 1) for key in ("mean", "std"))
+    facts = digits_run.metadata["dataset"]
+    mean, std = (torch.tensor(facts[key]).reshape(1, 3, 1, 1) for key in ("mean", "std"))
     with torch.no_grad():
         return student((torch.from_numpy(images.transpose(0, 3, 1, 2).copy()) / 255 - mean) / std).softmax(dim=1)
 

@@ -35,7 +35,7 @@ def reached(method, batch, term) -> set[str]:
 
 
 def parts(names: set[str]) -> set[str]:
-    """Say `student0.trunk`, `student0.branch`, `student0.head` or `fusion` for each name."""
+    """Return `student0.trunk`, `student0.branch`, `student0.head` or `fusion` for each name."""
     found = set()
     for name in names:
         if name.startswith("fusion"):

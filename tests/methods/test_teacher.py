@@ -466,7 +466,7 @@ FORMS: dict[str, Callable[[dict[str, Tensor]], object]] = {
 
 
 def shaken(module: nn.Module) -> nn.Module:
-    """Give batch normalisation statistics and weights that are not those of the start."""
+    """Set statistics and weights of batch normalisation other than the initial ones."""
     for layer in module.modules():
         if isinstance(layer, nn.BatchNorm2d):
             nn.init.uniform_(layer.weight, 0.5, 1.5)

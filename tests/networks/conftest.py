@@ -28,7 +28,7 @@ def on_meta() -> Callable[[str, int], Network]:
 
 @pytest.fixture
 def shaken() -> Callable[[nn.Module], nn.Module]:
-    """Give batch normalisation in evaluation mode something to do, so that a forgotten or misplaced one shows."""
+    """Fill weights and statistics of batch normalisation, so that a forgotten or misplaced one shows."""
 
     def shake(module: nn.Module) -> nn.Module:
         for layer in module.modules():

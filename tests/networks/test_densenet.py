@@ -48,7 +48,7 @@ def test_two_branches_on_one_trunk(on_meta):
 
 
 @pytest.mark.parametrize(
-    ("initial_channels", "mend"),
+    ("initial_channels", "fix"),
     [
         ("0", "at least 1"),
         (-16, "at least 1"),
@@ -57,8 +57,8 @@ def test_two_branches_on_one_trunk(on_meta):
         ("", "whole number"),
     ],
 )
-def test_initial_channels_must_be_a_positive_whole_number(initial_channels, mend):
-    with pytest.raises(UsageError, match=f"initial_channels is .*{mend}"):
+def test_initial_channels_must_be_a_positive_whole_number(initial_channels, fix):
+    with pytest.raises(UsageError, match=f"initial_channels is .*{fix}"):
         network("densenet-40-12-plain", 10, initial_channels=initial_channels)
 
 

@@ -56,11 +56,11 @@ def test_both_feature_points_are_one_network(shaken):
 
 
 @pytest.mark.parametrize(
-    ("point", "mend"),
+    ("point", "fix"),
     [("Head", "mean head"), ("last_block", "mean last-block"), ("320", "choose from head, last-block")],
 )
-def test_unknown_feature_points_are_refused(point, mend):
-    with pytest.raises(UsageError, match=f"feature_point is '{point}': .*{mend}"):
+def test_unknown_feature_points_are_refused(point, fix):
+    with pytest.raises(UsageError, match=f"feature_point is '{point}': .*{fix}"):
         network(f"mobilenetv2:feature_point={point}", 10)
 
 

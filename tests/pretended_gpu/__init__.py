@@ -24,7 +24,7 @@ __all__ = ["GPU", "Race", "pretended"]
 
 @contextlib.contextmanager
 def pretended() -> Iterator[GPU]:
-    """Let torch.cuda be a device of its own that is not there."""
+    """Pretend that torch.cuda has a device."""
     with current(Timeline()) as timeline:
         device = GPU(timeline)
         plain = torch.autocast

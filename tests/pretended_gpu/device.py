@@ -90,7 +90,7 @@ class Operator:
     memory: weakref.ref[Memory] | None = None
 
     def overwrite(self) -> None:
-        """Let another graph have had the memory that nobody holds any more."""
+        """Mark free memory as overwritten by another graph."""
         if self.memory is not None and self.memory() is None:
             for each in self.given:
                 spoil(each)
@@ -255,7 +255,7 @@ class GPU(TorchFunctionMode):
 
 
 def waits_for_host(func: Any, args: Any) -> bool:
-    """Say whether an operator gives the host a value, or a tensor whose size depends on values."""
+    """Whether an operator gives the host a value, or a tensor whose size depends on values."""
     packet = func.overloadpacket
     masked = packet in INDEXING and any(each.dtype in (torch.bool, torch.uint8) for each in tensors_in(args[1]))
     return masked or packet in ANSWERS + SIZED_BY_VALUES

@@ -22,7 +22,7 @@ class Race(RuntimeError):
 
 
 def merge(clock: Clock, other: Clock) -> None:
-    """Let a clock know everything that another one knows."""
+    """Merge another clock into a clock."""
     for stream, moment in other.items():
         clock[stream] = max(clock.get(stream, 0), moment)
 
@@ -41,7 +41,7 @@ _timelines: list["Timeline"] = []
 
 @contextlib.contextmanager
 def current(timeline: "Timeline") -> Iterator["Timeline"]:
-    """Let new streams belong to a timeline."""
+    """Attach new streams to a timeline."""
     _timelines.append(timeline)
     timeline.begin()
     try:
@@ -174,7 +174,7 @@ class Timeline:
         self._turns.append((torch._C._autograd._get_sequence_nr(), self.chosen))
 
     def stream(self) -> Stream:
-        """Give the stream that an operator runs on; in a backward pass, that of the forward pass."""
+        """Return the stream that an operator runs on; in a backward pass, that of the forward pass."""
         if self._aside is not None:
             return self._aside
         node = torch._C._current_autograd_node()
@@ -197,7 +197,7 @@ class Timeline:
             written: What it changes.
 
         Returns:
-            The memory of what it makes anew.
+            The memory of its new outputs.
 
         Raises:
             Race: What another stream does with the same memory may not be over.
@@ -231,7 +231,7 @@ class Timeline:
         return Memory(stream, moment, dict(stream.clock), self.graph, automatic, aside)
 
     def join_after_backward(self) -> None:
-        """Let the chosen stream wait for all that took part in a backward pass."""
+        """Make the chosen stream wait for all that took part in a backward pass."""
         for stream in self.streams if self.graph is None else self._captured:
             merge(self.chosen.clock, stream.clock)
 
@@ -284,7 +284,7 @@ class Timeline:
             self.graph = None
 
     def let_join(self, stream: Stream, other: Stream) -> None:
-        """Let a stream that waits for a captured one be captured too."""
+        """Capture a stream that waits for a captured one, too."""
         if self.graph is None:
             return
         if other in self._captured:

@@ -106,14 +106,14 @@ def test_tensorboard_can_read_the_events(folder):
 
 
 def test_the_metadata_hold_settings_data_and_environment(folder):
-    record = json.loads((folder / "config.json").read_text())
-    assert record["method"]["name"] == "mfef" and record["method"]["temperature"] == 3.0
-    assert (record["networks"], record["data"], record["epochs"]) == (["tiny", "tiny:width=8"], "packed", EPOCHS)
-    assert record["data_dir"] == str(folder.parent / "colours.npz")
-    assert record["dataset"]["class_names"] == ["red", "green", "blue"]
-    assert record["dataset"]["image_size"] == [8, 8]
-    assert (record["dataset"]["train_images"], record["dataset"]["test_images"]) == (24, 9)
-    assert record["environment"]["torch"] == torch.__version__
+    metadata = json.loads((folder / "config.json").read_text())
+    assert metadata["method"]["name"] == "mfef" and metadata["method"]["temperature"] == 3.0
+    assert (metadata["networks"], metadata["data"], metadata["epochs"]) == (["tiny", "tiny:width=8"], "packed", EPOCHS)
+    assert metadata["data_dir"] == str(folder.parent / "colours.npz")
+    assert metadata["dataset"]["class_names"] == ["red", "green", "blue"]
+    assert metadata["dataset"]["image_size"] == [8, 8]
+    assert (metadata["dataset"]["train_images"], metadata["dataset"]["test_images"]) == (24, 9)
+    assert metadata["environment"]["torch"] == torch.__version__
 
 
 def test_the_config_comes_back(folder):
@@ -181,8 +181,8 @@ def test_a_config_must_be_whole(folder, change, words):
 
 @pytest.mark.parametrize("change", [{"learning_rte": 0.1}, {"epochs": "ten"}, {"method": {"name": "mfeff"}}])
 def test_settings_that_this_version_does_not_know_are_a_damaged_file(copy, change):
-    record = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(record | change))
+    metadata = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(metadata | change))
     with pytest.raises(CheckpointError, match=r"config\.json: damaged, or of another version: "):
         _ = cd.Run(copy).config
 
@@ -200,9 +200,9 @@ def test_missing_and_damaged_results_are_named(copy, name):
 
 
 def test_weights_of_other_shapes_are_refused(copy):
-    record = json.loads((copy / "config.json").read_text())
-    record["networks"] = ["tiny:width=12", "tiny:width=12"]
-    (copy / "config.json").write_text(json.dumps(record))
+    metadata = json.loads((copy / "config.json").read_text())
+    metadata["networks"] = ["tiny:width=12", "tiny:width=12"]
+    (copy / "config.json").write_text(json.dumps(metadata))
     with pytest.raises(CheckpointError, match=r"the last checkpoint does not fit the networks: .* shape") as error:
         cd.Run(copy).load_method()
     assert "\n" not in str(error.value)

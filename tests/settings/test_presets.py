@@ -29,7 +29,7 @@ def own_handler(tmp_path, monkeypatch):
 
 @pytest.fixture
 def chosen(monkeypatch):
-    """Give the run that a command line stands for, without training it."""
+    """Return the run that a command line stands for, without training it."""
     seen: list[RunConfig] = []
     monkeypatch.setattr(commands, "train_from_config", lambda config, *_, **__: seen.append(config))
     monkeypatch.setattr(commands, "train_seeds", lambda config, seeds, out: seen.append(config) or [])

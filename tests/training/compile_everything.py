@@ -1,6 +1,6 @@
 """Compile all kinds of networks and all methods without leaving anything to Python; print what could be compiled.
 
-They train in bf16, with weights that are cast anew in each step, for which nothing may be compiled anew.
+They train in bf16, with weights that are cast again in each step, which must not cause another compilation.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Runs side by side: each ends, to the last bit, as it would have ended alone."""
+"""Runs side by side: each ends bit for bit as it would have ended alone."""
 
 import contextlib
 import dataclasses
@@ -63,7 +63,7 @@ def config(colours):
 
 
 def repeatable_on(device: str, config: RunConfig) -> RunConfig:
-    """Let a run take place on a device, and to the last bit as any other there."""
+    """Make a run compute on a device, bit for bit as any other there."""
     execution = dataclasses.replace(config.execution, device=device, deterministic=True)
     return dataclasses.replace(config, execution=execution)
 
@@ -533,7 +533,7 @@ def test_every_step_of_a_fleet_gets_its_own_batch(config, monkeypatch):
 
 @pytest.fixture
 def repeatable(monkeypatch):
-    """Let CUDA use only algorithms that repeat to the last bit."""
+    """Allow only algorithms of CUDA that repeat bit for bit."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     set_up_gpu(torch.device("cuda"), deterministic=True)

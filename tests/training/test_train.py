@@ -156,7 +156,7 @@ def test_limit_and_validation_come_from_the_two_ends(train, steps):
 
 
 def contrary(data: cd.Dataset) -> cd.Dataset:
-    """Give the test images wrong labels: the more is learned, the larger the test error."""
+    """Return data with wrong test labels: the more is learned, the larger the test error."""
     return dataclasses.replace(data, test=cd.Split(data.test.images, (data.test.labels + 1) % 3))
 
 

@@ -64,7 +64,7 @@ def write_summary_of_failure(run: RunFolder, config: RunConfig, method: Method, 
     """Write the summary.json of a run that did not finish; one that already says how the run ended stays."""
     if run.status in ("finished", "diverged"):
         return
-    # What is no Exception is Ctrl-C or SIGTERM.
+    # Ctrl-C and SIGTERM are no subclasses of Exception.
     failed = "failed" if isinstance(error, Exception) else "interrupted"
     status = "diverged" if isinstance(error, DivergedError) else failed
     facts = {"status": status, "error": " ".join(str(error).split()), **run_facts(config, method)}

@@ -41,12 +41,12 @@ def train_loop(
         requests.insistent = trainers[0].step.ranks.count == 1
         for epoch in range(trainers[0].position[0], trainers[0].config.train.epochs):
             steps = steps or make_fleet([trainer.step for trainer in active])
-            heed = functools.partial(handle_signals, requests, active, epoch)
+            handle = functools.partial(handle_signals, requests, active, epoch)
             for number in train_epoch(active, steps, epoch):
                 after_step(epoch, number)
-                heed(number)
+                handle(number)
             for trainer in active:
-                trainer.evaluate(functools.partial(heed, len(trainer.steps)))
+                trainer.evaluate(functools.partial(handle, len(trainer.steps)))
             for trainer, (numbers, state) in zip(list(active), completed(active), strict=True):
                 try:
                     trainer.end_epoch(epoch, numbers, state)
