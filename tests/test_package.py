@@ -71,14 +71,10 @@ def test_what_is_wrong_with_a_command_line_is_said_before_torch_is_loaded(comman
     assert right or said.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("given", "wanted"),
-    [
-        ({}, "passive 1000"),
-        ({"OMP_WAIT_POLICY": "active"}, "active None"),
-        ({"GOMP_SPINCOUNT": "20"}, "None 20"),
-    ],
-)
+GIVEN = [({}, "passive 1000"), ({"OMP_WAIT_POLICY": "active"}, "active None"), ({"GOMP_SPINCOUNT": "20"}, "None 20")]
+
+
+@pytest.mark.parametrize(("given", "wanted"), GIVEN)
 def test_threads_spin_for_a_short_time_unless_the_user_says_otherwise(given: dict[str, str], wanted: str) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     program = "import codistill, os; print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'))"

@@ -115,10 +115,8 @@ def test_the_config_of_a_run_repeats_it(made, capsys, tmp_path):
 def test_python_and_the_command_line_train_alike(made, capsys, tmp_path):
     # The command draws the weights of the networks from the seed; Python gets them as they are.
     config = cd.Run(made / "run").config
-    method = build_method(config, 3, (8, 8))
-    run = cd.train(
-        method, cd.dataset("packed", made / "colours.npz"), settings=config.train, out=tmp_path / "py", show=False
-    )
+    method, data = build_method(config, 3, (8, 8)), cd.dataset("packed", made / "colours.npz")
+    run = cd.train(method, data, settings=config.train, out=tmp_path / "py", show=False)
     assert tiny.untimed(run.metrics()) == tiny.untimed(cd.Run(made / "run").metrics())
 
 
@@ -180,8 +178,7 @@ def test_list(capsys):
     assert list(entries)[:3] == ["methods", "networks", "data"]
     names = {kind: [each["name"] for each in members] for kind, members in entries.items()}
     assert {"independent", "ffl", "mfef"} <= set(names["methods"])
-    assert {"resnet20", "resnet32", "resnet56", "resnet110", "wrn-16-2", "wrn-40-2"} <= set(names["networks"])
-    assert {"densenet-40-12", "mobilenetv2", "resnet18"} <= set(names["networks"])
+    assert {"resnet20", "wrn-40-2", "densenet-40-12", "mobilenetv2", "resnet18"} <= set(names["networks"])
     assert {"digits", "cifar10", "cifar100", "cinic10", "folder", "packed"} <= set(names["data"])
     summaries = [each["summary"] for members in entries.values() for each in members]
     assert all(isinstance(summary, str) and summary.strip() for summary in summaries)
@@ -190,11 +187,10 @@ def test_list(capsys):
     assert all(name in table for members in names.values() for name in members)
 
 
-@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
-def test_the_usage_names_every_command(capsys, arguments):
-    assert main(arguments) == 0
-    out = capsys.readouterr().out
-    assert all(re.search(rf"^  {command}\b", out, flags=re.MULTILINE) for command in OPTIONS)
+def test_the_usage_names_every_command(capsys):
+    for arguments in ([], ["-h"], ["--help"]):
+        assert main(arguments) == 0
+        assert {*re.findall(r"^  (\w+)", capsys.readouterr().out, flags=re.MULTILINE)} == {*OPTIONS}
 
 
 @pytest.mark.parametrize("command", [*OPTIONS, "train ffl"])
@@ -206,15 +202,8 @@ def test_help_of_a_command(capsys, command):
         assert "--method.temperature" in out and "--epochs" in out and "Number of passes over the training set" in out
 
 
-def test_the_version(capsys):
-    assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"codistill {cd.__version__}\n"
-
-
 USAGE = {
     "trian": "unknown command 'trian': did you mean train",
-    "--debugg": "unknown command '--debugg'",
-    "train mfe": "unknown method 'mfe': did you mean mfef",
     "train --networks tiny tiny": "no data set: name one with --data",
     "train --data digits": "no networks: name one for each student",
     "train --data digitz --networks resnet20 resnet20": "unknown data set 'digitz': did you mean digits",
@@ -222,12 +211,8 @@ USAGE = {
     "train --data digits --networks resnet20:shortcut=Z resnet20": "option shortcut is 'Z': choose from A, B",
     "train --data digits --networks resnet20": "mfef needs at least 2 students, got 1",
     "train --data packed --networks tiny tiny": "data set packed: .* give --data-dir",
-    "train --epoch 3": "unknown option --epoch: did you mean --epochs",
-    "train ffl --method.temprature 3": "unknown option --method.temprature: did you mean --method.temperature",
     "train mfef extra": "unknown option extra",
-    "train --epochs 0": "epochs is 0; it must be at least 1",
     "train --epochs": "--epochs",
-    "train --epochs ten": "--epochs is 'ten'; it must be a whole number",
     "train --padding-mode refect": "'refect' for argument '--padding-mode'",
     "train --recipe none.toml": "recipe none.toml: .*No such file",
     "train --data digits --networks resnet20 resnet20 --device cuda:99": "device 'cuda:99'",
@@ -239,7 +224,6 @@ USAGE = {
     "predict run image.png --top 0": "--top is 0; it must be at least 1",
     "export": "missing: RUN",
     "export run --format onxx": "'onxx' for argument '--format'",
-    "list --jsn": "unknown option --jsn: did you mean --json",
     "list methods": "unknown option methods",
 }
 
@@ -257,31 +241,18 @@ def test_a_run_folder_that_is_taken_is_status_2(made, capsys):
     assert {name: content for name, content in tiny.listing(made / "run").items() if name != ".lock"} == before
 
 
-@pytest.mark.parametrize(
-    "arguments", ["--predictor student7", "--out model.txt", "--format onnx --out x.safetensors", ""]
-)
-def test_exports_that_cannot_be_are_status_2(run, capsys, tmp_path, arguments):
-    refused(capsys, ["export", str(run), *arguments.split()], 2, "no predictor 'student7'|no format|must end in .onnx")
+def test_files_and_predictors_that_cannot_be_are_status_2(run, made, capsys, tmp_path):
+    for arguments in ("--predictor student7", "--out model.txt", "--format onnx --out x.safetensors", ""):
+        message = "no predictor 'student7'|no format|must end in .onnx"
+        refused(capsys, ["export", str(run), *arguments.split()], 2, message)
+    message = "no predictor 'student7': choose from student0, student1, ensemble, fused"
+    refused(capsys, ["predict", str(run), str(made / "image0.png"), "--predictor", "student7"], 2, message)
     assert [path.name for path in tmp_path.iterdir()] == ["run"] and not (run / "exports").exists()
-
-
-def test_an_unknown_predictor_is_status_2(made, capsys):
-    image = str(made / "image0.png")
-    refused(
-        capsys,
-        ["predict", str(made / "run"), image, "--predictor", "student7"],
-        2,
-        "no predictor 'student7': choose from student0, student1, ensemble, fused",
-    )
 
 
 def test_missing_data_are_status_3(made, run, capsys, tmp_path):
     missing = str(tmp_path / "none.npz")
-    for arguments in (
-        ["train", *TINY, "--out", "out"],
-        ["evaluate", str(run)],
-        ["export", str(run), "--format", "onnx"],
-    ):
+    for arguments in (["train", *TINY], ["evaluate", str(run)], ["export", str(run), "--format", "onnx"]):
         refused(capsys, [*arguments, "--data-dir", missing], 3, "none.npz: no such file")
     refused(capsys, ["predict", str(made / "run"), "none.png"], 3, "none.png: no such file")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -361,11 +332,6 @@ def test_memory_that_runs_out_in_training_is_status_6(made, capsys, monkeypatch,
     assert cd.Run(tmp_path / "out").summary["status"] == "failed"
 
 
-def test_debug_shows_the_traceback_of_a_real_error(capsys):
-    with pytest.raises(errors.UsageError, match="unknown method"):
-        main(["train", "mfe", "--debug"])
-
-
 # A shell may have started the tests with SIGINT ignored, and children inherit that.
 TRAIN = """
     import signal, sys
@@ -411,23 +377,13 @@ def test_a_signal_ends_a_training_in_order(made, tmp_path, number, status, word)
     lock_folder(run.path).close()
 
 
-@pytest.fixture
-def closed(monkeypatch):
-    """A standard output whose reader has gone away, as of `| head`."""
+@pytest.mark.parametrize("command", ["list --json", "train"])
+def test_a_reader_that_goes_away_as_head_does_is_no_error(made, capsys, monkeypatch, tmp_path, command):
+    flags = [*TINY, "--data-dir", str(made / "colours.npz"), "--epochs", "3", "--out", "out"]
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
-        yield
-
-
-def test_a_reader_that_goes_away_is_no_error(closed, capsys):
-    assert main(["list", "--json"]) == 0
+        assert main([*command.split(), *(flags if command == "train" else [])]) == 0
     assert capsys.readouterr().err == ""
-
-
-def test_a_training_goes_on_when_nobody_reads(made, closed, capsys, tmp_path):
-    flags = ["--data-dir", str(made / "colours.npz"), "--epochs", "3", "--out", "out"]
-    assert main(["train", *TINY, *flags]) == 0
-    assert capsys.readouterr().err == ""
-    assert len(cd.Run(tmp_path / "out").metrics()) == 3 and cd.Run(tmp_path / "out").summary["status"] == "finished"
+    assert command != "train" or cd.Run(tmp_path / "out").summary["status"] == "finished"

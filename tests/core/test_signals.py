@@ -58,14 +58,11 @@ def test_sigterm_ends_a_program_with_143():
     assert stopped.value.code == 143
 
 
-def test_a_second_one_acts_at_once():
+def test_a_second_one_acts_at_once_and_another_one_does_not_overtake_the_first():
     with pytest.raises(Stopped), defer_signals():
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("the second signal waited")
-
-
-def test_another_one_does_not_overtake_the_first():
     with pytest.raises(Stopped), defer_signals() as pending:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
