@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -33,10 +34,10 @@ from codistill.training.train import free_folder, train_from_config
 from codistill.training.verify import verify_resume
 
 
-def split_named(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+def split_named(arguments: Sequence[str]) -> tuple[str | None, Sequence[str]]:
     """Split the arguments of a command into the method that stands first, if any, and the flags."""
-    named = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    return named, list(arguments[named is not None :])
+    named = bool(arguments) and not arguments[0].startswith("-")
+    return (arguments[0], arguments[1:]) if named else (None, arguments)
 
 
 def bench_command(arguments: Sequence[str]) -> None:
@@ -59,7 +60,7 @@ def train_command(arguments: Sequence[str]) -> None:
     named, rest = split_named(arguments)
     sources = parse(options.SourceOptions, rest, f"codistill train {named or 'mfef'}", strict=False)
     paths = sources.recipes or (sources.recipe,)
-    each = [train_options(rest, named, dataclasses.replace(sources, recipe=path)) for path in paths]
+    each = [train_options(rest, named, path, sources.preset) for path in paths]
     chosen, configs = each[0][0], [config for _, config in each]
     for flag, given in (("--recipes", chosen.recipes), ("--seeds", chosen.seeds)):
         if flag in rest and not given:
@@ -77,26 +78,20 @@ def train_command(arguments: Sequence[str]) -> None:
 
 
 def train_options(
-    arguments: Sequence[str], named: str | None, sources: options.SourceOptions
+    flags: Sequence[str], named: str | None, path: Path | None, preset_name: str | None
 ) -> tuple[options.TrainOptions, RunConfig]:
-    """Return the run that `codistill train` is given: later ones of defaults, preset, recipe and flags win.
-
-    Args:
-        arguments: The flags.
-        named: The method that stands before them, if any.
-        sources: The preset and the recipe, if any.
-    """
-    recipe = read_recipe(sources.recipe) if sources.recipe else None
+    """Return the run that `codistill train` is given: later ones of defaults, preset, recipe and flags win."""
+    recipe = read_recipe(path) if path else None
     if named and recipe and recipe.method not in (None, named):
         raise UsageError(f"the recipe is for {recipe.method}, not for {named}: name one of them only")
     method = named or (recipe.method if recipe else None)
-    preset = find_preset(sources.preset, method) if sources.preset is not None else None
+    preset = find_preset(preset_name, method) if preset_name is not None else None
     method = preset.method if preset else method
     command = f"codistill train {method or 'mfef'}"
     values = (preset_config(preset) if preset else default_config(method or "mfef")).values()
     written = typed_mapping(recipe.mapping, recipe.where, method) if recipe else {"method": {}}
     values |= {**written, "method": values["method"] | written["method"]}
-    chosen, values = parse_with_settings(options.TrainOptions, arguments, command, values)
+    chosen, values = parse_with_settings(options.TrainOptions, flags, command, values)
     refuse_two_sources(chosen, command)
 
     def where(key: str) -> str:
@@ -105,8 +100,7 @@ def train_options(
         return recipe.where(key) if recipe and found is of_recipe else command
 
     config = run_from_mapping(values, where)
-    if preset:
-        config = completed(preset, config)
+    config = completed(preset, config) if preset else config
     if "" in config.networks:
         raise UsageError("a network without a name, which only your program can build: name one with --networks")
     return chosen, config

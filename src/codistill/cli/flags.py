@@ -101,9 +101,6 @@ def unknown_option(flag: str, known: Iterable[str], command: str) -> str:
     return f"{command}: unknown option {flag}: {near_matches(name, known, f'{command} --help lists them')}"
 
 
-# --- what the sources say: help texts, and flags without importing torch ---
-
-
 def declared_fields(module: str, name: str, group: str = TITLES[""]) -> dict[str, Flag]:
     """Return the fields of a dataclass and its bases as flags, by their sources: of the types only bool is known."""
     found: dict[str, Flag] = {}
@@ -143,9 +140,6 @@ def _tree(module: str) -> ast.Module:
     return ast.Module([], [])
 
 
-# --- tyro ---
-
-
 def _parse(
     flags: Iterable[Flag], arguments: Sequence[str], command: str, about: str | None, strict: bool = True
 ) -> dict[str, Any]:
@@ -174,8 +168,7 @@ def _parse(
             raise
         raise UsageError(f"{command}: {_one_line(box.getvalue(), flags)}") from None
     if unknown and strict:
-        known = [name for flag in flags for name in flag.spellings()]
-        raise UsageError(unknown_option(unknown[0], known, command))
+        raise UsageError(unknown_option(unknown[0], [name for flag in flags for name in flag.spellings()], command))
     values = dict(vars(parsed))
     for title in groups:
         inner_values = vars(values.pop(title.replace(" ", "_")))
@@ -229,8 +222,8 @@ def _one_line(box: str, flags: Iterable[Flag]) -> str:
     """Fold what tyro found wrong, a box of several lines, into one."""
     from codistill.settings.mapping import describe
 
-    lines = [re.sub(r"[│╭╮╰╯─]+|-{4,}", " ", line).strip() for line in box.splitlines()]
-    text = " ".join(line for line in lines if line).partition("Argument helptext")[0].partition("For full helptext")[0]
+    text = " ".join(re.sub(r"[│╭╮╰╯─]+|-{4,}", " ", box).split())
+    text = re.split("Argument helptext|For full helptext", text)[0]
     kinds = {name: flag.kind for flag in flags for name in flag.spellings()}
     if (wrong := re.search(r"Error parsing ([\w.-]+)[^:]*: (.*?)( Got errors|$)", text)) and wrong[1] in kinds:
         value = " ".join(re.findall(r"'(.*?)'", wrong[2]))
