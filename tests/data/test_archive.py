@@ -1,6 +1,5 @@
 import gzip
 import tarfile
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -48,7 +47,7 @@ def test_a_cut_last_byte_and_a_flipped_byte_are_noticed(tmp_path):
 def test_negative_sizes_that_lead_back(tmp_path, kind, wanted):
     path = tmp_path / "x.tar.gz"
     path.write_bytes(gzip.compress(tar_info("evil", -512, kind).tobuf(tarfile.GNU_FORMAT) + bytes(4096)))
-    with pytest.raises(DataError, match=r"negative size|headers of a member|neither a file nor a folder"):
+    with pytest.raises(DataError, match=r"negative size|a member has headers|neither a file nor a folder"):
         read(path, lambda name: wanted)
 
 
@@ -78,26 +77,6 @@ def test_not_an_archive(tmp_path):
             read(path)
     with pytest.raises(DataError, match="no such file"):
         read(tmp_path / "none.tar.gz")
-
-
-def bomb(kind: bytes) -> bytes:
-    """64 MB in 64 kB: a member or the header of a long name that is larger than it may be."""
-    header = tar_info("evil", 64 << 20, kind).tobuf(tarfile.GNU_FORMAT)
-    return gzip.compress(header + bytes(64 << 20), 1)
-
-
-@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
-@pytest.mark.parametrize("wanted", [True, False])
-def test_bombs_cost_no_memory(tmp_path, kind, wanted):
-    path = tmp_path / "x.tar.gz"
-    path.write_bytes(bomb(kind))
-    tracemalloc.start()
-    try:
-        with pytest.raises(DataError, match=r"more than the .* fetch it"):
-            read(path, lambda name: wanted)
-        assert tracemalloc.get_traced_memory()[1] < 4 << 20
-    finally:
-        tracemalloc.stop()
 
 
 def test_a_header_that_lies_about_its_size(tmp_path):

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from codistill.data import Split, dataset
 from codistill.data.augment import Augmentation, BatchIndices, DeviceImages, epoch_indices, generator, seeded_order
@@ -49,7 +48,7 @@ def every_offset(padding: int, images: int) -> BatchIndices:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("height", "width"), [(8, 8), (5, 9), (9, 5)])
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (5, 9), (9, 5)])
 @pytest.mark.parametrize("padding", [0, 1, 3])
 def test_equals_the_slow_way_for_every_offset(height, width, padding, mode):
     split = random_split(7, height, width)
@@ -59,15 +58,6 @@ def test_equals_the_slow_way_for_every_offset(height, width, padding, mode):
     assert images.dtype == torch.float32 and labels.dtype == torch.int64
     np.testing.assert_allclose(images.numpy(), slowly(split, batch, augmentation), rtol=0, atol=1e-5)
     np.testing.assert_array_equal(labels.numpy(), split.labels[batch.image.numpy()])
-
-
-def test_reflection_reaches_to_the_other_side():
-    # The largest padding that has something to reflect: one pixel less than the image is long.
-    split = random_split(3, 4, 4)
-    augmentation = Augmentation(padding=3, padding_mode="reflect")
-    batch = every_offset(3, 3)
-    images, _ = DeviceImages(split, STATISTICS, CPU).augmented(batch, augmentation)
-    np.testing.assert_allclose(images.numpy(), slowly(split, batch, augmentation), rtol=0, atol=1e-5)
 
 
 @hypothesis_settings(deadline=None, max_examples=40, derandomize=True)
@@ -157,12 +147,8 @@ def test_a_read_would_be_found(read):
     assert len(reads.found) == 1
 
 
-def tables(plan: BatchIndices) -> list[Tensor]:
-    return list(plan)
-
-
 def same(one: BatchIndices, other: BatchIndices) -> bool:
-    return all(map(torch.equal, tables(one), tables(other)))
+    return all(map(torch.equal, one, other))
 
 
 def test_a_plan_is_a_pure_function_of_seed_and_epoch():
@@ -189,7 +175,7 @@ def test_each_seed_and_each_epoch_has_a_plan_of_its_own():
         (seed, epoch): epoch_indices(500, seed, epoch, augmentation, CPU) for seed in (0, 1, 2) for epoch in range(3)
     }
     for one, other in itertools.combinations(plans, 2):
-        for first, second in zip(tables(plans[one]), tables(plans[other]), strict=True):
+        for first, second in zip(plans[one], plans[other], strict=True):
             assert not torch.equal(first, second), (one, other)
 
 

@@ -134,7 +134,7 @@ def batch(images=ARRAYS["cifar10"].train_images[:4], **changes):
     ("kind", "file", "content", "complaint"),
     [
         (0, "batches.meta.txt", b"a\nb\n", "has 2 class names, not 10 distinct ones"),
-        (0, "batches.meta.txt", b"\xff\n" * 10, "is not a text"),
+        (0, "batches.meta.txt", b"\xff\n" * 10, "cannot be read"),
         (1, "data_batch_2", batch()[:-20], "cannot be read"),
         (1, "data_batch_2", batch(labels=[0, 1, 2, 1 << 70]), "labels is not a list of class indices"),
         (1, "data_batch_2", batch(labels=[0, 1, 2, "x"]), "labels is not a list of class indices"),

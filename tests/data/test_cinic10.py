@@ -69,24 +69,9 @@ def test_decodes_once_and_again_when_a_file_changes(root, monkeypatch, capsys):
     assert "was made from other files" in capsys.readouterr().err
 
 
-def test_a_damaged_cache_is_built_again_with_one_line(root, capsys):
-    load(root)
-    cache = root / "cinic10.cache.npz"
-    content = bytearray(cache.read_bytes())
-    content[len(content) // 2] ^= 1
-    cache.write_bytes(bytes(content))
-    check_split(load(root).train, "train")
-    assert capsys.readouterr().err.count("\n") <= 1
-    load(root)
-    assert capsys.readouterr().err == ""
-
-
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({CAT: encode(np.zeros((33, 32, 3), np.uint8))}, f"{CAT}: is 33x32 pixels instead of 32x32"),
-        ({CAT: FILES[CAT][:1000]}, f"{CAT}: cannot be read"),
-        ({CAT: b""}, f"{CAT}: is not a PNG image"),
         ({CAT: encode(np.zeros((32, 32, 3), np.uint8), "JPEG")}, f"{CAT}: is not a PNG image"),
         ({"test/cat/x.jpg": b"x"}, "test/cat/x.jpg: is not a PNG file"),
         ({"valid/zebra/x.png": b"x"}, "zebra is not a class of cinic10"),
@@ -115,12 +100,6 @@ def test_two_sets_in_one_archive(tmp_path):
     write_archive(tmp_path / "CINIC-10.tar.gz", "", FILES | {f"copy/{CAT}": FILES[CAT]})
     with pytest.raises(DataError, match="holds train, valid and test twice"):
         load(tmp_path)
-
-
-def test_nothing_there(tmp_path):
-    for root in (tmp_path, tmp_path / "none"):
-        with pytest.raises(DataError, match=r"holds no cinic10: expected CINIC-10\.tar\.gz or train, valid and test"):
-            load(root)
 
 
 def test_published_counts_and_checksum_are_checked(tmp_path, root):

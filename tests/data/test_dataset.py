@@ -153,8 +153,3 @@ def test_a_data_set_with_files_must_be_told_where(colours):
     with pytest.raises(UsageError, match=r"^data set colours: .* give --data-dir"):
         dataset("colours")
     assert colours == []
-
-
-def test_an_embedded_data_set_needs_no_place():
-    data = dataset("digits")
-    assert (data.name, data.spec, data.root) == ("digits", "digits", "")

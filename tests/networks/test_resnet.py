@@ -99,3 +99,14 @@ def test_block_against_the_formula(in_channels, stride, shortcut, shaken):
     else:
         skipped = norm(block.shortcut[1], F.conv2d(x, block.shortcut[0].weight, stride=stride))
     torch.testing.assert_close(block(x), F.relu(y + skipped))
+
+
+def test_resnet18_counts_shapes_and_split(on_meta):
+    built = on_meta("resnet18", 10)
+    assert parameter_count(built) == 11_173_962
+    assert parameter_count(on_meta("resnet18", 100)) == 11_173_962 + 90 * 513
+    assert parameter_count(built.stages[:-1]) == 2_775_104
+    assert parameter_count(built.stages[-1]) + parameter_count(built.head) == 8_398_858
+    shapes = [(64, 32, 32), (64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)]
+    assert probe_shapes(built, (32, 32)) == shapes
+    assert parameter_count(Cohort([on_meta("resnet18", 10) for _ in range(2)])) == 19_572_820

@@ -24,13 +24,13 @@ class Affine(nn.Module):
     @classmethod
     def normalise(cls, statistics: Statistics) -> "Affine":
         """Make the map from pixels, 0 to 255, to normalised images."""
-        mean, std = _exact(statistics)
+        mean, std = torch.tensor(statistics, dtype=torch.float64)
         return cls(1 / (255 * std), -mean / std)
 
     @classmethod
     def renormalise(cls, given: Statistics, wanted: Statistics) -> "Affine":
         """Make the map from images in one normalisation to those in another."""
-        (mean, std), (own_mean, own_std) = _exact(given), _exact(wanted)
+        (mean, std), (own_mean, own_std) = torch.tensor([given, wanted], dtype=torch.float64)
         return cls(std / own_std, (mean - own_mean) / own_std)
 
     def forward(
@@ -38,8 +38,3 @@ class Affine(nn.Module):
     ) -> Float[Tensor, "batch channel height width"]:
         """Map images; the memory format stays."""
         return images * self.scale + self.shift
-
-
-def _exact(statistics: Statistics) -> tuple[Tensor, Tensor]:
-    mean, std = (torch.tensor(list(each), dtype=torch.float64) for each in statistics)
-    return mean, std

@@ -25,7 +25,7 @@ class _CappedGzip(gzip.GzipFile):
     def read(self, size: int | None = -1) -> bytes:
         # tarfile reads as much as a header claims, also for long names, PAX records and maps of sparse files.
         if size is None or not 0 <= size <= self.allowance:
-            raise DataError(f"{self.name}: headers of a member have more than the {HEADER_LIMIT} bytes: {self.fix}")
+            raise DataError(f"{self.name}: a member has headers of more than {HEADER_LIMIT} bytes: {self.fix}")
         self.allowance -= size
         content = super().read(size)
         self._check(self.tell())

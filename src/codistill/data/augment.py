@@ -63,10 +63,6 @@ def epoch_indices(
 
     Args:
         images: Number of training images, or positions of those that are used, on the host.
-        seed: Seed of the run.
-        epoch: Counted from 0.
-        augmentation: Which crops and flips there may be.
-        device: Where the tables are to lie.
         views: With more than one, each table gets a leading axis: the same images, other crops and flips.
     """
     source = generator(seed, EPOCH_STREAM, epoch)
@@ -76,12 +72,10 @@ def epoch_indices(
     index = (order if isinstance(images, int) else images[order]).expand(shape).contiguous()
     offsets = torch.randint(0, 2 * augmentation.padding + 1, (2, *shape), generator=source)
     mirror = torch.rand(shape, generator=source) < 0.5 if augmentation.flip else torch.zeros(shape, dtype=torch.bool)
-    return BatchIndices(*(to_device_async(table, device) for table in (index, offsets[0], offsets[1], mirror)))
-
-
-def to_device_async(table: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor from the host to a device without waiting for the copy."""
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+    tables = (index, offsets[0], offsets[1], mirror)
+    if device.type == "cuda":  # nothing waits for a copy from pinned memory
+        return BatchIndices(*(table.pin_memory().to(device, non_blocking=True) for table in tables))
+    return BatchIndices(*(table.to(device) for table in tables))
 
 
 @dataclass(frozen=True)
@@ -90,35 +84,29 @@ class Crops:
 
     offsets: int  # in one direction, 2 * padding + 1
     rows: Int[Tensor, "offset height"]  # the image's row of each row of the crop
-    columns: Int[Tensor, "mirrored_offset width"]  # the same of columns; then once more, for mirrored crops
     row_inside: Bool[Tensor, "offset height"] | None  # whether it is the image's own, not padding; None: show all
+    columns: Int[Tensor, "mirrored_offset width"]  # the same of columns; then once more, for mirrored crops
     column_inside: Bool[Tensor, "mirrored_offset width"] | None
 
     @classmethod
     def tables(cls, height: int, width: int, augmentation: Augmentation, device: torch.device) -> "Crops":
         """Compute the tables for images of a size, in pixels, and put them on a device."""
         offsets = torch.arange(2 * augmentation.padding + 1)[:, None] - augmentation.padding
-        columns = torch.arange(width)
-        rows, row_inside = _source(torch.arange(height) + offsets, height, augmentation)
-        columns, column_inside = _source(torch.cat([columns + offsets, columns.flip(0) + offsets]), width, augmentation)
-        black = augmentation.padding > 0 and augmentation.padding_mode == "zeros"
-        return cls(
-            len(offsets),
-            rows.to(device),
-            columns.to(device),
-            row_inside.to(device) if black else None,
-            column_inside.to(device) if black else None,
-        )
+        rows, columns = torch.arange(height) + offsets, torch.arange(width) + offsets
+        columns = torch.cat([columns, columns.flip(1)])
+        return cls(len(offsets), *_source(rows, augmentation, device), *_source(columns, augmentation, device))
 
 
 def _source(
-    place: Int[Tensor, "offset length"], length: int, augmentation: Augmentation
-) -> tuple[Int[Tensor, "offset length"], Bool[Tensor, "offset length"]]:
-    """Return places in the image of places relative to it, which may lie in the padding, and which lie inside."""
+    place: Int[Tensor, "offset length"], augmentation: Augmentation, device: torch.device
+) -> tuple[Int[Tensor, "offset length"], Bool[Tensor, "offset length"] | None]:
+    """Return places in the image of places relative to it, which may lie in the padding, and which are to be shown."""
+    last = place.shape[1] - 1
     if augmentation.padding_mode == "reflect":
-        place = (length - 1) - ((length - 1) - place.abs()).abs()
-    inside = (place >= 0) & (place < length)
-    return place.clamp(0, length - 1), inside
+        place = last - (last - place.abs()).abs()
+    clamped = place.clamp(0, last)
+    black = augmentation.padding > 0 and augmentation.padding_mode == "zeros"
+    return clamped.to(device), (clamped == place).to(device) if black else None
 
 
 class DeviceImages:

@@ -27,8 +27,7 @@ def cached(path: Path, source: str, names: Iterable[str], build: Callable[[], Ar
     Args:
         path: The cache file, a .npz.
         source: Identifies the files that the arrays were made from; a change makes the cache stale.
-        names: The arrays that are wanted; the others are not read.
-        build: Make all arrays.
+        names: The arrays that are wanted; others need not be among those returned.
     """
     try:
         arrays = _read(path, source, names)

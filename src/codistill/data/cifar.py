@@ -51,9 +51,7 @@ def cifar100(root: Path, download: bool = False, url: str = "", check: bool = Tr
     Args:
         root: The folder that holds `cifar-100-binary`, `cifar-100-binary.tar.gz`, `cifar-100-python` or
             `cifar-100-python.tar.gz` (the first of these counts), or one of these itself. torchvision's folder will do.
-        download: As in `cifar10`.
-        url: As in `cifar10`.
-        check: As in `cifar10`.
+        download, url, check: As in `cifar10`.
 
     Returns:
         The data set; images [50000, 32, 32, 3] and [10000, 32, 32, 3]. Ten images are in both parts, as published.
@@ -76,9 +74,12 @@ def _load(
     if len(set(class_names)) != num_classes or len(class_names) != num_classes:
         names = place / release.names
         raise DataError(f"{names}: has {len(class_names)} class names, not {num_classes} distinct ones: {FIX}")
-    # Popped, so that a file's bytes are freed as soon as they are decoded.
-    parts = [_decode(release, place, file, contents.pop(file), num_classes) for file in release.train]
-    test = _decode(release, place, release.test, contents.pop(release.test), num_classes)
+    parts = []
+    for file in (*release.train, release.test):
+        # Popped, so that a file's bytes are freed as soon as they are decoded.
+        parts.append(Split(*release.decode(contents.pop(file), str(place / file), FIX)))
+        check_split(parts[-1], num_classes, str(place / file))
+    *parts, test = parts
     train = Split(np.concatenate([part.images for part in parts]), np.concatenate([part.labels for part in parts]))
     if check:
         check_counts(train.labels, class_names, TRAIN_IMAGES // num_classes, f"{place}, training images", FIX)
@@ -125,9 +126,3 @@ def _read(release: Release, place: Path, check: bool) -> dict[str, bytes]:
         if file not in contents:
             raise DataError(f"{place}: has no {member}: {FIX}")
     return contents
-
-
-def _decode(release: Release, place: Path, file: str, content: bytes, num_classes: int) -> Split:
-    split = Split(*release.decode(content, str(place / file), FIX))
-    check_split(split, num_classes, str(place / file))
-    return split

@@ -13,6 +13,7 @@ import numpy as np
 from codistill.core.errors import DataError
 from codistill.data.dataset import Labels, Pixels
 from codistill.data.unpickle import read_pickle
+from codistill.data.untrusted import reading
 
 HOST = "https://www.cs.toronto.edu/~kriz/"
 IMAGE_BYTES = 3 * 32 * 32
@@ -49,10 +50,8 @@ def decode_lines(content: bytes, where: str, fix: str) -> tuple[str, ...]:
     """Return class names, one a line of a text."""
     if len(content) > NAMES_LIMIT:
         raise DataError(f"{where}: has {len(content)} bytes, more than class names can have: {fix}")
-    try:
+    with reading(where, fix):
         return tuple(line.strip() for line in content.decode().splitlines() if line.strip())
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: is not a text: {fix}") from error
 
 
 def decode_meta(content: bytes, where: str, fix: str, key: str) -> tuple[str, ...]:

@@ -55,23 +55,27 @@ def cinic10(root: Path, train_on: Literal["train", "train+valid"] = "train", che
     """
     place = _find(root)
     beside = place / CACHE if place.is_dir() else place.with_name(CACHE)
-    train_parts = train_on.split("+")
-    names = [f"{part}_{kind}" for part in (*train_parts, "test") for kind in ("images", "labels")]
+    parts = [*train_on.split("+"), "test"]
+    names = [f"{part}_{kind}" for part in parts for kind in ("images", "labels")]
     arrays = cached(beside, f"{_identity(place)} check={check}", names, lambda: _decode(place, check))
-    if check:
-        for part in (*train_parts, "test"):
-            check_counts(arrays[f"{part}_labels"], CLASSES, IMAGES_PER_CLASS, f"{place}, {part}", FIX)
-    return Dataset(name="cinic10", train=_join(arrays, train_parts), test=_join(arrays, ["test"]), class_names=CLASSES)
+    for part in parts if check else ():
+        check_counts(arrays[f"{part}_labels"], CLASSES, IMAGES_PER_CLASS, f"{place}, {part}", FIX)
+    return Dataset("cinic10", _join(arrays, parts[:-1]), _join(arrays, ["test"]), CLASSES)
 
 
 def _decode(place: Path, check: bool) -> Arrays:
     if check and place.is_file():
         check_file(place, ARCHIVE_SIZE, ARCHIVE_DIGEST, FIX)
-    files = _folder_files(place) if place.is_dir() else _archive_files(place)
+    in_folder = (("/".join(path.parts[-3:]), read_file(path, FILE_LIMIT, FIX)) for path in _paths(place))
+    files = in_folder if place.is_dir() else _archive_files(place)
     total = len(PARTS) * len(CLASSES) * IMAGES_PER_CLASS if check else None
     found: dict[str, list[tuple[str, str, Pixels]]] = {part: [] for part in PARTS}
     for name, content in track(files, "cinic10: decoding", total):
         part, class_name, file = name.split("/")
+        if class_name not in CLASSES:
+            raise DataError(f"{place}/{name}: {class_name} is not a class of cinic10 ({' '.join(CLASSES)}): {FIX}")
+        if not file.lower().endswith(".png"):
+            raise DataError(f"{place}/{name}: is not a PNG file: {FIX}")
         found[part].append((class_name, file, decode_image(content, f"{place}/{name}", formats=("PNG",), exact=SIZE)))
     arrays: Arrays = {}
     for part in PARTS:
@@ -97,9 +101,8 @@ def _find(root: Path) -> Path:
             return root / ARCHIVE
         level = [root] if root.is_dir() else []
         for _ in range(MAX_DEPTH + 1):
-            for folder in level:
-                if _holds_parts(folder):
-                    return folder
+            if found := next(filter(_holds_parts, level), None):
+                return found
             level = [child for folder in level for child in _folders(folder)]
     raise DataError(f"{root}: holds no cinic10: expected {ARCHIVE} or train, valid and test; get it from {ADDRESS}")
 
@@ -130,12 +133,6 @@ def _paths(folder: Path) -> Iterator[Path]:
             yield from visible(class_folder, FIX)
 
 
-def _folder_files(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield name (PART/CLASS/FILE) and content of each image file of a folder."""
-    for path in _paths(folder):
-        yield _checked("/".join(path.parts[-3:]), path), read_file(path, FILE_LIMIT, FIX)
-
-
 def _archive_files(archive: Path) -> Iterator[tuple[str, bytes]]:
     """Yield name (PART/CLASS/FILE) and content of each image file of the archive, in its order."""
 
@@ -149,14 +146,4 @@ def _archive_files(archive: Path) -> Iterator[tuple[str, bytes]]:
         prefixes.add("/".join(prefix))
         if len(prefixes) > 1:
             raise DataError(f"{archive}: holds train, valid and test twice, in {' and '.join(sorted(prefixes))}: {FIX}")
-        yield _checked(f"{part}/{class_name}/{file}", f"{archive}/{name}"), content
-
-
-def _checked(name: str, where: str | Path) -> str:
-    """Return the name PART/CLASS/FILE of an image file if it is a PNG of a known class."""
-    _, class_name, file = name.split("/")
-    if class_name not in CLASSES:
-        raise DataError(f"{where}: {class_name} is not a class of cinic10 ({' '.join(CLASSES)}): {FIX}")
-    if not file.lower().endswith(".png"):
-        raise DataError(f"{where}: is not a PNG file: {FIX}")
-    return name
+        yield f"{part}/{class_name}/{file}", content

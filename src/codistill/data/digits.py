@@ -26,17 +26,9 @@ def digits() -> Dataset:
 
     values, labels = load_digits(return_X_y=True)
     images = np.stack([_enlarge(image) for image in values.reshape(-1, 8, 8)])
-    train, test = train_test_split(
-        np.arange(len(labels)), test_size=TEST_IMAGES, random_state=0, stratify=labels, shuffle=True
-    )
-    labels = labels.astype(np.int64)
-    return Dataset(
-        name="digits",
-        train=Split(images[train], labels[train]),
-        test=Split(images[test], labels[test]),
-        class_names=tuple("0123456789"),
-        flip=False,
-    )
+    parts = train_test_split(np.arange(len(labels)), test_size=TEST_IMAGES, random_state=0, stratify=labels)
+    train, test = (Split(images[part], labels[part].astype(np.int64)) for part in parts)
+    return Dataset("digits", train, test, tuple("0123456789"), flip=False)
 
 
 def _enlarge(image: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> Pixels:

@@ -1,11 +1,10 @@
 """Fetch a published file: resumable, with progress, and under its final name only when its checksum is right."""
 
-import contextlib
 import os
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import IO
@@ -19,6 +18,7 @@ if sys.platform != "win32":
 
 PIECE = 1 << 18  # bytes
 TIMEOUT = 60.0  # seconds without a byte
+NETWORK_ERRORS = (OSError, HTTPException, ValueError)
 
 
 def fetch(url: str, path: Path, size: int, digest: str, tries: int = 20) -> None:
@@ -42,7 +42,13 @@ def fetch(url: str, path: Path, size: int, digest: str, tries: int = 20) -> None
                 fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, also by a crash
             if not path.exists():
                 _fill(url, file, size, tries)
-                _finish(url, file, part, path, size, digest)
+                os.fsync(file.fileno())
+                try:
+                    check_file(part, size, digest, f"{url} has another file; try again or another address")
+                except DataError:
+                    file.truncate(0)  # the next attempt begins with none of the wrong bytes
+                    raise
+                os.replace(part, path)
             elif part.exists():
                 part.unlink()
     except OSError as error:
@@ -62,12 +68,8 @@ def _fill(url: str, file: IO[bytes], size: int, tries: int) -> None:
         trouble = "the connection broke"
         for _ in range(tries):
             start = _length(file)
-            if start >= size:
-                return
-            try:
-                _append(url, file, size, lambda: progress.update(task, completed=_length(file)))
-            except _NetworkError as error:
-                trouble = str(error)
+            if start < size:
+                trouble = _append(url, file, size, lambda: progress.update(task, completed=_length(file))) or trouble
             if _length(file) == start:
                 break  # a connection that brought nothing is the last one
         if _length(file) < size:
@@ -75,52 +77,32 @@ def _fill(url: str, file: IO[bytes], size: int, tries: int) -> None:
             raise DataError(f"{url}: {stopped}: run it again to continue, or put {name} there yourself")
 
 
-class _NetworkError(Exception):
-    """The server or the connection failed, as opposed to the disk."""
-
-
-@contextlib.contextmanager
-def _network() -> Iterator[None]:
-    try:
-        yield
-    except (OSError, HTTPException, ValueError) as error:
-        if isinstance(error, urllib.error.HTTPError):
-            error.close()
-        raise _NetworkError(reason(error)) from error
-
-
-def _append(url: str, file: IO[bytes], size: int, show: Callable[[], None]) -> None:
-    """Request the missing bytes and append the response."""
+def _append(url: str, file: IO[bytes], size: int, show: Callable[[], None]) -> str:
+    """Request the missing bytes and append the response; return how the server or the connection failed, if it did."""
     start = _length(file)
     request = urllib.request.Request(url, headers={"User-Agent": "codistill", "Accept-Encoding": "identity"})
     if start:
         request.add_header("Range", f"bytes={start}-")
-    with _network():
+    try:
         opened: HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except NETWORK_ERRORS as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
+        return reason(error)
     with opened as response:
         if start and response.headers.get("Content-Range", "").split("-")[0] != f"bytes {start}":
             file.truncate(0)  # the server does not resume: it sends the file from its first byte
-        while True:
-            with _network():
+        while _length(file) <= size:
+            try:
                 piece = response.read(PIECE)
+            except NETWORK_ERRORS as error:
+                return reason(error)
             if not piece:
-                return
+                break
             file.write(piece)
             file.flush()
             show()
-            if _length(file) > size:
-                return
-
-
-def _finish(url: str, file: IO[bytes], part: Path, path: Path, size: int, digest: str) -> None:
-    """Check the bytes and give them their final name; bytes that are wrong are dropped."""
-    os.fsync(file.fileno())
-    try:
-        check_file(part, size, digest, f"{url} has another file; try again or another address")
-    except DataError:
-        file.truncate(0)
-        raise
-    os.replace(part, path)
+    return ""
 
 
 def _length(file: IO[bytes]) -> int:

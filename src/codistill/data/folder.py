@@ -43,16 +43,9 @@ def folder(root: Path, resize: int = 0) -> Dataset:
     for name in sorted(train.keys() ^ test.keys()):
         here, there = ("train", "test") if name in train else ("test", "train")
         raise DataError(f"{root}: class {name!r} is in {here} but not in {there}: give both the same classes")
-    size = (resize, resize) if resize else None
-    if size is None:
-        height, width, _ = open_image(next(iter(train.values()))[0]).shape
-        size = (height, width)
-    return Dataset(
-        name="folder",
-        train=_read_split(root, train, size, bool(resize)),
-        test=_read_split(root, test, size, bool(resize)),
-        class_names=tuple(train),
-    )
+    size = (resize, resize) if resize else open_image(next(iter(train.values()))[0]).shape[:2]
+    splits = [_read_split(root, files, (size[0], size[1]), resize > 0) for files in (train, test)]
+    return Dataset("folder", splits[0], splits[1], tuple(train))
 
 
 def _class_files(part: Path) -> dict[str, list[Path]]:
@@ -61,11 +54,11 @@ def _class_files(part: Path) -> dict[str, list[Path]]:
     for class_folder in visible(part, LAYOUT):
         if not class_folder.is_dir():
             raise DataError(f"{class_folder}: is not a folder: {LAYOUT}")
-        files[class_folder.name] = visible(class_folder, LAYOUT)
-        for file in files[class_folder.name]:
+        images = files[class_folder.name] = visible(class_folder, LAYOUT)
+        for file in images:
             if not file.is_file() or file.suffix.lower() not in SUFFIXES:
                 raise DataError(f"{file}: is not an image file ({' '.join(SUFFIXES)}): remove it; {LAYOUT}")
-        if not files[class_folder.name]:
+        if not images:
             raise DataError(f"{class_folder}: holds no images: {LAYOUT}")
     if not files:
         raise DataError(f"{part}: holds no class folders: {LAYOUT}")

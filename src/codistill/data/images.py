@@ -40,8 +40,6 @@ def decode_image(
     """Decode the bytes of an image file.
 
     Args:
-        content: The bytes.
-        where: The file, for error lines.
         size: Height and width wanted, pixels: the image is scaled until it covers them, keeping its aspect ratio, and
             its centre is cropped. None: as it is.
         formats: Formats to accept, as Pillow names them.
@@ -59,10 +57,11 @@ def decode_image(
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = _open(content, where, formats)
         with image:
+            found = f"{where}: is {image.height}x{image.width} pixels"
             if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{where}: is {_size(image)} pixels, more than {MAX_PIXELS} in all: {FIX}")
+                raise DataError(f"{found}, more than {MAX_PIXELS} in all: {FIX}")
             if exact is not None and (image.height, image.width) != exact:
-                raise DataError(f"{where}: is {_size(image)} pixels instead of {exact[0]}x{exact[1]}: {FIX}")
+                raise DataError(f"{found} instead of {exact[0]}x{exact[1]}: {FIX}")
             rgb = _to_rgb(ImageOps.exif_transpose(image))
             if size is not None:
                 rgb = ImageOps.fit(rgb, (size[1], size[0]), Image.Resampling.BILINEAR)
@@ -94,7 +93,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         ground.alpha_composite(picture)
         return ground.convert("RGB")
     return image.convert("RGB")
-
-
-def _size(image: Image.Image) -> str:
-    return f"{image.height}x{image.width}"

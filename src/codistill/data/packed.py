@@ -29,9 +29,6 @@ def packed(root: Path) -> Dataset:
             labels are of any integer type [images]; class_names are texts, by default "0", "1" and so on. It may be
             compressed.
 
-    Returns:
-        The data set.
-
     Raises:
         DataError: File missing or damaged, an array missing or of a wrong type or shape, a label out of range.
     """
@@ -54,9 +51,7 @@ def packed(root: Path) -> Dataset:
 
 def _find(root: Path) -> Path:
     with reading(root, "make it readable"):
-        if not root.is_dir():
-            return root
-        found = sorted(root.glob("*.npz"))
+        found = sorted(root.glob("*.npz")) if root.is_dir() else [root]
     if len(found) != 1:
         raise DataError(f"{root}: holds {len(found)} .npz files: name the file itself, or {FIX}")
     return found[0]
@@ -86,7 +81,7 @@ def _split(path: Path, part: str, arrays: dict[str, npt.NDArray[Any]]) -> Split:
     images, labels = (arrays[f"{part}_{kind}"] for kind in ("images", "labels"))
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         found = f"{part}_images is {images.dtype} {list(images.shape)}"
-        raise DataError(f"{path}: {found}; it must be uint8 [images, height, width, 3]")
+        raise DataError(f"{path}: {found}; it must be {LAYOUT}")
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
         found = f"{part}_labels is {labels.dtype} {list(labels.shape)}"
         raise DataError(f"{path}: {found}; it must be whole numbers [{len(images)}]")

@@ -1,4 +1,4 @@
-"""ResNets of depth 6n+2 for 32x32 images: ResNet-20, -32, -56 and -110 of basic blocks."""
+"""ResNets of basic blocks for 32x32 images: ResNet-20, -32, -56 and -110 of depth 6n+2, and ResNet-18."""
 
 from typing import Literal
 
@@ -116,3 +116,17 @@ def resnet110(num_classes: int, shortcut: Shortcut = "B") -> Network:
     Differs: ONE and OKDDip give this name to bottleneck networks, which have other sizes and errors.
     """
     return cifar_resnet(num_classes, 110, shortcut)
+
+
+@NETWORKS.register("resnet18")
+def resnet18(num_classes: int) -> Network:
+    """Build ResNet-18 for 32x32 images.
+
+    The feature map is [512, 4, 4]; stem and stages 1 to 3 are the usual shared trunk.
+
+    Source: He, Zhang, Ren, Sun, Deep Residual Learning for Image Recognition, CVPR 2016, arXiv 1512.03385, table 1;
+        the form for 32x32 images: github.com/kuangliu/pytorch-cifar, which CINIC-10's benchmark (Darlow et al.,
+        arXiv 1810.03505) names as its source.
+    Differs: from the paper, a 3x3 stem of stride 1 and no max-pooling, as in that code.
+    """
+    return basic_resnet(num_classes, (64, 128, 256, 512), 2, "B")
