@@ -1,7 +1,4 @@
-"""The four published CIFAR archives: names, sizes, digests, and how to decode the files inside.
-
-Two layouts: records of fixed size, and pickled batches.
-"""
+"""The four published CIFAR archives: names, sizes, digests, and how to decode their records or pickled batches."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

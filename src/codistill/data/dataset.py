@@ -64,9 +64,8 @@ class Dataset:
         for part, split in (("train", self.train), ("test", self.test)):
             check_split(split, len(self.class_names), f"data set {self.name}, {part}")
         if self.train.images.shape[1:] != self.test.images.shape[1:]:
-            sizes = (size_of(split.images) for split in (self.train, self.test))
-            line = "data set {}: train images are {} but test images are {}: give both one size"
-            raise DataError(line.format(self.name, *sizes))
+            sizes = f"train images are {size_of(self.train.images)} but test images are {size_of(self.test.images)}"
+            raise DataError(f"data set {self.name}: {sizes}: give both one size")
 
     @property
     def num_classes(self) -> int:

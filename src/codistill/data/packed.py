@@ -32,7 +32,11 @@ def packed(root: Path) -> Dataset:
     Raises:
         DataError: File missing or damaged, an array missing or of a wrong type or shape, a label out of range.
     """
-    path = _find(root)
+    with reading(root, "make it readable"):
+        found = sorted(root.glob("*.npz")) if root.is_dir() else [root]
+    if len(found) != 1:
+        raise DataError(f"{root}: holds {len(found)} .npz files: name the file itself, or {FIX}")
+    path = found[0]
     with reading(path, FIX), zipfile.ZipFile(path) as archive:
         present = {name.removesuffix(".npy") for name in archive.namelist()}
         if missing := [name for name in NEEDED if name not in present]:
@@ -44,17 +48,9 @@ def packed(root: Path) -> Dataset:
     check_split(test, len(class_names), f"{path}, test")
     absent = np.flatnonzero(np.bincount(train.labels, minlength=len(class_names)) == 0)
     if len(absent):
-        found = f"no image has label {absent[0]} (class {class_names[absent[0]]})"
-        raise DataError(f"{path}, train: {found}: give every class training images, and number the classes from 0")
+        missed = f"no image has label {absent[0]} (class {class_names[absent[0]]})"
+        raise DataError(f"{path}, train: {missed}: give every class training images, and number the classes from 0")
     return Dataset("packed", train, test, class_names)
-
-
-def _find(root: Path) -> Path:
-    with reading(root, "make it readable"):
-        found = sorted(root.glob("*.npz")) if root.is_dir() else [root]
-    if len(found) != 1:
-        raise DataError(f"{root}: holds {len(found)} .npz files: name the file itself, or {FIX}")
-    return found[0]
 
 
 def _read_array(archive: zipfile.ZipFile, path: Path, name: str) -> npt.NDArray[Any]:
