@@ -279,7 +279,8 @@ def test_all_may_diverge(config, monkeypatch, capsys):
 )
 def test_as_many_runs_at_a_time_as_memory_holds(config, monkeypatch, capsys, count, free, sizes):
     monkeypatch.setattr(fleet, "memory_of_a_run", lambda *_: 2**30)
-    monkeypatch.setattr(fleet, "free_memory", lambda _: free * 2**30 * fleet.ALLOWANCE / fleet.USED_SHARE)
+    free_bytes = free * 2**30 * fleet.ALLOWANCE / fleet.USED_SHARE
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free_bytes, 2**40))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
     plan = check(tiny.method(), tiny.data(), config(), CPU)
     plans = [dataclasses.replace(plan, device=torch.device("cuda")) for _ in range(count)]

@@ -18,13 +18,9 @@ WARM_UP_STEPS = 3
 class GraphedSteps:
     """The steps of several independent runs as one CUDA graph per batch size, each run on a stream of its own.
 
-    The first calls with a size run eagerly, on the stream that is captured later: they are real training steps, and
-    make cuDNN and the allocator ready. Then the steps are captured together, and from then on replayed. Kernels and
-    their order within a run are those of the run alone.
-
-    Args:
-        members: The steps, on one device; everything that they touch stays where it is in memory.
-        warm_up: Number of eager calls of a size.
+    The first `warm_up` calls with a size run eagerly, on the stream that is captured later: they are real training
+    steps, and make cuDNN and the allocator ready. Then the steps are captured together, and from then on replayed.
+    Kernels and their order within a run are those of the run alone. What members touch stays where it is in memory.
     """
 
     def __init__(self, members: Sequence[TrainStep], warm_up: int = WARM_UP_STEPS) -> None:
@@ -93,11 +89,7 @@ class GraphedSteps:
 
 
 class EagerSteps:
-    """The steps of several independent runs, one after the other, as on a CPU.
-
-    Args:
-        members: The steps.
-    """
+    """The steps of several independent runs, one after the other, as on a CPU."""
 
     def __init__(self, members: Sequence[TrainStep]) -> None:
         self.members = list(members)

@@ -23,13 +23,10 @@ from codistill.networks import Network
 from codistill.settings.config import ExecutionSettings
 
 BACKEND = "inductor"
-
-
 # The limit is per code object, and all blocks of all students, for each batch size, share one.
 RECOMPILE_LIMIT = 1024
-
-
 OLDEST_COMPUTE_CAPABILITY = (7, 0)
+PAID_BACK_STEPS = 100_000  # compilation takes about a minute, and saves less than 1 ms a step
 
 
 def missing_compiler(device: torch.device) -> str | None:
@@ -71,13 +68,12 @@ def compiled(method: Method, *, deterministic: bool = False, fullgraph: bool = F
     """Have the parts of a method run compiled code in training mode until this context ends.
 
     Parts are compiled in their first training step. In evaluation mode the same modules run uncompiled, with the same
-    weights. Afterwards modules that a user had compiled are compiled as before. Compiled code is kept for later runs in
-    TORCHINDUCTOR_CACHE_DIR, by default codistill/inductor in the user's cache folder.
+    weights. Afterwards modules that a user had compiled are compiled as before.
 
     Args:
-        method: Already on its device; it may be captured or not.
-        deterministic: Whether code must not be chosen by timing it where results depend on the choice.
-        fullgraph: Whether Python that cannot be compiled is an error in the first step instead of left as it is.
+        method: Already on its device.
+        deterministic: Whether code must not be chosen by timing where results depend on the choice.
+        fullgraph: Whether Python that cannot be compiled is an error in the first step.
     """
     _keep_compiled_code()
     config = torch._dynamo.config
@@ -118,31 +114,16 @@ def parts_of(module: nn.Module) -> Iterator[nn.Module]:
         yield module
 
 
-PAID_BACK_STEPS = 100_000
-"""Steps from which on compilation, about a minute, takes less than it saves, under 1 ms a step."""
-
-
 @dataclass(frozen=True)
 class Execution:
-    """One way to compute a step.
-
-    Attributes:
-        compiled: Whether torch.compile compiles stages, heads and modules.
-        overlap: Whether a captured step's branches run on streams of their own.
-    """
+    """One way to compute a step: with compiled parts, and with branches on streams of their own in a captured step."""
 
     compiled: bool = False
     overlap: bool = False
 
     @contextlib.contextmanager
     def on(self, method: Method, device: torch.device, deterministic: bool = False) -> Iterator[None]:
-        """Have a method compute this way until the context ends, and then as it did before.
-
-        Args:
-            method: Changed in place; weights, their names and files stay.
-            device: Where it is trained.
-            deterministic: As in `ExecutionSettings.deterministic`.
-        """
+        """Have a method compute this way, in place, until the context ends."""
         with contextlib.ExitStack() as changes:
             if self.compiled:
                 changes.enter_context(compiled(method, deterministic=deterministic))
@@ -151,24 +132,10 @@ class Execution:
             yield
 
 
-PLAIN = Execution()
-"""Not compiled, on one stream."""
-
-
 def choose_execution(settings: ExecutionSettings, device: torch.device, steps: int, overlap: bool = True) -> Execution:
-    """Choose how a run computes its steps.
+    """Choose how a run computes its steps; `compile` auto compiles on CUDA from `PAID_BACK_STEPS` steps on.
 
-    `compile` auto compiles on CUDA from `PAID_BACK_STEPS` steps on.
-
-    Args:
-        settings: The `compile` of a run.
-        device: Where it is trained.
-        steps: Training steps of the run.
-        overlap: Whether branches may run on streams of their own: in a captured step of a run that is alone on its
-            device. Several runs fill the device without.
-
-    Raises:
-        UsageError: `compile` is on, and this machine lacks a compiler.
+    Branches overlap only in a captured step of a run that is alone on its device: several runs fill it without.
     """
     auto = settings.compile == "auto" and device.type == "cuda" and steps >= PAID_BACK_STEPS
     compiled = auto or settings.compile == "on"

@@ -15,11 +15,7 @@ GRADIENT = "gradient of "
 
 
 class NonFiniteDetector:
-    """Remember, for each of some named numbers, the first step at which it was NaN or infinite; no host read.
-
-    Args:
-        device: Where the numbers lie.
-    """
+    """Remember, for each of some named numbers, the first step at which it was NaN or infinite; no host read."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -43,11 +39,7 @@ class NonFiniteDetector:
 
     @staticmethod
     def first_bad(numbers: Mapping[str, float]) -> tuple[int, list[str]] | None:
-        """Return the first bad step, counted from 1, and the names of what was bad in it; None: all was finite.
-
-        Args:
-            numbers: Those of `tensors`, on the host.
-        """
+        """Return the first bad step, from 1, and the names of what was bad in it, from `tensors` on the host."""
         first = min((number for number in numbers.values() if number >= 0), default=None)
         if first is None:
             return None
@@ -102,13 +94,7 @@ def health(method: Method, finite: NonFiniteDetector) -> dict[str, dict[str, Flo
 
 
 def divergence(numbers: Mapping[str, Mapping[str, float]], shared_stages: int, epoch: int) -> str | None:
-    """Return who became NaN or infinite and where, as the first part of an error line; None: all is finite.
-
-    Args:
-        numbers: Those of `health`, on the host.
-        shared_stages: Of the cohort.
-        epoch: Counted from 0.
-    """
+    """Return who became NaN or infinite and where, from numbers of `health` on the host; None: all is finite."""
     found = NonFiniteDetector.first_bad(numbers["steps"])
     if found is not None:
         return f"{culprits(found[1], shared_stages)} became NaN or infinite at step {found[0]} of epoch {epoch + 1}"

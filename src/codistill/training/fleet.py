@@ -30,26 +30,15 @@ from codistill.training.step import make_step
 from codistill.training.train import free_folder
 from codistill.training.trainer import Trainer
 
-# Puts a run on its device, and closes it at the end.
-Opening = Callable[[], contextlib.AbstractContextManager[Trainer]]
-
-
-# Convolutions take memory to work in, and allocators leave gaps.
-ALLOWANCE = 1.3
-
-
+ALLOWANCE = 1.3  # convolutions take memory to work in, and allocators leave gaps
 USED_SHARE = 0.9
 
 
 def memory_of_a_run(plan: Plan, splits: DeviceSplits) -> int:
-    """Measure the memory of a run beside the data set, bytes, as it will be computed.
+    """Measure the memory of a run beside the data set, bytes, without changing its method.
 
-    It is the sum of the memory that it keeps from step to step, that of its graphs of a step and of an evaluation, and
-    that of the first eager steps of the epoch's last size, which is assumed to be as much as a step's.
-
-    Args:
-        plan: Its method is left as it is.
-        splits: The data set, on a CUDA device.
+    It is what it keeps from step to step, its graphs of a step and of an evaluation, and the first eager steps of the
+    epoch's last size, which are assumed to take as much as a step.
     """
     device, settings, precision = plan.device, plan.config.train, plan.config.execution.precision
     few = splits.test.subset(torch.arange(min(EVALUATION_BATCH, len(splits.test))))
@@ -72,25 +61,10 @@ def memory_of_a_run(plan: Plan, splits: DeviceSplits) -> int:
     return kept - before + (1 if settings.drop_last else 2) * within_step + within_evaluation
 
 
-def free_memory(device: torch.device) -> int:
-    """Return how many bytes of a CUDA device are free."""
-    return torch.cuda.mem_get_info(device)[0]
-
-
 def side_by_side(plans: Sequence[Plan], splits: DeviceSplits) -> list[int]:
-    """Choose how many runs train at a time, from free memory and a short measurement of one run.
+    """Choose from free memory and a short measurement how many runs train at a time; return the sizes of the groups.
 
-    Prints a line where not all of them fit. On a CPU runs take turns at each step, and all of them fit.
-
-    Args:
-        plans: The runs, on one device.
-        splits: Their data set there; it is placed first, so that free memory is free for the runs.
-
-    Returns:
-        Sizes of the groups that train one after the other, as equal as can be.
-
-    Raises:
-        ResourceError: The data set and one run do not fit.
+    The data set is placed first, so that free memory is free for the runs. On a CPU all runs fit.
     """
     count, device = len(plans), plans[0].device
     if device.type != "cuda" or count == 1:
@@ -103,7 +77,7 @@ def side_by_side(plans: Sequence[Plan], splits: DeviceSplits) -> list[int]:
             need = max(need, memory_of_a_run(plan, splits))
         except torch.OutOfMemoryError as error:
             raise out_of_memory(plan.config, plan.method, error) from error
-    free = free_memory(device) * USED_SHARE
+    free = torch.cuda.mem_get_info(device)[0] * USED_SHARE
     fit = min(count, max(1, int(free // (need * ALLOWANCE))))
     groups = -(-count // fit)
     sizes = [count // groups + (index < count % groups) for index in range(groups)]
@@ -122,11 +96,7 @@ def collect_finished_runs() -> None:
 
 
 def train_seeds(config: RunConfig, seeds: Sequence[int], out: Path | None = None, show: bool = True) -> list[Run]:
-    """Train one run for each seed, side by side; see `train_fleet`.
-
-    Raises:
-        UsageError: A seed twice; otherwise as `train_fleet`.
-    """
+    """Train one run for each seed, side by side; see `train_fleet`."""
     if len(set(seeds)) < len(seeds):
         raise UsageError(f"seeds are {list(seeds)}: name each once")
     configs = [dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed)) for seed in seeds]
@@ -135,21 +105,10 @@ def train_seeds(config: RunConfig, seeds: Sequence[int], out: Path | None = None
 
 
 def train_fleet(configs: Sequence[RunConfig], outs: Sequence[Path], show: bool = True) -> list[Run]:
-    """Train independent runs side by side on one device, each in its own run folder.
+    """Train independent runs side by side on one device, each in its own folder and with the end of a run alone.
 
-    Each run ends as it would have ended alone. One that diverges is marked in its summary.json; the others continue.
-
-    Args:
-        configs: Runs with the same data set, epochs, batch size, device and precision; they may differ in method,
-            networks and seed.
-        outs: A run folder for each.
-        show: Whether to print progress and the final tables.
-
-    Returns:
-        The runs, in order; `summary["status"]` says how each ended.
-
-    Raises:
-        UsageError: The runs do not go together, or one of them cannot work; nothing was written.
+    One that diverges is marked in its summary.json; the others continue. The runs may differ in method, networks and
+    seed. Nothing is written if one of them cannot work.
     """
     refuse_ranks("several runs side by side (--seeds, --recipes)")
     first = configs[0]
@@ -179,18 +138,11 @@ def train_fleet(configs: Sequence[RunConfig], outs: Sequence[Path], show: bool =
 
 
 def train_in_groups(
-    openings: Sequence[Opening], sizes: Sequence[int], diverged: Callable[[Trainer, DivergedError], None]
+    openings: Sequence[Callable[[], contextlib.AbstractContextManager[Trainer]]],
+    sizes: Sequence[int],
+    diverged: Callable[[Trainer, DivergedError], None],
 ) -> list[Run]:
-    """Train runs side by side, one group after the other.
-
-    Args:
-        openings: A function for each run that puts it on its device.
-        sizes: How many runs each group has.
-        diverged: See `train_loop`.
-
-    Returns:
-        The runs, in order.
-    """
+    """Train runs side by side, one group after the other; an opening puts a run on its device, and closes it."""
     waiting, runs = iter(openings), []
     for size in sizes:
         collect_finished_runs()

@@ -24,10 +24,7 @@ class TrainingForward:
     linear layers are cast together, and all counters counted together. Logits are bitwise equal to autocast's. So are
     gradients, unless a layer is applied twice in one pass: its two gradients are then added in bf16.
 
-    Args:
-        method: On its device.
-        precision: As in `ExecutionSettings.precision`.
-        apart: Groups of parameters that are differentiated one after the other, each from a pass of its own.
+    `apart` are groups of parameters that are differentiated one after the other, each from a pass of its own.
     """
 
     def __init__(self, method: Method, precision: str, apart: Sequence[Sequence[nn.Parameter]] = ()) -> None:

@@ -27,11 +27,8 @@ def train_loop(
 
     Args:
         trainers: Runs with the same number of images, batch size and epochs, at the same position.
-        diverged: Called with a run that diverged (NaN or infinite values) and is dropped; the others continue.
-        after_step: Called with the epoch, counted from 0, and the number of its steps that are done.
-
-    Raises:
-        Interrupted: A signal; all runs were saved before.
+        diverged: Called with a run that diverged and is dropped; the others continue.
+        after_step: Called with the epoch, from 0, and the number of its steps that are done.
     """
     active = list(trainers)
     started = time.monotonic()
@@ -78,14 +75,7 @@ def train_epoch(trainers: Sequence[Trainer], steps: GraphedSteps | EagerSteps, e
 
 
 def handle_signals(requests: SignalRequests, trainers: Sequence[Trainer], epoch: int, step: int) -> None:
-    """Do what signals have asked for: save the runs, and stop.
-
-    Args:
-        requests: What the signals have asked for.
-        trainers: The runs.
-        epoch: Counted from 0.
-        step: Number of its steps that are done.
-    """
+    """Do what signals have asked for after a step: save the runs, and stop."""
     # All ranks stop after the same step, whichever of them a signal has reached.
     stopping, saving = trainers[0].step.ranks.largest(requests.stopping or 0, requests.saving)
     requests.stopping = stopping or requests.stopping

@@ -9,16 +9,11 @@ from codistill.settings.config import TrainSettings
 
 
 def make_optimizer(method: Method, settings: TrainSettings) -> torch.optim.SGD:
-    """Make SGD with one group for each of `Method.parameter_groups`.
+    """Make SGD with one group for each of `Method.parameter_groups`, of a method that is on its device.
 
     Fused, with the learning rate as a tensor on the device of the parameters, so that a captured step sees changes.
-    Momentum buffers exist from the start: a step never depends on whether it is the first.
-
-    Args:
-        method: Whose parameters are trained; already on its device.
-        settings: The initial learning rate, momentum (0 switches it off) and whether it is Nesterov's, and the weight
-            decay of the groups that set none of their own; it reaches all tensors, biases and batch normalisation
-            included, as in the papers' code.
+    Momentum buffers exist from the start: a step never depends on whether it is the first. Weight decay reaches all
+    tensors, biases and batch normalisation included, as in the papers' code.
     """
     groups = [
         {

@@ -40,44 +40,24 @@ Positions = Int[Tensor, " image"] | None
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that has passed all checks; nothing is written yet, and nothing is on the device.
+    """A run that has passed all checks; nothing is written yet, and nothing is on the device."""
 
-    Attributes:
-        method: The method, still on the host.
-        data: Its data set.
-        config: The settings, with absolute paths.
-        device: Where it is trained.
-        augmentation: Crops and flips of the training images.
-        training: Positions of the training images that are used, in the order of the split; None: all.
-        validation: Positions of the training images that are held out; None: none are.
-        execution: How steps are computed.
-    """
-
-    method: Method
+    method: Method  # still on the host
     data: Dataset
-    config: RunConfig
+    config: RunConfig  # with absolute paths
     device: torch.device
     augmentation: Augmentation
     training: Positions
-    validation: Positions
+    validation: Positions  # None: no training images are held out
     execution: Execution
 
 
 def check(
     method: Method, data: Dataset, config: RunConfig, device: torch.device, alone: bool = True, ranks: Ranks = ALONE
 ) -> Plan:
-    """Check that a run can work, and set the process up for its device.
+    """Check that a run can work, and set the process up for its device; all ranks that share it check it.
 
-    Args:
-        method: Left as it is.
-        data: Its data set.
-        config: Its settings.
-        device: Where it will be trained.
-        alone: Whether no other run is trained on the device at the same time.
-        ranks: The processes that share the run, which all check it.
-
-    Raises:
-        UsageError: Method, data and settings do not go together, or this machine lacks what they need.
+    `alone` says whether no other run trains on the device at the same time.
     """
     settings = config.train
     set_up_cpu(config.execution.threads, device)
@@ -96,11 +76,7 @@ def check(
 
 
 def split_training(data: Dataset, settings: TrainSettings) -> tuple[Positions, Positions]:
-    """Return the positions of the training images that are used, and of the validation images, in the seeded order.
-
-    Raises:
-        UsageError: More images asked for than there are, or a last batch too small for batch statistics.
-    """
+    """Return the positions of the training images that are used, and of the validation images, in the seeded order."""
     count, held_out = len(data.train), settings.validation
     if held_out >= count:
         raise UsageError(f"validation is {held_out}, but data set {data.name} has {count} training images")
@@ -109,32 +85,29 @@ def split_training(data: Dataset, settings: TrainSettings) -> tuple[Positions, P
         raise UsageError(
             f"train_limit {wanted} and validation {held_out} together exceed the {count} training images of {data.name}"
         )
-    if wanted < settings.batch_size:
-        raise UsageError(
-            f"batch_size is {settings.batch_size}, but there are {wanted} training images: make it smaller"
-        )
-    if wanted % settings.batch_size == 1 and not settings.drop_last:
+    size = settings.batch_size
+    if wanted < size:
+        raise UsageError(f"batch_size is {size}, but there are {wanted} training images: make it smaller")
+    if wanted % size == 1 and not settings.drop_last:
         raise UsageError(
             f"the last batch of {wanted} images would be a single image, which batch normalisation cannot use: "
-            f"set drop_last or another batch_size than {settings.batch_size}"
+            f"set drop_last or another batch_size than {size}"
         )
     order = seeded_order(count, settings.seed)
     return None if wanted == count else order[:wanted], order[count - held_out :] if held_out else None
 
 
 def check_parts(config: RunConfig, images: int, ranks: Ranks) -> None:
-    """Refuse what would be another experiment on several ranks, or leave one less than the two images BN needs.
-
-    Raises:
-        UsageError: Names the setting to change.
-    """
+    """Refuse what would be another experiment on several ranks, or leave one less than the two images BN needs."""
+    if ranks.count == 1:
+        return
     size, least, needs = config.train.batch_size, 2 * ranks.count, config.method.needs_full_batch
     last = 0 if config.train.drop_last else images % size
-    if ranks.count > 1 and needs:
+    if needs:
         raise UsageError(f"{config.method_name} with {needs} needs the full batch in one process: omit torchrun")
-    if ranks.count > 1 and size < least:
+    if size < least:
         raise UsageError(f"batch_size is {size}; {ranks.count} ranks need at least {least}, two images each")
-    if ranks.count > 1 and 0 < last < least:
+    if 0 < last < least:
         raise UsageError(
             f"the last batch of {images} images would have {last}, too few for {ranks.count} ranks: "
             f"set drop_last or another batch_size than {size}"
@@ -142,38 +115,27 @@ def check_parts(config: RunConfig, images: int, ranks: Ranks) -> None:
 
 
 def check_shapes(method: Method, data: Dataset) -> None:
-    """Run the method once without data, on the meta device, to find what cannot work before anything is written.
-
-    Raises:
-        UsageError: The students' classes are not the data set's, or shapes do not match.
-    """
+    """Run the method once on the meta device, to find classes and shapes that do not match; it stays as it is."""
     height, width = data.image_size
     names = network_names(method.cohort)
     probe = copy.deepcopy(method).to("meta").eval()
     try:
         outputs = probe(torch.empty(2, 3, height, width, device="meta"))
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(
-            f"{method.name} with {' + '.join(names)} cannot take {height}x{width} images: {reason}"
-        ) from None
+        words = f"{method.name} with {' + '.join(names)} cannot take {height}x{width} images"
+        raise UsageError(f"{words}: {' '.join(str(error).split())}") from None
     for name, logits in zip(names, outputs.logits, strict=True):
         if logits.shape[1] != data.num_classes:
             raise UsageError(
                 f"network {name} has {logits.shape[1]} classes, but data set {data.name} {data.num_classes}"
             )
-    if method.num_classes != data.num_classes:
-        raise UsageError(
-            f"{method.name} was made for {method.num_classes} classes, but data set {data.name} has {data.num_classes}"
-        )
+    made, has = method.num_classes, data.num_classes
+    if made != has:
+        raise UsageError(f"{method.name} was made for {made} classes, but data set {data.name} has {has}")
 
 
 def build_taught(config: RunConfig, data: Dataset) -> Method:
-    """Build a run's method, with its teacher if it names one.
-
-    Raises:
-        UsageError: Networks, method, teacher and settings do not go together.
-    """
+    """Build a run's method, with its teacher if it names one."""
     check_teacher(METHODS[config.method_name], config.teaching.teacher is not None)
     method = build_method(config, data.num_classes, data.image_size)
     if config.teaching.teacher is None:
@@ -183,26 +145,15 @@ def build_taught(config: RunConfig, data: Dataset) -> Method:
 
 
 def check_teacher(method: type[Method], given: bool) -> None:
-    """Refuse a teacher where none is used, and none where one is needed.
-
-    Raises:
-        UsageError: Either of them.
-    """
+    """Refuse a teacher where none is used, and none where one is needed."""
     if given and method.teacher == "refused":
         raise UsageError(f"{method.name} has no use for a teacher: leave --teacher out, or choose kd")
     if not given and method.teacher == "required":
-        raise UsageError(
-            f"{method.name} needs a teacher: give --teacher a run folder, an exported file or a checkpoint"
-        )
+        raise UsageError(f"{method.name} needs a teacher: give --teacher a run folder, exported file or checkpoint")
 
 
 class DeviceSplits:
-    """The splits of a data set on a device; runs side by side share them.
-
-    Args:
-        data: The data set.
-        device: Where they lie, from their first use on.
-    """
+    """The splits of a data set, on a device from their first use on; runs side by side share them."""
 
     def __init__(self, data: Dataset, device: torch.device) -> None:
         self._data, self._device = data, device
@@ -245,12 +196,12 @@ def set_up(
 
     Args:
         plan: The result of `check`.
-        out: The run folder.
+        out: The run folder; rank 0 holds it for all ranks.
         show: Whether to print.
         label: Prefix of its lines, among those of other runs.
         begun: Whether the folder holds the run already.
         state: The checkpoint to resume from.
-        ranks: The processes that share the run; rank 0 holds the folder for all.
+        ranks: The processes that share the run.
         splits: The data on the device, where other runs use them too.
     """
     method, config, splits = plan.method, plan.config, splits or DeviceSplits(plan.data, plan.device)

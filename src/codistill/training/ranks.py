@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -33,26 +33,16 @@ JOIN, PATIENCE = timedelta(minutes=2), timedelta(hours=2)
 
 @dataclass
 class Ranks:
-    """The processes that share a run; rank 0 evaluates, writes and prints.
-
-    Attributes:
-        number: This process among them, from 0.
-        count: How many there are; 1: no process group is needed.
-        gradients: Process group for gradients on CUDA (NCCL); None: the default one (gloo).
-    """
+    """The processes that share a run; rank 0 evaluates, writes and prints."""
 
     number: int = 0
     count: int = 1
-    gradients: Any = None
+    gradients: Any = None  # on CUDA the NCCL group for gradients; None: the default one, gloo
 
     @classmethod
     @contextlib.contextmanager
     def from_environment(cls) -> Iterator["Ranks"]:
-        """Join the processes that torchrun started, and leave them at the end; without torchrun yield `ALONE`.
-
-        Raises:
-            WorkerError: Another process did not come, or was lost.
-        """
+        """Join the processes that torchrun started, and leave them at the end; without torchrun yield `ALONE`."""
         if world_size() == 1:
             yield ALONE
             return
@@ -82,11 +72,7 @@ class Ranks:
         return self.number == 0
 
     def choose_device(self, settings: ExecutionSettings) -> torch.device:
-        """Return this process's device: on CUDA the GPU of its number on this machine.
-
-        Raises:
-            UsageError: No such device, or not one for each rank.
-        """
+        """Return this process's device: on CUDA the GPU of its number on this machine."""
         with self.together():
             device = choose_device(settings.device, settings.precision)
             if self.count > 1 and device.type == "cuda":
@@ -113,10 +99,7 @@ class Ranks:
         return batch.part(size * self.number // self.count, size * (self.number + 1) // self.count)
 
     def average(self, tensors: Sequence[Tensor], share: float) -> None:
-        """Replace tensors, of the same shapes in all processes, by their weighted means, in place and in one exchange.
-
-        The weights are the shares, from 0 to 1, which add up to 1.
-        """
+        """Replace tensors by their means over all processes in one exchange; their shares as weights add up to 1."""
         if self.count == 1:
             return
         bucket = torch.cat([each.detach().flatten() for each in tensors]) * share
@@ -146,9 +129,7 @@ class Ranks:
     def together(self) -> Iterator[None]:
         """Fail in all processes where the block fails in one; all must enter it, and not within another one.
 
-        Raises:
-            CodistillError: In rank 0, of the first rank that raised one.
-            SystemExit: In the others, with the same exit status.
+        Rank 0 raises the error of the first rank that raised one; the others exit with its status.
         """
         own: CodistillError | None = None
         try:
@@ -168,8 +149,7 @@ class Ranks:
         if self.count > 1:
             with self._noticing_loss():
                 dist.broadcast_object_list(made, src=0)
-        result: T = made[0]
-        return result
+        return cast(T, made[0])
 
     def in_turn(self, make: Callable[[], T]) -> T:
         """Return what this process makes, rank 0 before the others: data are downloaded and cached once."""

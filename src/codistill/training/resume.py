@@ -9,7 +9,7 @@ from typing import Any
 from codistill.core.errors import DataError, UsageError
 from codistill.data.dataset import Dataset
 from codistill.deploy.run import Run
-from codistill.settings.config import PLACES, RunConfig
+from codistill.settings.config import PLACES
 from codistill.settings.mapping import run_from_mapping
 from codistill.training.fleet import mark_diverged, shared, side_by_side, train_in_groups
 from codistill.training.prepare import DeviceSplits, build_taught, check, set_up
@@ -48,18 +48,9 @@ def resume_together(
     show: bool = True,
     override: Mapping[str, Any] | None = None,
 ) -> list[Run]:
-    """Resume several runs: side by side where they stopped at the same step and share what a fleet shares.
+    """Resume several runs, or folders of them: side by side where they stopped at the same step and share settings.
 
     One of several that diverges is marked in its summary.json; the others continue.
-
-    Args:
-        paths: Run folders, or folders of them, whose unfinished runs are meant.
-        data_dir: Where the data set is now, if not where it was.
-        show: Whether to print progress and the final tables.
-        override: See `resume`.
-
-    Raises:
-        CodistillError: See `resume`.
     """
     overrides = {**(override or {}), **({"data_dir": data_dir} if data_dir else {})}
     with Ranks.from_environment() as ranks:
@@ -67,7 +58,7 @@ def resume_together(
 
 
 def resumed(paths: Sequence[Path], overrides: Mapping[str, Any], show: bool, ranks: Ranks) -> list[Run]:
-    """Resume several runs in this process, or one on several ranks; see `resume_together`."""
+    """Resume several runs in this process, or one on several ranks."""
 
     def read() -> list[InterruptedRun]:
         runs = [run for path in paths for run in unfinished(path)]
@@ -86,10 +77,8 @@ def resumed(paths: Sequence[Path], overrides: Mapping[str, Any], show: bool, ran
         data = ranks.in_turn(group[0].load_data)
         with ranks.together():
             methods = [build_taught(config, data) for config in configs]
-        alone = len(group) == 1
-        plans = [
-            check(method, data, config, device, alone, ranks) for method, config in zip(methods, configs, strict=True)
-        ]
+        checked = functools.partial(check, data=data, device=device, alone=len(group) == 1, ranks=ranks)
+        plans = [checked(method, config=config) for method, config in zip(methods, configs, strict=True)]
         splits = DeviceSplits(data, device)
         names = [each.run.path.name if several else "" for each in group]
         openings = [
@@ -102,12 +91,7 @@ def resumed(paths: Sequence[Path], overrides: Mapping[str, Any], show: bool, ran
 
 
 def unfinished(path: Path) -> list[Run]:
-    """Find the run in a folder, or those of its folders that neither are finished nor have diverged.
-
-    Raises:
-        UsageError: All of them are or have.
-        CheckpointError: It is no run folder and holds none.
-    """
+    """Find the run in a folder, or those of its folders that neither are finished nor have diverged."""
     inner = sorted(each.parent for each in path.glob("*/config.json")) if not (path / "config.json").exists() else []
     if not inner:
         return [Run(path)]
@@ -119,18 +103,7 @@ def unfinished(path: Path) -> list[Run]:
 
 
 class InterruptedRun:
-    """A run to resume: its settings, and its last whole checkpoint.
-
-    Args:
-        run: The run.
-        override: New values of settings by name.
-        ranks: The processes that resume it.
-
-    Raises:
-        UsageError: The run is finished, its settings or its number of ranks are not those that it was started with, or
-            an override of one that belongs to the experiment.
-        CheckpointError: No whole checkpoint among those that are there.
-    """
+    """A run to resume, with settings that are overridden by name, and its last whole checkpoint."""
 
     def __init__(self, run: Run, override: Mapping[str, Any], ranks: Ranks = ALONE) -> None:
         self.run = run
@@ -152,7 +125,12 @@ class InterruptedRun:
                 raise UsageError(
                     f"{run.path}/config.json was changed since the run began: {listed}: put it back, or start a new run"
                 )
-        self.config = overridden(config, override)
+        for key in override:
+            if key not in PLACES:
+                raise UsageError(
+                    f"override of {key}: it belongs to the experiment; only {', '.join(PLACES)} can change"
+                )
+        self.config = run_from_mapping(override, lambda key: "codistill resume --override", base=config)
 
     @property
     def position(self) -> tuple[int, int]:
@@ -160,11 +138,7 @@ class InterruptedRun:
         return self.state.position if self.state is not None else (0, 0)
 
     def load_data(self) -> Dataset:
-        """Load the run's data set.
-
-        Raises:
-            DataError: It is missing, or not that of the run.
-        """
+        """Load the data set, which must be that of the run."""
         data = self.run.load_data(self.config.data_dir)
         for split, found in (("train", len(data.train)), ("test", len(data.test))):
             began = self.run.metadata["dataset"].get(f"{split}_images")
@@ -173,15 +147,3 @@ class InterruptedRun:
                     f"data set {self.config.data}: {found} {split} images, but {self.run.path} began with {began}"
                 )
         return data
-
-
-def overridden(config: RunConfig, override: Mapping[str, Any]) -> RunConfig:
-    """Change settings that do not belong to the experiment.
-
-    Raises:
-        UsageError: One that does, or a value that it does not take.
-    """
-    for key in override:
-        if key not in PLACES:
-            raise UsageError(f"override of {key}: it belongs to the experiment; only {', '.join(PLACES)} can change")
-    return run_from_mapping(override, lambda key: "codistill resume --override", base=config)

@@ -1,8 +1,10 @@
 """One training step in plain PyTorch: of all parameters at once, or of one student after the other."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from codistill.data.augment import Augmentation, BatchIndices, DeviceImages
 from codistill.evaluation.metrics import TermSums
@@ -15,7 +17,10 @@ from codistill.training.ranks import ALONE, Ranks
 
 
 class TrainStep:
-    """Gather, augment, forward, losses, one backward, one optimiser step; no host read.
+    """Gather, augment, forward, losses, backward, optimiser step; no host read.
+
+    For methods with `Method.alternating_updates` one group of parameters is updated after the other, each from a fresh
+    forward pass of the same batch; the terms that are summed up are those of the last pass.
 
     Args:
         method: The method, in training mode and on the device of the images.
@@ -50,31 +55,22 @@ class TrainStep:
         self._trained = {names[id(each)]: each for group in optimizer.param_groups for each in group["params"]}
 
     def __call__(self, indices: BatchIndices, progress: Float[Tensor, ""]) -> None:
-        """Train on a batch, add its loss terms to `sums`, and have `finite` look at them and at all gradients.
-
-        Args:
-            indices: Images, crops and flips of the whole batch.
-            progress: As in `Method.losses`.
-        """
+        """Train on a batch, add its loss terms to `sums`, and have `finite` look at them and at all gradients."""
         images, labels = self.images.augmented(self.ranks.part(indices), self.augmentation)
-        terms = self.method.losses(self.forward(images), labels, progress)
-        torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
         size = indices.image.shape[-1]
-        gradients = self._update(terms, len(labels) / size)
+        terms: dict[str, Tensor] = {}
+        gradients: dict[str, Tensor] = {}
+        turns: Sequence[Sequence[nn.Parameter] | None] = self.method.alternating_updates() or [None]
+        for parameters in turns:
+            terms = self.method.losses(self.forward(images), labels, progress)
+            torch.stack(list(terms.values())).sum().backward(inputs=parameters)  # type: ignore[no-untyped-call]
+            gradients |= self._update(terms, len(labels) / size)
         self.method.after_step()
         self.sums.update(terms, size)
         self.finite.update(terms | gradients)
 
     def _update(self, terms: dict[str, Tensor], share: float) -> dict[str, Tensor]:
-        """Average terms and gradients over the ranks and update the parameters.
-
-        Args:
-            terms: Changed in place.
-            share: This rank's share of the batch.
-
-        Returns:
-            The norm of each gradient.
-        """
+        """Average terms, in place, and gradients over the ranks, update the parameters and return gradients' norms."""
         named = self._trained.items()
         gradients = {GRADIENT + name: each.grad for name, each in named if each.grad is not None}
         self.ranks.average([*gradients.values(), *terms.values()], share)
@@ -82,28 +78,6 @@ class TrainStep:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return sizes
-
-
-class AlternatingStep(TrainStep):
-    """Update one group of parameters after the other, each from a fresh forward pass of the same batch.
-
-    For methods with `Method.alternating_updates`. The terms that are summed up are those of the last pass. Arguments
-    are those of `TrainStep`.
-    """
-
-    def __call__(self, indices: BatchIndices, progress: Float[Tensor, ""]) -> None:
-        """Train on a batch; see `TrainStep`."""
-        images, labels = self.images.augmented(self.ranks.part(indices), self.augmentation)
-        size = indices.image.shape[-1]
-        terms: dict[str, Tensor] = {}
-        gradients: dict[str, Tensor] = {}
-        for parameters in self.method.alternating_updates():
-            terms = self.method.losses(self.forward(images), labels, progress)
-            torch.stack(list(terms.values())).sum().backward(inputs=parameters)  # type: ignore[no-untyped-call]
-            gradients |= self._update(terms, len(labels) / size)
-        self.method.after_step()
-        self.sums.update(terms, size)
-        self.finite.update(terms | gradients)
 
 
 def make_step(
@@ -115,19 +89,7 @@ def make_step(
     ranks: Ranks = ALONE,
     memory_format: torch.memory_format = torch.channels_last,
 ) -> TrainStep:
-    """Put a method on the device of its images, in training mode, and make its optimiser and its step.
-
-    Args:
-        method: Moved in place.
-        images: The training images.
-        augmentation: Crops and flips.
-        settings: Of the optimiser.
-        precision: float32, or bf16 for autocast in the forward pass.
-        ranks: See `TrainStep`.
-        memory_format: Of the weights.
-    """
+    """Put a method on the device of its images, in place and in training mode, and make its optimiser and its step."""
     method.to(images.device, memory_format=memory_format).train()  # type: ignore[call-overload]
-    turns = method.alternating_updates()
-    forward = TrainingForward(method, precision, apart=turns)
-    kind = AlternatingStep if turns else TrainStep
-    return kind(method, images, augmentation, make_optimizer(method, settings), forward, ranks)
+    forward = TrainingForward(method, precision, apart=method.alternating_updates())
+    return TrainStep(method, images, augmentation, make_optimizer(method, settings), forward, ranks)

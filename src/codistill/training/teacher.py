@@ -49,16 +49,9 @@ def load_teacher(settings: TeacherSettings, class_names: tuple[str, ...], statis
 def read_checkpoint(path: Path, spec: str, num_classes: int) -> Network:
     """Read the weights of a network from a checkpoint of RepDistiller, of mdistiller, or of plain weights.
 
-    Names differ from repository to repository, the order of the layers does not: tensors are taken in order, and every
-    shape must agree.
-
-    Args:
-        path: A file with {"model": weights}, {"state_dict": weights} or weights; tensors and plain values only.
-        spec: The network.
-        num_classes: Its number of classes.
-
-    Raises:
-        CheckpointError: Unreadable, or of another shape; names the first tensor that does not fit.
+    The file holds {"model": weights}, {"state_dict": weights} or weights; tensors and plain values only. Names differ
+    from repository to repository, the order of the layers does not: tensors are taken in order, and every shape must
+    agree.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

@@ -37,16 +37,7 @@ def candidate_folders(config: RunConfig, ending: str | None = None) -> Iterator[
 
 
 def train_from_config(config: RunConfig, out: Path | None = None, show: bool = True) -> Run:
-    """Load the data set, build the networks and train; see `train`.
-
-    Args:
-        config: The run.
-        out: Its folder; None: a new one below runs/.
-        show: Whether to print progress and the final table.
-
-    Raises:
-        CodistillError: See `train`.
-    """
+    """Load the data set, build the networks and train; without `out` into a new folder below runs/; see `train`."""
     with Ranks.from_environment() as ranks:
         device = ranks.choose_device(config.execution)
         data = ranks.in_turn(lambda: load_named_data(config))
@@ -125,16 +116,7 @@ def _train(
 def restarted(config: RunConfig, out: Path | None) -> tuple[Run | None, TrainingState | None, bool]:
     """Find the run that this launch of torchrun began before it lost a process and started all again.
 
-    Args:
-        config: The run.
-        out: Its folder; None: the last one below runs/.
-
-    Returns:
-        The run, its last checkpoint if it has one, and whether it is finished; no run: this launch has begun none.
-
-    Raises:
-        DivergedError: The run diverged, and would again.
-        CheckpointError: No whole checkpoint among those that are there.
+    Returns the run, its last checkpoint if it has one, and whether it is finished; no run: this launch has begun none.
     """
     folders = [out] if out else list(itertools.takewhile(Path.exists, candidate_folders(config)))[-1:]
     if world_size() == 1 or not folders or not (folders[0] / "config.json").exists():

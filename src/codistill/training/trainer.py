@@ -27,20 +27,8 @@ from codistill.training.step import TrainStep
 class Trainer:
     """One run between its steps.
 
-    Args:
-        run: Its folder.
-        config: Its settings.
-        step: The training step, which holds method, images and optimiser.
-        execution: How the step is computed, for the summary.
-        held: The splits that are evaluated each epoch; `test`, and `validation` where one is held out.
-        saver: Writes its files.
-        show: Whether to print.
-        label: Prefix of its lines, among those of other runs.
-
-    Attributes:
-        position: Completed epochs, and steps done of the next one, when this process started or resumed the run.
-        steps: First image and the one after the last of each step of an epoch.
-        used: Images of an epoch.
+    `held` are the splits that are evaluated each epoch: `test` last, and `validation` where one is held out. `position`
+    is the completed epochs, and the steps done of the next one, at which this process starts or resumes the run.
     """
 
     def __init__(
@@ -71,9 +59,6 @@ class Trainer:
         """Continue from the state of a checkpoint.
 
         Randomness is a function of (seed, epoch), so the steps that follow are those of a run without the break.
-
-        Raises:
-            CheckpointError: It does not fit the run.
         """
         what = f"{self.run.path}: the last checkpoint"
         load_weights(self.method, state.method, what)
@@ -119,11 +104,7 @@ class Trainer:
             self.display.step(epoch, number, self.step.sums.means() if readable else {})
 
     def evaluate(self, between: Callable[[], None]) -> None:
-        """Score all predictors on the held splits; of several ranks the first one does, and the others wait for it.
-
-        Args:
-            between: Called between batches; where other ranks wait, once at the end.
-        """
+        """Score all predictors on the held splits; of several ranks rank 0 does, and the others wait in `between`."""
         if self.step.ranks.count == 1:
             self.evaluation.run(between)
             return
@@ -132,11 +113,7 @@ class Trainer:
         between()
 
     def state(self, step: int = 0) -> TrainingState:
-        """Return everything that a resume needs, on the device.
-
-        Args:
-            step: Steps done of the epoch after the completed ones.
-        """
+        """Return all that a resume needs, on the device, after some steps of the epoch after the completed ones."""
         momentum = momentum_buffers(self.step.optimizer)
         state = TrainingState(self.config.as_mapping(), tensors_once(self.method), momentum, tuple(self.rows), step)
         if step == 0:
@@ -149,12 +126,7 @@ class Trainer:
         return {"terms": self.step.sums.tensors(), "health": checked, "scores": self.evaluation.tensors()}
 
     def save_inside(self, epoch: int, step: int) -> None:
-        """Save between two steps, and wait for it; a diverged state is not saved.
-
-        Args:
-            epoch: Counted from 0.
-            step: Number of its steps that are done; after none there is nothing to save.
-        """
+        """Save after some steps of an epoch, and wait for it; a diverged state is not saved."""
         if step == 0 or not self.step.ranks.leads:
             return
         copy = self.saver.copy(self.state(step))
@@ -168,14 +140,7 @@ class Trainer:
         self.saver.flush()
 
     def refuse(self, words: str | None) -> None:
-        """Stop a run that diverged.
-
-        Args:
-            words: Who diverged and where; None: nobody, and the run continues.
-
-        Raises:
-            DivergedError: With the words, the learning rate and the state of the run's folder.
-        """
+        """Raise DivergedError with the words who diverged and where; without words the run continues."""
         if words is not None:
             self.saver.flush()
             kept = "keeps the last whole checkpoint" if self.run.checkpoints.entries() else "has no checkpoint yet"
@@ -184,16 +149,7 @@ class Trainer:
             )
 
     def end_epoch(self, epoch: int, numbers: Mapping[str, Any], state: TrainingState | None) -> None:
-        """Check, log and save an epoch; of several ranks rank 0 does.
-
-        Args:
-            epoch: Counted from 0.
-            numbers: Those of `tensors`, on the host.
-            state: That of `state`, on the host; None: another rank saves.
-
-        Raises:
-            DivergedError: A number became NaN or infinite; nothing of the epoch is kept.
-        """
+        """Check, log and save an epoch, of several ranks on rank 0; on the others `state` is None."""
         with self.step.ranks.together():
             if state is not None:
                 self.log_epoch(epoch, numbers, state)
@@ -233,14 +189,7 @@ class Trainer:
         return row
 
     def finish(self, seconds: float) -> None:
-        """Write report and summary, and show the table.
-
-        Args:
-            seconds: From the first step to now.
-
-        Raises:
-            ResourceError: The last checkpoint or the metrics could not be written.
-        """
+        """Write report and summary, and show the table; `seconds` are those since the first step."""
         lost = self.saver.finish()
         best = self.best or self.rows[-1]
         execution = dataclasses.asdict(self.execution)

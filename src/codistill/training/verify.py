@@ -26,24 +26,14 @@ from codistill.training.resume import InterruptedRun
 from codistill.training.train import fail
 
 STEPS, TEST_IMAGES = 3, 200
-
-
 # Epochs, counted from 0, and steps done of them: inside an epoch, before its evaluation, and inside the next.
 BREAKS = ((0, 1), (0, STEPS), (1, 2))
 
 
 def verify_resume(config: RunConfig) -> str:
-    """Train two epochs of three steps without a break, and again with three breaks, and compare the ends.
+    """Train two epochs of three steps without a break, and again with three breaks; return what was compared.
 
-    Args:
-        config: Networks, method, data, batch size, device, precision and the rest are those of the run.
-
-    Returns:
-        A line that names what was compared.
-
-    Raises:
-        CheckpointError: The ends differ; names the first tensor.
-        CodistillError: The run cannot be trained at all.
+    Raises CheckpointError where the ends differ.
     """
     refuse_ranks("--verify-resume")
     device = choose_device(config.execution.device, config.execution.precision)
@@ -77,11 +67,7 @@ def verify_resume(config: RunConfig) -> str:
 
 
 def compared(whole: Run, broken: Run, device: torch.device, deterministic: bool) -> str:
-    """Compare the ends of two runs bit for bit: parameters, buffers, momentum and metrics.
-
-    Raises:
-        CheckpointError: They differ.
-    """
+    """Compare the ends of two runs bit for bit: parameters, buffers, momentum and metrics."""
     first, second = (dict(tensors(run.checkpoints.load())) for run in (whole, broken))
     different = [name for name in first if not same_bits(first[name], second[name])]
     if end_state(whole) != end_state(broken):
@@ -97,11 +83,7 @@ def compared(whole: Run, broken: Run, device: torch.device, deterministic: bool)
 
 
 def end_state(run: Run) -> str:
-    """Return the SHA-256 of the end of a run: position, parameters, buffers, momentum, metrics without times.
-
-    Raises:
-        CheckpointError: There is no whole checkpoint, or no metrics.
-    """
+    """Return the SHA-256 of the end of a run: position, parameters, buffers, momentum, metrics without times."""
     state = run.checkpoints.load()
     digest = hashlib.sha256(json.dumps([*state.position, scores(run)]).encode())
     for name, tensor in sorted(tensors(state)):
