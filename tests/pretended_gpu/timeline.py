@@ -68,14 +68,6 @@ class Stream:
         self.timeline.let_join(self, other)
         merge(self.clock, other.clock)
 
-    def wait_event(self, event: "Event") -> None:
-        assert event.stream is not None, "nothing was recorded"
-        self.timeline.let_join(self, event.stream)
-        merge(self.clock, event.clock)
-
-    def synchronize(self) -> None:
-        self.timeline.host_waits(self.clock)
-
 
 class Event:
     """A moment of a stream."""

@@ -17,15 +17,14 @@ import codistill as cd
 from codistill.cli import main
 from codistill.core.device import set_up_gpu
 from codistill.core.errors import CheckpointError, DataError, UsageError
-from codistill.data.augment import Augmentation, BatchIndices, DeviceImages, epoch_indices
+from codistill.data.augment import Augmentation, DeviceImages, epoch_indices
 from codistill.methods import METHODS
 from codistill.methods.kd import WithTeacher
 from codistill.methods.kdcl import KDCLSettings
-from codistill.runs.lock import lock_folder
 from codistill.settings.config import RunConfig, TeacherSettings, default_config
 from codistill.training import fleet, resume
 from codistill.training import trainer as loop
-from codistill.training.capture import EagerSteps, GraphedSteps, make_fleet
+from codistill.training.capture import GraphedSteps, make_fleet
 from codistill.training.compiling import Execution
 from codistill.training.fleet import train_fleet, train_seeds
 from codistill.training.prepare import DeviceSplits, check, set_up
@@ -291,15 +290,6 @@ def test_as_many_runs_at_a_time_as_memory_holds(config, monkeypatch, capsys, cou
         assert f"{count} runs, but a GPU has" in error and f"in {len(sizes)} groups of at most {sizes[0]}" in error
 
 
-def test_groups_one_after_the_other(config, monkeypatch):
-    configs = [config(seed=seed) for seed in (0, 1, 2)]
-    monkeypatch.setattr(fleet, "side_by_side", lambda *_: [2, 1])
-    runs = train_fleet(configs, folders(3), show=False)
-    assert [run.path for run in runs] == folders(3)
-    for index, each in enumerate(configs):
-        assert_equal(runs[index], train_from_config(each, Path(f"alone{index}"), show=False))
-
-
 def test_a_group_has_gone_when_the_next_one_begins(config, monkeypatch):
     def drawing(run, summary):
         try:
@@ -359,23 +349,6 @@ def test_runs_side_by_side_have_one_copy_of_their_images(config, monkeypatch, ch
     assert len(made) == 2  # training and test
 
 
-def test_what_breaks_a_fleet_off_is_written_everywhere(config, monkeypatch):
-    count, call = iter(range(100)), TrainStep.__call__
-
-    def breaking(self, batch, progress):
-        if next(count) == 7:
-            raise KeyboardInterrupt
-        call(self, batch, progress)
-
-    monkeypatch.setattr(TrainStep, "__call__", breaking)
-    with pytest.raises(KeyboardInterrupt):
-        train_fleet([config(seed=0), config(seed=1)], folders(2), show=False)
-    for path in folders(2):
-        run = cd.Run(path)
-        assert run.summary["status"] == "interrupted" and len(run.metrics()) == 1
-        lock_folder(path).close()  # nobody holds it
-
-
 # What does not go together.
 
 
@@ -399,13 +372,6 @@ def test_unlike_runs_are_refused(config, tmp_path, changes, key):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unlike_data_are_refused(config, tmp_path):
-    for changes in ({"data": "digits"}, {"data_dir": "elsewhere.npz"}):
-        with pytest.raises(UsageError, match=f"runs side by side must have one {next(iter(changes))}: "):
-            train_fleet([config(), dataclasses.replace(config(), **changes)], folders(2), show=False)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_seed_twice_is_refused(config, colours, capsys, tmp_path):
     with pytest.raises(UsageError, match=r"seeds are \[0, 1, 0\]: name each once"):
         train_seeds(config(), [0, 1, 0], Path("out"), show=False)
@@ -422,14 +388,6 @@ def test_a_folder_that_is_not_empty_is_refused_before_anything_is_written(config
     before = tiny.listing(tmp_path)
     with pytest.raises(UsageError, match=rf"run folder out/seed{taken} is not empty: choose another --out"):
         train_seeds(config(), [0, 1, 2], Path("out"), show=False)
-    assert tiny.listing(tmp_path) == before
-
-
-def test_a_finished_fleet_is_not_overwritten(config, tmp_path):
-    train_seeds(config(epochs=1), [1], Path("out"), show=False)
-    before = tiny.listing(tmp_path)
-    with pytest.raises(UsageError, match="run folder out/seed1 is not empty"):
-        train_seeds(config(epochs=1), [0, 1], Path("out"), show=False)
     assert tiny.listing(tmp_path) == before
 
 
@@ -475,23 +433,6 @@ def test_missing_data_are_found_before_anything_is_written(config, tmp_path):
 # The steps.
 
 
-def test_a_step_of_several_calls_each_member_once():
-    seen = []
-
-    class Member:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        def __call__(self, batch: Any, progress: Any) -> None:
-            seen.append((self.name, batch, progress))
-
-    fleet = EagerSteps([Member("a"), Member("b"), Member("c")])
-    fleet(["x", "y", "z"], 0.5)
-    assert seen == [("a", "x", 0.5), ("b", "y", 0.5), ("c", "z", 0.5)]
-    with pytest.raises(ValueError, match="zip"):
-        fleet(["x"], 0.5)
-
-
 def method_of(name: str, seed: int = 0, image_size: tuple[int, int] = (8, 8)) -> cd.Method:
     torch.manual_seed(seed)
     method = METHODS[name](tiny.own_students(STUDENTS.get(name, 2)), 3, image_size=image_size)
@@ -501,35 +442,6 @@ def method_of(name: str, seed: int = 0, image_size: tuple[int, int] = (8, 8)) ->
 def member_of(name: str, seed: int, device: torch.device = CPU, precision: str = "float32") -> TrainStep:
     images = DeviceImages(tiny.data().train, tiny.data().statistics, device)
     return make_step(method_of(name, seed), images, Augmentation(), tiny.settings(), precision)
-
-
-def test_on_a_cpu_a_fleet_is_sequential():
-    members = [member_of("mfef", 0), member_of("kdcl", 1)]
-    fleet = make_fleet(members)
-    assert isinstance(fleet, EagerSteps) and fleet.members == members
-
-
-def test_every_step_of_a_fleet_gets_its_own_batch(config, monkeypatch):
-    seen: list[tuple[TrainStep, BatchIndices, float]] = []
-    call = TrainStep.__call__
-
-    def watched(self, batch, progress):
-        seen.append((self, batch, float(progress)))
-        call(self, batch, progress)
-
-    monkeypatch.setattr(TrainStep, "__call__", watched)
-    train_fleet([config("kdcl", seed=0), config("mfef", seed=1)], folders(2), show=False)
-    first, second = dict.fromkeys(member for member, *_ in seen)
-    assert [member for member, *_ in seen] == [first, second] * 6
-    assert [progress for *_, progress in seen] == [0.0] * 6 + [0.5] * 6
-    for member, views, seed in ((first, (2,), 0), (second, (), 1)):
-        batches = [batch for each, batch, _ in seen if each is member]
-        assert [tuple(batch.image.shape) for batch in batches] == [(*views, size) for size in (8, 8, 4)] * 2
-        for epoch in (0, 1):
-            plan = epoch_indices(20, seed, epoch, member.augmentation, CPU, member.method.views)
-            for number, (start, stop) in enumerate(((0, 8), (8, 16), (16, 20))):
-                taken, expected = batches[3 * epoch + number], plan.part(start, stop)
-                assert all(map(torch.equal, taken, expected))
 
 
 @pytest.fixture

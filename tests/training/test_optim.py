@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 
-from codistill.methods.independent import Independent
 from codistill.methods.mfef import MFEF, MFEFSettings
 from codistill.settings.config import TrainSettings
 from codistill.training.optim import learning_rate_at, make_optimizer, set_learning_rate
@@ -66,23 +65,6 @@ def fill_gradients(method, value):
         parameter.grad = torch.full_like(parameter, value)
 
 
-def test_steps_by_hand(tiny_network):
-    method = Independent([tiny_network()], 3).double()
-    optimizer = papers(method)
-    for parameter in method.parameters():
-        torch.nn.init.ones_(parameter)
-    # g = .5 + 1e-4 * 1; buffer = g; p = 1 - .1 (g + .9 buffer) = 1 - .1 * 1.9 * .5001
-    fill_gradients(method, 0.5)
-    optimizer.step()
-    assert all(torch.allclose(each, torch.tensor(0.904981).double(), rtol=1e-7) for each in method.parameters())
-    # g = 1e-4 * .904981; buffer = .9 * .5001 + g = .4501804981; p -= .001 (g + .9 buffer), at a rate of .001
-    fill_gradients(method, 0.0)
-    set_learning_rate(optimizer, 0.001)
-    optimizer.step()
-    expected = 0.904981 - 0.001 * (0.0000904981 + 0.9 * 0.4501804981)
-    assert all(torch.allclose(each, torch.tensor(expected).double(), rtol=1e-7) for each in method.parameters())
-
-
 @pytest.mark.parametrize(("momentum", "nesterov"), [(0.9, True), (0.9, False), (0.0, True), (0.0, False)])
 def test_equals_plain_sgd(method, batch, momentum, nesterov):
     images, labels = batch[0].float(), batch[1]
@@ -128,38 +110,3 @@ def test_momentum_is_there_from_the_start(method):
     assert list(optimizer.state_dict()["state"]) == list(state)
     for parameter in method.parameters():
         assert optimizer.state[parameter]["momentum_buffer"].data_ptr() == pointers[id(parameter)]
-
-
-def test_without_momentum_there_is_no_state(method):
-    optimizer = make_optimizer(method, TrainSettings(momentum=0.0))
-    fill_gradients(method, 0.5)
-    optimizer.step()
-    assert not any(state.get("momentum_buffer") is not None for state in optimizer.state.values())
-
-
-def test_a_step_does_not_depend_on_being_the_first(method):
-    # A first step, and the same step after another one whose traces are wiped out.
-    start = copy.deepcopy(method.state_dict())
-    optimizer = papers(method)
-    fill_gradients(method, 0.25)
-    optimizer.step()
-    first = [parameter.detach().clone() for parameter in method.parameters()]
-    method.load_state_dict(start)
-    for state in optimizer.state.values():
-        state["momentum_buffer"].zero_()
-    optimizer.step()
-    assert all(map(torch.equal, first, method.parameters()))
-
-
-def test_state_survives_a_round_trip(method):
-    optimizer, other = papers(method), None
-    fill_gradients(method, 0.5)
-    optimizer.step()
-    set_learning_rate(optimizer, 0.01)
-    twin = copy.deepcopy(method)
-    other = papers(twin)
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for each, made in ((method, optimizer), (twin, other)):
-        fill_gradients(each, -0.1)
-        made.step()
-    assert all(map(torch.equal, method.parameters(), twin.parameters()))

@@ -160,15 +160,9 @@ def test_what_one_process_does_is_refused_in_one_line(under_torchrun, line, caps
     assert capsys.readouterr().err == ""
 
 
-def test_a_world_of_one_is_an_ordinary_run(under_torchrun, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    with Ranks.from_environment() as ranks:
-        assert ranks is ALONE
-
-
-def test_half_of_the_variables_are_not_torchrun(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
+@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "1"), ("LOCAL_RANK", "")])
+def test_what_is_not_several_ranks_is_an_ordinary_run(under_torchrun, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
     with Ranks.from_environment() as ranks:
         assert ranks is ALONE
 

@@ -126,25 +126,14 @@ def test_refusals(colours, tmp_path, capsys):
         resume(tmp_path / "nothing", show=False)
 
 
-def test_the_host_waits_once_an_epoch(colours, tmp_path):
-    with pytest.MonkeyPatch.context() as patch:
-        # On a GPU terms are not shown inside an epoch.
-        patch.setattr(loop.TrainingDisplay, "due", lambda self: False)
-        counts = []
-        for epochs in (1, 4):
-            with tiny.HostReads() as reads:
-                out = tmp_path / str(epochs)
-                assert run_here([*arguments(colours, out), "--epochs", str(epochs), "--validation", "4"]) == 0
-            counts.append(len(reads.found))
-    assert counts[1] - counts[0] == 3
-
-
-def test_a_fleet_waits_once_an_epoch_for_all(colours, tmp_path):
+@pytest.mark.parametrize("more", [("--validation", "4"), ("--seeds", "0", "1", "2")], ids=["one run", "fleet"])
+def test_the_host_waits_once_an_epoch(colours, tmp_path, monkeypatch, more):
+    # On a GPU terms are not shown inside an epoch.
+    monkeypatch.setattr(loop.TrainingDisplay, "due", lambda self: False)
     counts = []
     for epochs in (1, 4):
         with tiny.HostReads() as reads:
-            line = arguments(colours, tmp_path / str(epochs), "--epochs", str(epochs), "--seeds", "0", "1", "2")
-            assert run_here(line) == 0
+            assert run_here([*arguments(colours, tmp_path / str(epochs)), "--epochs", str(epochs), *more]) == 0
         counts.append(len(reads.found))
     assert counts[1] - counts[0] == 3
 
@@ -208,11 +197,6 @@ def test_verify_resume_looks_at_the_metrics_too(colours, tmp_path, capsys, monke
     monkeypatch.setattr(loop.Trainer, "restore", forgetful)
     assert main(arguments(colours, tmp_path / "run", "--verify-resume")) == 4
     assert "metrics do" in capsys.readouterr().err
-
-
-def test_rows_are_in_the_checkpoint_too(colours, tmp_path):
-    run = resume(stopped(colours, tmp_path / "run", 4), show=False)
-    assert list(run.checkpoints.load().rows) == run.metrics()
 
 
 def test_a_folder_of_runs_leaves_out_those_that_ended(colours, tmp_path):

@@ -69,7 +69,7 @@ def side_by_side(plans: Sequence[Plan], splits: DeviceSplits) -> list[int]:
     count, device = len(plans), plans[0].device
     if device.type != "cuda" or count == 1:
         return [count]
-    collect_finished_runs()
+    gc.collect()  # runs that finished before; see `train_in_groups`
     kinds = {(plan.config.method_name, plan.config.networks): plan for plan in plans}
     need = 0
     for plan in kinds.values():
@@ -88,11 +88,6 @@ def side_by_side(plans: Sequence[Plan], splits: DeviceSplits) -> list[int]:
             f"they train in {groups} groups of at most {sizes[0]}, one after the other"
         )
     return sizes
-
-
-def collect_finished_runs() -> None:
-    """Free the memory of finished runs: matplotlib leaves cycles that hold their trainers, and with them all else."""
-    gc.collect()
 
 
 def train_seeds(config: RunConfig, seeds: Sequence[int], out: Path | None = None, show: bool = True) -> list[Run]:
@@ -145,7 +140,7 @@ def train_in_groups(
     """Train runs side by side, one group after the other; an opening puts a run on its device, and closes it."""
     waiting, runs = iter(openings), []
     for size in sizes:
-        collect_finished_runs()
+        gc.collect()  # matplotlib leaves cycles that hold the trainers of finished runs, and with them all else
         with contextlib.ExitStack() as held:
             trainers = [held.enter_context(opening()) for opening in itertools.islice(waiting, size)]
             train_loop(trainers, diverged)

@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -71,7 +70,11 @@ def check(
         steps = settings.epochs * math.ceil(images / settings.batch_size)
         captured = alone and ranks.count == 1 and method.capturable
         execution = choose_execution(config.execution, device, steps, overlap=captured)
-    config = with_absolute_paths(config, data)
+    # Absolute paths: a run is used from other folders than it was started in.
+    teaching = config.teaching
+    if teaching.teacher is not None:
+        teaching = dataclasses.replace(teaching, teacher=str(Path(teaching.teacher).absolute()))
+    config = dataclasses.replace(config, data_dir=data.root or None, teaching=teaching)
     return Plan(method, data, config, device, augmentation, training, validation, execution)
 
 
@@ -149,7 +152,9 @@ def check_teacher(method: type[Method], given: bool) -> None:
     if given and method.teacher == "refused":
         raise UsageError(f"{method.name} has no use for a teacher: leave --teacher out, or choose kd")
     if not given and method.teacher == "required":
-        raise UsageError(f"{method.name} needs a teacher: give --teacher a run folder, exported file or checkpoint")
+        raise UsageError(
+            f"{method.name} needs a teacher: give --teacher a run folder, an exported file or a checkpoint"
+        )
 
 
 class DeviceSplits:
@@ -173,14 +178,6 @@ class DeviceSplits:
         return self.train if positions is None else self.train.subset(positions)
 
 
-def with_absolute_paths(config: RunConfig, data: Dataset) -> RunConfig:
-    """Make the paths of data and teacher absolute: a run is used from other folders than it was started in."""
-    teaching = config.teaching
-    if teaching.teacher is not None:
-        teaching = dataclasses.replace(teaching, teacher=str(Path(teaching.teacher).absolute()))
-    return dataclasses.replace(config, data_dir=data.root or None, teaching=teaching)
-
-
 @contextlib.contextmanager
 def set_up(
     plan: Plan,
@@ -194,19 +191,18 @@ def set_up(
 ) -> Iterator[Trainer]:
     """Open the folder of a run and put the run on its device; always release both, and leave the method as it was.
 
-    Args:
-        plan: The result of `check`.
-        out: The run folder; rank 0 holds it for all ranks.
-        show: Whether to print.
-        label: Prefix of its lines, among those of other runs.
-        begun: Whether the folder holds the run already.
-        state: The checkpoint to resume from.
-        ranks: The processes that share the run.
-        splits: The data on the device, where other runs use them too.
+    `label` is a prefix of its lines among those of other runs; `begun` says whether the folder holds the run already,
+    and `state` is the checkpoint to resume from; `splits` are data on the device that other runs use too. Rank 0 holds
+    the folder for all ranks.
     """
     method, config, splits = plan.method, plan.config, splits or DeviceSplits(plan.data, plan.device)
     metadata = None if begun else run_metadata(config, plan.data, plan.device)
-    with opened_folder(out, metadata, method, plan.data, ranks) as run:
+    with contextlib.ExitStack() as folder:
+        with ranks.together():
+            held_run = folder.enter_context(Run.opened(out, metadata, method, plan.data)) if ranks.leads else None
+        # The others cannot read it: it may lie on a disk of rank 0's machine.
+        known = ranks.from_leader(lambda: Run(out))
+        run = held_run or known
         try:
             with (
                 plan.execution.on(method, plan.device, config.execution.deterministic),
@@ -227,21 +223,6 @@ def set_up(
             if ranks.leads:
                 write_summary_of_failure(run, config, method, error)
             raise error
-
-
-@contextlib.contextmanager
-def opened_folder(
-    path: Path, metadata: dict[str, Any] | None, method: Method, data: Dataset, ranks: Ranks
-) -> Iterator[Run]:
-    """Make or open the run folder; rank 0 holds it for all."""
-    with contextlib.ExitStack() as held:
-        run: Run | None = None
-        with ranks.together():
-            if ranks.leads:
-                run = held.enter_context(Run.opened(path, metadata, method, data))
-        # The others cannot read it: it may lie on a disk of rank 0's machine.
-        known = ranks.from_leader(lambda: Run(path)) if ranks.count > 1 else run
-        yield run or known  # type: ignore[misc]
 
 
 def out_of_memory(config: RunConfig, method: Method, error: BaseException) -> ResourceError:

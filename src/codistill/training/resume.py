@@ -18,10 +18,7 @@ from codistill.training.train import fail
 
 
 def resume(
-    path: str | Path,
-    data_dir: str | None = None,
-    show: bool = True,
-    override: Mapping[str, Any] | None = None,
+    path: str | Path, data_dir: str | None = None, show: bool = True, override: Mapping[str, Any] | None = None
 ) -> Run:
     """Resume an interrupted run from its last whole checkpoint, which may lie inside an epoch.
 
@@ -43,10 +40,7 @@ def resume(
 
 
 def resume_together(
-    paths: Sequence[Path],
-    data_dir: str | None = None,
-    show: bool = True,
-    override: Mapping[str, Any] | None = None,
+    paths: Sequence[Path], data_dir: str | None = None, show: bool = True, override: Mapping[str, Any] | None = None
 ) -> list[Run]:
     """Resume several runs, or folders of them: side by side where they stopped at the same step and share settings.
 
@@ -54,40 +48,37 @@ def resume_together(
     """
     overrides = {**(override or {}), **({"data_dir": data_dir} if data_dir else {})}
     with Ranks.from_environment() as ranks:
-        return resumed(paths, overrides, show, ranks)
 
+        def read() -> list[InterruptedRun]:
+            runs = [run for path in paths for run in unfinished(path)]
+            if ranks.count > 1 and len(runs) > 1:
+                raise UsageError(
+                    f"{len(runs)} runs to resume, but under torchrun only one is: name it, or omit torchrun"
+                )
+            return [InterruptedRun(run, overrides, ranks) for run in runs]
 
-def resumed(paths: Sequence[Path], overrides: Mapping[str, Any], show: bool, ranks: Ranks) -> list[Run]:
-    """Resume several runs in this process, or one on several ranks."""
-
-    def read() -> list[InterruptedRun]:
-        runs = [run for path in paths for run in unfinished(path)]
-        if ranks.count > 1 and len(runs) > 1:
-            raise UsageError(f"{len(runs)} runs to resume, but under torchrun only one is: name it, or omit torchrun")
-        return [InterruptedRun(run, overrides, ranks) for run in runs]
-
-    interrupted = ranks.from_leader(read)
-    groups: dict[str, list[InterruptedRun]] = {}
-    for each in interrupted:
-        groups.setdefault(json.dumps([each.position, shared(each.config)]), []).append(each)
-    several = len(interrupted) > 1
-    for group in groups.values():
-        configs = [each.config for each in group]
-        device = ranks.choose_device(configs[0].execution)
-        data = ranks.in_turn(group[0].load_data)
-        with ranks.together():
-            methods = [build_taught(config, data) for config in configs]
-        checked = functools.partial(check, data=data, device=device, alone=len(group) == 1, ranks=ranks)
-        plans = [checked(method, config=config) for method, config in zip(methods, configs, strict=True)]
-        splits = DeviceSplits(data, device)
-        names = [each.run.path.name if several else "" for each in group]
-        openings = [
-            functools.partial(set_up, plan, each.run.path, show, name, True, each.state, ranks, splits)
-            for plan, each, name in zip(plans, group, names, strict=True)
-        ]
-        sizes = side_by_side(plans, splits)
-        train_in_groups(openings, sizes, mark_diverged if several else fail)
-    return [each.run for each in interrupted]
+        interrupted = ranks.from_leader(read)
+        groups: dict[str, list[InterruptedRun]] = {}
+        for each in interrupted:
+            groups.setdefault(json.dumps([each.position, shared(each.config)]), []).append(each)
+        several = len(interrupted) > 1
+        for group in groups.values():
+            configs = [each.config for each in group]
+            device = ranks.choose_device(configs[0].execution)
+            data = ranks.in_turn(group[0].load_data)
+            with ranks.together():
+                methods = [build_taught(config, data) for config in configs]
+            checked = functools.partial(check, data=data, device=device, alone=len(group) == 1, ranks=ranks)
+            plans = [checked(method, config=config) for method, config in zip(methods, configs, strict=True)]
+            splits = DeviceSplits(data, device)
+            names = [each.run.path.name if several else "" for each in group]
+            openings = [
+                functools.partial(set_up, plan, each.run.path, show, name, True, each.state, ranks, splits)
+                for plan, each, name in zip(plans, group, names, strict=True)
+            ]
+            sizes = side_by_side(plans, splits)
+            train_in_groups(openings, sizes, mark_diverged if several else fail)
+        return [each.run for each in interrupted]
 
 
 def unfinished(path: Path) -> list[Run]:

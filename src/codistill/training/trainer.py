@@ -114,11 +114,9 @@ class Trainer:
 
     def state(self, step: int = 0) -> TrainingState:
         """Return all that a resume needs, on the device, after some steps of the epoch after the completed ones."""
-        momentum = momentum_buffers(self.step.optimizer)
-        state = TrainingState(self.config.as_mapping(), tensors_once(self.method), momentum, tuple(self.rows), step)
-        if step == 0:
-            return state
-        return dataclasses.replace(state, sums=self.step.sums.state(), finite=self.step.finite.state())
+        momentum, rows = momentum_buffers(self.step.optimizer), tuple(self.rows)
+        inside = {"sums": self.step.sums.state(), "finite": self.step.finite.state()} if step else {}
+        return TrainingState(self.config.as_mapping(), tensors_once(self.method), momentum, rows, step, **inside)
 
     def tensors(self) -> dict[str, Any]:
         """Return the numbers of the epoch on the device, for `read_together`: terms, health, scores."""
@@ -157,7 +155,7 @@ class Trainer:
         self.step.finite.reset()
 
     def log_epoch(self, epoch: int, numbers: Mapping[str, Any], state: TrainingState) -> None:
-        """Check, log and save an epoch; see `end_epoch`."""
+        """Check, log and save an epoch."""
         self.refuse(divergence(numbers["health"], self.method.cohort.shared_stages, epoch))
         train = self.step.sums.means(numbers["terms"])
         row: dict[str, Any] = {"epoch": epoch, "learning_rate": self.rate, "train": train}
