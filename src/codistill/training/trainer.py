@@ -115,8 +115,9 @@ class Trainer:
     def state(self, step: int = 0) -> TrainingState:
         """Return all that a resume needs, on the device, after some steps of the epoch after the completed ones."""
         momentum, rows = momentum_buffers(self.step.optimizer), tuple(self.rows)
-        inside = {"sums": self.step.sums.state(), "finite": self.step.finite.state()} if step else {}
-        return TrainingState(self.config.as_mapping(), tensors_once(self.method), momentum, rows, step, **inside)
+        sums, finite = (self.step.sums.state(), self.step.finite.state()) if step else ({}, {})
+        config, tensors = self.config.as_mapping(), tensors_once(self.method)
+        return TrainingState(config, tensors, momentum, rows, step, sums=sums, finite=finite)
 
     def tensors(self) -> dict[str, Any]:
         """Return the numbers of the epoch on the device, for `read_together`: terms, health, scores."""
