@@ -56,6 +56,18 @@ def kl(target: Tensor, logits: Tensor, temperature: float) -> Tensor:
     return (target * (target / probabilities(logits, temperature)).log()).sum() / len(target)
 
 
+def divergence(target: Sequence[float] | Tensor, learned: Sequence[float] | Tensor, temperature: float = 1.0) -> float:
+    """KL between softened predictions of one image, with nothing but floats."""
+    powers = [[math.exp(value / temperature) for value in each] for each in (target, learned)]
+    p, q = ([power / sum(each) for power in each] for each in powers)
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+def branches(*indices: int) -> set[str]:
+    """The students' own parts, as `reached` names them."""
+    return {f"{part}{index}" for index in indices for part in ("branch", "head")}
+
+
 def ramp(epoch: int) -> float:
     return math.exp(-5 * (1 - min(epoch, 80) / 80) ** 2)
 
@@ -83,7 +95,7 @@ def assert_step_agrees(
         by_hand: The loss.
         gradient_scale: What a parameter's gradient of `by_hand` has to be multiplied by, where that is not 1.
     """
-    names, parameters = zip(*method.named_parameters(), strict=True)
+    names, parameters = zip(*(each for each in method.named_parameters() if each[1].requires_grad), strict=True)
     expected = torch.autograd.grad(by_hand, parameters)
     terms = method.losses(method(batch[0]), batch[1], torch.tensor(epoch / 300, dtype=torch.float64))
     loss = sum(terms.values())

@@ -4,22 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from codistill.methods.cl_ilr import CLILR, CLILRSettings, scale_gradient
+from codistill.methods.cl_ilr import CLILR, scale_gradient
 from codistill.methods.cohort import Outputs
 
-from .slow import assert_step_agrees, ce, disturb_norms, kl, probabilities, ramp, reached, run_students
+from .slow import assert_step_agrees, branches, ce, disturb_norms, kl, probabilities, ramp, reached, run_students
 
+METHOD = CLILR
 TWO, THREE, UNLIKE = [(8, 2)] * 2, [(8, 2)] * 3, [(8, 2), (10, 1), (12, 2)]
+SHAPES = THREE
 LOGITS = ([2, 0.5, -1], [1, 1.5, 0], [3, 0, -2])
-
-
-@pytest.fixture
-def make(tiny_network):
-    def build(shapes=THREE, **settings) -> CLILR:
-        students = [tiny_network(*shape) for shape in shapes]
-        return CLILR(students, 3, CLILRSettings(**settings), (8, 8)).double()
-
-    return build
 
 
 def outputs_by_hand() -> Outputs:
@@ -104,7 +97,7 @@ def loss_by_hand(method: CLILR, batch: tuple[Tensor, Tensor], strides: list[int]
     ids=["two", "three", "one-stage", "unshared", "unlike"],
 )
 def test_a_whole_step_agrees_with_a_slow_derivation(make, batch, shapes, shared, settings):
-    method = make(shapes, shared_stages=shared, **settings)
+    method = make(*shapes, shared_stages=shared, **settings)
     disturb_norms(method)
     trunk = method.cohort.shared_stages
     names = tuple(f"cohort.students.0.stages.{index}." for index in range(trunk))
@@ -122,7 +115,7 @@ def test_equal_branches_send_the_gradient_of_one_into_the_trunk(make, batch, all
     gradients = []
     for shapes in (TWO, [(8, 2)] * 4):
         torch.manual_seed(0)
-        method = make(shapes, rescale_gradients=all_rescaled)
+        method = make(*shapes, rescale_gradients=all_rescaled)
         first = method.cohort[0]
         for student in method.cohort:
             student.stages[2].load_state_dict(first.stages[2].state_dict())
@@ -130,10 +123,6 @@ def test_equal_branches_send_the_gradient_of_one_into_the_trunk(make, batch, all
         sum(method.losses(method(batch[0]), batch[1], torch.tensor(0.0)).values()).backward()
         gradients.append(torch.cat([each.grad.flatten() for each in first.stages[:2].parameters()]))
     torch.testing.assert_close(gradients[1], gradients[0] * (1 if all_rescaled else 2))
-
-
-def branches(*indices: int) -> set[str]:
-    return {f"{part}{index}" for index in indices for part in ("branch", "head")}
 
 
 def test_the_others_learn_too_when_not_detached(make, batch):

@@ -8,25 +8,18 @@ from torch import Tensor
 
 from codistill.methods.cohort import Outputs
 from codistill.methods.losses import mean_logits
-from codistill.methods.okddip import OKDDip, OKDDipSettings, PeerAttention
+from codistill.methods.okddip import OKDDip, PeerAttention
 from codistill.networks import network
 from codistill.networks.network import parameter_count
 
-from .slow import assert_step_agrees, ce, disturb_norms, kl, pooled, probabilities, ramp, reached, run_students
+from . import slow
+from .slow import assert_step_agrees, branches, ce, disturb_norms, kl, pooled, probabilities, ramp, reached
 
+METHOD = OKDDip
 EQUAL = [(8, 2)] * 3
 FOUR = [(16, 2)] * 4
 UNLIKE = [(8, 2), (10, 1), (8, 1), (12, 2)]
 Z1, Z2, Z3 = ([2, 0.5, -1], [1, 1.5, 0], [3, 0, -2])
-
-
-@pytest.fixture
-def make(tiny_network):
-    def build(shapes=EQUAL, **settings) -> OKDDip:
-        students = [tiny_network(*shape) for shape in shapes]
-        return OKDDip(students, 3, OKDDipSettings(**settings), (8, 8)).double()
-
-    return build
 
 
 def outputs_by_hand() -> Outputs:
@@ -52,16 +45,6 @@ def test_numbers_by_hand(make, ensemble_of, divergences):
     assert {name: term.item() for name, term in terms.items()} == pytest.approx(expected, abs=1e-12)
 
 
-def test_the_ramp_weighs_the_distillation_terms_alone(make):
-    method = make()
-    full, quarter = (
-        method.losses(outputs_by_hand(), torch.tensor([0]), torch.tensor(each)) for each in (1.0, 40 / 300)
-    )
-    for name, term in full.items():
-        weight = 0.2865047969 if name.startswith("kl/") else 1.0  # exp(-5 / 4)
-        assert quarter[name].item() == pytest.approx(weight * term.item(), rel=1e-6), name
-
-
 def test_attention_by_hand():
     attention = PeerAttention([8, 8], 8).double()
     with torch.no_grad():
@@ -75,7 +58,7 @@ def test_attention_by_hand():
 
 
 def test_attention_is_not_symmetric_and_each_row_adds_up(make, batch):
-    weights = make(FOUR)(batch[0]).extras["log_attention"].exp()
+    weights = make(*FOUR)(batch[0]).extras["log_attention"].exp()
     assert weights.shape == (6, 3, 3)
     torch.testing.assert_close(weights.sum(dim=2), torch.ones(6, 3, dtype=torch.float64))
     assert not torch.allclose(weights, weights.transpose(1, 2))
@@ -83,7 +66,7 @@ def test_attention_is_not_symmetric_and_each_row_adds_up(make, batch):
 
 def loss_by_hand(method: OKDDip, batch: tuple[Tensor, Tensor], strides: list[int], epoch: int) -> Tensor:
     images, labels = batch
-    maps, logits = run_students(method, images, strides)
+    maps, logits = slow.run_students(method, images, strides)
     *peers, leader = logits
     hold = (lambda each: each.detach()) if method.settings.detach_teachers else (lambda each: each)
     features = [hold(pooled(own[-1])) for own in maps[:-1]]
@@ -112,15 +95,11 @@ def loss_by_hand(method: OKDDip, batch: tuple[Tensor, Tensor], strides: list[int
     ids=["equal", "four", "network-based", "unlike"],
 )
 def test_a_whole_step_agrees_with_a_slow_derivation(make, batch, shapes, shared, detach, ensemble_of):
-    method = make(shapes, shared_stages=shared, detach_teachers=detach, ensemble_of=ensemble_of)
+    method = make(*shapes, shared_stages=shared, detach_teachers=detach, ensemble_of=ensemble_of)
     disturb_norms(method)
     for epoch in (40, 80):
         method.zero_grad()
         assert_step_agrees(method, batch, epoch, loss_by_hand(method, batch, [stride for _, stride in shapes], epoch))
-
-
-def branches(*indices: int) -> set[str]:
-    return {f"{part}{index}" for index in indices for part in ("branch", "head")}
 
 
 @pytest.mark.parametrize("ensemble_of", ["logits", "probabilities"])
@@ -152,7 +131,7 @@ def test_peers_that_agree_teach_nothing(make, batch):
 
 
 def test_peers_of_one_width_share_the_attention(make):
-    attention = make(UNLIKE, attention_reduction=2).attention
+    attention = make(*UNLIKE, attention_reduction=2).attention
     assert list(attention.query) == list(attention.key) == ["8", "10"]
     # The leader's width, 12, is not among them; both pairs lead into 8 / 2 channels.
     assert parameter_count(attention) == 2 * (8 * 4 + 10 * 4)

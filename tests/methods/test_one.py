@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from codistill.methods.cohort import Outputs
-from codistill.methods.one import ONE, GatedPredictor, ONESettings
+from codistill.methods.one import ONE, GatedPredictor
 from codistill.networks import network
 from codistill.networks.network import parameter_count
 
 from .slow import (
     assert_step_agrees,
     batch_norm,
+    branches,
     ce,
     disturb_norms,
     kl,
@@ -24,16 +25,8 @@ from .slow import (
     run_students,
 )
 
+METHOD = ONE
 EQUAL, UNLIKE, THREE = [(8, 2)] * 2, [(8, 2), (10, 1)], [(8, 2)] * 3
-
-
-@pytest.fixture
-def make(tiny_network):
-    def build(shapes=EQUAL, **settings) -> ONE:
-        students = [tiny_network(*shape) for shape in shapes]
-        return ONE(students, 3, ONESettings(**settings), (8, 8)).double()
-
-    return build
 
 
 def terms_by_hand(fused: list[float], progress: float, method: ONE) -> dict[str, float]:
@@ -57,13 +50,6 @@ def test_numbers_by_hand(make):
     )
 
 
-def test_the_ramp_weighs_the_distillation_terms_alone(make):
-    full, quarter = (terms_by_hand([1.25, 1.25, -0.25], progress, make()) for progress in (1.0, 40 / 300))
-    for name, term in full.items():
-        weight = 0.2865047969 if name.startswith("kl/") else 1.0  # exp(-5 / 4)
-        assert quarter[name] == pytest.approx(weight * term, rel=1e-9), name
-
-
 def set_gate(method: ONE, rows: list[list[float]], bias: list[float]) -> None:
     linear = method.gate.layers[0]
     with torch.no_grad():
@@ -82,7 +68,7 @@ def test_the_gate_by_hand(make):
 
 
 def test_a_gate_that_knows_nothing_gives_the_mean(make, batch):
-    method = make(THREE)
+    method = make(*THREE)
     set_gate(method, [[0.0] * 6] * 3, [0.0] * 3)
     outputs = method(batch[0])
     torch.testing.assert_close(outputs.fused_logits, outputs.ensemble_logits)
@@ -90,7 +76,7 @@ def test_a_gate_that_knows_nothing_gives_the_mean(make, batch):
 
 @pytest.mark.parametrize("shared", [None, 0], ids=["trunk", "no-trunk"])
 def test_weights_add_up_and_differ_between_images(make, batch, shared):
-    gate = make(THREE, shared_stages=shared)(batch[0]).extras["gate"]
+    gate = make(*THREE, shared_stages=shared)(batch[0]).extras["gate"]
     assert gate.shape == (6, 3) and (gate > 0).all()
     torch.testing.assert_close(gate.sum(dim=1), torch.ones(6, dtype=torch.float64))
     assert not torch.allclose(gate[0], gate[1])
@@ -116,13 +102,9 @@ def loss_by_hand(method: ONE, batch: tuple[Tensor, Tensor], strides: list[int], 
     ids=["equal", "three", "one-stage", "all-stages", "unshared", "unlike"],
 )
 def test_a_whole_step_agrees_with_a_slow_derivation(make, batch, shapes, shared, epoch):
-    method = make(shapes, shared_stages=shared)
+    method = make(*shapes, shared_stages=shared)
     disturb_norms(method)
     assert_step_agrees(method, batch, epoch, loss_by_hand(method, batch, [stride for _, stride in shapes], epoch))
-
-
-def branches(*indices: int) -> set[str]:
-    return {f"{part}{index}" for index in indices for part in ("branch", "head")}
 
 
 def test_the_ensemble_learns_too_when_not_detached(make, batch):
@@ -132,7 +114,7 @@ def test_the_ensemble_learns_too_when_not_detached(make, batch):
 
 @pytest.mark.parametrize(("shapes", "shared"), [(EQUAL, None), (EQUAL, 0), (UNLIKE, None)])
 def test_the_ensemble_alone(make, batch, shapes, shared):
-    method = make(shapes, shared_stages=shared)
+    method = make(*shapes, shared_stages=shared)
     method(batch[0])  # moves the running statistics
     method.eval()
     alone = method.predictors()["fused"]
@@ -150,8 +132,8 @@ def test_the_ensemble_alone_can_be_traced_for_any_batch(make):
 
 def test_parameters(make):
     # Gate: 6 inputs from the trunk, 3 outputs with a bias, and 2 x 3 of the norm; without a trunk 8 + 8 + 8 inputs.
-    assert parameter_count(make(THREE).gate) == 6 * 3 + 3 + 6
-    assert parameter_count(make(THREE, shared_stages=0).gate) == 24 * 3 + 3 + 6
+    assert parameter_count(make(*THREE).gate) == 6 * 3 + 3 + 6
+    assert parameter_count(make(*THREE, shared_stages=0).gate) == 24 * 3 + 3 + 6
     with torch.device("meta"):
         method = ONE([network("resnet32", 100) for _ in range(3)], 100)
     assert parameter_count(method.gate) == 32 * 3 + 3 + 6

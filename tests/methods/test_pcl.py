@@ -133,15 +133,7 @@ def test_a_step_against_a_slow_derivation(make, batch, shapes, settings, own_vie
     images = views_of(batch[0], len(shapes)) if own_views else batch[0]
     assert method.views == (len(shapes) if own_views else 1)
     loss = by_hand(method, (images, batch[1]), epoch, [each[1] for each in shapes], method.settings.temperature)
-    trained = [parameter for group in method.parameter_groups() for parameter in group.parameters]
-    expected = torch.autograd.grad(loss, trained)
-    terms = method.losses(method(images), batch[1], torch.tensor(epoch / 300, dtype=torch.float64))
-    total = sum(terms.values())
-    total.backward()
-    assert abs(total - loss) <= 1e-8 * loss
-    for parameter, gradient in zip(trained, expected, strict=True):
-        assert (parameter.grad - gradient).norm() <= 1e-8 * gradient.norm() + 1e-14
-    assert all(parameter.grad is None for parameter in method.means.parameters())
+    slow.assert_step_agrees(method, (images, batch[1]), epoch, loss)
 
 
 def test_whole_updates_against_a_slow_derivation(make, batch):

@@ -4,13 +4,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from codistill.core.errors import UsageError
-from codistill.methods.cohort import Outputs
+from codistill.methods import losses
+from codistill.methods.cohort import FeatureMap, Images, Outputs
 from codistill.methods.independent import IndependentSettings
-from codistill.methods.losses import Terms, at_least_float32, cross_entropy, soft_cross_entropy, squared_distance
+from codistill.methods.losses import Labels, Scalar, Terms
 from codistill.methods.method import METHODS, Method
 from codistill.methods.terms import cross_entropy_terms
 from codistill.modules.fusion import MapShape
@@ -32,9 +33,9 @@ class BYOTSettings(IndependentSettings):
     hint_weight: float = 0.03
     """Factor on the squared distance of an exit's features to the last ones, at least 0."""
     hint_form: Literal["pooled", "map"] = "pooled"
-    """Which features: the means over all places that the classifiers see, or the maps (then the mean over places)."""
+    """Features that it compares: the means over all places that the classifiers see, or the maps (mean over places)."""
     hint_skips: Literal["shallowest", "deepest", "none"] = "shallowest"
-    """Which exit has no hint."""
+    """Exit without a hint."""
     adapter_width: int | None = None
     """Channels in the middle of an exit's adapter. None: a quarter of those of the last map."""
 
@@ -50,13 +51,7 @@ class Exit(nn.Module):
     """A classifier behind an earlier stage: an adapter that gives its map the shape of the last one, and a head.
 
     1x1 -> s x s with stride s -> 1x1, each with BN and ReLU, where the map is s times as high and as wide as the last
-    one; where it is not a multiple, the kernel is as much larger as is left over.
-
-    Args:
-        shape: Channels, height and width of the stage's map.
-        last: Those of the last map, which is nowhere larger.
-        num_classes: Number of logits.
-        width: Channels of the middle convolution.
+    one; where it is not a multiple, the kernel is as much larger as is left over. `width`: of the middle convolution.
 
     Source: Zhang et al., arXiv 1905.08094, "bottleneck"; authors' code ArchipLab-LinfengZhang/
         pytorch-self-distillation-final at 307141b, resnet.py, ScalaNet.
@@ -65,11 +60,10 @@ class Exit(nn.Module):
 
     def __init__(self, shape: MapShape, last: MapShape, num_classes: int, width: int) -> None:
         super().__init__()
-        strides = [size // wanted for size, wanted in zip(shape[1:], last[1:], strict=True)]
-        kernels = [
-            size - (wanted - 1) * stride for size, wanted, stride in zip(shape[1:], last[1:], strides, strict=True)
-        ]
-        middle = nn.Conv2d(width, width, (kernels[0], kernels[1]), (strides[0], strides[1]), bias=False)
+        (_, high, wide), (_, low, narrow) = shape, last
+        stride = (high // low, wide // narrow)
+        kernel = (high - (low - 1) * stride[0], wide - (narrow - 1) * stride[1])
+        middle = nn.Conv2d(width, width, kernel, stride, bias=False)
         layers: list[nn.Module] = []
         for conv in (nn.Conv2d(shape[0], width, 1, bias=False), middle, nn.Conv2d(width, last[0], 1, bias=False)):
             layers += [conv, BatchNormAct2d(conv.out_channels)]
@@ -77,9 +71,7 @@ class Exit(nn.Module):
         self.head = PooledLinear(last[0], num_classes)
         initialise(self)
 
-    def forward(
-        self, stage_map: Float[Tensor, "batch _channel _height _width"]
-    ) -> tuple[Float[Tensor, "batch channel height width"], Float[Tensor, "batch class"]]:
+    def forward(self, stage_map: FeatureMap) -> tuple[Float[Tensor, "batch channel height width"], losses.Logits]:
         """Return the adapted map and its logits."""
         adapted = self.adapter(stage_map)
         return adapted, self.head(adapted)
@@ -126,7 +118,7 @@ class BYOT(Method):
         width = self.settings.adapter_width or max(1, last[0] // 4)
         return [Exit(shape, last, self.num_classes, width) for shape in shapes[1:-1]]
 
-    def forward(self, images: Float[Tensor, "*view batch channel height width"]) -> Outputs:
+    def forward(self, images: Images) -> Outputs:
         """Run all students, stage by stage, and their exits on normalised images."""
         shared = [images]
         low = images.flatten(0, -4)
@@ -152,7 +144,7 @@ class BYOT(Method):
                 extras |= {f"features/{name}": features, f"logits/{name}": exit_logits}
         return Outputs(logits, maps, extras=extras)
 
-    def terms(self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]) -> Terms:
+    def terms(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
         """Compute `ce/student<j>`, and `ce/`, `soft/` and `hint/student<j>/exit<k>` of its exits."""
         chosen = self.settings
         terms = cross_entropy_terms(outputs.logits, labels)
@@ -163,8 +155,8 @@ class BYOT(Method):
             for number in range(1, count + 1):
                 name = f"student{index}/exit{number}"
                 own = outputs.extras[f"logits/{name}"]
-                terms[f"ce/{name}"] = (1 - chosen.soft_weight) * cross_entropy(own, labels)
-                soft = soft_cross_entropy(own, logits, chosen.temperature)
+                terms[f"ce/{name}"] = (1 - chosen.soft_weight) * losses.cross_entropy(own, labels)
+                soft = losses.soft_cross_entropy(own, logits, chosen.temperature)
                 terms[f"soft/{name}"] = chosen.soft_weight * scale * soft
                 if number != skipped:
                     terms[f"hint/{name}"] = chosen.hint_weight * self._hint(outputs.extras[f"features/{name}"], last)
@@ -172,6 +164,6 @@ class BYOT(Method):
 
     def _hint(self, features: Tensor, last: Tensor) -> Tensor:
         if self.settings.hint_form == "map":
-            return squared_distance(features, last) / (last.shape[2] * last.shape[3])
-        features, last = (at_least_float32(each).mean(dim=(2, 3)) for each in (features, last))
-        return squared_distance(features, last)
+            return losses.squared_distance(features, last) / (last.shape[2] * last.shape[3])
+        features, last = (losses.at_least_float32(each).mean(dim=(2, 3)) for each in (features, last))
+        return losses.squared_distance(features, last)

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from codistill.methods.cohort import Outputs
-from codistill.methods.losses import Terms, ensemble
+from codistill.methods.cohort import Images, Outputs
+from codistill.methods.losses import Labels, Scalar, Terms, ensemble
 from codistill.methods.method import METHODS, Method
 from codistill.methods.terms import EnsembleSettings, cross_entropy_terms, kl_pairs, ramped_kl
 
@@ -71,14 +71,14 @@ class CLILR(Method):
     teacher = "allowed"
     min_students = 2
 
-    def forward(self, images: Float[Tensor, "*view batch channel height width"]) -> Outputs:
+    def forward(self, images: Images) -> Outputs:
         """Run all students on normalised images."""
         low = self.cohort.trunk(images)
         if self.settings.rescale_gradients and self.cohort.shared_stages:
             low = scale_gradient(low, 1 / len(self.cohort))
         return self.branches(low)
 
-    def terms(self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]) -> Terms:
+    def terms(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
         """Compute `ce/student<j>` and `kl/peers->student<j>` of each student."""
         chosen, logits, weight = self.settings, outputs.logits, self.settings.ce_weight
         terms = {name: weight * term for name, term in cross_entropy_terms(logits, labels).items()}

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from codistill.core.device import critical_stream
 from codistill.core.errors import UsageError
-from codistill.methods.losses import mean_logits
+from codistill.methods.losses import Logits, mean_logits
 from codistill.networks import Network
 
 T = TypeVar("T")
+FeatureMap = Float[Tensor, "batch _channel _height _width"]
+Images = Float[Tensor, "*view batch channel height width"]
+"""Normalised images: one batch for all students or, with a leading axis, a view of it for each."""
 
 
 @dataclass(frozen=True)
@@ -30,20 +33,20 @@ class Outputs:
     """
 
     logits: tuple[Float[Tensor, "batch _class"], ...]
-    feature_maps: tuple[Float[Tensor, "batch _channel _height _width"], ...]
+    feature_maps: tuple[FeatureMap, ...]
     fused_logits: Float[Tensor, "batch _class"] | None = None
     teacher_logits: Float[Tensor, "*student batch _class"] | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
-    def fused(self) -> Float[Tensor, "batch class"]:
+    def fused(self) -> Logits:
         """The fused logits of a method that always has them."""
         if self.fused_logits is None:
             raise ValueError("the outputs have no fused logits")
         return self.fused_logits
 
     @property
-    def ensemble_logits(self) -> Float[Tensor, "batch class"]:
+    def ensemble_logits(self) -> Logits:
         """Mean of the students' logits."""
         return mean_logits(self.logits)
 
@@ -58,7 +61,7 @@ class Cohort(nn.Module):
         streams: CUDA streams that the branches run on, one for each student; empty: one after the other.
 
     Args:
-        students: Networks; with a shared trunk they must be equal in the shared stages.
+        students: Networks.
         shared_stages: How many low stages to share. None: all but the last one where the students are equal, else none.
 
     Raises:
@@ -94,18 +97,14 @@ class Cohort(nn.Module):
                 raise UsageError(f"cannot share {asked} stages of {names}: unlike networks share nothing (use 0)")
         return asked
 
-    def trunk(self, images: Float[Tensor, "*view batch channel height width"]) -> Float[Tensor, "*view batch c h w"]:
+    def trunk(self, images: Images) -> Float[Tensor, "*view batch c h w"]:
         """Apply the shared stages once; to all views together where each student has its own."""
         low = images.flatten(0, -4)
         for stage in self[0].stages[: self.shared_stages]:
             low = stage(low)
         return low.reshape(*images.shape[:-3], *low.shape[1:])
 
-    def each_branch(
-        self,
-        low: Float[Tensor, "*view batch channel height width"],
-        finish: Callable[[int, Float[Tensor, "batch _channel _height _width"]], T],
-    ) -> list[T]:
+    def each_branch(self, low: Images, finish: Callable[[int, FeatureMap], T]) -> list[T]:
         """Run each student's branch on the output of `trunk`, then `finish` with its index and feature map.
 
         `finish` belongs to the branch: it may run at the same time as those of the others.
@@ -140,9 +139,7 @@ class Cohort(nn.Module):
         finally:
             self.streams = []
 
-    def feature_maps(
-        self, images: Float[Tensor, "*view batch channel height width"]
-    ) -> tuple[Float[Tensor, "batch _channel _height _width"], ...]:
+    def feature_maps(self, images: Images) -> tuple[FeatureMap, ...]:
         """Return one feature map per student."""
         return tuple(self.each_branch(self.trunk(images), lambda index, feature_map: feature_map))
 
@@ -161,10 +158,7 @@ class Cohort(nn.Module):
 class EnsembleNetwork(nn.Module):
     """A predictor of several students: the shared trunk once, then each branch and head, then their combination.
 
-    Args:
-        cohort: The students.
-        combine: Maps the list of the heads' outputs to logits; None: their mean.
-        heads: One for each student; None: `combine` gets the feature maps.
+    `combine` maps the list of the heads' outputs to logits; None: their mean. Without heads it gets the feature maps.
     """
 
     def __init__(
@@ -179,7 +173,7 @@ class EnsembleNetwork(nn.Module):
         )
         self.combine = combine
 
-    def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch class"]:
+    def forward(self, images: Float[Tensor, "batch channel height width"]) -> Logits:
         """Map normalised images to logits."""
         low = self.trunk(images)
         outputs = [branch(low) for branch in self.branches]

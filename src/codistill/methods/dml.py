@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from codistill.core.errors import UsageError
 from codistill.methods.cohort import Outputs
-from codistill.methods.losses import Terms, mean_logits
+from codistill.methods.losses import Labels, Scalar, Terms, mean_logits
 from codistill.methods.method import METHODS, Method
 from codistill.methods.terms import DistillationSettings, cross_entropy_terms, ramped_kl
 
@@ -75,7 +74,7 @@ class DML(Method):
             return ()
         return [tuple(student.parameters()) for student in self.cohort]
 
-    def terms(self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]) -> Terms:
+    def terms(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
         """Compute `ce/student<i>`, and `kl/student<j>->student<i>` or `kl/peers->student<i>`."""
         settings, count = self.settings, len(self.cohort)
         terms = cross_entropy_terms(outputs.logits, labels)

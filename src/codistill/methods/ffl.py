@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass, replace
 
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import nn
 
-from codistill.methods.cohort import EnsembleNetwork, Outputs
-from codistill.methods.losses import Terms, ensemble
+from codistill.methods.cohort import EnsembleNetwork, Images, Outputs
+from codistill.methods.losses import Labels, Scalar, Terms, ensemble
 from codistill.methods.method import METHODS, Method, ParameterGroup
 from codistill.methods.terms import EnsembleSettings, cross_entropy_terms, kl_pairs, ramped_kl
 from codistill.modules import FeatureFusion
@@ -30,9 +29,7 @@ class FusionSettings(EnsembleSettings):
         self.check("fusion_weight_decay", 0 <= self.fusion_weight_decay < 1, "at least 0 and below 1")
 
 
-def fusion_terms(
-    outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""], settings: FusionSettings
-) -> Terms:
+def fusion_terms(outputs: Outputs, labels: Labels, progress: Scalar, settings: FusionSettings) -> Terms:
     """Compute the loss of FFL and MFEF.
 
     sum_j CE(z_j) + CE(z_f) + r(t) T^2 [ sum_j KL(z_f -> z_j) + KL(z_a -> z_f) ], z_a the mean of the students' logits;
@@ -70,7 +67,7 @@ class FFL(Method):
         shapes = [probe_shapes(student, self.image_size)[-1] for student in self.cohort]
         self.fusion = FeatureFusion(shapes, self.num_classes, self.settings.fusion_projection)
 
-    def forward(self, images: Float[Tensor, "*view batch channel height width"]) -> Outputs:
+    def forward(self, images: Images) -> Outputs:
         """Run all students and the fused classifier on normalised images."""
         outputs = super().forward(images)
         maps = outputs.feature_maps
@@ -78,7 +75,7 @@ class FFL(Method):
             maps = tuple(each.detach() for each in maps)
         return replace(outputs, fused_logits=self.fusion(maps))
 
-    def terms(self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]) -> Terms:
+    def terms(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
         """Compute the terms of `fusion_terms`."""
         return fusion_terms(outputs, labels, progress, self.settings)
 

@@ -2,11 +2,8 @@
 
 from dataclasses import dataclass
 
-from jaxtyping import Float, Int
-from torch import Tensor
-
 from codistill.methods.cohort import Outputs
-from codistill.methods.losses import Terms
+from codistill.methods.losses import Labels, Scalar, Terms
 from codistill.methods.method import METHODS, Method, MethodSettings
 from codistill.methods.terms import cross_entropy_terms
 
@@ -28,6 +25,6 @@ class Independent(Method):
 
     settings: IndependentSettings
 
-    def terms(self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]) -> Terms:
+    def terms(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
         """Compute `ce/student<j>` for each student."""
         return cross_entropy_terms(outputs.logits, labels)

@@ -4,13 +4,12 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import nn
 
 from codistill.core.errors import UsageError
 from codistill.methods.cohort import Outputs
 from codistill.methods.independent import IndependentSettings
-from codistill.methods.losses import Terms
+from codistill.methods.losses import Labels, Scalar, Terms
 from codistill.methods.method import METHODS, Method
 from codistill.methods.teacher import Teacher
 from codistill.methods.terms import cross_entropy_terms
@@ -71,7 +70,7 @@ class KD(Method):
     settings: KDSettings
     teacher = "required"
 
-    def terms(self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]) -> Terms:
+    def terms(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
         """Compute a CE(z_j), `ce/student<j>`, of each student."""
         terms = cross_entropy_terms(outputs.logits, labels)
         return {name: self.settings.ce_weight * value for name, value in terms.items()}

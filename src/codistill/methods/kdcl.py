@@ -7,14 +7,15 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from codistill.methods.cohort import Outputs
-from codistill.methods.losses import Terms, at_least_float32, mixture_logits, students_kl
+from codistill.methods.losses import Labels, Logits, Scalar, Terms, at_least_float32, mixture_logits, students_kl
 from codistill.methods.method import METHODS, Method, MethodSettings
 from codistill.methods.terms import cross_entropy_terms
 
+StudentLogits = Float[Tensor, "student batch class"]
 LINEAR_STEPS = 16
 """Rounds of `linear_weights`, each some 20 small kernels on a GPU."""
 RIDGE = 1e-6
@@ -48,51 +49,38 @@ class KDCLSettings(MethodSettings):
         self.check("kl_weight", 0 <= self.kl_weight < math.inf, "a number, at least 0")
 
 
-def true_class_logit(
-    values: Float[Tensor, "student batch class"], labels: Int[Tensor, " batch"]
-) -> Float[Tensor, "student batch 1"]:
+def true_class_logit(values: StudentLogits, labels: Labels) -> Float[Tensor, "student batch 1"]:
     """Return the logit of the true class of each image."""
     return values.gather(2, labels[None, :, None].expand(len(values), -1, 1))
 
 
-def naive_target(
-    logits: Float[Tensor, "student batch class"], labels: Int[Tensor, " batch"]
-) -> Float[Tensor, "batch class"]:
+def naive_target(logits: StudentLogits, labels: Labels) -> Logits:
     """Return, for each image, the logits of the student with the smallest cross-entropy; the first of equal ones."""
     best = true_class_logit(F.log_softmax(logits, dim=2), labels).argmax(dim=0, keepdim=True)
     return logits.gather(0, best.expand(1, -1, logits.shape[2]))[0]
 
 
-def minlogit_target(
-    logits: Float[Tensor, "student batch class"], labels: Int[Tensor, " batch"]
-) -> Float[Tensor, "batch class"]:
+def minlogit_target(logits: StudentLogits, labels: Labels) -> Logits:
     """Compute min_i (z_i^c - z_i^y) for each class c of an image of class y: 0 for y."""
     return (logits - true_class_logit(logits, labels)).min(dim=0).values
 
 
-def weighted_sum(
-    weights: Float[Tensor, "*some student"], logits: Float[Tensor, "student batch class"]
-) -> Float[Tensor, "*some batch class"]:
+def weighted_sum(weights: Float[Tensor, "*some student"], logits: StudentLogits) -> Float[Tensor, "*some batch class"]:
     """Compute sum_i w_i z_i. Not as a matrix product, which autocast would round to bfloat16."""
     products = [weights[..., index, None, None] * each for index, each in enumerate(logits)]
     return torch.stack(products).sum(dim=0)
 
 
-def linear_weights(
-    logits: Float[Tensor, "student batch class"], labels: Int[Tensor, " batch"], steps: int = LINEAR_STEPS
-) -> Float[Tensor, " student"]:
+def linear_weights(logits: StudentLogits, labels: Labels, steps: int = LINEAR_STEPS) -> Float[Tensor, " student"]:
     """Find weights, at least 0 and of sum 1, with which the combined logits have the smallest mean cross-entropy.
 
     Exponentiated gradient, w_i <- w_i exp(-s g_i) / sum, from equal weights. The problem is convex, so the only thing
     to choose is s: each step tries sixteen sizes, a factor 2 apart, all at once, and takes the best, or none. Always
     the same operations on the device, whatever the numbers are: nothing for the host to read.
 
-    Args:
-        logits: Of all students.
-        labels: Class indices.
-        steps: With 16 the cross-entropy of 60 random batches came within 1e-7 nats of the smallest for two students,
-            within 3e-4 for three and 2e-3 for four and six (half of the batches: within 1e-8); see test_kdcl.py. It
-            is never above that of equal weights.
+    With 16 steps the cross-entropy of 60 random batches came within 1e-7 nats of the smallest for two students, within
+    3e-4 for three and 2e-3 for four and six (half of the batches: within 1e-8); see test_kdcl.py. It is never above
+    that of equal weights.
     """
     log_weights = torch.zeros_like(logits[:, 0, 0]).log_softmax(dim=0)
     correct = true_class_logit(logits, labels)
@@ -113,9 +101,7 @@ def linear_weights(
     return log_weights.softmax(dim=0)
 
 
-def linear_target(
-    logits: Float[Tensor, "student batch class"], labels: Int[Tensor, " batch"]
-) -> Float[Tensor, "batch class"]:
+def linear_target(logits: StudentLogits, labels: Labels) -> Logits:
     """Compute the convex combination of logits with the smallest mean cross-entropy; see `linear_weights`."""
     return weighted_sum(linear_weights(logits, labels), logits)
 
@@ -126,14 +112,6 @@ class ErrorWeights(nn.Module):
     w_k = sum_j C^-1_kj / sum_ij C^-1_ij,   C_ij = mean over images of sum_c (p_i^c - t^c)(p_j^c - t^c),
 
     t the one-hot label. Of all weights of sum 1 these give sum_k w_k p_k the smallest squared error.
-
-    Attributes:
-        weights: [student], used until the next `renew`; at first equal.
-        products: [student, student], sum of the products of errors so far.
-        images: [], number of images so far; a float, for it counts to 2^24 exactly.
-
-    Args:
-        students: How many there are.
 
     Source: KDCL (CVPR 2020), the variant General.
     Differs: a small ridge keeps C invertible, and negative weights, which would make no distribution, become 0 before
@@ -148,9 +126,9 @@ class ErrorWeights(nn.Module):
         super().__init__()
         self.register_buffer("weights", torch.full((students,), 1 / students))
         self.register_buffer("products", torch.zeros(students, students))
-        self.register_buffer("images", torch.zeros(()))
+        self.register_buffer("images", torch.zeros(()))  # float32 counts to 2^24 exactly
 
-    def gather(self, probabilities: Float[Tensor, "student batch class"], labels: Int[Tensor, " batch"]) -> None:
+    def gather(self, probabilities: StudentLogits, labels: Labels) -> None:
         """Add the errors of a batch, in place."""
         # Not one_hot, which looks at the labels from the host.
         is_true = labels[:, None] == torch.arange(probabilities.shape[2], device=labels.device)
@@ -205,9 +183,7 @@ class KDCL(Method):
         self.ensemble = ErrorWeights(len(self.cohort)) if self.settings.variant == "general" else None
 
     @torch.no_grad()
-    def target_logits(
-        self, logits: Sequence[Float[Tensor, "batch class"]], labels: Int[Tensor, " batch"]
-    ) -> Float[Tensor, "batch class"]:
+    def target_logits(self, logits: Sequence[Logits], labels: Labels) -> Logits:
         """Compute logits whose softmax at the temperature is the target; each student may have its own view."""
         stacked = torch.stack([at_least_float32(each) for each in logits])
         if self.ensemble is not None:
@@ -216,11 +192,8 @@ class KDCL(Method):
         targets = {"naive": naive_target, "linear": linear_target, "minlogit": minlogit_target}
         return targets[self.settings.variant](stacked, labels)
 
-    def terms(self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]) -> Terms:
-        """Compute `ce/student<i>` and `kl/target->student<i>`.
-
-        In training, variant general also gathers the errors that its next weights are computed from.
-        """
+    def terms(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
+        """Compute `ce/student<i>` and `kl/target->student<i>`; in training, variant general also gathers errors."""
         logits, temperature = outputs.logits, self.settings.temperature
         target = self.target_logits(logits, labels)
         distillation = students_kl("target", logits, target, temperature, self.settings.kl_weight)

@@ -14,7 +14,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 EnsembleOf = Literal["logits", "probabilities"]
-Terms = dict[str, Float[Tensor, ""]]
+Labels = Int[Tensor, " batch"]
+"""Class indices."""
+Logits = Float[Tensor, "batch class"]
+Scalar = Float[Tensor, ""]
+Terms = dict[str, Scalar]
 """Scalars by name, such as `ce/student0` and `kl/fused->student0`."""
 
 
@@ -23,7 +27,7 @@ def at_least_float32(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
-def ramp_up(progress: Float[Tensor, ""], length: float) -> Float[Tensor, ""]:
+def ramp_up(progress: Scalar, length: float) -> Scalar:
     """Compute a weight that grows from exp(-5) to 1 over the first part of the training and then stays 1.
 
     exp(-5 (1 - min(progress / length, 1))^2).
@@ -31,9 +35,6 @@ def ramp_up(progress: Float[Tensor, ""], length: float) -> Float[Tensor, ""]:
     Args:
         progress: Share of the epochs that are done, in [0, 1].
         length: Share of the training after which the weight is 1; 0: 1 throughout.
-
-    Returns:
-        The weight, from exp(-5) to 1.
 
     Source: sigmoid ramp-up of Laine and Aila, arXiv 1610.02242; in ONE, OKDDip and FFL with length 80 of 300 epochs.
     """
@@ -43,12 +44,8 @@ def ramp_up(progress: Float[Tensor, ""], length: float) -> Float[Tensor, ""]:
     return torch.exp(-5.0 * remaining * remaining)
 
 
-def cross_entropy(logits: Float[Tensor, "*head batch class"], labels: Int[Tensor, " batch"]) -> Float[Tensor, " *head"]:
+def cross_entropy(logits: Float[Tensor, "*head batch class"], labels: Labels) -> Float[Tensor, " *head"]:
     """Compute the cross-entropy with integer labels: mean over the batch of -log softmax(logits)[label].
-
-    Args:
-        logits: Student logits; gradients flow.
-        labels: Class indices.
 
     Returns:
         One loss per head, in nats.
@@ -96,7 +93,7 @@ def soft_target_kl(
 
 def students_kl(
     source: str,
-    logits: Sequence[Float[Tensor, "batch class"]],
+    logits: Sequence[Logits],
     target_logits: Float[Tensor, "*student batch class"],
     temperature: float,
     weight: float,
@@ -107,9 +104,7 @@ def students_kl(
     return {f"kl/{source}->student{index}": each for index, each in enumerate(divergences.unbind())}
 
 
-def soft_cross_entropy(
-    logits: Float[Tensor, "batch class"], target_logits: Float[Tensor, "batch class"], temperature: float
-) -> Float[Tensor, ""]:
+def soft_cross_entropy(logits: Logits, target_logits: Logits, temperature: float) -> Scalar:
     """Compute the cross-entropy with softened targets, without T^2.
 
     -sum_c softmax(target / T)_c log softmax(logits / T)_c, summed over classes, averaged over the batch; the target
@@ -120,9 +115,6 @@ def soft_cross_entropy(
         target_logits: Teacher logits.
         temperature: T > 0.
 
-    Returns:
-        The loss, in nats.
-
     Source: authors' code ArchipLab-LinfengZhang/pytorch-self-distillation-final at eda2f2b, train.py.
     """
     targets = F.softmax(at_least_float32(target_logits.detach()) / temperature, dim=1)
@@ -132,16 +124,13 @@ def soft_cross_entropy(
 
 def squared_distance(
     values: Float[Tensor, "batch *axes"], target: Float[Tensor, "batch *axes"], detach: bool = True
-) -> Float[Tensor, ""]:
+) -> Scalar:
     """Compute ||values - target||^2, summed over all axes but the batch, averaged over the batch.
 
     Args:
         values: Student logits, probabilities or features; gradients flow.
         target: The teacher's, of the same shape.
         detach: Whether the target gets no gradient.
-
-    Returns:
-        The mean squared distance, in the square of the unit of the values.
 
     Source: the hint of Zhou et al., "Rocket Launching", arXiv 1708.04106; authors' code zhougr1993/Rocket-Launching at
         aa6b8f5, rocket_interval.py.
@@ -150,7 +139,7 @@ def squared_distance(
     return difference.square().flatten(1).sum(dim=1).mean()
 
 
-def mean_logits(logits: Sequence[Float[Tensor, "batch class"]]) -> Float[Tensor, "batch class"]:
+def mean_logits(logits: Sequence[Logits]) -> Logits:
     """Compute the mean of the logits of several students, z_a = 1/n sum_j z_j.
 
     Source: MFEF (ICANN 2022), section 3.3; authors' code Jangho-Kim/FFL-pytorch at 546d478, train_FFL.py.
@@ -159,10 +148,8 @@ def mean_logits(logits: Sequence[Float[Tensor, "batch class"]]) -> Float[Tensor,
 
 
 def mixture_logits(
-    logits: Sequence[Float[Tensor, "batch class"]],
-    temperature: float,
-    log_weights: Float[Tensor, "batch member"] | None = None,
-) -> Float[Tensor, "batch class"]:
+    logits: Sequence[Logits], temperature: float, log_weights: Float[Tensor, "batch member"] | None = None
+) -> Logits:
     """Compute logits whose softmax at T is the mean, weighted or not, of the students' softened probabilities."""
     log_members = F.log_softmax(at_least_float32(torch.stack(list(logits), dim=1)) / temperature, dim=-1)
     if log_weights is None:
@@ -170,9 +157,7 @@ def mixture_logits(
     return temperature * torch.logsumexp(at_least_float32(log_weights).unsqueeze(2) + log_members, dim=1)
 
 
-def weighted_logits(
-    logits: Sequence[Float[Tensor, "batch class"]], weights: Float[Tensor, "batch member"]
-) -> Float[Tensor, "batch class"]:
+def weighted_logits(logits: Sequence[Logits], weights: Float[Tensor, "batch member"]) -> Logits:
     """Compute the weighted sum of the logits of several students, z = sum_j w_j z_j, with weights for each image.
 
     Source: the gated ensemble of ONE, arXiv 1806.04606; the targets of OKDDip, arXiv 1912.00350.
@@ -182,11 +167,11 @@ def weighted_logits(
 
 
 def ensemble(
-    logits: Sequence[Float[Tensor, "batch class"]],
+    logits: Sequence[Logits],
     of: EnsembleOf,
     temperature: float,
     log_weights: Float[Tensor, "batch member"] | None = None,
-) -> Float[Tensor, "batch class"]:
+) -> Logits:
     """Compute the logits of an ensemble that teaches at a temperature.
 
     Args:

@@ -5,13 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from codistill.core.errors import UsageError
 from codistill.core.registry import Registry, near_matches
-from codistill.methods.cohort import Cohort, EnsembleNetwork, Outputs
-from codistill.methods.losses import Terms
+from codistill.methods.cohort import Cohort, EnsembleNetwork, Images, Outputs
+from codistill.methods.losses import Labels, Logits, Scalar, Terms
 from codistill.methods.teacher import Teacher
 from codistill.networks import Network
 
@@ -139,14 +138,14 @@ class Method(nn.Module):
         if count < minimum:
             raise UsageError(f"{self.name} needs at least {minimum} students, got {count}: {fix}")
 
-    def __call__(self, images: Float[Tensor, "*view batch channel height width"]) -> Outputs:
+    def __call__(self, images: Images) -> Outputs:
         """Run `forward` and, in training, the frozen teacher."""
         outputs: Outputs = super().__call__(images)
         if self.taught_by is None or not self.training:
             return outputs
         return replace(outputs, teacher_logits=self.taught_by.logits(images))
 
-    def losses(self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]) -> Terms:
+    def losses(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
         """Compute the method's `terms` and those of a frozen teacher, if it has one; their sum is minimised."""
         terms = self.terms(outputs, labels, progress)
         return terms if self.taught_by is None else terms | self.taught_by.terms(outputs)
@@ -162,7 +161,7 @@ class Method(nn.Module):
     def build(self) -> None:
         """Make the method's own modules, as attributes; `cohort`, `settings` and the sizes are there already."""
 
-    def terms(self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]) -> Terms:
+    def terms(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
         """Compute the named terms of the method's loss, weights applied.
 
         Args:
@@ -177,15 +176,11 @@ class Method(nn.Module):
 
     # Some methods override the rest.
 
-    def forward(self, images: Float[Tensor, "*view batch channel height width"]) -> Outputs:
-        """Run all students on normalised images.
-
-        Args:
-            images: One batch for all, or, with a leading axis, one view of it for each student.
-        """
+    def forward(self, images: Images) -> Outputs:
+        """Run all students on one batch of normalised images or, with a leading axis, a view of it for each."""
         return self.branches(self.cohort.trunk(images))
 
-    def branches(self, low: Float[Tensor, "*view batch channel height width"]) -> Outputs:
+    def branches(self, low: Images) -> Outputs:
         """Run each student from the output of `Cohort.trunk` on."""
 
         def finish(index: int, feature_map: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,7 +216,7 @@ class Method(nn.Module):
     def after_epoch(self) -> None:
         """Do what follows an epoch, such as new weights from gathered statistics; by default nothing."""
 
-    def predictions(self, outputs: Outputs) -> dict[str, Float[Tensor, "batch class"]]:
+    def predictions(self, outputs: Outputs) -> dict[str, Logits]:
         """Name the logits to evaluate: of each student, of their ensemble, and the fused ones."""
         named = {f"student{index}": logits for index, logits in enumerate(outputs.logits)}
         if len(outputs.logits) > 1:

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from codistill.core.errors import UsageError
-from codistill.methods.cohort import EnsembleNetwork, Outputs
+from codistill.methods.cohort import EnsembleNetwork, Images, Outputs
 from codistill.methods.ffl import FusionSettings, fusion_terms
-from codistill.methods.losses import Terms, ensemble
+from codistill.methods.losses import Labels, Scalar, Terms, ensemble
 from codistill.methods.method import METHODS, Method, ParameterGroup
 from codistill.methods.terms import cross_entropy_terms, kl_pairs, ramped_kl
 from codistill.modules import DualAttention, FeatureFusion, MultiScaleExtraction
@@ -41,7 +41,7 @@ class MFEFSettings(FusionSettings):
     groups: int = 4
     """p, the number of channel groups of MSFE, at least 2."""
     exported_half: Half = "second"
-    """Which half of a divided group goes to MSFE's output; the other one is carried to the next group."""
+    """Half of a divided group that goes to MSFE's output; the other one is carried to the next group."""
     depthwise: bool = False
     """Whether MSFE's 3x3 convolutions are depthwise."""
     attention_reduction: int = 16
@@ -57,13 +57,7 @@ class MFEFSettings(FusionSettings):
 
 
 class Enhancement(nn.Module):
-    """Multi-scale extraction and dual attention of one student, each of which may be the identity.
-
-    Args:
-        channels: Width of the student's feature map.
-        settings: Which components are on, and theirs.
-        length: How many of the two steps are needed at all, 0 to 2.
-    """
+    """Multi-scale extraction and dual attention of one student; beyond `length` steps, or off, the identity."""
 
     def __init__(self, channels: int, settings: MFEFSettings, length: int) -> None:
         super().__init__()
@@ -139,7 +133,7 @@ class MFEF(Method):
             raise UsageError(f"mfef: share_components needs feature maps of one width, got {widths}: set it to false")
         return [Enhancement(widths[0], self.settings, length)] * len(widths)
 
-    def forward(self, images: Float[Tensor, "*view batch channel height width"]) -> Outputs:
+    def forward(self, images: Images) -> Outputs:
         """Run all students, their components and the fused classifier on normalised images."""
 
         def finish(index: int, feature_map: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -155,7 +149,7 @@ class MFEF(Method):
             inputs = [each.detach() for each in inputs]
         return Outputs(logits, maps, self.fusion(inputs))
 
-    def terms(self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]) -> Terms:
+    def terms(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
         """Compute the terms of `fusion_terms`, or fewer without a fused classifier."""
         if self.fusion is not None:
             return fusion_terms(outputs, labels, progress, self.settings)

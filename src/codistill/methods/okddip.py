@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from codistill.methods.cohort import Outputs
-from codistill.methods.losses import Terms, at_least_float32, ensemble
+from codistill.methods.cohort import Images, Outputs
+from codistill.methods.losses import Labels, Logits, Scalar, Terms, at_least_float32, ensemble
 from codistill.methods.method import METHODS, Method
 from codistill.methods.terms import EnsembleSettings, cross_entropy_terms, kl_pairs, ramped_kl
 
@@ -33,10 +33,6 @@ class PeerAttention(nn.Module):
 
     All peers of one width share W_L and W_E. Peers of other widths have their own, into the same space, whose size is
     the smallest width divided by the reduction.
-
-    Args:
-        widths: Channels of each peer's features.
-        reduction: Of the smallest width, at least 1.
 
     Source: DefangChen/OKDDip at c052f5b, models/model_cifar/resnet_GL.py.
     Differs: their peers have one width.
@@ -88,20 +84,20 @@ class OKDDip(Method):
         *widths, _ = [student.widths[-1] for student in self.cohort]
         self.attention = PeerAttention(widths, self.settings.attention_reduction)
 
-    def forward(self, images: Float[Tensor, "*view batch channel height width"]) -> Outputs:
+    def forward(self, images: Images) -> Outputs:
         """Run all students and the peers' attention on normalised images."""
         outputs = super().forward(images)
         features = [self._held(feature_map.mean(dim=(2, 3))) for feature_map in outputs.feature_maps[:-1]]
         return replace(outputs, extras={"log_attention": self.attention(features)})
 
-    def terms(self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]) -> Terms:
+    def terms(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
         """Compute `ce/student<j>` and `kl/peers->student<j>` of each student."""
         terms = cross_entropy_terms(outputs.logits, labels)
         pairs = kl_pairs("peers", outputs.logits, self.targets(outputs))
         # `targets` has detached the peers where asked for; the attention must learn through the targets.
         return terms | ramped_kl(pairs, progress, self.settings, detach=False)
 
-    def targets(self, outputs: Outputs) -> list[Float[Tensor, "batch class"]]:
+    def targets(self, outputs: Outputs) -> list[Logits]:
         """Compute each student's teacher logits: a weighted mean for each peer, the mean for the leader."""
         peers = [self._held(logits) for logits in outputs.logits[:-1]]
         rows = outputs.extras["log_attention"].unbind(dim=1)

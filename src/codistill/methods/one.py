@@ -1,33 +1,24 @@
 """ONE: on-the-fly native ensemble."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from codistill.core.errors import UsageError
-from codistill.methods.cohort import EnsembleNetwork, Outputs
-from codistill.methods.losses import Terms, weighted_logits
+from codistill.methods.cohort import EnsembleNetwork, FeatureMap, Images, Outputs
+from codistill.methods.losses import Labels, Logits, Scalar, Terms, weighted_logits
 from codistill.methods.method import METHODS, Method
 from codistill.methods.terms import DistillationSettings, cross_entropy_terms, kl_pairs, ramped_kl
 from codistill.networks import Network
-
-
-@dataclass(frozen=True, kw_only=True)
-class ONESettings(DistillationSettings):
-    """Settings of ONE."""
 
 
 class Gate(nn.Module):
     """Weights of the ensemble's members, one set for each image: they are positive and add up to 1.
 
     g = softmax(ReLU(BN(W h + b))), h the mean over all places of the maps that the gate sees, concatenated.
-
-    Args:
-        width: Channels of all maps together.
-        members: How many weights.
 
     Source: Lan1991Xu/ONE_NeurIPS2018 at 9da95a8, models/cifar/resnet.py.
     """
@@ -36,7 +27,7 @@ class Gate(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(width, members), nn.BatchNorm1d(members), nn.ReLU())
 
-    def forward(self, maps: Sequence[Float[Tensor, "batch _channel _height _width"]]) -> Float[Tensor, "batch member"]:
+    def forward(self, maps: Sequence[FeatureMap]) -> Float[Tensor, "batch member"]:
         """Map feature maps to weights."""
         pooled = torch.cat([each.mean(dim=(2, 3)) for each in maps], dim=1)
         return torch.softmax(self.layers(pooled), dim=1)
@@ -47,7 +38,7 @@ class GatedPredictor(EnsembleNetwork):
 
     combine: Gate
 
-    def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch class"]:
+    def forward(self, images: Float[Tensor, "batch channel height width"]) -> Logits:
         """Map normalised images to logits."""
         low = self.trunk(images)
         maps, logits = [], []
@@ -76,7 +67,7 @@ class ONE(Method):
         target_epsilon). Students without a trunk are ours: their gate sees the concatenated last maps of all of them.
     """
 
-    settings: ONESettings
+    settings: DistillationSettings
     teacher = "allowed"
     min_students = 2
 
@@ -91,14 +82,14 @@ class ONE(Method):
         width = self.cohort[0].widths[shared - 1] if shared else sum(student.widths[-1] for student in self.cohort)
         self.gate = Gate(width, len(self.cohort))
 
-    def forward(self, images: Float[Tensor, "*view batch channel height width"]) -> Outputs:
+    def forward(self, images: Images) -> Outputs:
         """Run all students, the gate and the gated ensemble on normalised images."""
         low = self.cohort.trunk(images)
         outputs = self.branches(low)
         weights = self.gate([low] if self.cohort.shared_stages else outputs.feature_maps)
         return replace(outputs, fused_logits=weighted_logits(outputs.logits, weights), extras={"gate": weights})
 
-    def terms(self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]) -> Terms:
+    def terms(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
         """Compute `ce/student<j>` and `kl/fused->student<j>` of each student, and `ce/fused`."""
         terms = cross_entropy_terms(outputs.logits, labels, fused=outputs.fused)
         pairs = kl_pairs("fused", outputs.logits, outputs.fused)

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from codistill.methods.cohort import EnsembleNetwork, Outputs
-from codistill.methods.losses import Terms
+from codistill.methods.cohort import EnsembleNetwork, FeatureMap, Images, Outputs
+from codistill.methods.losses import Labels, Logits, Scalar, Terms
 from codistill.methods.method import METHODS, Method, ParameterGroup
 from codistill.methods.terms import DistillationSettings, cross_entropy_terms, ramped_kl
 
@@ -29,20 +28,13 @@ class PCLSettings(DistillationSettings):
 
 
 class ConcatenatedClassifier(nn.Module):
-    """A linear classifier on the pooled feature maps of all students, concatenated.
-
-    Args:
-        widths: Channels of each student's map.
-        num_classes: Number of logits.
-    """
+    """A linear classifier on the pooled feature maps of all students, concatenated."""
 
     def __init__(self, widths: Sequence[int], num_classes: int) -> None:
         super().__init__()
         self.linear = nn.Linear(sum(widths), num_classes)
 
-    def forward(
-        self, feature_maps: Sequence[Float[Tensor, "batch _channel _height _width"]]
-    ) -> Float[Tensor, "batch class"]:
+    def forward(self, feature_maps: Sequence[FeatureMap]) -> Logits:
         """Map one feature map per student to logits."""
         logits: Tensor = self.linear(torch.cat([each.mean(dim=(2, 3)) for each in feature_maps], dim=1))
         return logits
@@ -88,7 +80,7 @@ class PCL(Method):
         self.steps: Tensor
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, images: Float[Tensor, "*view batch channel height width"]) -> Outputs:
+    def forward(self, images: Images) -> Outputs:
         """Run all students, the classifier of their features and the mean teachers on normalised images."""
         with torch.no_grad():
             mean_low = self.means.trunk(images)
@@ -104,7 +96,7 @@ class PCL(Method):
         extras = {f"mean{index}": each for index, each in enumerate(means)}
         return Outputs(logits, maps, self.fusion(maps), extras=extras)
 
-    def terms(self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]) -> Terms:
+    def terms(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
         """Compute `ce/` of each student and of `fused`, and `kl/fused->` and `kl/mean<l>->` it."""
         fused, chosen, count = outputs.fused, self.settings, len(self.cohort)
         terms = cross_entropy_terms(outputs.logits, labels, fused=fused)
@@ -132,7 +124,7 @@ class PCL(Method):
         torch._foreach_add_(means, list(torch._foreach_mul(students, 1 - decay)))
         self.steps += 1
 
-    def predictions(self, outputs: Outputs) -> dict[str, Float[Tensor, "batch class"]]:
+    def predictions(self, outputs: Outputs) -> dict[str, Logits]:
         """Name the logits of students, ensemble, classifier and mean teachers; see `Method.predictions`."""
         return {**super().predictions(outputs), **outputs.extras}
 

@@ -4,11 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxtyping import Float, Int
-from torch import Tensor
-
 from codistill.methods.cohort import Outputs
-from codistill.methods.losses import Terms, at_least_float32, squared_distance
+from codistill.methods.losses import Labels, Scalar, Terms, at_least_float32, squared_distance
 from codistill.methods.method import METHODS, Method, MethodSettings
 from codistill.methods.terms import cross_entropy_terms
 
@@ -52,7 +49,7 @@ class Rocket(Method):
     min_students = 2
     max_students = 2
 
-    def terms(self, outputs: Outputs, labels: Int[Tensor, " batch"], progress: Float[Tensor, ""]) -> Terms:
+    def terms(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
         """Compute `ce/student0`, `ce/student1` and `hint/student1->student0`."""
         terms = cross_entropy_terms(outputs.logits, labels)
         light, booster = (at_least_float32(logits) for logits in outputs.logits)

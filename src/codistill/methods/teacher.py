@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from codistill.methods.cohort import Outputs
+from codistill.methods.cohort import Images, Outputs
 from codistill.methods.losses import Terms, students_kl
 
 
@@ -18,7 +18,7 @@ class Teacher:
     weight: float
     temperature: float
 
-    def logits(self, images: Float[Tensor, "*view batch channel height width"]) -> Float[Tensor, "*view batch class"]:
+    def logits(self, images: Images) -> Float[Tensor, "*view batch class"]:
         """Compute its logits for the students' normalised images, without gradients."""
         with torch.no_grad():
             logits: Tensor = self.network(images.flatten(0, -4))

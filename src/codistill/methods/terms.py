@@ -5,13 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
-from codistill.methods.losses import EnsembleOf, Terms, cross_entropy, ramp_up, soft_target_kl
+from codistill.methods.losses import EnsembleOf, Labels, Logits, Scalar, Terms, cross_entropy, ramp_up, soft_target_kl
 from codistill.methods.method import MethodSettings
 
-Logits = Float[Tensor, "batch class"]
 Pairs = Mapping[str, tuple[Logits, Logits]]
 """Student logits and teacher logits by the name of a distillation term."""
 
@@ -45,26 +43,21 @@ class EnsembleSettings(DistillationSettings):
 
 
 def kl_pairs(
-    source: str,
-    logits: Sequence[Float[Tensor, "batch class"]],
-    targets: Sequence[Float[Tensor, "batch class"]] | Tensor,
+    source: str, logits: Sequence[Logits], targets: Sequence[Logits] | Tensor
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the pair `kl/<source>->student<j>` of each student with its target, or with the one of all."""
     each = [targets] * len(logits) if isinstance(targets, Tensor) else targets
     return {f"kl/{source}->student{index}": pair for index, pair in enumerate(zip(logits, each, strict=True))}
 
 
-def ramped_kl(pairs: Pairs, progress: Float[Tensor, ""], settings: DistillationSettings, detach: bool) -> Terms:
+def ramped_kl(pairs: Pairs, progress: Scalar, settings: DistillationSettings, detach: bool) -> Terms:
     """Compute r(t) T^2 KL(softmax(target / T) || softmax(logits / T)) of each pair, all at once.
 
     Args:
         pairs: As from `kl_pairs`.
         progress: Share of the epochs that are done.
-        settings: Temperature, ramp-up and epsilon.
+        settings: T, ramp-up r and epsilon.
         detach: Whether the teacher logits get no gradient.
-
-    Returns:
-        The terms by name, in nats.
     """
     logits, targets = (torch.stack(side) for side in zip(*pairs.values(), strict=True))
     divergences = soft_target_kl(logits, targets, settings.temperature, detach, settings.target_epsilon)
@@ -72,7 +65,7 @@ def ramped_kl(pairs: Pairs, progress: Float[Tensor, ""], settings: DistillationS
     return dict(zip(pairs, ramped.unbind(), strict=True))
 
 
-def cross_entropy_terms(logits: Sequence[Logits], labels: Int[Tensor, " batch"], **others: Logits) -> Terms:
+def cross_entropy_terms(logits: Sequence[Logits], labels: Labels, **others: Logits) -> Terms:
     """Compute the term `ce/student<j>` of each student and `ce/<name>` of each other head, all at once."""
     names = [*(f"student{index}" for index in range(len(logits))), *others]
     losses = cross_entropy(torch.stack([*logits, *others.values()]), labels)

@@ -1,0 +1,20 @@
+"""The methods of the tests: on tiny students, in float64."""
+
+from collections.abc import Callable
+
+import pytest
+
+from codistill.methods import Method
+
+
+@pytest.fixture
+def make(request: pytest.FixtureRequest, tiny_network) -> Callable[..., Method]:
+    """Build a module's `METHOD` on tiny students, each of (width, stride of the last stage); by default equal ones."""
+    kind: type[Method] = request.module.METHOD
+    default = getattr(request.module, "SHAPES", [(8, 2)] * max(2, kind.min_students))
+
+    def build(*shapes: tuple[int, int], **settings) -> Method:
+        students = [tiny_network(*shape) for shape in shapes or default]
+        return kind(students, 3, kind.Settings(**settings), (8, 8)).double()
+
+    return build
