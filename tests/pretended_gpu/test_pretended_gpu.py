@@ -247,37 +247,36 @@ def test_a_captured_training_ends_as_that_of_a_cpu(colours, tmp_path, method, mo
         assert end_state(outs[1] / name) == end_state(outs[0] / name)
 
 
+def reading(gpu, terms):
+    terms["ce/student0"].item()
+
+
+def greedy(gpu, terms):
+    if gpu.timeline.graph is not None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
 @pytest.mark.parametrize("seeds", [("0",), ("0", "1")])
-def test_why_a_step_cannot_be_captured_is_said(gpu, colours, tmp_path, monkeypatch, capsys, seeds):
+@pytest.mark.parametrize(
+    ("fault", "status", "begin", "end"),
+    [
+        (reading, 2, "mfef cannot be captured as a CUDA graph: does", "not permitted when stream is capturing)\n"),
+        (greedy, 6, "out of memory: mfef with tiny + tiny at batch size 3", "Tried to allocate 2 GiB)\n"),
+    ],
+)
+def test_why_a_step_cannot_be_captured(gpu, colours, tmp_path, monkeypatch, capsys, seeds, fault, status, begin, end):
     losses = cd.MFEF.losses
 
-    def reading(self, *arguments):
+    def faulty(self, *arguments):
         terms = losses(self, *arguments)
-        terms["ce/student0"].item()
+        fault(gpu, terms)
         return terms
 
-    monkeypatch.setattr(cd.MFEF, "losses", reading)
+    monkeypatch.setattr(cd.MFEF, "losses", faulty)
     line = arguments(colours, tmp_path / "run", "--device", "cuda", "-b", "3", "--seeds", *seeds)
-    assert run_here(line) == 2
+    assert run_here(line) == status
     error = capsys.readouterr().err
-    assert error.startswith("codistill: error: mfef cannot be captured as a CUDA graph: does its step read from the ")
-    assert "(CUDA error: operation not permitted when stream is capturing)" in error and error.count("\n") == 1
-
-
-@pytest.mark.parametrize("seeds", [("0",), ("0", "1")])
-def test_a_capture_that_memory_does_not_hold_is_no_bug_of_a_method(gpu, colours, tmp_path, monkeypatch, capsys, seeds):
-    losses = cd.MFEF.losses
-
-    def greedy(self, *arguments):
-        if gpu.timeline.graph is not None:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return losses(self, *arguments)
-
-    monkeypatch.setattr(cd.MFEF, "losses", greedy)
-    line = arguments(colours, tmp_path / "run", "--device", "cuda", "-b", "3", "--seeds", *seeds)
-    status = run_here(line)
-    error = capsys.readouterr().err
-    assert status == 6 and error.startswith("codistill: error: out of memory: mfef with tiny + tiny at batch size 3")
+    assert error.startswith(f"codistill: error: {begin}") and error.endswith(end) and error.count("\n") == 1
 
 
 def test_the_host_waits_once_an_epoch(colours, tmp_path):

@@ -47,10 +47,6 @@ def test_schedule(epoch, rate):
     assert learning_rate_at(epoch, 0.1, (150, 225), 0.1) == pytest.approx(rate, rel=1e-12)
 
 
-def test_schedule_without_milestones():
-    assert learning_rate_at(299, 0.1, (), 0.1) == 0.1
-
-
 def test_the_rate_is_written_into_the_tensors_that_a_step_reads(method):
     optimizer = papers(method)
     tensors = [group["lr"] for group in optimizer.param_groups]

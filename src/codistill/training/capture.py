@@ -18,14 +18,13 @@ WARM_UP_STEPS = 3
 class GraphedSteps:
     """The steps of several independent runs as one CUDA graph per batch size, each run on a stream of its own.
 
-    The first `warm_up` calls with a size run eagerly, on the stream that is captured later: they are real training
-    steps, and make cuDNN and the allocator ready. Then the steps are captured together, and from then on replayed.
-    Kernels and their order within a run are those of the run alone. What members touch stays where it is in memory.
+    The first calls with a size run eagerly, on the stream that is captured later: they are real training steps, and
+    make cuDNN and the allocator ready. Then the steps are captured together, and from then on replayed. Kernels and
+    their order within a run are those of the run alone. What members touch stays where it is in memory.
     """
 
-    def __init__(self, members: Sequence[TrainStep], warm_up: int = WARM_UP_STEPS) -> None:
+    def __init__(self, members: Sequence[TrainStep]) -> None:
         self.members = list(members)
-        self.warm_up = warm_up
         self.device = members[0].device
         self.stream = critical_stream(self.device)
         self._forks = [critical_stream(self.device) for _ in members]
@@ -41,7 +40,7 @@ class GraphedSteps:
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             self._progress.copy_(progress)
-            if size not in self._graphs and self._calls.get(size, 0) < self.warm_up:
+            if size not in self._graphs and self._calls.get(size, 0) < WARM_UP_STEPS:
                 self._calls[size] = self._calls.get(size, 0) + 1
                 self._run(batches)
             else:

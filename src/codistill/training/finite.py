@@ -21,8 +21,7 @@ class NonFiniteDetector:
         self._device = device
         self.names: tuple[str, ...] = ()
         # Zero as long as all steps were finite and NaN ever after: zero times NaN or infinity is NaN.
-        self._damage = torch.zeros(0, device=device)
-        self._good_steps = torch.zeros(0, dtype=torch.int32, device=device)
+        self._damage, self._good_steps = torch.zeros(0, device=device), torch.zeros(0, dtype=torch.int32, device=device)
 
     def update(self, numbers: Mapping[str, Float[Tensor, ""]]) -> None:
         """Look at the numbers of a step; each step has the same names."""

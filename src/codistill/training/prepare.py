@@ -33,8 +33,7 @@ from codistill.training.step import make_step
 from codistill.training.teacher import load_teacher
 from codistill.training.trainer import Trainer
 
-Positions = Int[Tensor, " image"] | None
-"""Positions of the images that are used, on the host; None: all of them, in order."""
+Positions = Int[Tensor, " image"] | None  # of the images that are used, on the host; None: all of them, in order
 
 
 @dataclass(frozen=True)

@@ -55,9 +55,8 @@ class Ranks:
         try:
             yield ranks
         except (KeyboardInterrupt, Terminated) as stopped:
-            if ranks.leads:
+            if ranks.leads:  # all ranks stop after the same step, and rank 0 says so
                 raise
-            # All ranks stop after the same step, and rank 0 says so.
             raise SystemExit(143 if isinstance(stopped, Terminated) else 130) from None
         except WorkerError:
             if ranks.gradients is not None:

@@ -22,14 +22,9 @@ class TrainStep:
     For methods with `Method.alternating_updates` one group of parameters is updated after the other, each from a fresh
     forward pass of the same batch; the terms that are summed up are those of the last pass.
 
-    Args:
-        method: The method, in training mode and on the device of the images.
-        images: The training images.
-        augmentation: Crops and flips; the same as the batches were drawn with.
-        optimizer: Over `Method.parameter_groups`.
-        forward: The forward pass; losses are computed in float32 in any case.
-        ranks: The processes that share the run. Each gets the whole batch, works on its part, and ends with the
-            gradients and terms of the whole batch; batch statistics are those of its part.
+    The method is in training mode and on the device of the images, batches are drawn with the same augmentation, and
+    losses are computed in float32. Each of several ranks gets the whole batch, works on its part, and ends with the
+    gradients and terms of the whole batch; batch statistics are those of its part.
     """
 
     def __init__(

@@ -83,9 +83,8 @@ class Trainer:
     def begin_epoch(self, epoch: int) -> BatchIndices:
         """Set the learning rate and draw the order, crops and flips of an epoch."""
         settings = self.config.train
-        self.rate = learning_rate_at(
-            epoch, settings.learning_rate, settings.learning_rate_steps, settings.learning_rate_decay
-        )
+        steps, decay = settings.learning_rate_steps, settings.learning_rate_decay
+        self.rate = learning_rate_at(epoch, settings.learning_rate, steps, decay)
         set_learning_rate(self.step.optimizer, self.rate)
         self.display.begin_epoch(epoch)
         step, images = self.step, self.step.images
@@ -143,9 +142,8 @@ class Trainer:
         if words is not None:
             self.saver.flush()
             kept = "keeps the last whole checkpoint" if self.run.checkpoints.entries() else "has no checkpoint yet"
-            raise DivergedError(
-                f"{words} at learning rate {self.rate:g}: lower --learning-rate; {self.run.path} {kept}"
-            )
+            rate = f"at learning rate {self.rate:g}: lower --learning-rate"
+            raise DivergedError(f"{words} {rate}; {self.run.path} {kept}")
 
     def end_epoch(self, epoch: int, numbers: Mapping[str, Any], state: TrainingState | None) -> None:
         """Check, log and save an epoch, of several ranks on rank 0; on the others `state` is None."""

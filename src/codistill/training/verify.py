@@ -31,10 +31,7 @@ BREAKS = ((0, 1), (0, STEPS), (1, 2))
 
 
 def verify_resume(config: RunConfig) -> str:
-    """Train two epochs of three steps without a break, and again with three breaks; return what was compared.
-
-    Raises CheckpointError where the ends differ.
-    """
+    """Train two epochs of three steps without a break, and again with three breaks; return what was compared."""
     refuse_ranks("--verify-resume")
     device = choose_device(config.execution.device, config.execution.precision)
     data = load_named_data(config)
