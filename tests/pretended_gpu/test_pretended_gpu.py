@@ -229,7 +229,9 @@ def test_a_copy_that_does_not_wait_is_there_after_an_event(gpu):
 # --- what works on it ---
 
 
-@pytest.mark.parametrize("more", [(), ("--seeds", "0", "1")], ids=["one run", "fleet"])
+@pytest.mark.parametrize(
+    "more", [(), pytest.param(("--seeds", "0", "1"), marks=pytest.mark.slow)], ids=["one", "fleet"]
+)
 @pytest.mark.parametrize("method", ["mfef", "kdcl", "kd"])
 def test_a_captured_training_ends_as_that_of_a_cpu(colours, tmp_path, method, more):
     if method == "kd":
@@ -290,7 +292,7 @@ def test_the_host_waits_once_an_epoch(colours, tmp_path):
     assert waits[1] - waits[0] == 4
 
 
-@pytest.mark.parametrize("networks", ["resnet20 wrn-16-2", "tiny tiny tiny"])
+@pytest.mark.parametrize("networks", [pytest.param("resnet20 wrn-16-2", marks=pytest.mark.slow), "tiny tiny tiny"])
 @pytest.mark.parametrize("runs", ["1", "2"])
 def test_bench(gpu, monkeypatch, tiny_registered, capsys, networks, runs):
     kernel = SimpleNamespace(device_type=SimpleNamespace(name="CUDA"), name="kernel")

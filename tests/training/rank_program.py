@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import traceback
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +92,8 @@ def forked(work: Callable[[], int], count: int = 2, launch: str | None = None) -
                 own = {**shared, "RANK": rank, "LOCAL_RANK": rank}
                 os.environ |= {name: str(value) for name, value in own.items()}
                 status = work()
+            except BaseException:
+                traceback.print_exc()
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()

@@ -1,9 +1,13 @@
 """How steps are computed: the fixed rules, compiled parts that change neither results nor files, and what is undone."""
 
+import contextlib
 import copy
+import dataclasses
+import functools
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +19,8 @@ from codistill.core.console import warn_once
 from codistill.core.errors import DivergedError, UsageError
 from codistill.methods import METHODS
 from codistill.networks import NETWORKS
-from codistill.training import compiling
+from codistill.settings.config import default_config
+from codistill.training import compiling, fleet
 from codistill.training.compiling import (
     PAID_BACK_STEPS,
     Execution,
@@ -28,6 +33,7 @@ from codistill.training.prepare import check_shapes
 from codistill.training.step import TrainStep
 
 from .. import tiny
+from ..faults.running import in_child
 from . import compile_everything
 
 # torch's own: the compiler looks at .grad of tensors within a network.
@@ -48,6 +54,16 @@ def stub_backend(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     monkeypatch.setattr(compiling, "BACKEND", "eager")
     monkeypatch.setattr(compiling, "missing_compiler", lambda device: None)
+
+
+def apart(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test in a fork: where the compiler has run, autograd no longer works in forks, which other tests make."""
+
+    @functools.wraps(test)
+    def forked(**fixtures: object) -> None:
+        assert in_child(lambda: test(**fixtures) or 0) == 0
+
+    return forked
 
 
 def independent() -> cd.Method:
@@ -118,6 +134,7 @@ def test_a_gpu_that_is_too_old_is_named(monkeypatch):
 # --- compiled parts ---
 
 
+@apart
 def test_results_are_those_without_a_compiler():
     plain, other = independent(), independent()
     with compiled(other, fullgraph=True):
@@ -130,6 +147,7 @@ def test_results_are_those_without_a_compiler():
 
 
 @pytest.mark.slow
+@apart
 def test_one_part_compiled_for_a_cpu_gives_the_same_numbers(monkeypatch):
     # The only test that runs the real compiler, which takes seconds.
     if missing_compiler(CPU) is not None:
@@ -143,6 +161,7 @@ def test_one_part_compiled_for_a_cpu_gives_the_same_numbers(monkeypatch):
     torch.testing.assert_close(other.state_dict(), plain.state_dict())
 
 
+@apart
 def test_equal_parts_are_compiled_once():
     method = independent()
     with compiled(method):
@@ -154,6 +173,7 @@ def test_equal_parts_are_compiled_once():
 
 
 @pytest.mark.slow
+@apart
 def test_more_shapes_than_torch_allows_by_default_are_still_compiled():
     method = independent()
     with compiled(method, fullgraph=True):
@@ -164,6 +184,7 @@ def test_more_shapes_than_torch_allows_by_default_are_still_compiled():
     assert graphs() - before == 9 * 4
 
 
+@apart
 def test_evaluation_runs_without_the_compiler():
     method, images = independent(), torch.randn(6, 3, 8, 8)
     with compiled(method):
@@ -174,6 +195,7 @@ def test_evaluation_runs_without_the_compiler():
         assert graphs() == before
 
 
+@apart
 def test_names_copies_pickles_and_exports_stay():
     method = tiny.method(cd.MFEF).train()
     names = list(method.state_dict())
@@ -241,6 +263,7 @@ def train(out: Path, method: cd.Method | None = None, choice: str = "on", **chan
     )
 
 
+@apart
 def test_a_compiled_run_trains_as_a_plain_one(tmp_path):
     # The whole loop, with evaluation between epochs and a last batch of another size.
     errors = []
@@ -256,6 +279,7 @@ def test_a_compiled_run_trains_as_a_plain_one(tmp_path):
 
 
 @pytest.mark.parametrize("error", [DivergedError, KeyboardInterrupt, RuntimeError])
+@apart
 def test_compiled_code_is_gone_however_a_run_ends(tmp_path, monkeypatch, error):
     method, call = independent(), TrainStep.__call__
 
@@ -271,6 +295,43 @@ def test_compiled_code_is_gone_however_a_run_ends(tmp_path, monkeypatch, error):
     assert is_plain(method)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("error", [None, DivergedError, KeyboardInterrupt])
+def test_streams_of_branches_are_gone_however_a_run_ends(tmp_path, monkeypatch, error):
+    method, call = independent(), TrainStep.__call__
+
+    def breaking(self, *arguments):
+        assert len(method.cohort.streams) == 2
+        call(self, *arguments)
+        if error is KeyboardInterrupt:
+            raise error
+
+    monkeypatch.setattr(TrainStep, "__call__", breaking)
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        train(tmp_path / "run", method, "off", learning_rate=1e30 if error is DivergedError else 0.1)
+    assert is_plain(method)
+
+
+@apart
+def test_compiled_code_of_a_dropped_member_is_gone_too(tmp_path, monkeypatch, tiny_registered):
+    data, methods, build = str(tiny.write_npz(tmp_path / "data.npz", tiny.data())), [], fleet.build_taught
+
+    def built(*arguments):
+        methods.append(build(*arguments))
+        return methods[-1]
+
+    monkeypatch.setattr(fleet, "build_taught", built)
+    execution = cd.ExecutionSettings(compile="on", device="cpu")
+    base = dataclasses.replace(default_config("independent"), networks=("tiny", "tiny"), data="packed", data_dir=data)
+    configs = [
+        dataclasses.replace(base, train=tiny.settings(learning_rate=rate), execution=execution) for rate in (0.1, 1e30)
+    ]
+    runs = fleet.train_fleet(configs, [tmp_path / "a", tmp_path / "b"], show=False)
+    assert [run.status for run in runs] == ["finished", "diverged"]
+    assert all(run.summary["execution"]["compiled"] for run in runs[:1]) and all(map(is_plain, methods))
+
+
+@apart
 def test_what_a_user_compiled_is_back_after_the_run(tmp_path):
     method = independent()
     stage = method.cohort[0].stages[0]

@@ -39,6 +39,9 @@ CPU = torch.device("cpu")
 TINY = ["--networks", "tiny", "tiny", "--data", "packed", "--batch-size", "8", "--lr", "0.05", "--threads", "1"]
 STUDENTS = {"okddip": 3, "byot": 1}
 on_every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+on_every_device_slowly = pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.slow])]
+)
 pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
@@ -105,7 +108,7 @@ def test_members_equal_their_lone_runs(config, device):
     assert weights[0] != weights[1] != weights[2]
 
 
-@on_every_device
+@on_every_device_slowly
 def test_a_fleet_may_mix_methods_and_settings(config, device):
     configs = [
         config("kdcl", seed=3),  # two views
@@ -123,7 +126,7 @@ def test_a_fleet_may_mix_methods_and_settings(config, device):
         assert_equal(runs[index], train_from_config(each, Path(f"alone{index}"), show=False))
 
 
-@on_every_device
+@on_every_device_slowly
 def test_a_fleet_may_have_teachers(config, device):
     train_from_config(config("independent"), Path("teacher"), show=False)
     teaching = TeacherSettings(teacher="teacher", teacher_weight=0.5)
@@ -186,7 +189,7 @@ def test_recipes_on_the_command_line(colours):
     assert cd.Run("runs/packed-ffl-tinyx2-recipes/c").finished
 
 
-@on_every_device
+@on_every_device_slowly
 def test_of_recipes_one_may_diverge(colours, capsys, device):
     files = recipes(a={}, b={"learning_rate": 1e30})
     flags = [*FLAGS, "--data-dir", colours, "--device", device]
@@ -244,7 +247,7 @@ def poison(monkeypatch, seed: int, step: int = 4, kind: type[cd.Method] = cd.MFE
     monkeypatch.setattr(fleet, "build_taught", built)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2], ids=["first", "middle", "last"])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), 2], ids=["first", "middle", "last"])
 def test_one_that_diverges_is_dropped_and_the_others_go_on(config, monkeypatch, capsys, seed):
     configs = [config(seed=each, epochs=3) for each in (0, 1, 2)]
     with monkeypatch.context() as patch:
@@ -444,7 +447,7 @@ def repeatable(monkeypatch):
     ("name", "precision", "members", "overlap"),
     [(name, "float32", 1, True) for name in METHODS]
     + [
-        (name, *rest)
+        pytest.param(name, *rest, marks=() if name == "kdcl" else pytest.mark.slow)
         for name in ("mfef", "kdcl", "pcl", "dml")
         for rest in (("float32", 2, True), ("bf16", 1, False), ("bf16", 2, False))
     ],

@@ -35,8 +35,10 @@ def stopped(colours: str, out: Path, step: int, *more: str, method: str = "mfef"
     return out
 
 
-@pytest.mark.parametrize("method", ["mfef", "kdcl", "pcl", "dml", "rocket", "cl-ilr"])
-@pytest.mark.parametrize("step", [2, 6])
+@pytest.mark.parametrize(
+    ("method", "step"),
+    [("mfef", 2), ("mfef", 6), ("kdcl", 2), ("pcl", 6), ("dml", 2), ("rocket", 6), ("cl-ilr", 2)],
+)
 def test_summary_and_metrics_are_those_of_an_undisturbed_run(colours, tmp_path, method, step):
     assert run_here(arguments(colours, tmp_path / "whole", method=method)) == 0
     broken = resume(stopped(colours, tmp_path / "broken", step, method=method), show=False)
@@ -140,7 +142,7 @@ def test_the_host_waits_once_an_epoch(colours, tmp_path, monkeypatch, more):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("more", [(), ("--seeds", "0", "1")], ids=["one run", "fleet"])
-@pytest.mark.parametrize("step", [2, 8, 13])
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 8, pytest.param(13, marks=pytest.mark.slow)])
 def test_captured_steps_go_on_with_the_same_bits(colours, tmp_path, step, more):
     # Eight steps an epoch: three plain ones, then the graph; and a last batch of another size.
     flags = ("--device", "cuda", "--deterministic", "-b", "3", "--epochs", "2", *more)
