@@ -19,9 +19,6 @@ from codistill.training.ranks import ALONE, Ranks
 class TrainStep:
     """Gather, augment, forward, losses, backward, optimiser step; no host read.
 
-    For methods with `Method.alternating_updates` one group of parameters is updated after the other, each from a fresh
-    forward pass of the same batch; the terms that are summed up are those of the last pass.
-
     The method is in training mode and on the device of the images, batches are drawn with the same augmentation, and
     losses are computed in float32. Each of several ranks gets the whole batch, works on its part, and ends with the
     gradients and terms of the whole batch; batch statistics are those of its part.
@@ -53,26 +50,46 @@ class TrainStep:
         """Train on a batch, add its loss terms to `sums`, and have `finite` look at them and at all gradients."""
         images, labels = self.images.augmented(self.ranks.part(indices), self.augmentation)
         size = indices.image.shape[-1]
-        terms: dict[str, Tensor] = {}
-        gradients: dict[str, Tensor] = {}
-        turns: Sequence[Sequence[nn.Parameter] | None] = self.method.alternating_updates() or [None]
-        for parameters in turns:
-            terms = self.method.losses(self.forward(images), labels, progress)
-            torch.stack(list(terms.values())).sum().backward(inputs=parameters)  # type: ignore[no-untyped-call]
-            gradients |= self._update(terms, len(labels) / size)
+        terms, gradients = self.update(images, labels, progress, len(labels) / size)
         self.method.after_step()
         self.sums.update(terms, size)
         self.finite.update(terms | gradients)
 
-    def _update(self, terms: dict[str, Tensor], share: float) -> dict[str, Tensor]:
-        """Average terms, in place, and gradients over the ranks, update the parameters and return gradients' norms."""
-        named = self._trained.items()
-        gradients = {GRADIENT + name: each.grad for name, each in named if each.grad is not None}
+    def update(
+        self, images: Tensor, labels: Tensor, progress: Tensor, share: float, of: Sequence[nn.Parameter] | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Update all parameters, or those given, on this rank's share of a batch.
+
+        Returns:
+            The terms and the norm of each gradient, of the whole batch.
+        """
+        terms = self.method.losses(self.forward(images), labels, progress)
+        torch.stack(list(terms.values())).sum().backward(inputs=of)  # type: ignore[no-untyped-call]
+        trained = self._trained.items()
+        gradients = {GRADIENT + name: each.grad for name, each in trained if each.grad is not None}
         self.ranks.average([*gradients.values(), *terms.values()], share)
         sizes = norms(gradients)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return sizes
+        return terms, sizes
+
+
+class AlternatingStep(TrainStep):
+    """Update one group of parameters after the other, each from a fresh forward pass of the same batch.
+
+    For methods with `Method.alternating_updates`; the terms that are summed up are those of the last pass.
+    """
+
+    def update(
+        self, images: Tensor, labels: Tensor, progress: Tensor, share: float, of: Sequence[nn.Parameter] | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Update each group; see `TrainStep.update`."""
+        terms: dict[str, Tensor] = {}
+        sizes: dict[str, Tensor] = {}
+        for parameters in self.method.alternating_updates():
+            terms, more = super().update(images, labels, progress, share, parameters)
+            sizes |= more
+        return terms, sizes
 
 
 def make_step(
@@ -86,5 +103,7 @@ def make_step(
 ) -> TrainStep:
     """Put a method on the device of its images, in place and in training mode, and make its optimiser and its step."""
     method.to(images.device, memory_format=memory_format).train()  # type: ignore[call-overload]
-    forward = TrainingForward(method, precision, apart=method.alternating_updates())
-    return TrainStep(method, images, augmentation, make_optimizer(method, settings), forward, ranks)
+    turns = method.alternating_updates()
+    forward = TrainingForward(method, precision, apart=turns)
+    kind = AlternatingStep if turns else TrainStep
+    return kind(method, images, augmentation, make_optimizer(method, settings), forward, ranks)
