@@ -144,7 +144,7 @@ class BYOT(Method):
                 extras |= {f"features/{name}": features, f"logits/{name}": exit_logits}
         return Outputs(logits, maps, extras=extras)
 
-    def terms(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
+    def losses(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
         """Compute `ce/student<j>`, and `ce/`, `soft/` and `hint/student<j>/exit<k>` of its exits."""
         chosen = self.settings
         terms = cross_entropy_terms(outputs.logits, labels)

@@ -78,7 +78,7 @@ class CLILR(Method):
             low = scale_gradient(low, 1 / len(self.cohort))
         return self.branches(low)
 
-    def terms(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
+    def losses(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
         """Compute `ce/student<j>` and `kl/peers->student<j>` of each student."""
         chosen, logits, weight = self.settings, outputs.logits, self.settings.ce_weight
         terms = {name: weight * term for name, term in cross_entropy_terms(logits, labels).items()}

@@ -74,7 +74,7 @@ class DML(Method):
             return ()
         return [tuple(student.parameters()) for student in self.cohort]
 
-    def terms(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
+    def losses(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
         """Compute `ce/student<i>`, and `kl/student<j>->student<i>` or `kl/peers->student<i>`."""
         settings, count = self.settings, len(self.cohort)
         terms = cross_entropy_terms(outputs.logits, labels)

@@ -75,7 +75,7 @@ class FFL(Method):
             maps = tuple(each.detach() for each in maps)
         return replace(outputs, fused_logits=self.fusion(maps))
 
-    def terms(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
+    def losses(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
         """Compute the terms of `fusion_terms`."""
         return fusion_terms(outputs, labels, progress, self.settings)
 

@@ -25,6 +25,6 @@ class Independent(Method):
 
     settings: IndependentSettings
 
-    def terms(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
+    def losses(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
         """Compute `ce/student<j>` for each student."""
         return cross_entropy_terms(outputs.logits, labels)

@@ -16,7 +16,7 @@ from codistill.methods.terms import cross_entropy_terms
 
 
 def WithTeacher(method: Method, teacher: nn.Module, weight: float = 1.0, temperature: float = 3.0) -> Method:
-    """Give a method a frozen teacher, which all its students learn from too, and return it.
+    """Attach a frozen teacher to a method, from which all its students learn too, and return the method.
 
     Adds `kl/teacher->student<j>`, b T^2 KL(softmax(z_t / T) || softmax(z_j / T)), to the terms of the method. The
     teacher runs in training only, in evaluation mode without gradients. It follows the method to its device, and
@@ -59,7 +59,7 @@ class KD(Method):
 
         sum_j [ a CE(z_j) + b T^2 KL(softmax(z_t / T) || softmax(z_j / T)) ]
 
-    The second term is the one that `WithTeacher` adds to any method that is given a teacher.
+    The teacher is attached by `WithTeacher`, which adds the same second term to any other method.
 
     Source: Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv 1503.02531. Weights a = b = 1 and T = 3
         as in DefangChen/OKDDip-AAAI2020 at c6a05de, train_kd.py; MFEF (ICANN 2022) prints none.
@@ -70,7 +70,8 @@ class KD(Method):
     settings: KDSettings
     teacher = "required"
 
-    def terms(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
-        """Compute a CE(z_j), `ce/student<j>`, of each student."""
-        terms = cross_entropy_terms(outputs.logits, labels)
-        return {name: self.settings.ce_weight * value for name, value in terms.items()}
+    def losses(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
+        """Compute a CE(z_j), `ce/student<j>`, and the KL to the teacher, `kl/teacher->student<j>`, of each student."""
+        cross_entropies = cross_entropy_terms(outputs.logits, labels)
+        terms = {name: self.settings.ce_weight * value for name, value in cross_entropies.items()}
+        return terms | self.taught_by.terms(outputs) if self.taught_by else terms

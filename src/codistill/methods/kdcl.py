@@ -192,7 +192,7 @@ class KDCL(Method):
         targets = {"naive": naive_target, "linear": linear_target, "minlogit": minlogit_target}
         return targets[self.settings.variant](stacked, labels)
 
-    def terms(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
+    def losses(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
         """Compute `ce/student<i>` and `kl/target->student<i>`; in training, variant general also gathers errors."""
         logits, temperature = outputs.logits, self.settings.temperature
         target = self.target_logits(logits, labels)

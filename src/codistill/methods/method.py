@@ -1,5 +1,6 @@
 """The contract of a method: a module that owns students and computes the terms of their loss."""
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -11,7 +12,7 @@ from codistill.core.errors import UsageError
 from codistill.core.registry import Registry, near_matches
 from codistill.methods.cohort import Cohort, EnsembleNetwork, Images, Outputs
 from codistill.methods.losses import Labels, Logits, Scalar, Terms
-from codistill.methods.teacher import Teacher
+from codistill.methods.teacher import TEACHER_TERM, Teacher
 from codistill.networks import Network
 
 TeacherRule = Literal["required", "allowed", "refused"]
@@ -73,13 +74,25 @@ class ParameterGroup:
     weight_decay: float | None = None
 
 
+def with_teacher_terms(losses: Callable[..., Terms]) -> Callable[..., Terms]:
+    """Add the terms of a frozen teacher, where there is one, to those of a method's `losses`."""
+
+    @functools.wraps(losses)
+    def added(method: "Method", outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
+        terms = losses(method, outputs, labels, progress)
+        teacher = method.taught_by
+        return terms if teacher is None or TEACHER_TERM in terms else terms | teacher.terms(outputs)
+
+    return added
+
+
 class Method(nn.Module):
     """A way of training students together.
 
     In any loop: `terms = method.losses(method(images), labels, progress)`, then `sum(terms.values()).backward()`.
 
     A new method is a subclass with the decorator `@METHODS.register("my-method")`, an annotation
-    `settings: MySettings`, `terms`, and `build` where it has modules of its own. Everything else has a default.
+    `settings: MySettings`, `losses`, and `build` where it has modules of its own. Everything else has a default.
 
     Args:
         students: Networks with equal numbers of classes.
@@ -110,6 +123,8 @@ class Method(nn.Module):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls.Settings = inspect.get_annotations(cls, eval_str=True).get("settings", cls.Settings)
+        if "losses" in vars(cls):
+            cls.losses = with_teacher_terms(cls.losses)  # type: ignore[method-assign]
 
     def __init__(
         self,
@@ -145,24 +160,21 @@ class Method(nn.Module):
             return outputs
         return replace(outputs, teacher_logits=self.taught_by.logits(images))
 
-    def losses(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
-        """Compute the method's `terms` and those of a frozen teacher, if it has one; their sum is minimised."""
-        terms = self.terms(outputs, labels, progress)
-        return terms if self.taught_by is None else terms | self.taught_by.terms(outputs)
-
     def _apply(self, *arguments: Any, **options: Any) -> "Method":
         if self.taught_by is not None:
             self.taught_by.network._apply(*arguments, **options)  # type: ignore[no-untyped-call]
         super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
         return self
 
-    # Every method defines terms, and build if it has modules of its own.
+    # Every method defines losses, and build if it has modules of its own.
 
     def build(self) -> None:
         """Make the method's own modules, as attributes; `cohort`, `settings` and the sizes are there already."""
 
-    def terms(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
-        """Compute the named terms of the method's loss, weights applied.
+    def losses(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
+        """Compute the named terms of the loss, weights applied; their sum is minimised.
+
+        Those of a frozen teacher (`WithTeacher`) are added to what a subclass returns.
 
         Args:
             outputs: Those of a forward pass.

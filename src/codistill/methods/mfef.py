@@ -149,7 +149,7 @@ class MFEF(Method):
             inputs = [each.detach() for each in inputs]
         return Outputs(logits, maps, self.fusion(inputs))
 
-    def terms(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
+    def losses(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
         """Compute the terms of `fusion_terms`, or fewer without a fused classifier."""
         if self.fusion is not None:
             return fusion_terms(outputs, labels, progress, self.settings)

@@ -90,7 +90,7 @@ class OKDDip(Method):
         features = [self._held(feature_map.mean(dim=(2, 3))) for feature_map in outputs.feature_maps[:-1]]
         return replace(outputs, extras={"log_attention": self.attention(features)})
 
-    def terms(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
+    def losses(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
         """Compute `ce/student<j>` and `kl/peers->student<j>` of each student."""
         terms = cross_entropy_terms(outputs.logits, labels)
         pairs = kl_pairs("peers", outputs.logits, self.targets(outputs))

@@ -89,7 +89,7 @@ class ONE(Method):
         weights = self.gate([low] if self.cohort.shared_stages else outputs.feature_maps)
         return replace(outputs, fused_logits=weighted_logits(outputs.logits, weights), extras={"gate": weights})
 
-    def terms(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
+    def losses(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
         """Compute `ce/student<j>` and `kl/fused->student<j>` of each student, and `ce/fused`."""
         terms = cross_entropy_terms(outputs.logits, labels, fused=outputs.fused)
         pairs = kl_pairs("fused", outputs.logits, outputs.fused)

@@ -96,7 +96,7 @@ class PCL(Method):
         extras = {f"mean{index}": each for index, each in enumerate(means)}
         return Outputs(logits, maps, self.fusion(maps), extras=extras)
 
-    def terms(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
+    def losses(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
         """Compute `ce/` of each student and of `fused`, and `kl/fused->` and `kl/mean<l>->` it."""
         fused, chosen, count = outputs.fused, self.settings, len(self.cohort)
         terms = cross_entropy_terms(outputs.logits, labels, fused=fused)

@@ -49,7 +49,7 @@ class Rocket(Method):
     min_students = 2
     max_students = 2
 
-    def terms(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
+    def losses(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
         """Compute `ce/student0`, `ce/student1` and `hint/student1->student0`."""
         terms = cross_entropy_terms(outputs.logits, labels)
         light, booster = (at_least_float32(logits) for logits in outputs.logits)

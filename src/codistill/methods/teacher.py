@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from codistill.methods.cohort import Images, Outputs
 from codistill.methods.losses import Terms, students_kl
 
+TEACHER_TERM = "kl/teacher->student0"
+
 
 @dataclass(frozen=True)
 class Teacher:
