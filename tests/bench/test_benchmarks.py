@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 import codistill as cd
-from codistill.bench import bench
-from codistill.cli import main
+from codistill.cli import commands, main
 from codistill.methods import METHODS
 from codistill.training import trainer as loop
 
@@ -171,8 +170,8 @@ def test_speed_has_all_that_is_asked_for(speed, tmp_path, monkeypatch):
     assert [len(case.networks) for case in speed.cases(options) if "students" in case.name] == [1, 2, 3, 4, 5]
     # `codistill bench` takes each of the commands.
     asked = []
-    monkeypatch.setattr(bench, "bench", lambda config, runs, *_: asked.append((config, runs)) or {})
-    monkeypatch.setattr(bench, "lines", lambda result: [])
+    monkeypatch.setattr(commands, "bench", lambda config, runs, *_: asked.append((config, runs)) or {})
+    monkeypatch.setattr(commands, "lines", lambda result: [])
     for name, written in listed.items():
         assert main(written) == 0
         config, runs = asked[-1]
