@@ -1,4 +1,6 @@
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from .writers import encode
 RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "BMP"])
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF"])
 def test_lossless_kinds_come_back_as_they_were(tmp_path, kind):
     path = tmp_path / "image"
     path.write_bytes(encode(RGB, kind))
@@ -89,17 +91,17 @@ def test_exact_size_and_formats():
         decode_image(encode(RGB, "BMP"), "x", formats=("PNG",))
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", encode(RGB, "TIFF"), encode(RGB, "PPM")])
+@pytest.mark.parametrize("content", [b"", b"hello", encode(RGB, "PPM")])
 def test_not_an_image(tmp_path, content):
     path = tmp_path / "x.png"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"x\.png: is not a PNG, JPEG, BMP, WEBP, GIF image: repair or remove it"):
+    with pytest.raises(DataError, match=r"x\.png: is not a PNG, JPEG, BMP, WEBP, GIF, TIFF image: repair or remove it"):
         open_image(path)
     with pytest.raises(DataError, match="no such file"):
         open_image(tmp_path / "none.png")
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "WEBP", "GIF"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF"])
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.8])
 def test_truncated(kind, kept):
     content = encode(RGB, kind)
@@ -121,3 +123,62 @@ def test_floating_point_pixels_have_no_range():
     Image.new("F", (4, 4)).save(content, "TIFF")
     with pytest.raises(DataError, match="no known range"):
         decode_image(content.getvalue(), "x", formats=("TIFF",))
+
+
+def odd_exif(orientation: int) -> bytes:
+    """A resolution written as text, a date of no length, and a pointer to nowhere: Pillow cannot write this again."""
+    tags = [(0x112, 3, 1, struct.pack("<HH", orientation, 0)), (0x11A, 2, 3, b"72\0\0"), (0x132, 2, 0, bytes(4))]
+    tags.append((0x8769, 4, 1, b"\xff\xff\xff\x7f"))
+    entries = b"".join(struct.pack("<HHI", *tag[:3]) + tag[3] for tag in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries
+
+
+def chunk(name: bytes, content: bytes, damage: int = 0) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content) ^ damage)
+
+
+def with_metadata(kind: str, orientation: int) -> bytes:
+    """An image with sound pixels and metadata of which hardly anything is right."""
+    exif = odd_exif(orientation)
+    if kind == "JPEG":
+        content = encode(RGB, kind, quality=100, subsampling=0)
+        junk = b"\xff\xe2\0\x10ICC_PROFILE\0\x07\x02" + b"\xff\xe1\0\x0bhttp://" + b"\xff\xfe\0\4\xff\xfe" + b"\0\0"
+        body = b"\xff\xe1" + struct.pack(">H", len(exif) + 8) + b"Exif\0\0" + exif
+        return content[:2] + body + junk + b"\xff\xe0\0\x09JFIF\0\1" + content[2:]
+    if kind == "WEBP":
+        return encode(RGB, kind, lossless=True, exif=b"Exif\0\0" + exif, icc_profile=b"no", xmp=b"<")
+    content = encode(RGB)
+    bomb = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(4 << 20)))
+    odd = chunk(b"iCCP", b"x\0\0junk") + bomb + chunk(b"tEXt", b"a\0b", damage=1) + chunk(b"pHYs", b"1")
+    return content[:33] + chunk(b"eXIf", exif) + odd + content[33:] + b"behind the end"
+
+
+@pytest.mark.fault(41)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
+def test_only_pixels_and_orientation_of_a_picture_matter(kind, orientation):
+    turned = {2: RGB[:, ::-1], 3: RGB[::-1, ::-1], 4: RGB[::-1], 5: RGB.swapaxes(0, 1), 6: np.rot90(RGB, -1)}
+    turned |= {7: RGB[::-1, ::-1].swapaxes(0, 1), 8: np.rot90(RGB)}
+    expected = turned.get(orientation, RGB)
+    image = decode_image(with_metadata(kind, orientation), "x")
+    assert image.shape == expected.shape
+    assert np.abs(image.astype(int) - expected).mean() < (3 if kind == "JPEG" else 1e-9)
+
+
+@pytest.mark.fault(41)
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "tiff_adobe_deflate"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_tiff_with_odd_tags(compression, orientation):
+    content = encode(RGB, "TIFF", compression=compression, tiffinfo={274: orientation, 305: "me", 34665: 2**31 - 1})
+    np.testing.assert_array_equal(decode_image(content, "x"), np.rot90(RGB, 0 if orientation == 1 else -1))
+
+
+@pytest.mark.fault(41)
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16"])
+def test_every_kind_of_pixels_of_a_tiff(mode):
+    grey = Image.fromarray(RGB[:, :, 0])
+    picture = Image.fromarray(RGB[:, :, 0].astype(np.uint16) << 8) if mode == "I;16" else grey.convert(mode)
+    image = decode_image(encode(picture, "TIFF"), "x")
+    assert image.shape == RGB.shape and (
+        mode in ("1", "P", "PA") or np.abs(image[:, :, 0].astype(int) - RGB[:, :, 0]).max() <= 2
+    )

@@ -1,4 +1,4 @@
-"""The forty faults that codistill promises to survive, or to refuse in one line."""
+"""The faults that codistill promises to survive, or to refuse in one line."""
 
 from dataclasses import dataclass
 
@@ -188,3 +188,28 @@ CASES = dict(
         start=1,
     )
 )
+
+CASES |= {
+    41: Case(
+        "a picture whose metadata are odd",
+        "EXIF, ICC, XMP, text and comments that are damaged, cut, or bombs, in each format",
+        "only pixels and orientation count: it is read",
+    ),
+    42: Case(
+        "files of operating systems among the pictures",
+        "Thumbs.db, desktop.ini, .DS_Store, __MACOSX, resource forks, streams of downloads",
+        "passed over",
+    ),
+    43: Case("a class without test images", "its folder is empty, or missing", "one line; status 3 if it is missing"),
+    44: Case(
+        "many bad files among the pictures",
+        "images cut, files of other kinds, some or a whole class",
+        "status 3; one line names the first twenty and counts them; skip_bad=true leaves them out and says how many",
+    ),
+    45: Case("class names in two Unicode forms", "composed and decomposed, in train and in test", "one class"),
+    46: Case(
+        "arrays of other forms",
+        "negative strides, read-only, lists, tensors, other integers; class names that are numbers",
+        "converted where no value changes; else a DataError before anything is written",
+    ),
+}

@@ -23,13 +23,22 @@ Labels = npt.NDArray[np.int64]
 class Split:
     """Images and their labels.
 
+    Lists, tensors, and arrays with other strides or integer types are converted where no value changes.
+
     Attributes:
         images: uint8 [images, height, width, 3], RGB.
         labels: int64 [images], class indices from 0.
+
+    Raises:
+        DataError: Something that is no array, such as images of several sizes.
     """
 
     images: Pixels
     labels: Labels
+
+    def __post_init__(self) -> None:
+        for name, wanted in (("images", np.uint8), ("labels", np.int64)):
+            object.__setattr__(self, name, _converted(name, getattr(self, name), wanted))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -43,13 +52,13 @@ class Dataset:
         name: As registered.
         train: Training images and labels.
         test: Test images and labels.
-        class_names: One per label, in order.
+        class_names: One per label, in order; numbers become texts.
         flip: Whether a mirrored image keeps its label; the default of the augmentation.
         spec: Name and options given to `dataset`, so that a run can be repeated; empty for arrays of your own.
         root: Path of the files; empty for an embedded data set.
 
     Raises:
-        DataError: Wrong array shapes or types, no images, or a label out of range.
+        DataError: Wrong array shapes or types, no images, a label out of range, or a class name that is no text.
     """
 
     name: str
@@ -61,6 +70,7 @@ class Dataset:
     root: str = ""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "class_names", _class_names(self.class_names, f"data set {self.name}"))
         for part, split in (("train", self.train), ("test", self.test)):
             check_split(split, len(self.class_names), f"data set {self.name}, {part}")
         if self.train.images.shape[1:] != self.test.images.shape[1:]:
@@ -92,6 +102,33 @@ class Dataset:
             mean.append(centre)
             std.append(max(float(counts @ (values - centre) ** 2) ** 0.5, 1e-6))
         return tuple(mean), tuple(std)
+
+
+def _converted(name: str, values: Any, wanted: type[np.integer[Any]]) -> npt.NDArray[Any]:
+    """Return an array of the wanted type if its values fit, else as it is, contiguous and writeable as torch wants."""
+    try:
+        array = np.asarray(values)
+    except Exception as error:  # whatever the object's own conversion raises
+        found = " ".join(str(error).split())
+        raise DataError(f"{name} cannot be made an array ({found}): give a NumPy array of {wanted.__name__}") from error
+    bounds = np.iinfo(wanted)
+    if array.dtype.kind in "bui" and (array.size == 0 or bounds.min <= array.min() <= array.max() <= bounds.max):
+        array = array.astype(wanted, copy=False)
+    return np.require(array, requirements=["C", "W"])
+
+
+def _class_names(names: Any, where: str) -> tuple[str, ...]:
+    if isinstance(names, str | bytes) or not np.iterable(names):
+        raise DataError(f"{where}: class_names is {names!r}: give a list of texts, one a class")
+    names, texts = list(names), []
+    for index, name in enumerate(names):
+        text = name.decode(errors="replace") if isinstance(name, bytes) else name
+        if not isinstance(text, str | int | float | np.number):
+            raise DataError(f"{where}: class name {index} is {name!r}: give a text")
+        texts.append(str(text))
+    if len(set(texts)) < len(set(names)):
+        raise DataError(f"{where}: class_names are alike when written as texts: give each class a text of its own")
+    return tuple(texts)
 
 
 def size_of(images: Pixels) -> str:

@@ -1,88 +1,136 @@
 """A folder of images: train/<class>/* and test/<class>/*."""
 
 import os
+import unicodedata
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from codistill.core.console import track
+from codistill.core.console import track, warn
 from codistill.core.errors import DataError, ResourceError, UsageError
 from codistill.data.dataset import DATASETS, Dataset, Pixels, Split, size_of
 from codistill.data.images import SUFFIXES, open_image
 from codistill.data.untrusted import visible
 
 LAYOUT = "images belong in train/<class>/ and test/<class>/"
+LISTED = 20  # bad files that an error names
+PROBED = 50  # images that are looked at to find the size of most
+
+Files = Mapping[str, list[Path]]
 
 
 @DATASETS.register("folder")
-def folder(root: Path, resize: int = 0) -> Dataset:
+def folder(root: Path, resize: int = 0, skip_bad: bool = False) -> Dataset:
     """Load images in one folder per class: train/<class>/* and test/<class>/*.
 
-    The names of the folders in train, sorted, are the classes. Images are PNG, JPEG, BMP, WEBP or GIF; grey, palette
-    and transparent ones become RGB. Hidden files are skipped, files of any other kind are refused.
+    The names of the folders in train, sorted, are the classes; names that differ only in their Unicode form are one.
+    Images are PNG, JPEG, BMP, WEBP, GIF or TIFF; grey, palette and transparent ones become RGB. Hidden files and those
+    of operating systems (Thumbs.db, desktop.ini, __MACOSX) are skipped. A class may have no test images if its folder
+    in test is there, and empty.
 
     Args:
         root: The folder that holds train and test.
         resize: Side of the square that every image becomes, pixels: its shorter side is scaled to that length and
             the centre is cropped. 0: all images must have one size, and keep it.
+        skip_bad: Whether to leave out damaged images and files of other kinds, with a warning that counts them.
 
     Returns:
         The data set, its images in the order of the sorted class and file names.
 
     Raises:
-        DataError: Folders missing or empty, other classes in test than in train, a file that is no image, a damaged
-            image, or one of another size where resize is 0.
+        DataError: Folders missing or empty, other classes in test than in train, or, all in one line, files that are
+            no images, damaged images, and images of another size where resize is 0.
         ResourceError: The images do not fit into memory.
         UsageError: resize is negative.
     """
     if resize < 0:
         raise UsageError(f"data set folder: resize is {resize}: give a number of pixels, or 0 to keep the images' size")
-    train, test = (_class_files(root / part) for part in ("train", "test"))
+    bad: list[str] = []
+    train, test = (_class_files(root / part, bad) for part in ("train", "test"))
     for name in sorted(train.keys() ^ test.keys()):
         here, there = ("train", "test") if name in train else ("test", "train")
-        raise DataError(f"{root}: class {name!r} is in {here} but not in {there}: give both the same classes")
-    size = (resize, resize) if resize else open_image(next(iter(train.values()))[0]).shape[:2]
-    splits = [_read_split(root, files, (size[0], size[1]), resize > 0) for files in (train, test)]
+        fix = "give both the same classes" + (f", or make an empty folder test/{name}" if name in train else "")
+        raise DataError(f"{root}: class {name!r} is in {here} but not in {there}: {fix}")
+    size = (resize, resize) if resize else _usual_size(train)
+    unlike: list[str] = []
+    splits = [_read_split(root, files, size, resize > 0, bad, unlike) for files in (train, test)]
+    if problems := unlike if skip_bad else bad + unlike:
+        more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+        count = f"{root}: {len(problems)} files cannot be used: " if len(problems) > 1 else ""
+        skip = "" if skip_bad or not bad else " (to leave out bad files: --data folder:skip_bad=true)"
+        raise DataError(f"{count}{'; '.join(problems[:LISTED])}{more}{skip}")
+    for part, split in zip(("train", "test"), splits, strict=True):
+        counts = np.bincount(split.labels, minlength=len(train))
+        empty = [name for name, count in zip(train, counts, strict=True) if count == 0]
+        if empty and (part == "train" or len(empty) == len(train)):
+            raise DataError(f"{root / part / empty[0]}: holds no images: {LAYOUT}")
+        if empty:
+            warn(f"{root}: no test images of {', '.join(map(repr, empty[:LISTED]))} ({len(empty)} classes)")
+    if bad:
+        warn(f"{root}: {len(bad)} bad files are left out; the first: {bad[0]}")
     return Dataset("folder", splits[0], splits[1], tuple(train))
 
 
-def _class_files(part: Path) -> dict[str, list[Path]]:
-    """Return the image files of each class, classes and files sorted."""
-    files = {}
+def _class_files(part: Path, bad: list[str]) -> Files:
+    """Return the image files of each class, classes and files sorted; lines about other files go to `bad`."""
+    files: dict[str, list[Path]] = {}
     for class_folder in visible(part, LAYOUT):
         if not class_folder.is_dir():
-            raise DataError(f"{class_folder}: is not a folder: {LAYOUT}")
-        images = files[class_folder.name] = visible(class_folder, LAYOUT)
-        for file in images:
-            if not file.is_file() or file.suffix.lower() not in SUFFIXES:
-                raise DataError(f"{file}: is not an image file ({' '.join(SUFFIXES)}): remove it; {LAYOUT}")
-        if not images:
-            raise DataError(f"{class_folder}: holds no images: {LAYOUT}")
+            bad.append(f"{class_folder}: is not a folder: {LAYOUT}")
+            continue
+        images = files.setdefault(unicodedata.normalize("NFC", class_folder.name), [])
+        for file in visible(class_folder, LAYOUT):
+            if file.is_file() and file.suffix.lower() in SUFFIXES:
+                images.append(file)
+            else:
+                bad.append(f"{file}: is not an image file ({' '.join(SUFFIXES)}): remove it; {LAYOUT}")
     if not files:
         raise DataError(f"{part}: holds no class folders: {LAYOUT}")
-    return files
+    return dict(sorted(files.items()))
 
 
-def _read_split(root: Path, files: Mapping[str, list[Path]], size: tuple[int, int], resize: bool) -> Split:
+def _usual_size(files: Files) -> tuple[int, int]:
+    """Return the size of most images, found from some; of equally frequent ones the first."""
+    paths = [path for class_files in files.values() for path in class_files]
+    images = map(_read, paths[:: len(paths) // PROBED + 1])
+    sizes = Counter(image.shape[:2] for image in images if not isinstance(image, str))
+    height, width = sizes.most_common(1)[0][0] if sizes else (1, 1)
+    return height, width
+
+
+def _read(path: Path, size: tuple[int, int] | None = None) -> Pixels | str:
+    """Return an image, or a line about what is wrong with it."""
+    try:
+        return open_image(path, size)
+    except DataError as error:
+        return str(error)
+
+
+def _read_split(
+    root: Path, files: Files, size: tuple[int, int], resize: bool, bad: list[str], unlike: list[str]
+) -> Split:
+    """Read the images that can be read; lines about the others go to `bad`, about those of other sizes to `unlike`."""
     paths = [path for class_files in files.values() for path in class_files]
     try:
         images = np.empty((len(paths), *size, 3), np.uint8)
     except MemoryError as error:
         found = f"{len(paths)} images of {size[0]}x{size[1]} pixels"
         raise ResourceError(f"{root}: {found} do not fit into memory: give a smaller resize") from error
-
-    def read(path: Path) -> Pixels:
-        image = open_image(path, size if resize else None)
-        if image.shape[:2] != size:
-            unlike = f"is {size_of(image[None])} pixels, but the first image is {size[0]}x{size[1]}"
-            raise DataError(f"{path}: {unlike}: bring all images to one size with the option folder:resize=64")
-        return image
-
+    kept: list[int] = []
     # Pillow decodes outside Python's global lock.
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for index, image in enumerate(track(pool.map(read, paths), "folder: reading images", len(paths))):
-            images[index] = image
+        found_images = pool.map(lambda path: _read(path, size if resize else None), paths)
+        for index, image in enumerate(track(found_images, "folder: reading images", len(paths))):
+            if isinstance(image, str):
+                bad.append(image)
+            elif image.shape[:2] != size:
+                found = f"is {size_of(image[None])} pixels, but most images are {size[0]}x{size[1]}"
+                unlike.append(f"{paths[index]}: {found}: bring all to one size with --data folder:resize=64")
+            else:
+                images[len(kept)] = image
+                kept.append(index)
     labels = np.repeat(np.arange(len(files)), [len(class_files) for class_files in files.values()])
-    return Split(images, labels.astype(np.int64))
+    return Split(images[: len(kept)], labels[np.array(kept, np.int64)])

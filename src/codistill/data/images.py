@@ -10,22 +10,31 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from codistill.core.errors import DataError
 from codistill.data.dataset import Pixels
+from codistill.data.metadata import only_pixels
 from codistill.data.untrusted import read_file, reading
 
-FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 
 MAX_FILE = 256 << 20  # bytes
 MAX_PIXELS = 64 << 20  # a bomb of a few kB can claim billions
 FIX = "repair or remove it"
 
-PNG_END = b"IEND\xaeB`\x82"  # name and checksum of the last chunk, which are always the same
+TURNS = {  # to undo each EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 _opening = threading.Lock()
 
 
 def open_image(path: Path, size: tuple[int, int] | None = None) -> Pixels:
-    """Read an image file: PNG, JPEG, BMP, WEBP or GIF (its first frame); see `decode_image`."""
+    """Read an image file: PNG, JPEG, BMP, WEBP, GIF or TIFF (the first frame); see `decode_image`."""
     return decode_image(read_file(path, MAX_FILE, FIX), str(path), size)
 
 
@@ -46,15 +55,17 @@ def decode_image(
         exact: Height and width that it must have, pixels; checked before anything is decoded.
 
     Returns:
-        uint8 [height, width, 3], RGB; transparent parts become white, a photo's EXIF orientation is applied.
+        uint8 [height, width, 3], RGB; transparent parts become white, a photo's EXIF orientation is applied; other
+        metadata are not looked at.
 
     Raises:
         DataError: Not one of these formats, damaged, larger than 64 million pixels, or not of the exact size.
     """
     with reading(where, FIX):
-        # Pillow warns of large images, and all threads share one list of warning filters.
+        content, orientation = only_pixels(content)
+        # Pillow warns of large images and odd headers, and all threads share one list of warning filters.
         with _opening, warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")
             image = _open(content, where, formats)
         with image:
             found = f"{where}: is {image.height}x{image.width} pixels"
@@ -62,7 +73,9 @@ def decode_image(
                 raise DataError(f"{found}, more than {MAX_PIXELS} in all: {FIX}")
             if exact is not None and (image.height, image.width) != exact:
                 raise DataError(f"{found} instead of {exact[0]}x{exact[1]}: {FIX}")
-            rgb = _to_rgb(ImageOps.exif_transpose(image))
+            rgb = _to_rgb(image)
+            if orientation in TURNS:
+                rgb = rgb.transpose(TURNS[orientation])
             if size is not None:
                 rgb = ImageOps.fit(rgb, (size[1], size[0]), Image.Resampling.BILINEAR)
             return np.array(rgb)
@@ -70,16 +83,9 @@ def decode_image(
 
 def _open(content: bytes, where: str, formats: tuple[str, ...]) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(content), formats=formats)
-        if image.format == "PNG":
-            # Decoding skips the checksums of the pixel data: a flipped bit would become a wrong picture.
-            if PNG_END not in content:
-                raise ValueError("image file is truncated")
-            image.verify()
-            image = Image.open(io.BytesIO(content), formats=formats)
+        return Image.open(io.BytesIO(content), formats=formats)
     except UnidentifiedImageError as error:
         raise DataError(f"{where}: is not a {', '.join(formats)} image: {FIX}") from error
-    return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -12,6 +12,10 @@ from pathlib import Path
 
 from codistill.core.errors import CodistillError, DataError, ResourceError
 
+# Files that operating systems and archivers put beside pictures, in lower case; others (".DS_Store") are hidden.
+FOREIGN = {"thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "picasa.ini", "icon\r", "__macosx", "@eadir"}
+FOREIGN |= {"$recycle.bin", "system volume information", "lost+found"}
+
 
 @contextmanager
 def reading(where: str | Path, fix: str) -> Iterator[None]:
@@ -39,9 +43,10 @@ def reason(error: BaseException) -> str:
 
 
 def visible(folder: Path, fix: str) -> list[Path]:
-    """Return what a folder holds, sorted by name, without hidden files."""
+    """Return what a folder holds, sorted by name, without hidden files and those of operating systems."""
     with reading(folder, fix):
-        return [folder / name for name in sorted(os.listdir(folder)) if not name.startswith(".")]
+        names = [name for name in sorted(os.listdir(folder)) if name.lower() not in FOREIGN]
+    return [folder / name for name in names if not name.startswith(".") and not name.endswith(":Zone.Identifier")]
 
 
 def read_file(path: Path, limit: int, fix: str) -> bytes:
