@@ -40,7 +40,7 @@ def _png(content: bytes) -> tuple[bytes, int]:
         if not name[:1].islower() or name == b"tRNS":
             # Decoders skip the checksums of pixels: a flipped bit would become a wrong picture.
             if zlib.crc32(chunk[4:-4]) != int.from_bytes(chunk[-4:]):
-                raise ValueError(f"the checksum of {name!r} at byte {place} is wrong")
+                raise ValueError(f"the checksum of {name.decode('latin-1')} at byte {place} is wrong")
             kept.append(chunk)
         elif name == b"eXIf":
             orientation = _orientation(chunk[8:-4])
