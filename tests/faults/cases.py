@@ -212,4 +212,29 @@ CASES |= {
         "negative strides, read-only, lists, tensors, other integers; class names that are numbers",
         "converted where no value changes; else a DataError before anything is written",
     ),
+    71: Case(
+        "a resume with other pixels, labels or classes",
+        "the data set changed where it lies; classes swapped",
+        "status 3; names what differs; config.json holds SHA-256 of images and labels",
+    ),
+    72: Case(
+        "a data set that was moved",
+        "evaluate, export and resume of its run",
+        "status 3; the line names --data-dir, with which all of them work",
+    ),
+    73: Case(
+        "a teacher that was moved, or replaced",
+        "its folder renamed; another run in its place; one attached in Python",
+        "status 4; the line names --override teacher=PATH, which resumes bit for bit, and takes the same weights only",
+    ),
+    74: Case(
+        "arrays and networks of one's own in a later process",
+        "resumed, evaluated, exported without them, and with them handed in",
+        "one line that shows how to hand them in; then bitwise as without a break",
+    ),
+    75: Case(
+        "a method or network that this program does not register",
+        "a subclass of one's own; an entry gone from the registry",
+        "status 4; not called damaged; it can be handed in; never another method in its place",
+    ),
 }

@@ -376,7 +376,7 @@ def test_only_places_may_be_overridden(broken, undisturbed, capsys, key):
         ["resume", str(broken), "--override", f"{key}=1"],
         2,
         key,
-        "only data_dir, device, threads can change",
+        "only data_dir, device, threads, teacher can change",
         unchanged=broken,
     )
 

@@ -19,7 +19,7 @@ from codistill.data.affine import Affine
 from codistill.data.dataset import Pixels
 from codistill.runs.folder import RunFolder
 from codistill.runs.state import load_weights
-from codistill.settings.build import build_method
+from codistill.settings.build import build_method, unbuildable
 from codistill.settings.mapping import run_from_mapping
 
 CARD_KEY = "codistill"
@@ -124,6 +124,8 @@ def load_predictor(path: Path, predictor: str | None = None) -> tuple[dict[str, 
     with _damage(path):
         with safetensors.safe_open(path, "pt") as file:
             card = _card((file.metadata() or {}).get(CARD_KEY), path)
+        if why := unbuildable(str(card["method"]["name"]), card["networks"]):
+            raise CheckpointError(f"{path}: {why}: import the module that registers it")
         config = run_from_mapping({key: card[key] for key in ("method", "networks")}, lambda key: str(path))
         height, width = card["image_size"]
         with torch.device("meta"):

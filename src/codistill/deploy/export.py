@@ -88,8 +88,8 @@ def export_predictor(
     format = choose_format(file, format)
     name, module = run_predictor(run, predictor, which)
     path = run.path / "exports" / f"{name}{SUFFIXES[format]}" if file is None else file
-    if format == "safetensors" and "" in run.metadata["networks"]:
-        raise UsageError("safetensors holds weights alone, and networks of your own cannot be rebuilt: export to onnx")
+    if format == "safetensors" and run.unbuildable:
+        raise UsageError(f"safetensors holds weights alone, and {run.unbuildable}: export to onnx")
     card = make_card(run, name)
     data = run.load_data(data_dir)
     if path.is_dir():

@@ -17,15 +17,19 @@ class Run(RunFolder):
 
     Args:
         path: The folder; it must hold a config.json.
+        method: The method with its networks, where names alone cannot build them: those of your own; its weights are
+            replaced by those of a checkpoint in a copy.
+        data: The data set, where it is arrays of your own.
 
     Raises:
         CheckpointError: It is not a run folder, or its config.json is damaged.
+        UsageError: At the first use, a method with other settings or networks.
     """
 
     def evaluate(self, which: str = "last", data_dir: str | None = None, device: str = "auto") -> dict[str, Scores]:
         """Return the scores of all predictors on the test set; see `evaluate_run`."""
         return evaluate_run(self, which, data_dir, device)
 
-    def export(self, predictor: str, file: str | Path, format: str | None = None) -> Path:
+    def export(self, predictor: str, file: str | Path, format: str | None = None, data_dir: str | None = None) -> Path:
         """Write one predictor as a file that needs nothing of the rest; see `export_predictor`."""
-        return export_predictor(self, predictor, Path(file), format).path
+        return export_predictor(self, predictor, Path(file), format, data_dir=data_dir).path

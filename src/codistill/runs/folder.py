@@ -11,27 +11,26 @@ from typing import Any, Self
 
 from codistill.core.errors import CheckpointError, DataError, UsageError
 from codistill.core.files import read_json, write_atomically, write_json
-from codistill.data.dataset import Dataset, dataset
+from codistill.data import DATASETS, Dataset, dataset
 from codistill.methods import Method
 from codistill.runs.checkpoint import CheckpointStore
 from codistill.runs.lock import lock_folder, remove_strays
 from codistill.runs.metadata import checked_metadata
 from codistill.runs.state import load_weights
-from codistill.settings.build import build_method
+from codistill.settings.build import build_method, unbuildable
 from codistill.settings.config import RunConfig
-from codistill.settings.mapping import run_from_mapping
+from codistill.settings.mapping import run_from_mapping, shown
 
 
 class RunFolder:
     """The folder of a run: config.json (its `metadata`), metrics.jsonl, checkpoints and summary.json."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, method: Method | None = None, data: Dataset | None = None) -> None:
         self.path = Path(path)
         self.metadata: dict[str, Any] = checked_metadata(read_json(self.path / "config.json"), self.path)
         self.checkpoints = CheckpointStore(self.path / "checkpoints")
         self._finished: dict[str, Any] | None = None
-        self._method: Method | None = None
-        self._data: Dataset | None = None
+        self.own_method, self._data = method, data
 
     @classmethod
     @contextlib.contextmanager
@@ -39,7 +38,7 @@ class RunFolder:
         """Hold a run folder for writing as long as the context lasts.
 
         `metadata` are those of a new run; None: the folder holds a run, which resumes. `load_method` copies the method
-        where its networks have no name, `load_data` returns the data.
+        where names alone cannot build it, `load_data` returns the data.
 
         Raises:
             UsageError: Another process holds the folder; it cannot be made, or a new one is not empty; or the run to
@@ -67,16 +66,40 @@ class RunFolder:
                 raise UsageError(f"run {path} is finished: there is nothing to resume")
             remove_strays(run.checkpoints.folder)
             (path / "summary.json").unlink(missing_ok=True)  # tells how it ended before
-            run._method, run._data = method, data
+            run.own_method, run._data = (method if run.unbuildable else None), data
             yield run
 
     @functools.cached_property
     def config(self) -> RunConfig:
-        """The settings that the run was started with."""
+        """The settings that the run was started with; those of a method that was handed in are the method's."""
+        given, mapping, base = self.own_method, dict(self.metadata), None
+        if given is not None:
+            base, began = RunConfig(method_name=given.name, method=given.settings), mapping.pop("method")
+            networks = [student.spec for student in given.cohort]
+            for was, now in ((began, base.as_mapping()["method"]), (mapping["networks"], networks)):
+                if was != now:
+                    raise UsageError(f"{self.path} trained {was}, but the method that was handed in is {now}")
+        elif self._unknown_method:
+            self.refuse_unbuildable()
         try:
-            return run_from_mapping(self.metadata, lambda key: f"{self.path}/config.json")
+            return run_from_mapping(mapping, lambda key: f"{self.path}/config.json", base=base)
         except UsageError as error:
             raise CheckpointError(f"{self.path}/config.json: damaged, or of another version: {error}") from None
+
+    @property
+    def unbuildable(self) -> str:
+        """Why this program cannot build the method by names alone; empty: it can."""
+        return self._unknown_method or unbuildable(self.config.method_name, self.config.networks)
+
+    @property
+    def _unknown_method(self) -> str:
+        own = self.metadata.get("own_method")
+        return f"method {own} is not registered" if own else unbuildable(str(self.metadata["method"]["name"]))
+
+    def refuse_unbuildable(self) -> None:
+        """Raise `CheckpointError` where the method can be built only by the user's program, and was not handed in."""
+        if self.own_method is None and (why := self.unbuildable):
+            raise CheckpointError(f"{self.path}: {why}: {hand_in('method')}")
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -143,11 +166,13 @@ class RunFolder:
             which: The `last` or the `best` checkpoint.
 
         Raises:
-            CheckpointError: No whole checkpoint, one of other shapes, or networks of the user's own without a name.
+            CheckpointError: No whole checkpoint, one of other shapes, or a method or networks of the user's own that
+                were not handed in.
         """
+        self.refuse_unbuildable()
         state = self.checkpoints.load(which)
-        if self._method is not None and "" in self.metadata["networks"]:
-            method = copy.deepcopy(self._method).cpu()
+        if self.own_method is not None:
+            method = copy.deepcopy(self.own_method).cpu()
         else:
             method = build_method(self.config, len(self.class_names), self.image_size)
         load_weights(method, state.method, f"{self.path}: the {which} checkpoint")
@@ -160,13 +185,33 @@ class RunFolder:
             data_dir: Where the data set is now, if not where it was in training.
 
         Raises:
-            DataError: It is missing or damaged, or its images or classes are not those of the training.
+            DataError: It is missing or damaged, arrays of the user's own that were not handed in, or its images or
+                classes are not those of the training.
         """
-        name = self.config.data
-        data = self._data if self._data and not data_dir else dataset(name, data_dir or self.config.data_dir)
-        if list(data.class_names) != self.class_names or data.image_size != self.image_size:
-            raise DataError(f"data set {name}: its classes or image size are not those that {self.path} was trained on")
+        name, place = self.config.data, data_dir or self.config.data_dir
+        handed = self._data is not None and place == self.config.data_dir
+        if not handed and name.partition(":")[0] not in DATASETS:
+            why = f"data set {name!r} is not registered in this program; it may be arrays of your own"
+            raise DataError(f"{self.path}: {why}: {hand_in('data')}")
+        try:
+            data = self._data if self._data is not None and handed else dataset(name, place)
+        except DataError as error:
+            if place is None or place != self.config.data_dir:
+                raise
+            moved = "if it has moved, name its place now with --data-dir (data_dir=)"
+            raise DataError(f"{error}; {self.path} was trained on it there: {moved}") from None
+        self.check_classes(data)
         return data
+
+    def check_classes(self, data: Dataset) -> None:
+        """Raise `DataError` where a data set has other classes or images of another size."""
+        for what, found, began in (
+            ("classes", list(data.class_names), self.class_names),
+            ("image size", data.image_size, self.image_size),
+        ):
+            if found != began:
+                fix = f"{shown(found)}, but {self.path} was trained on {shown(began)}"
+                raise DataError(f"data set {data.name}: its {what} are not those of the run: {fix}")
 
     def best_student(self) -> str:
         """Name the student with the lowest top-1 error at the end of training.
@@ -179,6 +224,12 @@ class RunFolder:
         if not errors:
             raise UsageError(f"{self.path} has no best student, for its training was {self.status}: name a predictor")
         return min(sorted(name for name in errors if name.startswith("student")), key=errors.__getitem__)
+
+
+def hand_in(what: str) -> str:
+    """Return how a program hands in what a run folder cannot hold: `method` or `data`."""
+    arguments = f"(path, {what}=..)"
+    return f"hand it in from Python, codistill.resume{arguments} or codistill.Run{arguments}, or register it there"
 
 
 def refuse_occupied(path: Path) -> None:

@@ -1,18 +1,23 @@
 """The metadata of a run, its config.json: settings, environment and data set; and the checks of a file that is read."""
 
+import hashlib
 import importlib.metadata
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy
+import numpy as np
 import torch
+from torch import nn
 
 from codistill.core.errors import CheckpointError
 from codistill.core.host import keep_freed_memory
 from codistill.core.torchrun import launch
 from codistill.data.dataset import Dataset
+from codistill.methods import METHODS, Method
+from codistill.runs.state import tensors_once
 from codistill.settings.config import RunConfig
 from codistill.settings.mapping import shown
 
@@ -23,7 +28,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "codistill": importlib.metadata.version("codistill"),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "numpy": numpy.__version__,
+        "numpy": np.__version__,
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU",
         "threads": torch.get_num_threads(),
@@ -35,12 +40,40 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def run_metadata(config: RunConfig, data: Dataset, device: torch.device) -> dict[str, Any]:
-    """Return the contents of config.json: settings, environment, and the facts of the data set that networks need."""
+def data_digests(data: Dataset) -> dict[str, str]:
+    """Return the SHA-256 of shape and contents of images and labels of both splits."""
+    digests = {}
+    for name, split in (("training", data.train), ("test", data.test)):
+        for kind, array in (("images", split.images), ("labels", split.labels)):
+            digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+            digests[f"{name} {kind}"] = digest.hexdigest()
+    return digests
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Return the SHA-256 of the parameters and buffers of a network, with their names and shapes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors_once(module).items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def run_metadata(
+    config: RunConfig, data: Dataset, device: torch.device, method: Method, digests: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Return the contents of config.json: settings, environment, and the facts of the data set that networks need.
+
+    `digests` are those of the data, where they are known already.
+    """
     (mean, std), images = data.statistics, {"train_images": len(data.train), "test_images": len(data.test)}
     classes = {"class_names": list(data.class_names), "image_size": list(data.image_size)}
     facts = {"name": data.name, **classes, "mean": list(mean), "std": list(std), **images}
-    return {**config.as_mapping(), "dataset": facts, "environment": environment(device)}
+    facts["sha256"] = dict(digests or data_digests(data))
+    own = {} if METHODS.get(method.name) is type(method) else {"own_method": type(method).__name__}
+    teacher = {"teacher_sha256": weights_digest(method.taught_by.network)} if method.taught_by else {}
+    return {**config.as_mapping(), **own, **teacher, "dataset": facts, "environment": environment(device)}
 
 
 def checked_metadata(metadata: Any, path: Path) -> dict[str, Any]:
@@ -54,6 +87,8 @@ def checked_metadata(metadata: Any, path: Path) -> dict[str, Any]:
         missing = [f"{part} {key}" for key in keys if key not in given] if isinstance(given, dict) else [part]
         if missing:
             raise CheckpointError(f"{path}/config.json: damaged: {missing[0]} is missing")
+    if not isinstance(metadata["dataset"].get("sha256", {}), dict):
+        raise CheckpointError(f"{path}/config.json: damaged: sha256 of the dataset is no table")
     for key, (kind, length) in lists.items():
         value = metadata["dataset"][key]
         whole = isinstance(value, list) and 0 < len(value) == (length or len(value))

@@ -1,13 +1,25 @@
 """From a run's settings to its data set and its method."""
 
+from collections.abc import Sequence
+
 import torch
 
 from codistill.core.errors import CheckpointError, UsageError
 from codistill.data.augment import INIT_STREAM, generator
 from codistill.data.dataset import Dataset, dataset
 from codistill.methods import METHODS, Method
-from codistill.networks import network
+from codistill.networks import NETWORKS, network
 from codistill.settings.config import RunConfig
+
+
+def unbuildable(method: str, networks: Sequence[str] = ()) -> str:
+    """Return why this program cannot build a method with its networks by their names; empty: it can."""
+    if method not in METHODS:
+        return f"method {method!r} is not registered in this program"
+    if "" in networks:
+        return "it has networks of your own, that have no name"
+    unknown = [name for name in (spec.partition(":")[0] for spec in networks) if name not in NETWORKS]
+    return f"network {unknown[0]!r} is not registered in this program" if unknown else ""
 
 
 def build_method(config: RunConfig, num_classes: int, image_size: tuple[int, int]) -> Method:

@@ -15,8 +15,9 @@ from codistill.methods import METHODS, MethodSettings
 Precision = Literal["float32", "bf16"]
 # For counts without a bound of their own.
 LARGEST = 2**31 - 1
-# Metadata of settings: results do not depend on a place, and runs that train side by side have common ones in common.
-PLACE, COMMON = {"place": True}, {"common": True}
+# Metadata of settings: results do not depend on a place, runs that train side by side have common ones in common, and
+# what moves is known by its contents.
+PLACE, COMMON, MOVES = {"place": True}, {"common": True}, {"moves": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +125,7 @@ class ExecutionSettings:
 class TeacherSettings:
     """A frozen teacher: kd needs one, other methods may have one."""
 
-    teacher: str | None = field(default=None, metadata={"metavar": "PATH"})
+    teacher: str | None = field(default=None, metadata=MOVES | {"metavar": "PATH"})
     """A run folder, a .safetensors file that export wrote, or a checkpoint with teacher_network."""
     teacher_predictor: str | None = None
     """The predictor of a run folder that teaches. None: its best student."""
@@ -183,6 +184,8 @@ SETTINGS = {
 """All settings of a run but its method's, by key: the part of `RunConfig` that has the field, and the field."""
 PLACES = tuple(key for key, (_, each) in SETTINGS.items() if each.metadata.get("place"))
 """Settings that do not affect results and may change on resume."""
+MOVABLE = (*PLACES, *(key for key, (_, each) in SETTINGS.items() if each.metadata.get("moves")))
+"""Settings that may change on resume: the places, and the teacher, which is known by the digest of its weights."""
 SHARED = tuple(key for key, (_, each) in SETTINGS.items() if each.metadata.get("common"))
 """Settings that runs which train side by side have in common."""
 

@@ -21,7 +21,7 @@ from codistill.data.dataset import Dataset
 from codistill.deploy.run import Run
 from codistill.methods import METHODS, Method
 from codistill.methods.kd import WithTeacher
-from codistill.runs.metadata import run_metadata
+from codistill.runs.metadata import data_digests, run_metadata
 from codistill.runs.saving import Saver
 from codistill.runs.state import TrainingState
 from codistill.runs.summary import network_names, write_summary_of_failure
@@ -136,11 +136,14 @@ def check_shapes(method: Method, data: Dataset) -> None:
         raise UsageError(f"{method.name} was made for {made} classes, but data set {data.name} has {has}")
 
 
-def build_taught(config: RunConfig, data: Dataset) -> Method:
-    """Build a run's method, with its teacher if it names one."""
-    check_teacher(METHODS[config.method_name], config.teaching.teacher is not None)
-    method = build_method(config, data.num_classes, data.image_size)
-    if config.teaching.teacher is None:
+def build_taught(config: RunConfig, data: Dataset, own: Method | None = None) -> Method:
+    """Build a run's method, with its teacher if it names one; `own` is a method that is built already."""
+    taught = own is not None and own.taught_by is not None
+    check_teacher(
+        type(own) if own is not None else METHODS[config.method_name], taught or bool(config.teaching.teacher)
+    )
+    method = own if own is not None else build_method(config, data.num_classes, data.image_size)
+    if config.teaching.teacher is None or taught:
         return method
     teacher = load_teacher(config.teaching, data.class_names, data.statistics)
     return WithTeacher(method, teacher, config.teaching.teacher_weight, config.teaching.teacher_temperature)
@@ -172,6 +175,11 @@ class DeviceSplits:
         """The test images."""
         return DeviceImages(self._data.test, self._data.statistics, self._device)
 
+    @functools.cached_property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of images and labels."""
+        return data_digests(self._data)
+
     def subset(self, positions: Positions) -> DeviceImages:
         """Return some of the training images; see `DeviceImages.subset`."""
         return self.train if positions is None else self.train.subset(positions)
@@ -195,7 +203,9 @@ def set_up(
     the folder for all ranks.
     """
     method, config, splits = plan.method, plan.config, splits or DeviceSplits(plan.data, plan.device)
-    metadata = None if begun else run_metadata(config, plan.data, plan.device)
+    metadata = (
+        None if begun or not ranks.leads else run_metadata(config, plan.data, plan.device, method, splits.digests)
+    )
     with contextlib.ExitStack() as folder:
         with ranks.together():
             held_run = folder.enter_context(Run.opened(out, metadata, method, plan.data)) if ranks.leads else None

@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from codistill.core.errors import DataError, UsageError
+from codistill.core.errors import CheckpointError, DataError, UsageError
 from codistill.data.dataset import Dataset
 from codistill.deploy.run import Run
-from codistill.settings.config import PLACES
+from codistill.methods import Method
+from codistill.runs.folder import hand_in
+from codistill.runs.metadata import weights_digest
+from codistill.settings.config import MOVABLE
 from codistill.settings.mapping import run_from_mapping
 from codistill.training.fleet import mark_diverged, shared, side_by_side, train_in_groups
 from codistill.training.prepare import DeviceSplits, build_taught, check, set_up
@@ -18,7 +21,12 @@ from codistill.training.train import fail
 
 
 def resume(
-    path: str | Path, data_dir: str | None = None, show: bool = True, override: Mapping[str, Any] | None = None
+    path: str | Path,
+    data_dir: str | None = None,
+    show: bool = True,
+    override: Mapping[str, Any] | None = None,
+    method: Method | None = None,
+    data: Dataset | None = None,
 ) -> Run:
     """Resume an interrupted run from its last whole checkpoint, which may lie inside an epoch.
 
@@ -29,18 +37,28 @@ def resume(
         path: The run folder.
         data_dir: Where the data set is now, if not where it was.
         show: Whether to print progress and the final table.
-        override: New values of settings that do not belong to the experiment: data_dir, device, threads.
+        override: New values of settings that do not belong to the experiment (data_dir, device, threads), or the
+            place of the teacher now.
+        method: The method with its networks, made as for the training, where names alone cannot build them: those of
+            your own. It is trained in place.
+        data: The data set, where it is arrays of your own.
 
     Raises:
         UsageError: The run is finished, another process holds it, or its settings were changed.
-        CheckpointError: Not a run folder, no whole checkpoint, or networks that only your program can build.
+        CheckpointError: Not a run folder, no whole checkpoint, or networks that only your program can build;
+            or a teacher that is not that of the run.
         DataError: The data set is missing, or not that of the run.
     """
-    return resume_together([Path(path)], data_dir, show, override)[0]
+    return resume_together([Path(path)], data_dir, show, override, method, data)[0]
 
 
 def resume_together(
-    paths: Sequence[Path], data_dir: str | None = None, show: bool = True, override: Mapping[str, Any] | None = None
+    paths: Sequence[Path],
+    data_dir: str | None = None,
+    show: bool = True,
+    override: Mapping[str, Any] | None = None,
+    method: Method | None = None,
+    data: Dataset | None = None,
 ) -> list[Run]:
     """Resume several runs, or folders of them: side by side where they stopped at the same step and share settings.
 
@@ -50,7 +68,9 @@ def resume_together(
     with Ranks.from_environment() as ranks:
 
         def read() -> list[InterruptedRun]:
-            runs = [run for path in paths for run in unfinished(path)]
+            runs = [run for path in paths for run in unfinished(path, method, data)]
+            if len(runs) > 1 and method is not None:
+                raise UsageError(f"{len(runs)} runs to resume, but one method was handed in: name one run")
             if ranks.count > 1 and len(runs) > 1:
                 raise UsageError(
                     f"{len(runs)} runs to resume, but under torchrun only one is: name it, or omit torchrun"
@@ -65,12 +85,14 @@ def resume_together(
         for group in groups.values():
             configs = [each.config for each in group]
             device = ranks.choose_device(configs[0].execution)
-            data = ranks.in_turn(group[0].load_data)
+            loaded = ranks.in_turn(group[0].load_data)
+            splits = DeviceSplits(loaded, device)
             with ranks.together():
-                methods = [build_taught(config, data) for config in configs]
-            checked = functools.partial(check, data=data, device=device, alone=len(group) == 1, ranks=ranks)
+                for each in group:
+                    each.check_data(loaded, splits.digests)
+                methods = [each.build(loaded) for each in group]
+            checked = functools.partial(check, data=loaded, device=device, alone=len(group) == 1, ranks=ranks)
             plans = [checked(method, config=config) for method, config in zip(methods, configs, strict=True)]
-            splits = DeviceSplits(data, device)
             names = [each.run.path.name if several else "" for each in group]
             openings = [
                 functools.partial(set_up, plan, each.run.path, show, name, True, each.state, ranks, splits)
@@ -81,12 +103,12 @@ def resume_together(
         return [each.run for each in interrupted]
 
 
-def unfinished(path: Path) -> list[Run]:
+def unfinished(path: Path, method: Method | None = None, data: Dataset | None = None) -> list[Run]:
     """Find the run in a folder, or those of its folders that neither are finished nor have diverged."""
     inner = sorted(each.parent for each in path.glob("*/config.json")) if not (path / "config.json").exists() else []
     if not inner:
-        return [Run(path)]
-    runs = [Run(each) for each in inner]
+        return [Run(path, method, data)]
+    runs = [Run(each, method, data) for each in inner]
     left = [run for run in runs if run.status not in ("finished", "diverged")]
     if not left:
         raise UsageError(f"all {len(runs)} runs in {path} are finished or diverged: there is nothing to resume")
@@ -110,16 +132,16 @@ class InterruptedRun:
         self.state = run.checkpoints.load() if run.checkpoints.entries() else None
         if self.state is not None:
             began, now = self.state.config, config.as_mapping()
-            changed = [key for key in now if key not in PLACES and now[key] != began.get(key)]
+            changed = [key for key in now if key not in MOVABLE and now[key] != began.get(key)]
             if changed:
                 listed = "; ".join(f"{key}: {began.get(key)!r} -> {now[key]!r}" for key in changed)
                 raise UsageError(
                     f"{run.path}/config.json was changed since the run began: {listed}: put it back, or start a new run"
                 )
         for key in override:
-            if key not in PLACES:
+            if key not in MOVABLE:
                 raise UsageError(
-                    f"override of {key}: it belongs to the experiment; only {', '.join(PLACES)} can change"
+                    f"override of {key}: it belongs to the experiment; only {', '.join(MOVABLE)} can change"
                 )
         self.config = run_from_mapping(override, lambda key: "codistill resume --override", base=config)
 
@@ -129,12 +151,39 @@ class InterruptedRun:
         return self.state.position if self.state is not None else (0, 0)
 
     def load_data(self) -> Dataset:
-        """Load the data set, which must be that of the run."""
-        data = self.run.load_data(self.config.data_dir)
+        """Load the data set, or return that which was handed in."""
+        return self.run.load_data(self.config.data_dir)
+
+    def check_data(self, data: Dataset, digests: Mapping[str, str]) -> None:
+        """Raise `DataError` where data are not those that the run began with; say what differs."""
+        self.run.check_classes(data)
+        facts, where = self.run.metadata["dataset"], f"but {self.run.path} began with"
         for split, found in (("train", len(data.train)), ("test", len(data.test))):
-            began = self.run.metadata["dataset"].get(f"{split}_images")
-            if found != began:
-                raise DataError(
-                    f"data set {self.config.data}: {found} {split} images, but {self.run.path} began with {began}"
-                )
-        return data
+            if found != facts.get(f"{split}_images"):
+                began = facts.get(f"{split}_images")
+                raise DataError(f"data set {self.config.data}: {found} {split} images, {where} {began}")
+        differ = [name for name, digest in digests.items() if facts.get("sha256", {}).get(name, digest) != digest]
+        if differ:
+            words = f"{' and '.join(differ)} have other contents (SHA-256) than those that {self.run.path} began with"
+            raise DataError(f"data set {self.config.data}: {words}: restore them, or start a new run")
+
+    def build(self, data: Dataset) -> Method:
+        """Build the method, or take that which was handed in, with the teacher that the run began with.
+
+        Raises:
+            CheckpointError: Only the user's program can build it, or the teacher is missing or another one.
+        """
+        run, teacher, own = self.run, self.config.teaching.teacher, self.run.own_method
+        run.refuse_unbuildable()
+        began = run.metadata.get("teacher_sha256")
+        name_it = f"name the one it began with: codistill resume {run.path} --override teacher=PATH"
+        if teacher is not None and not Path(teacher).exists() and (own is None or own.taught_by is None):
+            raise CheckpointError(f"teacher {teacher}: no such run folder or file; if it has moved, {name_it}")
+        if teacher is None and own is None and began is not None:
+            raise CheckpointError(f"{run.path}: its teacher was attached in Python: {hand_in('method')}; or {name_it}")
+        method = build_taught(self.config, data, own)
+        now = weights_digest(method.taught_by.network) if method.taught_by else None
+        if began is not None and now != began:
+            what = f"teacher {teacher or 'handed in'}: its weights are not those that {run.path} began with"
+            raise CheckpointError(f"{what} (SHA-256 {str(now)[:12]}.. instead of {str(began)[:12]}..): {name_it}")
+        return method
