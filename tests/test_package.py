@@ -51,6 +51,7 @@ WRONG = {
     "train mfeff": "unknown method 'mfeff': did you mean mfef?",
     "train --networks resnet20 resnet2O:shortcut=A": "unknown network 'resnet2O': did you mean ",
     "train --data=digts": "unknown data set 'digts': did you mean digits?",
+    "train --optimizer adam": "codistill train mfef: --optimizer does not exist: all methods use SGD: see --momentum",
     "train --kernels fused": "--kernels was removed: leave it out; --compile on|off",
     "train --overlap on": "--overlap was removed: leave it out",
     "train --processes 2": "--processes was removed: .* torchrun --nproc-per-node N -m codistill train",

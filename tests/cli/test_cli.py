@@ -1,6 +1,8 @@
 """The command line: each command's happy path, and every way of going wrong in one line with its exit status."""
 
+import csv
 import importlib
+import io
 import json
 import os
 import re
@@ -9,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,7 @@ from codistill.core import errors
 from codistill.core.signals import Terminated
 from codistill.runs.lock import lock_folder
 from codistill.settings.build import build_method
+from codistill.training.train import free_folder
 
 from .. import tiny
 
@@ -258,10 +262,89 @@ def test_missing_data_are_status_3(made, run, capsys, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_damaged_image_is_status_3(made, capsys, tmp_path):
-    image = tmp_path / "cut.png"
-    image.write_bytes((made / "image0.png").read_bytes()[:-20])
-    refused(capsys, ["predict", str(made / "run"), str(made / "image1.png"), str(image)], 3, "cut.png")
+@pytest.mark.fault(51)
+def test_bad_images_are_listed_and_the_good_ones_get_their_answers(made, capsys, tmp_path):
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "cut.png").write_bytes((made / "image0.png").read_bytes()[:-20])
+    shutil.copy(made / "image0.png", tmp_path / "some" / "good, I think.png")
+    assert main(["predict", str(made / "run"), str(made / "image1.png"), "none.png", "some", "--csv"]) == 3
+    out, error = capsys.readouterr()
+    heading, *rows = csv.reader(out.splitlines())
+    assert heading == ["image", "class1", "probability1", "class2", "probability2", "class3", "probability3"]
+    assert [row[0] for row in rows] == [str(made / "image1.png"), "some/good, I think.png"]
+    assert all(float(row[2]) >= float(row[4]) for row in rows)
+    starts = [line.split(": ")[:3] for line in error.splitlines()]
+    assert starts == [["codistill", "error", name] for name in ("none.png", "some/cut.png")]
+    refused(capsys, ["predict", str(made / "run"), "some", "--csv", "--json"], 2, "--json and --csv: choose one")
+
+
+@pytest.mark.fault(52)
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_letters_that_the_output_lacks_are_shown_somehow(made, monkeypatch, tmp_path, encoding):
+    shutil.copy(made / "image0.png", tmp_path / "猫 [1].png")
+    written = io.BytesIO()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding))
+        assert main(["predict", str(made / "run"), "猫 [1].png"]) == 0
+        assert written.getvalue().startswith(rb"\u732b [1].png: ")
+        # A service may have no stdout at all.
+        patch.setattr(sys, "stdout", None)
+        assert main(["predict", str(made / "run"), "猫 [1].png"]) == 0
+
+
+@pytest.mark.fault(54)
+def test_commands_without_out_have_folders_of_their_own(made, tmp_path):
+    config = cd.Run(made / "run").config
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: free_folder(config), range(24)))
+    assert len({*folders}) == 24 and all(folder.is_dir() for folder in folders)
+
+
+@pytest.mark.fault(54)
+def test_a_folder_that_cannot_be_made_is_status_2(made, capsys, tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    command = ["train", *TINY, "--data-dir", str(made / "colours.npz")]
+    refused(capsys, command, 2, "run folder runs/packed-mfef-tinyx2-seed0: Not a directory: choose another --out")
+    (tmp_path / "runs").unlink()
+    # And one that was made for nothing is gone again.
+    refused(capsys, [*command, "--seeds", "0", "1", "--batch-size", "999"], 2, "batch_size is 999")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.fault(55)
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train --optimizer adam", "--optimizer does not exist: all methods use SGD: see --momentum"),
+        ("train --schedule cosine", "--schedule does not exist: the learning rate falls at --milestones"),
+        ("train --gpu 0", "--gpu does not exist: choose it with --device, as cuda, cuda:1 or cpu"),
+        ("bench --num_workers=4", "--num-workers does not exist: images are held in memory"),
+        ("train --amp", "--amp does not exist: choose it with --precision"),
+        # Of flags that a command has not, none is named.
+        ("predict --gpu 0", "unknown option --gpu: codistill predict --help lists them"),
+        ("evaluate --frobnicate", "unknown option --frobnicate: codistill evaluate --help lists them"),
+        ("evaluate --data", "unknown option --data: did you mean --data-dir"),
+    ],
+)
+def test_options_of_other_tools_point_to_what_there_is(capsys, command, message):
+    arguments = command.replace("evaluate", "evaluate run").replace("predict", "predict run x.png")
+    refused(capsys, arguments.split(), 2, message)
+
+
+@pytest.mark.fault(56)
+def test_the_command_line_may_be_called_from_a_thread(made, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    flags = ["--data-dir", str(made / "colours.npz"), "--epochs", "1", "--out", "out [red]"]
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(main, ["train", *TINY, *flags]).result() == 0
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert capsys.readouterr().out.splitlines()[-1] == "run folder: out [red]"
+
+
+@pytest.mark.fault(57)
+def test_runs_and_data_sets_have_a_short_repr(made):
+    assert repr(cd.Run(made / "run")) == f"Run({str(made / 'run')!r})"
+    assert repr(tiny.data()) == "Dataset('colours': 24 training and 9 test images of 8x8, 3 classes)"
 
 
 @pytest.mark.parametrize("command", ["evaluate PLACE", "export PLACE --format onnx", "predict PLACE image.png"])

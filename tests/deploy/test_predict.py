@@ -116,7 +116,21 @@ def test_equal_probabilities_keep_the_order_of_the_classes(tmp_path):
 def test_a_bad_image_is_named(classifier, images, tmp_path):
     paths = saved(tmp_path, [Image.fromarray(image) for image in images[:3]])
     paths[1].write_bytes(paths[1].read_bytes()[:-30])
-    for path in (paths[1], tmp_path / "none.png", tmp_path):
+    (tmp_path / "empty").mkdir()
+    for path in (paths[1], tmp_path / "none.png", tmp_path / "empty"):
         with pytest.raises(DataError, match=f"^{path}: ") as error:
             predict(classifier, [paths[0], path])
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.fault(51)
+def test_folders_are_searched_to_any_depth(tmp_path, capsys):
+    classifier = Classifier({"class_names": ["a", "b"], "image_size": [8, 8]}, lambda part: torch.zeros(len(part), 2))
+    inner = tmp_path / "b" / "c"
+    inner.mkdir(parents=True)
+    (inner / "loop").symlink_to(tmp_path)
+    for name in ("a.png", "b/c/d.PNG", "b/x.jpg", ".hidden.png", "notes.txt"):
+        Image.fromarray(tiny.data().test.images[0]).save(tmp_path / name, format="png")
+    found = [str(each.image.relative_to(tmp_path)) for each in predict(classifier, [tmp_path])]
+    assert found == ["a.png", "b/c/d.PNG", "b/x.jpg"]
+    assert capsys.readouterr().err == f"codistill: {tmp_path}: passed over 1 files that are no images by their names\n"

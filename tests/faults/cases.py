@@ -237,4 +237,31 @@ CASES |= {
         "a subclass of one's own; an entry gone from the registry",
         "status 4; not called damaged; it can be handed in; never another method in its place",
     ),
+    51: Case(
+        "one bad image among those to predict",
+        "missing, cut; in a folder, with a link that leads back",
+        "the others get their answers; a line for each bad one; status 3",
+    ),
+    52: Case(
+        "an output that lacks letters",
+        "ascii and cp1252, no stdout at all; brackets in paths",
+        "shown as \\u732b; never an error",
+    ),
+    53: Case(
+        "a drawing that fails",
+        "MPLBACKEND of a notebook, usetex, fonts; an error in matplotlib",
+        "the user's settings do not matter; else the report says so, and the run finishes",
+    ),
+    54: Case(
+        "commands at once without --out",
+        "24 together; runs/ that cannot be made",
+        "each has a folder of its own; status 2 in one line, and no folder is left",
+    ),
+    55: Case(
+        "options of other tools",
+        "--optimizer, --schedule, --gpu, --workers, --amp; names like no other",
+        "status 2; names what there is instead; only near names are suggested",
+    ),
+    56: Case("a command line within a thread", "a training", "trains; handlers of signals stay"),
+    57: Case("a run or a data set shown in a notebook", "repr of both", "one short line"),
 }

@@ -2,7 +2,10 @@
 
 import html.parser
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -125,3 +128,35 @@ def test_terms_that_are_zero_or_huge_can_be_drawn():
     scores = {"student0": {"top1_error": 100.0}}
     rows = [{"epoch": epoch, "test": scores, "train": {"loss": 0.0, "ce/student0": 10.0**epoch}} for epoch in range(30)]
     assert curves(rows).startswith("<svg")
+
+
+@pytest.mark.fault(53)
+def test_drawing_ignores_the_settings_of_matplotlibs_user(run):
+    import matplotlib
+
+    with matplotlib.rc_context({"text.usetex": True, "font.family": "no such font", "axes.facecolor": "red"}):
+        assert curves(run.metrics()).startswith("<svg")
+        assert matplotlib.rcParams["text.usetex"]
+
+
+@pytest.mark.fault(53)
+def test_a_backend_that_is_not_there_is_no_matter():
+    program = "import os; from codistill.report.figures import curves; " + (
+        "row = {'epoch': 0, 'test': {'student0': {'top1_error': 1.0}}, 'train': {'loss': 1.0}}; "
+        "assert curves([row]).startswith('<svg') and os.environ['MPLBACKEND'] == 'module://none.backend'"
+    )
+    environment = {**os.environ, "MPLBACKEND": "module://none.backend"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=60)
+
+
+@pytest.mark.fault(53)
+def test_a_drawing_that_fails_costs_a_warning_and_no_more(tmp_path, monkeypatch, capsys):
+    def fail(rows):
+        raise RuntimeError("no <fonts>\nfound")
+
+    monkeypatch.setattr("codistill.report.page.curves", fail)
+    run = cd.train(tiny.method(), tiny.data(), out=tmp_path / "run", settings=tiny.settings(epochs=1), show=False)
+    assert run.finished and cd.Run(run.path).summary["status"] == "finished"
+    assert "The drawing failed (RuntimeError: no &lt;fonts&gt; found)" in (run.path / "report.html").read_text()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("codistill: warning: ") and "RuntimeError: no <fonts> found" in line

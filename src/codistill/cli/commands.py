@@ -1,8 +1,11 @@
 """The commands of the command line, a function each, without logic."""
 
+import csv
 import dataclasses
 import inspect
+import io
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,12 @@ from rich.table import Table
 from codistill.bench.bench import bench, lines
 from codistill.cli import options
 from codistill.cli.flags import parse, parse_with_settings
-from codistill.core.errors import DivergedError, UsageError, WorkerError
+from codistill.core.console import lasting_console
+from codistill.core.errors import DataError, DivergedError, UsageError, WorkerError
 from codistill.data import DATASETS
 from codistill.deploy.classifier import load_classifier
 from codistill.deploy.export import export_predictor
-from codistill.deploy.predict import predict
+from codistill.deploy.predict import answers
 from codistill.deploy.run import Run
 from codistill.methods import METHODS
 from codistill.networks import NETWORKS
@@ -30,7 +34,7 @@ from codistill.settings.recipe import read_recipe
 from codistill.sweeps.driver import own_program, sweep
 from codistill.training.fleet import train_fleet, train_seeds
 from codistill.training.resume import resume_together
-from codistill.training.train import free_folder, train_from_config
+from codistill.training.train import kept_if_used, train_from_config
 from codistill.training.verify import verify_resume
 
 
@@ -69,8 +73,8 @@ def train_command(arguments: Sequence[str]) -> None:
         for config in configs:
             print(verify_resume(config))
     if chosen.recipes:
-        out = chosen.out or free_folder(configs[0], "recipes")
-        refuse_diverged(train_fleet(configs, [out / path.stem for path in chosen.recipes]))
+        with kept_if_used(configs[0], chosen.out, "recipes") as out:
+            refuse_diverged(train_fleet(configs, [out / path.stem for path in chosen.recipes]))
     elif chosen.seeds:
         refuse_diverged(train_seeds(configs[0], chosen.seeds, chosen.out))
     else:
@@ -150,22 +154,39 @@ def evaluate_command(arguments: Sequence[str]) -> None:
         table.add_column(heading, justify="right")
     for name, each in scores.items():
         table.add_row(name, f"{each.top1_error:.2f}", f"{each.top5_error:.2f}", f"{each.nll:.4f}", f"{each.ece:.2f}")
-    Console().print(table)
+    lasting_console(True).print(table)
 
 
 def predict_command(arguments: Sequence[str]) -> None:
     """Run `codistill predict`."""
     chosen = parse(options.PredictOptions, arguments, "codistill predict")
     if not chosen.images:
-        raise UsageError("codistill predict: no images: name at least one file")
+        raise UsageError("codistill predict: no images: name at least one file or folder")
     if chosen.top < 1:
         raise UsageError(f"codistill predict: --top is {chosen.top}; it must be at least 1")
-    for each in predict(load_classifier(chosen.model, chosen.predictor), chosen.images, chosen.top):
+    if chosen.json and chosen.csv:
+        raise UsageError("codistill predict: --json and --csv: choose one of them")
+    classifier, bad = load_classifier(chosen.model, chosen.predictor), []
+    writer = csv.writer(sys.stdout or io.StringIO(), lineterminator="\n")
+    if chosen.csv:
+        places = range(1, min(chosen.top, len(classifier.class_names)) + 1)
+        writer.writerow(["image", *(f"{key}{place}" for place in places for key in ("class", "probability"))])
+    for each in answers(classifier, chosen.images, chosen.top):
+        if isinstance(each, DataError):
+            bad.append(each)
+            continue
         ranked = list(zip(each.classes, each.probabilities, strict=True))
-        if chosen.json:
+        if chosen.csv:
+            writer.writerow([each.image, *(value for pair in ranked for value in pair)])
+        elif chosen.json:
             print(json.dumps({"image": str(each.image), "classes": dict(ranked)}))
         else:
             print(f"{each.image}: " + "  ".join(f"{name} {100 * share:.1f} %" for name, share in ranked))
+    # A line each; the last one is that of the command.
+    for error in bad[:-1]:
+        print(f"codistill: error: {error}", file=sys.stderr)
+    if bad:
+        raise bad[-1]
 
 
 def export_command(arguments: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from codistill.cli.options import DATA, FIRST
 from codistill.core.errors import UsageError
 from codistill.core.registry import near_matches
-from codistill.settings.removed import REMOVED
+from codistill.settings.removed import instead
 
 T = TypeVar("T")
 # The parts of a run's settings, and the groups of their flags in the help.
@@ -96,8 +96,9 @@ def setting_flags(defaults: Mapping[str, Any]) -> list[Flag]:
 def unknown_option(flag: str, known: Iterable[str], command: str) -> str:
     """Return the line that a command has no such option, and which ones come close."""
     name = flag.partition("=")[0].replace("_", "-")
-    if removed := REMOVED.get(name.lstrip("-").replace("-", "_")):
-        return f"{command}: {name} was removed: {removed}"
+    known = list(known)
+    if text := instead(name.lstrip("-").replace("-", "_"), known):
+        return f"{command}: {name} {text}"
     return f"{command}: unknown option {flag}: {near_matches(name, known, f'{command} --help lists them')}"
 
 

@@ -3,9 +3,11 @@
 import errno
 import importlib
 import importlib.metadata
+import io
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 from codistill.cli.early import refuse_early
@@ -57,10 +59,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [each for each in given if each != "--debug"]
-    signal.signal(signal.SIGTERM, terminate)
+    if threading.current_thread() is threading.main_thread():  # which alone may set handlers
+        signal.signal(signal.SIGTERM, terminate)
+    for stream in (sys.stdout, sys.stderr):
+        # Letters that the encoding lacks are shown as \u732b. A notebook has streams of its own, a service none.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         run_command(given)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return 0
     except BrokenPipeError:  # the reader has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -73,13 +73,15 @@ class PredictOptions:
     model: Path = field(metadata={"positional": "MODEL"})
     """A .safetensors or .onnx file that export wrote, or a run folder."""
     images: tuple[Path, ...] = field(metadata={"positional": "IMAGE .."})
-    """Image files."""
+    """Image files, or folders of them, searched to any depth."""
     predictor: str | None = None
     """The predictor of a run. None: the student with the lowest error."""
     top: int = 3
     """Number of classes to print for each image."""
     json: bool = False
-    """Print JSON instead of text."""
+    """Print JSON instead of text, a line for each image."""
+    csv: bool = False
+    """Print CSV instead of text: image, class1, probability1, class2, .."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,10 @@ def duration(seconds: float) -> str:
 
 
 def lasting_console(show: bool, **options: Any) -> "Console":
-    """Make a rich console whose reader may go away (`| head -1`): later output is dropped, without an error."""
+    """Make a rich console whose reader may go away (`| head -1`): later output is dropped, without an error.
+
+    Brackets and colons are what they are, also in paths: no markup.
+    """
     from rich.console import Console
 
     class LastingConsole(Console):
@@ -36,7 +39,7 @@ def lasting_console(show: bool, **options: Any) -> "Console":
             # Or else Python stumbles over the rest of the buffer when it exits.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    return LastingConsole(quiet=not show, highlight=False, **options)
+    return LastingConsole(quiet=not show, highlight=False, markup=False, emoji=False, **options)
 
 
 def track(items: Iterable[T], title: str, total: int | None) -> Iterable[T]:

@@ -19,7 +19,11 @@ T = TypeVar("T")
 def near_matches(name: str, known: Iterable[str], otherwise: str = "") -> str:
     """Return the end of an error line: the known names that come close to a wrong one, or else what to do or all."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    # Dashes that all flags begin with make none of them near; a beginning is near however long the rest is.
+    bare, bodies = name.lower().lstrip("-"), {each.lower().lstrip("-"): each for each in known}
+    near = difflib.get_close_matches(bare, bodies, n=3, cutoff=0.66)
+    near = near or [body for body in bodies if len(bare) > 2 and re.split(r"[-_.]", body)[0] == bare][:3]
+    close = [bodies[body] for body in near]
     return f"did you mean {' or '.join(close)}?" if close else otherwise or f"choose from {', '.join(known)}"
 
 

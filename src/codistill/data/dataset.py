@@ -77,6 +77,10 @@ class Dataset:
             sizes = f"train images are {size_of(self.train.images)} but test images are {size_of(self.test.images)}"
             raise DataError(f"data set {self.name}: {sizes}: give both one size")
 
+    def __repr__(self) -> str:
+        images = f"{len(self.train)} training and {len(self.test)} test images of {size_of(self.train.images)}"
+        return f"Dataset({self.name!r}: {images}, {self.num_classes} classes)"
+
     @property
     def num_classes(self) -> int:
         """Number of classes."""

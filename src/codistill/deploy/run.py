@@ -26,6 +26,9 @@ class Run(RunFolder):
         UsageError: At the first use, a method with other settings or networks.
     """
 
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
     def evaluate(self, which: str = "last", data_dir: str | None = None, device: str = "auto") -> dict[str, Scores]:
         """Return the scores of all predictors on the test set; see `evaluate_run`."""
         return evaluate_run(self, which, data_dir, device)

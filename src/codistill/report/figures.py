@@ -1,12 +1,32 @@
 """Figures of a run as SVG."""
 
+import contextlib
 import io
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> str:
     """Draw test errors and loss terms over the epochs, from the lines of metrics.jsonl, as an SVG element."""
+    with _default_matplotlib():
+        return _draw(rows)
+
+
+@contextlib.contextmanager
+def _default_matplotlib() -> Iterator[None]:
+    """Draw with matplotlib's own settings, whatever its user's are (usetex, fonts), and without any backend."""
+    # Its import fails where the variable names a backend that is not installed, as a notebook's may be.
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib.style
+    finally:
+        os.environ.update({"MPLBACKEND": backend} if backend is not None else {})
+    with matplotlib.style.context("default"):
+        yield
+
+
+def _draw(rows: Sequence[Mapping[str, Any]]) -> str:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")

@@ -11,7 +11,7 @@ from codistill.core.errors import UsageError
 from codistill.core.registry import near_matches
 from codistill.methods import METHODS
 from codistill.settings.config import SETTINGS, RunConfig, default_config
-from codistill.settings.removed import REMOVED
+from codistill.settings.removed import instead
 
 T = TypeVar("T")
 Where = Callable[[str], str]
@@ -74,9 +74,9 @@ def split_method(method: Any, where: Where) -> tuple[str | None, dict[str, Any]]
 
 def _refuse_unknown(mapping: Mapping[str, Any], known: Iterable[str], where: Where) -> None:
     for key in mapping:
-        if key in REMOVED:
-            raise UsageError(f"{where(key)}: {key} was removed: {REMOVED[key]}")
         if key not in known:
+            if text := instead(key):
+                raise UsageError(f"{where(key)}: {key} {text}")
             raise UsageError(f"{where(key)}: unknown key {shown(key)}: {near_matches(key, known)}")
 
 

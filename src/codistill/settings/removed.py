@@ -1,4 +1,7 @@
-"""Settings that were removed, and what to use instead."""
+"""Settings that were removed, or that other tools have, and what to use instead."""
+
+import re
+from collections.abc import Iterable
 
 RANKS = "torchrun --nproc-per-node N -m codistill train .."
 REMOVED = {
@@ -8,3 +11,36 @@ REMOVED = {
     "max_restarts": f"give it to torchrun: {RANKS.replace('-m', '--max-restarts R -m')}",
 }
 """What to do instead of each, for error lines."""
+
+FOREIGN = {
+    "optimizer optimiser optim opt adam sgd": "all methods use SGD: see --momentum, --nesterov and --weight-decay",
+    "schedule scheduler lr_scheduler lr_decay gamma lr_decay_rate cosine": "the learning rate falls at --milestones",
+    "gpu gpus gpu_id gpu_ids cuda no_cuda use_cuda cpu": "choose it with --device, as cuda, cuda:1 or cpu",
+    "workers num_workers j": "images are held in memory and no process loads them; for the CPU see --threads",
+    "amp fp16 bf16 half mixed_precision use_amp autocast": "choose it with --precision",
+    "dataset data_set": "name it with --data",
+    "data_path data_root root": "name the place with --data-dir",
+    "model models arch model_s model_name net backbone student students": "name a network for each student: --networks",
+    "model_t path_t teacher_path teacher_model": "name it with --teacher",
+    "temp kd_t kd_temperature": "methods have --method.temperature, and a teacher --teacher-temperature",
+    "output output_dir save_dir save_path log_dir logdir exp_name": "name the run folder with --out",
+    "lr_milestones steps lr_steps": "name the epochs with --milestones",
+    "val_split val_size val_fraction": "hold training images out with --validation",
+    "manual_seed random_seed": "choose it with --seed",
+    "method algorithm distill": "the method has no flag: codistill train METHOD",
+    "resume continue": "a run goes on with: codistill resume RUN",
+    "config cfg": "settings are read from a file with --recipe",
+}
+"""What there is instead of settings of other tools, several names a line."""
+
+
+def instead(key: str, known: Iterable[str] | None = None) -> str | None:
+    """Return the end of a line about a setting that is not there; None: it is not known from elsewhere.
+
+    `known` are the flags that there are, for no other is worth naming; None: those of all settings.
+    """
+    if key in REMOVED:
+        return f"was removed: {REMOVED[key]}"
+    text = next((text for names, text in FOREIGN.items() if key.lower() in names.split()), "")
+    flags = re.findall(r"--[a-z.-]+[a-z]", text)
+    return f"does not exist: {text}" if text and (known is None or {*flags} <= {*known}) else None

@@ -27,7 +27,7 @@ from codistill.settings.config import SHARED, RunConfig
 from codistill.training.loop import train_loop
 from codistill.training.prepare import DeviceSplits, Plan, build_taught, check, out_of_memory, set_up
 from codistill.training.step import make_step
-from codistill.training.train import free_folder
+from codistill.training.train import kept_if_used
 from codistill.training.trainer import Trainer
 
 ALLOWANCE = 1.3  # convolutions take memory to work in, and allocators leave gaps
@@ -95,8 +95,8 @@ def train_seeds(config: RunConfig, seeds: Sequence[int], out: Path | None = None
     if len(set(seeds)) < len(seeds):
         raise UsageError(f"seeds are {list(seeds)}: name each once")
     configs = [dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed)) for seed in seeds]
-    folder = out or free_folder(config, "seeds")
-    return train_fleet(configs, [folder / f"seed{seed}" for seed in seeds], show)
+    with kept_if_used(config, out, "seeds") as folder:
+        return train_fleet(configs, [folder / f"seed{seed}" for seed in seeds], show)
 
 
 def train_fleet(configs: Sequence[RunConfig], outs: Sequence[Path], show: bool = True) -> list[Run]:

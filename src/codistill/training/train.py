@@ -1,14 +1,16 @@
 """From a method and a data set to a finished run folder."""
 
+import contextlib
 import dataclasses
 import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from codistill.core.console import note
-from codistill.core.errors import DivergedError
+from codistill.core.errors import DivergedError, UsageError
 from codistill.core.torchrun import launch, world_size
 from codistill.data.dataset import Dataset
 from codistill.deploy.run import Run
@@ -23,8 +25,33 @@ from codistill.training.trainer import Trainer
 
 
 def free_folder(config: RunConfig, ending: str | None = None) -> Path:
-    """Find a new folder name below runs/ for a run, or for several that `ending` names."""
-    return next(path for path in candidate_folders(config, ending) if not path.exists())
+    """Make a new folder below runs/ for a run, or for several that `ending` names; no other process has the same one.
+
+    Raises:
+        UsageError: It cannot be made.
+    """
+    for path in candidate_folders(config, ending):
+        try:
+            path.mkdir(parents=True)
+        except OSError as error:
+            if not (isinstance(error, FileExistsError) and os.path.lexists(path)):
+                raise UsageError(f"run folder {path}: {error.strerror}: choose another --out") from None
+        else:
+            return path
+    raise AssertionError("there are folders without end")
+
+
+@contextlib.contextmanager
+def kept_if_used(config: RunConfig, out: Path | None, ending: str) -> Iterator[Path]:
+    """Yield `out`, or a folder of `free_folder` that is removed again if nothing is in it after an error."""
+    folder = out or free_folder(config, ending)
+    try:
+        yield folder
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for each in (folder, folder.parent) if out is None else ():
+                each.rmdir()
+        raise
 
 
 def candidate_folders(config: RunConfig, ending: str | None = None) -> Iterator[Path]:
