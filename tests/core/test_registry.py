@@ -1,7 +1,9 @@
 """Names of plug-ins: look-up, discovery, specs and options."""
 
+import inspect
 import sys
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, Optional, Union  # noqa: F401 - in annotations that are strings
 
 import pytest
 
@@ -145,3 +147,68 @@ def test_wrong_options_are_refused(given, says):
         checked_options("plugin", plugin, given)
     with pytest.raises(UsageError, match="it has no options"):
         checked_options("plugin", lambda num_classes: None, given)
+
+
+def options_of(annotation: Any, default: Any = None) -> Any:
+    def build(num_classes: int, option: Any = default) -> None: ...
+
+    build.__annotations__["option"] = annotation
+    return build
+
+
+@pytest.mark.fault(63)
+@pytest.mark.parametrize("written", [False, True], ids=["evaluated", "postponed"])
+@pytest.mark.parametrize(
+    ("annotation", "text", "value"),
+    [
+        ("float", "0.5", 0.5),
+        ("float", "1e-3", 1e-3),
+        ("float", "2", 2.0),
+        ("int", "2", 2),
+        ("bool", "no", False),
+        ("str", "2", "2"),
+        ("int | None", "2", 2),
+        ("int | None", "None", None),
+        ("None | float", "none", None),
+        ("Optional[bool]", "true", True),
+        ("Union[int, float]", "0.5", 0.5),
+        ("str | int", "7", 7),
+        ("int | str", "wide", "wide"),
+        ("Literal['a', 'b'] | None", "b", "b"),
+        ("Literal[1, 2]", "2", 2),
+        ("Annotated[int, 'pixels']", "2", 2),
+        ("Path", "a/b", Path("a/b")),
+        ("Any", "2", "2"),
+    ],
+)
+def test_options_have_any_simple_annotation(annotation, text, value, written):
+    build = options_of(annotation if written else eval(annotation, globals()))
+    found = checked_options("mine", build, {"option": text})["option"]
+    assert (found, type(found)) == (value, type(value))
+    assert checked_options("mine", build, {"option": value}) == {"option": value}  # from Python, and as a spec again
+    _, options = parse_spec(write_spec("mine", {"option": value}))
+    assert checked_options("mine", build, options) == {"option": value}
+
+
+@pytest.mark.fault(63)
+@pytest.mark.parametrize(
+    ("annotation", "text", "says"),
+    [
+        (float, "wide", "mine: option option is 'wide': write a number"),
+        (float, "nan", "write a number"),
+        (int | None, "0.5", "mine: option option is '0.5': write none, or write a whole number"),
+        (Optional[Union[int, float]], "x", "write none, or write a whole number, or write a number"),  # noqa: UP045, UP007
+        (Literal[1, 2], "3", "choose from 1, 2"),
+        (list[int], "3", "mine: option option is '3': no text for list is read"),
+    ],
+)
+def test_text_that_an_annotation_does_not_have_is_refused(annotation, text, says):
+    with pytest.raises(UsageError, match=says):
+        checked_options("mine", options_of(annotation), {"option": text})
+
+
+@pytest.mark.fault(63)
+def test_without_an_annotation_that_can_be_evaluated_the_default_tells_the_type():
+    for annotation in ("OnlyForTypeCheckers", inspect.Parameter.empty):
+        assert checked_options("mine", options_of(annotation, 1.0), {"option": "2"}) == {"option": 2.0}
+        assert checked_options("mine", options_of(annotation, None), {"option": "2"}) == {"option": "2"}

@@ -212,6 +212,26 @@ CASES |= {
         "negative strides, read-only, lists, tensors, other integers; class names that are numbers",
         "converted where no value changes; else a DataError before anything is written",
     ),
+    61: Case(
+        "progress as a number",
+        "0.25, 0 and 1 to the losses of every method; 30, -0.1, NaN",
+        "the terms of a tensor of that value; a usage error that says epoch / epochs",
+    ),
+    62: Case(
+        "teacher checkpoints of other repositories",
+        "weights under eight keys, nested, prefixed, unordered; .safetensors; argparse.Namespace and numpy beside them",
+        "the teacher has the same logits; tensors and values only are read",
+    ),
+    63: Case(
+        "options of one's own network or data set",
+        "float, bool, Literal, Path, Optional, unions, aliases; postponed, or none at all",
+        "the option has that type; else status 2 with what to write",
+    ),
+    64: Case(
+        "a teacher checkpoint that is not of that network",
+        "a pickled module, code, other keys, another order, .safetensors with foreign names",
+        "status 4; names what was found; nothing in it runs, no order is guessed",
+    ),
     71: Case(
         "a resume with other pixels, labels or classes",
         "the data set changed where it lies; classes swapped",

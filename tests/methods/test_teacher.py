@@ -1,5 +1,6 @@
 """A frozen teacher: its terms worked by hand, what it leaves alone, and every place that it may come from."""
 
+import argparse
 import copy
 import dataclasses
 import json
@@ -9,7 +10,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -97,6 +100,22 @@ def test_each_view_has_its_own_teacher_logits():
             (outputs.logits[index] / 3).log_softmax(1), (target / 3).softmax(1), reduction="batchmean"
         )
         torch.testing.assert_close(terms[f"kl/teacher->student{index}"], expected)
+
+
+@pytest.mark.fault(61)
+@pytest.mark.parametrize("name", METHODS)
+def test_progress_may_be_a_number(name):
+    kind = METHODS[name]
+    students = tiny.own_students(1 if kind.max_students == 1 else max(2, kind.min_students))
+    method = kind(students, 3, image_size=(8, 8))
+    method = method if kind.teacher == "refused" else WithTeacher(method, teacher_of())
+    outputs = method(torch.randn(*((method.views,) if method.views > 1 else ()), 6, 3, 8, 8))
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    assert method.losses(outputs, labels, 0.25) == method.losses(outputs, labels, torch.tensor(0.25))
+    assert method.losses(outputs, labels, 1) == method.losses(outputs, labels, torch.tensor(1.0))
+    for wrong in (30, -0.1, math.nan):
+        with pytest.raises(UsageError, match="it must be epoch / epochs, 0 to 1"):
+            method.losses(outputs, labels, wrong)
 
 
 # What a teacher leaves alone, and is left alone by.
@@ -430,6 +449,15 @@ FORMS: dict[str, Callable[[dict[str, Tensor]], object]] = {
     "mdistiller": lambda state: {"epoch": 240, "model": state, "best_acc": 72.1},
     "state_dict": lambda state: {"state_dict": state, "arch": "net"},
     "plain": lambda state: state,
+    "RepDistiller's last": lambda state: {"opt": argparse.Namespace(model="resnet20", lr=0.1), "model": state},
+    "numpy beside it": lambda state: {"best": np.float64(72.1), "epoch": np.int64(3), "net": state},
+    "nested": lambda state: {"checkpoint": {"state_dict": {f"module.{name}": each for name, each in state.items()}}},
+    "with momentum": lambda state: {
+        "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]},
+        "mean": torch.zeros(3),
+        "weights": state,
+    },
+    "a student beside it": lambda state: {"student": tiny.network(10).state_dict(), "teacher": state},
     "data parallel": lambda state: {"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}},
     "old torch": lambda state: {"model": {name: each for name, each in state.items() if "num_batches" not in name}},
 }
@@ -446,6 +474,7 @@ def shaken(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
+@pytest.mark.fault(62)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", FOREIGN)
 def test_checkpoints_of_other_repositories_give_the_same_logits(tmp_path, name, form):
@@ -457,6 +486,28 @@ def test_checkpoints_of_other_repositories_give_the_same_logits(tmp_path, name, 
     with torch.no_grad():
         torch.testing.assert_close(teacher(images), foreign(images), rtol=1e-4, atol=1e-5)
     assert teacher.spec == name
+
+
+KEYS = ("model", "state_dict", "model_state_dict", "model_state", "net", "network", "student", "student_state_dict")
+
+
+@pytest.mark.fault(62)
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
+def test_equal_names_are_matched_by_name(made, tmp_path, prefix):
+    state = {f"{prefix}{name}": value for name, value in reversed(teacher_of().state_dict().items())}
+    for key in KEYS:
+        torch.save({"epoch": 3, key: state}, tmp_path / "teacher.pth")
+        assert same(read_checkpoint(tmp_path / "teacher.pth", "tiny", 3).state_dict(), teacher_of().state_dict())
+    safetensors.torch.save_file(state, tmp_path / "teacher.safetensors")
+    found = read_checkpoint(tmp_path / "teacher.safetensors", "tiny", 3)
+    assert same(found.state_dict(), teacher_of().state_dict())
+
+
+@pytest.mark.fault(62)
+def test_plain_safetensors_teach(made, capsys, tmp_path):
+    safetensors.torch.save_file(teacher_of().state_dict(), tmp_path / "plain.safetensors")
+    assert train_kd(made, "--teacher", "plain.safetensors", "--teacher-network", "tiny") == 0
+    assert cd.Run("out").metrics()[0]["train"]["kl/teacher->student0"] > 0
 
 
 def test_a_file_of_an_old_torch_is_read(tmp_path):
@@ -597,6 +648,7 @@ class Evil:
         return os.mkdir, (str(self.sentinel),)
 
 
+@pytest.mark.fault(64)
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
 def test_a_malicious_checkpoint_runs_nothing(flags, capsys, tmp_path, zipped):
     sentinel = tmp_path / "sentinel"
@@ -607,6 +659,29 @@ def test_a_malicious_checkpoint_runs_nothing(flags, capsys, tmp_path, zipped):
     assert not sentinel.exists()
     torch.load(tmp_path / "evil.pth", weights_only=False)  # and it would have
     assert sentinel.exists()
+
+
+@pytest.mark.fault(64)
+def test_a_checkpoint_that_does_not_fit_names_its_keys(made, tmp_path):
+    def says(content: object, message: str) -> None:
+        torch.save(content, tmp_path / "t.pth")
+        with pytest.raises(CheckpointError, match=message):
+            read_checkpoint(tmp_path / "t.pth", "tiny", 3)
+
+    state = teacher_of().state_dict()
+    says({"epoch": 3, "best": 0.5}, "holds no weights by name; its keys are epoch, best$")
+    says({"epoch": 3, "net": teacher_of(classes=4).state_dict()}, r"is \[4, 8\], but tiny .*; its keys are epoch, net$")
+    says({"model": nn.Linear(2, 2)}, r"cannot be read: it holds a torch\S*Linear, .*save the network's state_dict\(\)")
+    # Two tensors of one shape in another order would be another network without a word.
+    swap = {"weight": "bias", "bias": "weight"}
+    pairs = [(name.rpartition(".")[2], each) for name, each in state.items()]
+    turned = {f"a{index}.{swap.get(end, end)}": each for index, (end, each) in enumerate(pairs)}
+    says({"net": turned}, "a0.bias is where tiny with 3 classes has stages.0.0.weight: not in the order of its layers")
+    safetensors.torch.save_file(
+        {f"b{index}": each for index, each in enumerate(state.values())}, tmp_path / "t.safetensors"
+    )
+    with pytest.raises(CheckpointError, match=r"b0 is not a name in tiny .*has no order"):
+        read_checkpoint(tmp_path / "t.safetensors", "tiny", 3)
 
 
 def test_weights_of_another_shape_name_the_first_tensor(flags, capsys, tmp_path):

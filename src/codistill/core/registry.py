@@ -7,9 +7,10 @@ import importlib.util
 import inspect
 import pkgutil
 import re
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Generic, Literal, TypeVar, Union, get_args, get_origin
 
 from codistill.core.errors import UsageError
 
@@ -69,8 +70,14 @@ def checked_options(where: str, build: Callable[..., Any], options: Mapping[str,
     Raises:
         UsageError: An option that does not exist, or text that is not a value of it.
     """
-    parameters = inspect.signature(build).parameters.values()
-    known = {each.name: each.annotation for each in parameters if each.default is not inspect.Parameter.empty}
+    try:
+        parameters = inspect.signature(build, eval_str=True).parameters.values()
+    except Exception:  # an annotation that only a type checker can evaluate
+        parameters = inspect.signature(build).parameters.values()
+    known = {each.name: each.annotation for each in parameters if each.default is not each.empty}
+    for each in parameters:
+        if each.name in known and (each.annotation is each.empty or isinstance(each.annotation, str)):
+            known[each.name] = Any if each.default is None else type(each.default)
     for key in options:
         if key not in known:
             hint = near_matches(key, known) if known else "it has no options"
@@ -78,17 +85,46 @@ def checked_options(where: str, build: Callable[..., Any], options: Mapping[str,
     return {key: _typed(f"{where}: option {key}", value, known[key]) for key, value in options.items()}
 
 
+_FORMS = {bool: "true or false", int: "a whole number", float: "a number", types.NoneType: "none"}
+
+
 def _typed(where: str, value: Any, annotation: Any) -> Any:
-    if get_origin(annotation) is Literal and value not in get_args(annotation):
-        raise UsageError(f"{where} is {value!r}: {near_matches(str(value), map(str, get_args(annotation)))}")
-    if annotation not in (bool, int) or type(value) is annotation:
-        return value
+    """Turn text into a value of an annotation, or raise a UsageError."""
+    choices, origin, text = get_args(annotation), get_origin(annotation), str(value)
+    alias = getattr(annotation, "__value__", None) or getattr(annotation, "__supertype__", None)
+    if alias or origin is Annotated:
+        return _typed(where, value, alias or choices[0])
+    if origin is Literal:
+        for choice in choices:
+            if text == str(choice):
+                return choice
+        raise UsageError(f"{where} is {value!r}: {near_matches(text, map(str, choices))}")
+    if origin in (Union, types.UnionType):
+        if type(value) in choices and type(value) is not str:
+            return value
+        reasons = []
+        for choice in sorted(choices, key=lambda choice: (choice is not types.NoneType) + (choice is str)):
+            try:
+                return _typed(where, value, choice)
+            except UsageError as error:
+                reasons.append(str(error).removeprefix(f"{where} is {value!r}: "))
+        raise UsageError(f"{where} is {value!r}: {', or '.join(reasons)}")
     words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if annotation is bool and str(value).lower() in words:
-        return words[str(value).lower()]
-    if annotation is int and re.fullmatch(r"-?[0-9]+", str(value)):
-        return int(value)
-    raise UsageError(f"{where} is {value!r}: write {'true or false' if annotation is bool else 'a whole number'}")
+    if annotation is bool and text.lower() in words:
+        return words[text.lower()]
+    if annotation is int and re.fullmatch(r"-?[0-9]+", text):
+        return int(text)
+    if annotation is float and re.fullmatch(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", text.lower()):
+        return float(text)
+    if annotation is types.NoneType and text.lower() == "none":
+        return None
+    if annotation in _FORMS:
+        raise UsageError(f"{where} is {value!r}: write {_FORMS[annotation]}")
+    if annotation is Path:
+        return Path(value)
+    if isinstance(value, str) and annotation not in (str, Any, object):
+        raise UsageError(f"{where} is {value!r}: no text for {getattr(annotation, '__name__', annotation)} is read")
+    return value
 
 
 class Registry(Mapping[str, T], Generic[T]):

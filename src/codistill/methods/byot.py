@@ -94,7 +94,7 @@ class BYOT(Method):
 
     Source: Zhang et al., "Be Your Own Teacher: Improve the Performance of Convolutional Neural Networks via Self
         Distillation", ICCV 2019, arXiv 1905.08094; authors' code of the journal version, ArchipLab-LinfengZhang/
-        pytorch-self-distillation-final at eda2f2b, train.py (its later commits have no hint).
+        pytorch-self-distillation-final at eda2f2b, train.py (the earlier 317b7e5 has no hint).
     Differs: that code takes the norm of the whole batch instead of the mean squared distance, adapts pooled features by
         a linear layer and maps by separable convolutions behind attention, and spares the hint of the deepest exit
         where its comment says the shallowest: docs/byot.md.

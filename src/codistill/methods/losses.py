@@ -78,7 +78,8 @@ def soft_target_kl(
         One loss per head, in nats.
 
     Source: Hinton et al., arXiv 1503.02531; MFEF (ICANN 2022), Eqs. (3) and (11).
-    Differs: epsilon is 0 by default; 1e-7 changes the value by less than 1e-5.
+    Differs: epsilon is 0 by default. It adds T^2 C epsilon (1 + the mean over the C classes of log(target / student)):
+        1e-7 at T 3 adds 9e-5 for 100 classes where both agree, -2e-4 to 4e-4 on random logits; a tenth of it for 10.
     """
     target_logits = at_least_float32(target_logits.detach() if detach else target_logits)
     log_probabilities = F.log_softmax(at_least_float32(logits) / temperature, dim=-1)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
+import torch
 from torch import Tensor, nn
 
 from codistill.core.errors import UsageError
@@ -75,10 +76,14 @@ class ParameterGroup:
 
 
 def with_teacher_terms(losses: Callable[..., Terms]) -> Callable[..., Terms]:
-    """Add the terms of a frozen teacher, where there is one, to those of a method's `losses`."""
+    """Add the terms of a frozen teacher, where there is one, to a method's `losses`; progress may be a number."""
 
     @functools.wraps(losses)
-    def added(method: "Method", outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
+    def added(method: "Method", outputs: Outputs, labels: Labels, progress: Scalar | float | int) -> Terms:
+        if not isinstance(progress, Tensor):
+            if not 0 <= progress <= 1:
+                raise UsageError(f"progress is {progress}; it must be epoch / epochs, 0 to 1")
+            progress = torch.tensor(float(progress), device=labels.device)
         terms = losses(method, outputs, labels, progress)
         teacher = method.taught_by
         return terms if teacher is None or TEACHER_TERM in terms else terms | teacher.terms(outputs)
@@ -179,10 +184,14 @@ class Method(nn.Module):
         Args:
             outputs: Those of a forward pass.
             labels: Class indices.
-            progress: Share of the epochs that are done, epoch / epochs, constant within an epoch.
+            progress: Share of the epochs that are done, epoch / epochs, constant within an epoch; also as a number, which
+                reaches a subclass as a tensor.
 
         Returns:
             Named scalars such as `ce/student0` and `kl/fused->student0`.
+
+        Raises:
+            UsageError: A number that is no share of the epochs.
         """
         raise NotImplementedError
 

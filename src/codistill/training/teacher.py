@@ -1,8 +1,13 @@
 """A frozen teacher beside the students of any method that allows one."""
 
+import argparse
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -47,35 +52,92 @@ def load_teacher(settings: TeacherSettings, class_names: tuple[str, ...], statis
 
 
 def read_checkpoint(path: Path, spec: str, num_classes: int) -> Network:
-    """Read the weights of a network from a checkpoint of RepDistiller, of mdistiller, or of plain weights.
+    """Read the weights of a network from a checkpoint of RepDistiller, of mdistiller, or of any other repository.
 
-    The file holds {"model": weights}, {"state_dict": weights} or weights; tensors and plain values only. Names differ
-    from repository to repository, the order of the layers does not: tensors are taken in order, and every shape must
-    agree.
+    The file, by torch.save or .safetensors, holds weights by name or a dictionary of them, under any key. Equal names
+    are matched by name, a prefix of all such as `module.` left out. Other names differ from repository to repository,
+    the order of the layers does not: such tensors are taken in order, and every shape must agree.
+
+    Raises:
+        CheckpointError: Missing, damaged, more than plain values in it, or weights of another network.
     """
+    content = _read_values(path)
+    tables = _tables(content) or ({"": content} if _has_weights(content) else {})
+    if not tables:
+        raise CheckpointError(f"teacher {path}: holds no weights by name{_found(content)}")
+    reasons = []
+    for key in sorted(tables, key=lambda key: _KEYS.index(key) if key in _KEYS else len(_KEYS)):
+        built = network(spec, num_classes)
+        wanted = {name: value for name, value in built.state_dict().items() if value.ndim > 0}
+        given = {name: value for name, value in tables[key].items() if isinstance(value, Tensor) and value.ndim > 0}
+        while len({name.partition(".")[0] for name in given}) == 1 and all("." in name for name in given):
+            given = {name.partition(".")[2]: value for name, value in given.items()}
+        fault = _mismatch(given, wanted, f"{spec} with {num_classes} classes", path.suffix != ".safetensors")
+        if not fault:
+            order = wanted if given.keys() == wanted.keys() else given
+            built.load_state_dict({name: given[own] for name, own in zip(wanted, order, strict=True)}, strict=False)
+            return built
+        reasons.append(fault)
+    raise CheckpointError(f"teacher {path}: {reasons[0]}{'' if '' in tables else _found(content)}")
+
+
+_KEYS = ("model", "state_dict", "model_state_dict", "model_state", "net", "network", "teacher", "student")
+"""Where weights of several networks are in a file, the first of these that fits is taken."""
+
+
+def _read_values(path: Path) -> Any:
+    # Options of argparse and numpy's scalars lie beside the weights of many; neither runs code when it is read.
+    scalars: list[Any] = [np.dtype, *{type(np.dtype(kind)) for kind in (bool, int, "int32", float, "float32")}]
+    rebuild = np.float64(0).__reduce__()[0]
+    scalars += [(rebuild, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace, *scalars]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"teacher {path}: no such file") from None
     except Exception as error:  # torch.load answers damage with five different types
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        if foreign := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            reason = f"it holds a {foreign[1]}, and only values are read: save the network's state_dict() alone"
         raise CheckpointError(f"teacher {path}: cannot be read: {reason}") from None
-    for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    built = network(spec, num_classes)
-    if not isinstance(content, dict):
-        raise CheckpointError(f"teacher {path}: holds no weights by name")
-    given = [(name, value) for name, value in content.items() if isinstance(value, Tensor) and value.ndim > 0]
-    wanted = [(name, value) for name, value in built.state_dict().items() if value.ndim > 0]
-    for (name, value), (_, own) in zip(given, wanted, strict=False):
-        if value.shape != own.shape:
-            raise CheckpointError(
-                f"teacher {path}: {name} is {list(value.shape)}, but {spec} with {num_classes} classes has "
-                f"{list(own.shape)} there: name its network with --teacher-network"
+
+
+def _has_weights(content: Any) -> bool:
+    return isinstance(content, Mapping) and any(
+        isinstance(name, str) and isinstance(value, Tensor) and value.ndim > 0 for name, value in content.items()
+    )
+
+
+def _tables(content: Any, depth: int = 2) -> dict[str, Any]:
+    """Find the dictionaries of weights within a checkpoint, by their keys."""
+    found: dict[str, Any] = {}
+    for key, value in content.items() if isinstance(content, Mapping) and depth else ():
+        inner = {str(key): value} if _has_weights(value) else _tables(value, depth - 1)
+        found |= {name if name in _KEYS and key not in _KEYS else str(key): each for name, each in inner.items()}
+    return found
+
+
+def _found(content: Any) -> str:
+    keys = ", ".join(list(map(str, content))[:12]) if isinstance(content, Mapping) else ""
+    return f"; its keys are {keys}" if keys else ""
+
+
+def _mismatch(given: dict[str, Tensor], wanted: dict[str, Tensor], network: str, ordered: bool) -> str:
+    """Return why tensors are not those of a network; empty: they are."""
+    by_name = given.keys() == wanted.keys()
+    if not by_name and not ordered and len(given) == len(wanted):
+        return f"{min(given.keys() - wanted.keys())} is not a name in {network}, and .safetensors has no order"
+    for name, (own, value) in zip(wanted if by_name else given, wanted.items(), strict=False):
+        if given[name].shape != value.shape:
+            return (
+                f"{name} is {list(given[name].shape)}, but {network} has {list(value.shape)} there: "
+                "name its network with --teacher-network"
             )
+        kinds = name.rpartition(".")[2], own.rpartition(".")[2]
+        if kinds[0] != kinds[1] and {*kinds} <= {"weight", "bias", "running_mean", "running_var"}:
+            return f"{name} is where {network} has {own}: not in the order of its layers"
     if len(given) != len(wanted):
-        raise CheckpointError(f"teacher {path}: has {len(given)} tensors, but {spec} {len(wanted)}: not that network")
-    state = {name: value for (name, _), (_, value) in zip(wanted, given, strict=True)}
-    built.load_state_dict(state, strict=False)
-    return built
+        return f"has {len(given)} tensors, but {network.partition(' ')[0]} {len(wanted)}: not that network"
+    return ""
