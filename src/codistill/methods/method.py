@@ -184,7 +184,7 @@ class Method(nn.Module):
         Args:
             outputs: Those of a forward pass.
             labels: Class indices.
-            progress: Share of the epochs that are done, epoch / epochs, constant within an epoch; also as a number, which
+            progress: Share of the epochs that are done, epoch / epochs, constant within an epoch; also a number, which
                 reaches a subclass as a tensor.
 
         Returns:
