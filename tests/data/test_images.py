@@ -1,3 +1,4 @@
+import contextlib
 import io
 import struct
 import zlib
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from codistill.core.errors import DataError
+from codistill.core.errors import DataError, ResourceError
 from codistill.data.images import decode_image, open_image
 
 from .writers import encode
@@ -182,3 +183,16 @@ def test_every_kind_of_pixels_of_a_tiff(mode):
     assert image.shape == RGB.shape and (
         mode in ("1", "P", "PA") or np.abs(image[:, :, 0].astype(int) - RGB[:, :, 0]).max() <= 2
     )
+
+
+@pytest.mark.fault(41)
+def test_damage_anywhere_is_one_error_and_decoders_print_nothing(capfd):
+    random = np.random.default_rng(0)
+    for kind in ("PNG", "JPEG", "WEBP", "TIFF"):
+        content = np.frombuffer(with_metadata(kind, 1) if kind != "TIFF" else encode(RGB, kind), np.uint8)
+        for _ in range(100):
+            damaged = content.copy()
+            damaged[random.integers(0, 300, 3)] = random.integers(0, 256, 3)
+            with contextlib.suppress(DataError, ResourceError):
+                assert decode_image(damaged[: random.integers(0, 2 * len(damaged))].tobytes(), "x").dtype == np.uint8
+    assert capfd.readouterr() == ("", "")

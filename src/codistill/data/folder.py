@@ -86,7 +86,7 @@ def _class_files(part: Path, bad: list[str]) -> Files:
             if file.is_file() and file.suffix.lower() in SUFFIXES:
                 images.append(file)
             else:
-                bad.append(f"{file}: is not an image file ({' '.join(SUFFIXES)}): remove it; {LAYOUT}")
+                bad.append(f"{file}: is not an image file ({' '.join(SUFFIXES)}): remove it")
     if not files:
         raise DataError(f"{part}: holds no class folders: {LAYOUT}")
     return dict(sorted(files.items()))

@@ -1,6 +1,7 @@
 """Decode one image file into RGB pixels; used by data sets and by `codistill predict`."""
 
 import io
+import logging
 import threading
 import warnings
 from pathlib import Path
@@ -31,6 +32,7 @@ TURNS = {  # to undo each EXIF orientation
 }
 
 _opening = threading.Lock()
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it would print of a bad file is in the error
 
 
 def open_image(path: Path, size: tuple[int, int] | None = None) -> Pixels:
