@@ -308,7 +308,7 @@ def test_modules_that_students_share_are_written_once(tiny_registered, tmp_path)
 def test_networks_and_data_of_ones_own(tmp_path):
     data, method = tiny.data(test=12), tiny.method()
     run = cd.train(method, data, out=tmp_path / "run", settings=tiny.settings(epochs=1), show=False)
-    with pytest.raises(UsageError, match="networks of your own cannot be rebuilt: export to onnx"):
+    with pytest.raises(UsageError, match="the run has networks of your own, that have no name: export to onnx"):
         run.export("student0", tmp_path / "student.safetensors")
     path = run.export("fused", tmp_path / "fused.onnx")
     assert path == tmp_path / "fused.onnx"

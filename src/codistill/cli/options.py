@@ -47,7 +47,7 @@ class ResumeOptions:
     data_dir: str | None = field(default=None, metadata={"metavar": "PATH"})
     """Where the data set is now, if it has moved."""
     override: tuple[str, ...] = field(default=(), metadata={"metavar": "KEY=VALUE .."})
-    """New values of settings that do not affect results: device=cpu threads=1 data_dir=FOLDER."""
+    """New values of settings that do not affect results: device=cpu threads=1 data_dir=FOLDER teacher=PATH."""
 
 
 @dataclass(frozen=True, kw_only=True)

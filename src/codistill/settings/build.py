@@ -17,7 +17,7 @@ def unbuildable(method: str, networks: Sequence[str] = ()) -> str:
     if method not in METHODS:
         return f"method {method!r} is not registered in this program"
     if "" in networks:
-        return "it has networks of your own, that have no name"
+        return "the run has networks of your own, that have no name"
     unknown = [name for name in (spec.partition(":")[0] for spec in networks) if name not in NETWORKS]
     return f"network {unknown[0]!r} is not registered in this program" if unknown else ""
 
