@@ -506,6 +506,8 @@ def test_equal_names_are_matched_by_name(made, tmp_path, prefix):
 @pytest.mark.fault(62)
 def test_plain_safetensors_teach(made, capsys, tmp_path):
     safetensors.torch.save_file(teacher_of().state_dict(), tmp_path / "plain.safetensors")
+    assert train_kd(made, "--teacher", "plain.safetensors") == 4
+    assert "plain weights teach with --teacher-network" in capsys.readouterr().err
     assert train_kd(made, "--teacher", "plain.safetensors", "--teacher-network", "tiny") == 0
     assert cd.Run("out").metrics()[0]["train"]["kl/teacher->student0"] > 0
 

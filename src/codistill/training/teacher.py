@@ -39,7 +39,12 @@ def load_teacher(settings: TeacherSettings, class_names: tuple[str, ...], statis
         if not path.exists():
             raise CheckpointError(f"teacher {path}: no such run folder or file")
         raise UsageError(f"teacher {path}: name the network whose weights it holds with --teacher-network")
-    card, module = load_predictor(path, settings.teacher_predictor)
+    try:
+        card, module = load_predictor(path, settings.teacher_predictor)
+    except CheckpointError as error:
+        if path.is_file():
+            raise CheckpointError(f"{error}; plain weights teach with --teacher-network") from None
+        raise
     if tuple(card["class_names"]) != tuple(class_names):
         raise UsageError(
             f"teacher {path} knows {len(card['class_names'])} classes ({card['trained_on']}) that are not the "
