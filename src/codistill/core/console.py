@@ -39,7 +39,8 @@ def lasting_console(show: bool, **options: Any) -> "Console":
             # Or else Python stumbles over the rest of the buffer when it exits.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    return LastingConsole(quiet=not show, highlight=False, markup=False, emoji=False, **options)
+    plain = {"highlight": False, "markup": False, "emoji": False}
+    return LastingConsole(quiet=not show, **(plain | options))
 
 
 def track(items: Iterable[T], title: str, total: int | None) -> Iterable[T]:
