@@ -144,8 +144,14 @@ CHANGES = {
     "another format": (lambda weights, card: card.update(format=2), "of format 2, but this version reads format 1"),
     "no format": (lambda weights, card: card.pop("format"), "damaged, or not written by codistill: KeyError"),
     "an unknown predictor": (lambda weights, card: card.update(predictor="teacher"), "KeyError: 'teacher'"),
-    "an unknown network": (lambda weights, card: card.update(networks=["tiny21"] * 2), "unknown network 'tiny21'"),
-    "an unknown method": (lambda weights, card: card["method"].update(name="mfeff"), "unknown method 'mfeff'"),
+    "an unknown network": (
+        lambda weights, card: card.update(networks=["tiny21"] * 2),
+        "network 'tiny21' is not registered in this program",
+    ),
+    "an unknown method": (
+        lambda weights, card: card["method"].update(name="mfeff"),
+        "method 'mfeff' is not registered in this program",
+    ),
     "an unknown setting": (lambda weights, card: card["method"].update(tempo=3), "unknown key 'tempo'"),
     "networks of another width": (lambda weights, card: card.update(networks=["tiny", "tiny"]), "model.safetensors: "),
     "other classes": (lambda weights, card: card.update(class_names=["a", "b"]), "size mismatch|shape"),

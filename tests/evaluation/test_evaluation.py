@@ -104,7 +104,10 @@ def test_other_data_is_refused(run, tmp_path, other):
     if other == "classes":
         data = dataclasses.replace(data, class_names=("red", "blue", "green"))
     path = tiny.write_npz(tmp_path / "other.npz", data)
-    with pytest.raises(DataError, match=r"classes or image size are not those that .* was trained on"):
+    with pytest.raises(
+        DataError,
+        match=rf"other {'classes' if other == 'classes' else 'image size'} than those of the run: .* was trained on",
+    ):
         evaluate_run(run, data_dir=str(path), device="cpu")
 
 

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -68,9 +70,11 @@ def test_stage_shapes(name, shortcut, on_meta):
     assert probe_shapes(built, (27, 33)) == [(16, 27, 33), (16, 27, 33), (32, 14, 17), (64, 7, 9)]
 
 
-@pytest.mark.parametrize("shortcut", ["C", "a", ""])
-def test_unknown_shortcuts_are_refused(shortcut):
-    with pytest.raises(UsageError, match=f"resnet20: option shortcut is '{shortcut}': choose from A, B"):
+@pytest.mark.parametrize(
+    ("shortcut", "hint"), [("C", "choose from A, B"), ("a", "did you mean A?"), ("", "choose from")]
+)
+def test_unknown_shortcuts_are_refused(shortcut, hint):
+    with pytest.raises(UsageError, match=f"resnet20: option shortcut is '{shortcut}': {re.escape(hint)}"):
         network(f"resnet20:shortcut={shortcut}", 10)
 
 

@@ -99,7 +99,7 @@ class RunFolder:
     def refuse_unbuildable(self) -> None:
         """Raise `CheckpointError` where the method can be built only by the user's program, and was not handed in."""
         if self.own_method is None and (why := self.unbuildable):
-            raise CheckpointError(f"{self.path}: {why}: {hand_in('method')}")
+            raise CheckpointError(f"{self.path}/config.json: {why}: {hand_in('method')}")
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -211,7 +211,7 @@ class RunFolder:
         ):
             if found != began:
                 fix = f"{shown(found)}, but {self.path} was trained on {shown(began)}"
-                raise DataError(f"data set {data.name}: its {what} are not those of the run: {fix}")
+                raise DataError(f"data set {data.name}: other {what} than those of the run: {fix}")
 
     def best_student(self) -> str:
         """Name the student with the lowest top-1 error at the end of training.
