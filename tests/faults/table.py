@@ -35,7 +35,7 @@ def page() -> str:
     assert marker, f"{PAGE} has lost its line {MARKER}"
     lines = ["", "| # | fault | how it is injected | promise | tests |", "|---|---|---|---|---|"]
     tests = tests_by_case()
-    for number, case in CASES.items():
+    for number, case in sorted(CASES.items()):
         names = "<br>".join(f"`{name}`" for name in tests[number])
         lines.append(f"| {number} | {case.fault} | {case.injection} | {case.promise} | {names} |")
     return prose + marker + "\n".join(lines) + "\n"

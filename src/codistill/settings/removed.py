@@ -28,7 +28,7 @@ FOREIGN = {
     "val_split val_size val_fraction": "hold training images out with --validation",
     "manual_seed random_seed": "choose it with --seed",
     "method algorithm distill": "the method has no flag: codistill train METHOD",
-    "resume continue": "a run goes on with: codistill resume RUN",
+    "resume continue": "an interrupted run continues with: codistill resume RUN",
     "config cfg": "settings are read from a file with --recipe",
 }
 """What there is instead of settings of other tools, several names a line."""
