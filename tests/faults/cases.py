@@ -283,5 +283,10 @@ CASES |= {
         "status 2; names what there is instead; only near names are suggested",
     ),
     56: Case("a command line within a thread", "a training", "trains; handlers of signals stay"),
+    81: Case(
+        "a teacher of the zoo that the field compares with",
+        "_last.pth of RepDistiller: resnet8 to 110, 8x4, 32x4, wrn, vgg, with argparse.Namespace",
+        "its network has a name; the same logits as of the authors' code",
+    ),
     57: Case("a run or a data set shown in a notebook", "repr of both", "one short line"),
 }

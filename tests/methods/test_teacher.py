@@ -31,6 +31,7 @@ from codistill.training.step import make_step
 from codistill.training.teacher import load_teacher, read_checkpoint
 
 from .. import tiny
+from ..networks.zoo import ZOO, foreign
 
 START = torch.tensor(0.0)
 STATISTICS = ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
@@ -367,78 +368,7 @@ def test_a_stronger_teacher_term_brings_the_students_closer(made, capsys):
 # Where a teacher comes from: checkpoints of other repositories.
 
 
-class ForeignBlock(nn.Module):
-    def __init__(self, before: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(before, width, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.downsample = None
-        if before != width:
-            self.downsample = nn.Sequential(nn.Conv2d(before, width, 1, stride, bias=False), nn.BatchNorm2d(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
-        return (y + (x if self.downsample is None else self.downsample(x))).relu()
-
-
-class ForeignResNet20(nn.Module):
-    """ResNet-20 with the names of RepDistiller's."""
-
-    def __init__(self, classes: int) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        self.layer1 = nn.Sequential(*(ForeignBlock(16, 16, 1) for _ in range(3)))
-        self.layer2 = nn.Sequential(ForeignBlock(16, 32, 2), ForeignBlock(32, 32, 1), ForeignBlock(32, 32, 1))
-        self.layer3 = nn.Sequential(ForeignBlock(32, 64, 2), ForeignBlock(64, 64, 1), ForeignBlock(64, 64, 1))
-        self.fc = nn.Linear(64, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.layer3(self.layer2(self.layer1(self.bn1(self.conv1(x)).relu())))
-        return self.fc(x.mean((2, 3)))
-
-
-class ForeignWideBlock(nn.Module):
-    def __init__(self, before: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.bn1 = nn.BatchNorm2d(before)
-        self.conv1 = nn.Conv2d(before, width, 3, stride, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.convShortcut = None if before == width else nn.Conv2d(before, width, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn1(x).relu()
-        return self.conv2(self.bn2(self.conv1(y)).relu()) + (x if self.convShortcut is None else self.convShortcut(y))
-
-
-class ForeignWideGroup(nn.Module):
-    def __init__(self, before: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.layer = nn.Sequential(ForeignWideBlock(before, width, stride), ForeignWideBlock(width, width, 1))
-
-
-class ForeignWRN162(nn.Module):
-    """WRN-16-2 with the names of RepDistiller's."""
-
-    def __init__(self, classes: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.block1, self.block2 = ForeignWideGroup(16, 32, 1), ForeignWideGroup(32, 64, 2)
-        self.block3 = ForeignWideGroup(64, 128, 2)
-        self.bn1 = nn.BatchNorm2d(128)
-        self.fc = nn.Linear(128, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.block3.layer(self.block2.layer(self.block1.layer(self.conv1(x))))
-        return self.fc(self.bn1(x).relu().mean((2, 3)))
-
-
-FOREIGN = {
-    "resnet20": (ForeignResNet20, "layer1.0.conv1.weight"),
-    "wrn-16-2": (ForeignWRN162, "block1.layer.0.bn1.bias"),
-}
+FOREIGN = {"resnet20": "layer1.0.conv1.weight", "wrn-16-2": "block1.layer.0.bn1.bias"}
 FORMS: dict[str, Callable[[dict[str, Tensor]], object]] = {
     "RepDistiller": lambda state: {
         "epoch": 240,
@@ -478,14 +408,45 @@ def shaken(module: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", FOREIGN)
 def test_checkpoints_of_other_repositories_give_the_same_logits(tmp_path, name, form):
-    foreign = shaken(FOREIGN[name][0](10))
-    assert FOREIGN[name][1] in foreign.state_dict()
-    torch.save(FORMS[form](foreign.state_dict()), tmp_path / "teacher.pth")
-    teacher = read_checkpoint(tmp_path / "teacher.pth", name, 10).eval()
-    images = torch.randn(2, 3, 32, 32)
+    theirs = shaken(foreign(name, 10))
+    assert FOREIGN[name] in theirs.state_dict()
+    torch.save(FORMS[form](theirs.state_dict()), tmp_path / "teacher.pth")
+    same_logits(theirs, tmp_path / "teacher.pth", name)
+
+
+def same_logits(theirs: nn.Module, path: Path, name: str, classes: int = 10, size: int = 32) -> None:
+    teacher = read_checkpoint(path, name, classes).eval()
+    images = torch.randn(2, 3, size, size)
     with torch.no_grad():
-        torch.testing.assert_close(teacher(images), foreign(images), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(teacher(images), theirs(images), rtol=1e-4, atol=1e-5)
     assert teacher.spec == name
+
+
+@pytest.mark.fault(81)
+@pytest.mark.parametrize("name", ["resnet8", "resnet32x4", "wrn-40-2", "wrn-16-1", "vgg8", "vgg13"])
+def test_last_checkpoints_of_the_zoo_give_the_same_logits(tmp_path, name):
+    options = argparse.Namespace(model=name, learning_rate=0.05, lr_decay_epochs=[150, 180, 210], tb_path="./save")
+    theirs = shaken(foreign(name, 100))
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    saved = {"opt": options, "model": theirs.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(saved | {"accuracy": torch.tensor(79.42)}, tmp_path / f"{name}_last.pth")
+    same_logits(theirs, tmp_path / f"{name}_last.pth", name, 100, 64 if name == "vgg8" else 32)
+
+
+@pytest.mark.fault(81)
+@pytest.mark.parametrize("name", ZOO)
+def test_all_of_the_zoo_has_our_shapes_in_our_order(name):
+    with torch.device("meta"):
+        theirs, ours = foreign(name, 100).state_dict(), cd.network(name, 100).state_dict()
+    shapes = [[(key.rpartition(".")[2], each.shape) for key, each in state.items()] for state in (theirs, ours)]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.fault(81)
+def test_names_of_the_zoo_lead_to_ours(tmp_path):
+    for spelling, name in {"wrn_40_2": "wrn-40-2", "vgg13_bn": "vgg13", "resnet8X4": "resnet8x4"}.items():
+        with pytest.raises(UsageError, match=f"unknown network '{spelling}': did you mean .*{name}"):
+            cd.network(spelling, 10)
 
 
 KEYS = ("model", "state_dict", "model_state_dict", "model_state", "net", "network", "student", "student_state_dict")
@@ -513,12 +474,9 @@ def test_plain_safetensors_teach(made, capsys, tmp_path):
 
 
 def test_a_file_of_an_old_torch_is_read(tmp_path):
-    foreign = shaken(ForeignResNet20(10))
-    path = tmp_path / "teacher.pth"
-    torch.save({"model": foreign.state_dict()}, path, _use_new_zipfile_serialization=False)
-    teacher = read_checkpoint(path, "resnet20", 10).eval()
-    images = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(teacher(images), foreign(images), rtol=1e-4, atol=1e-5)
+    theirs = shaken(foreign("resnet20", 10))
+    torch.save({"model": theirs.state_dict()}, tmp_path / "t.pth", _use_new_zipfile_serialization=False)
+    same_logits(theirs, tmp_path / "t.pth", "resnet20")
 
 
 def test_a_checkpoint_teaches(made, capsys, tmp_path):
@@ -696,7 +654,7 @@ def test_weights_of_another_shape_name_the_first_tensor(flags, capsys, tmp_path)
 
 
 def test_weights_for_other_classes_are_refused(tmp_path):
-    torch.save(ForeignResNet20(100).state_dict(), tmp_path / "hundred.pth")
+    torch.save(foreign("resnet20", 100).state_dict(), tmp_path / "hundred.pth")
     message = r"fc\.weight is \[100, 64\], but resnet20 with 10 classes has \[10, 64\] there"
     with pytest.raises(CheckpointError, match=message):
         read_checkpoint(tmp_path / "hundred.pth", "resnet20", 10)

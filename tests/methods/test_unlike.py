@@ -1,4 +1,4 @@
-"""Every method with the real pairs of the paper's Table 4, and three of a kind; on the meta device, to be quick."""
+"""Every method with the real pairs of the paper's Table 4, one of RepDistiller's zoo, and three of a kind; on the meta device, to be quick."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from codistill.core.errors import UsageError
 from codistill.methods import METHODS
 from codistill.networks import network
 
-PAIRS = [("resnet32", "wrn-16-2"), ("resnet56", "wrn-40-2"), ("densenet-40-12", "mobilenetv2")]
+PAIRS = [("resnet32", "wrn-16-2"), ("vgg8", "resnet8x4"), ("resnet56", "wrn-40-2"), ("densenet-40-12", "mobilenetv2")]
 EACH_PAIR = [pytest.param(pair, marks=[pytest.mark.slow] if number else []) for number, pair in enumerate(PAIRS)]
 # One student each: nothing to pair, or exactly a light net and a booster.
 TRIPLES = [name for name in METHODS if METHODS[name].max_students is None]
@@ -38,9 +38,11 @@ def test_three_of_a_kind(method: str) -> None:
     assert set(forward(method, ("resnet20",) * 3)) == {(4, 100)}
 
 
-@pytest.mark.parametrize("method", ["mfef", "ffl", "dml"])
-def test_larger_images(method: str) -> None:
-    assert set(forward(method, ("resnet20", "mobilenetv2"), size=64)) == {(4, 100)}
+@pytest.mark.parametrize(
+    ("method", "pair"), [*((name, ("resnet20", "mobilenetv2")) for name in ("mfef", "ffl", "dml")), ("mfef", PAIRS[1])]
+)
+def test_larger_images(method: str, pair: tuple[str, str]) -> None:
+    assert set(forward(method, pair, size=64)) == {(4, 100)}
 
 
 @pytest.mark.parametrize("method", ["mfef", "ffl"])

@@ -14,8 +14,11 @@ from .conftest import norm
 
 # Shortcut B for 10 and 100 classes, A for 10 and 100 classes; by formula, cross-checked in the literature.
 COUNTS = {
+    "resnet8": (78_042, 83_892, 75_290, 81_140),
+    "resnet14": (175_258, 181_108, 172_506, 178_356),
     "resnet20": (272_474, 278_324, 269_722, 275_572),
     "resnet32": (466_906, 472_756, 464_154, 470_004),
+    "resnet44": (661_338, 667_188, 658_586, 664_436),
     "resnet56": (855_770, 861_620, 853_018, 858_868),
     "resnet110": (1_730_714, 1_736_564, 1_727_962, 1_733_812),
 }
@@ -114,3 +117,9 @@ def test_resnet18_counts_shapes_and_split(on_meta):
     shapes = [(64, 32, 32), (64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)]
     assert probe_shapes(built, (32, 32)) == shapes
     assert parameter_count(Cohort([on_meta("resnet18", 10) for _ in range(2)])) == 19_572_820
+
+
+@pytest.mark.parametrize(("name", "count"), [("resnet8x4", 1_233_540), ("resnet32x4", 7_433_860)])
+def test_four_times_as_wide(name, count, on_meta):
+    assert parameter_count(on_meta(name, 100)) == count == parameter_count(on_meta(name, 10)) + 90 * 257
+    assert probe_shapes(on_meta(name, 10), (32, 32)) == [(32, 32, 32), (64, 32, 32), (128, 16, 16), (256, 8, 8)]

@@ -9,7 +9,12 @@ from codistill.networks.wide_resnet import PreActivationBlock
 
 from .conftest import norm
 
-COUNTS = {"wrn-16-2": (691_674, 703_284), "wrn-40-2": (2_243_546, 2_255_156)}
+COUNTS = {
+    "wrn-16-1": (175_066, 180_916),
+    "wrn-40-1": (563_930, 569_780),
+    "wrn-16-2": (691_674, 703_284),
+    "wrn-40-2": (2_243_546, 2_255_156),
+}
 # The last one includes the final batch normalisation.
 STAGES = {
     "wrn-16-2": [432, 32_992, 131_520, 525_184 + 256],
@@ -21,10 +26,14 @@ TWO_BRANCHES = {"wrn-16-2": 1_241_624, "wrn-40-2": 3_975_192}
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameter_counts(name, on_meta):
     assert tuple(parameter_count(on_meta(name, num_classes)) for num_classes in (10, 100)) == COUNTS[name]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stage_counts(name, on_meta):
     assert [parameter_count(stage) for stage in on_meta(name, 10).stages] == STAGES[name]
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("name", TWO_BRANCHES)
 def test_two_branches_on_one_trunk(name, on_meta):
     cohort = Cohort([on_meta(name, 100) for _ in range(2)])
     assert cohort.shared_stages == 3
@@ -33,7 +42,8 @@ def test_two_branches_on_one_trunk(name, on_meta):
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_stage_shapes(name, on_meta):
-    shapes = [(16, 32, 32), (32, 32, 32), (64, 16, 16), (128, 8, 8)]
+    width = 16 * int(name[-1])
+    shapes = [(16, 32, 32), (width, 32, 32), (2 * width, 16, 16), (4 * width, 8, 8)]
     assert probe_shapes(on_meta(name, 10), (32, 32)) == shapes
 
 

@@ -13,7 +13,7 @@ from codistill.training.forward import TrainingForward
 from .. import tiny
 
 # One of each kind of block; the others differ in depth and width.
-KINDS = ("resnet20", "wrn-16-2", "densenet-40-12", "mobilenetv2")
+KINDS = ("resnet20", "wrn-16-2", "densenet-40-12", "mobilenetv2", "vgg8")
 
 
 def train(method: Method, size: int) -> None:

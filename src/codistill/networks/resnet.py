@@ -1,4 +1,4 @@
-"""ResNets of basic blocks for 32x32 images: ResNet-20, -32, -56 and -110 of depth 6n+2, and ResNet-18."""
+"""ResNets of basic blocks for 32x32 images: of depth 6n+2 from 8 to 110, two of them four times as wide, and ResNet-18."""
 
 from typing import Literal
 
@@ -67,15 +67,16 @@ def basic_resnet(num_classes: int, widths: tuple[int, ...], blocks: int, shortcu
     """Build a ResNet of basic blocks with a 3x3 stem and no max-pooling, for small images.
 
     Each stage after the stem halves height and width, but the first one, which keeps them; `widths` are the channels
-    of these stages, `blocks` counts for each. The feature map is the last stage's output, after its ReLU.
+    of the stem and of these stages, `blocks` counts for each. The feature map is the last stage's output, after its
+    ReLU.
     """
-    stages: list[nn.Module] = [conv_bn_act(3, widths[0], 3)]
     channels = widths[0]
-    for index, width in enumerate(widths):
+    stages: list[nn.Module] = [conv_bn_act(3, channels, 3)]
+    for index, width in enumerate(widths[1:]):
         first = BasicBlock(channels, width, 1 if index == 0 else 2, shortcut)
         stages.append(nn.Sequential(first, *(BasicBlock(width, width, 1, shortcut) for _ in range(blocks - 1))))
         channels = width
-    return Network(stages, PooledLinear(channels, num_classes), (widths[0], *widths))
+    return Network(stages, PooledLinear(channels, num_classes), widths)
 
 
 def cifar_resnet(num_classes: int, depth: int, shortcut: Shortcut) -> Network:
@@ -88,7 +89,19 @@ def cifar_resnet(num_classes: int, depth: int, shortcut: Shortcut) -> Network:
         section 4.2.
     Differs: `B` is the default, as in the code of FFL, ONE and OKDDip; He et al. use `A` on CIFAR.
     """
-    return basic_resnet(num_classes, (16, 32, 64), (depth - 2) // 6, shortcut)
+    return basic_resnet(num_classes, (16, 16, 32, 64), (depth - 2) // 6, shortcut)
+
+
+@NETWORKS.register("resnet8")
+def resnet8(num_classes: int, shortcut: Shortcut = "B") -> Network:
+    """Build ResNet-8 for 32x32 images; see `cifar_resnet`."""
+    return cifar_resnet(num_classes, 8, shortcut)
+
+
+@NETWORKS.register("resnet14")
+def resnet14(num_classes: int, shortcut: Shortcut = "B") -> Network:
+    """Build ResNet-14 for 32x32 images; see `cifar_resnet`."""
+    return cifar_resnet(num_classes, 14, shortcut)
 
 
 @NETWORKS.register("resnet20")
@@ -101,6 +114,12 @@ def resnet20(num_classes: int, shortcut: Shortcut = "B") -> Network:
 def resnet32(num_classes: int, shortcut: Shortcut = "B") -> Network:
     """Build ResNet-32 for 32x32 images; see `cifar_resnet`."""
     return cifar_resnet(num_classes, 32, shortcut)
+
+
+@NETWORKS.register("resnet44")
+def resnet44(num_classes: int, shortcut: Shortcut = "B") -> Network:
+    """Build ResNet-44 for 32x32 images; see `cifar_resnet`."""
+    return cifar_resnet(num_classes, 44, shortcut)
 
 
 @NETWORKS.register("resnet56")
@@ -118,6 +137,29 @@ def resnet110(num_classes: int, shortcut: Shortcut = "B") -> Network:
     return cifar_resnet(num_classes, 110, shortcut)
 
 
+def wide_cifar_resnet(num_classes: int, depth: int) -> Network:
+    """Build a ResNet of depth 6n+2 that is four times as wide as `cifar_resnet`, but for its stem, twice as wide.
+
+    The feature map is [256, 8, 8]; stem, stage 1 and stage 2 are the usual shared trunk.
+
+    Source: HobbitLong/RepDistiller at eedab9d, models/resnet.py, for Tian, Krishnan, Isola, Contrastive Representation
+        Distillation, ICLR 2020, arXiv 1910.10699.
+    """
+    return basic_resnet(num_classes, (32, 64, 128, 256), (depth - 2) // 6, "B")
+
+
+@NETWORKS.register("resnet8x4")
+def resnet8x4(num_classes: int) -> Network:
+    """Build ResNet-8x4 for 32x32 images; see `wide_cifar_resnet`."""
+    return wide_cifar_resnet(num_classes, 8)
+
+
+@NETWORKS.register("resnet32x4")
+def resnet32x4(num_classes: int) -> Network:
+    """Build ResNet-32x4 for 32x32 images; see `wide_cifar_resnet`."""
+    return wide_cifar_resnet(num_classes, 32)
+
+
 @NETWORKS.register("resnet18")
 def resnet18(num_classes: int) -> Network:
     """Build ResNet-18 for 32x32 images.
@@ -129,4 +171,4 @@ def resnet18(num_classes: int) -> Network:
         arXiv 1810.03505) names as its source.
     Differs: from the paper, a 3x3 stem of stride 1 and no max-pooling, as in that code.
     """
-    return basic_resnet(num_classes, (64, 128, 256, 512), 2, "B")
+    return basic_resnet(num_classes, (64, 64, 128, 256, 512), 2, "B")

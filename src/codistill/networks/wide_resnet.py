@@ -1,4 +1,4 @@
-"""Wide ResNets of depth 6n+4 for 32x32 images: WRN-16-2 and WRN-40-2."""
+"""Wide ResNets of depth 6n+4 for 32x32 images: WRN-16-1, -16-2, -40-1 and -40-2."""
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -54,10 +54,22 @@ def wide_resnet(num_classes: int, depth: int, widening: int) -> Network:
     return Network(stages, PooledLinear(widths[-1], num_classes), widths)
 
 
+@NETWORKS.register("wrn-16-1")
+def wrn_16_1(num_classes: int) -> Network:
+    """Build WRN-16-1 for 32x32 images; see `wide_resnet`."""
+    return wide_resnet(num_classes, 16, 1)
+
+
 @NETWORKS.register("wrn-16-2")
 def wrn_16_2(num_classes: int) -> Network:
     """Build WRN-16-2 for 32x32 images; see `wide_resnet`."""
     return wide_resnet(num_classes, 16, 2)
+
+
+@NETWORKS.register("wrn-40-1")
+def wrn_40_1(num_classes: int) -> Network:
+    """Build WRN-40-1 for 32x32 images; see `wide_resnet`."""
+    return wide_resnet(num_classes, 40, 1)
 
 
 @NETWORKS.register("wrn-40-2")

@@ -130,7 +130,8 @@ class TeacherSettings:
     teacher_predictor: str | None = None
     """The predictor of a run folder that teaches. None: its best student."""
     teacher_network: str | None = None
-    """The network whose weights a checkpoint holds: {"model": weights} as of RepDistiller or mdistiller."""
+    """The network whose weights a checkpoint holds, as of RepDistiller or mdistiller: any name of --networks, such as
+    resnet8 to resnet110, resnet8x4, resnet32x4, wrn-16-1 to wrn-40-2, vgg8, vgg13; `codistill list` shows all."""
     teacher_weight: float = 1.0
     """Weight of the teacher's terms."""
     teacher_temperature: float = 3.0
