@@ -1,4 +1,4 @@
-"""Every method with the real pairs of the paper's Table 4, one of RepDistiller's zoo, and three of a kind; on the meta device, to be quick."""
+"""Every method with the real pairs of the paper's Table 4, one of a zoo, and three of a kind; on the meta device."""
 
 import pytest
 import torch

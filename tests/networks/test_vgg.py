@@ -36,7 +36,7 @@ def test_parameter_counts_and_shapes(name, on_meta):
 
 def test_a_stage_against_the_formula(shaken):
     stage = shaken(network("vgg13", 10)).stages[1]
-    pool, first, normalise, second, then = stage
+    _, first, normalise, second, then = stage
     torch.nn.init.normal_(first.bias)
     x = torch.randn(2, 64, 6, 6)
     y = F.max_pool2d(x, 2)

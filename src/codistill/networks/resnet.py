@@ -1,4 +1,4 @@
-"""ResNets of basic blocks for 32x32 images: of depth 6n+2 from 8 to 110, two of them four times as wide, and ResNet-18."""
+"""ResNets of basic blocks for 32x32 images: of depth 6n+2, two of them four times as wide, and ResNet-18."""
 
 from typing import Literal
 
