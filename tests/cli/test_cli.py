@@ -307,8 +307,15 @@ def test_a_folder_that_cannot_be_made_is_status_2(made, capsys, tmp_path):
     refused(capsys, command, 2, "run folder runs/packed-mfef-tinyx2-seed0: Not a directory: choose another --out")
     (tmp_path / "runs").unlink()
     # And one that was made for nothing is gone again.
-    refused(capsys, [*command, "--seeds", "0", "1", "--batch-size", "999"], 2, "batch_size is 999")
+    refused(capsys, [*command, "--seeds", "0", "1", "--batch-size", "23"], 2, "would be a single image")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.fault(86)
+def test_runs_side_by_side_say_once_that_their_batch_is_smaller(made, capsys):
+    command = ["train", *TINY, "--data-dir", str(made / "colours.npz"), "--epochs", "1", "--out", "few"]
+    assert main([*command, "--seeds", "0", "1", "--batch-size", "999"]) == 0
+    assert capsys.readouterr().err.count("less than a batch of 999: each step trains on all of them") == 1
 
 
 @pytest.mark.fault(55)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from codistill.core.errors import DataError, UsageError
 from codistill.core.registry import parse_spec
 from codistill.data import DATASETS, Dataset, Split, dataset
+from codistill.data.augment import DeviceImages
 from codistill.data.dataset import check_split
 
 from .. import tiny
@@ -74,7 +75,7 @@ def test_statistics_are_those_of_float64(seed, count, low, span):
     mean, std = Dataset("mine", split, split, ("a",)).statistics
     wide = pixels.astype(np.float64) / 255
     np.testing.assert_allclose(mean, wide.mean(axis=(0, 1, 2)), rtol=0, atol=1e-12)
-    np.testing.assert_allclose(std, np.maximum(wide.std(axis=(0, 1, 2)), 1e-6), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(std, np.maximum(wide.std(axis=(0, 1, 2)), 0.05), rtol=0, atol=1e-9)
 
 
 def test_statistics_ignore_the_order_and_the_test_set():
@@ -85,10 +86,32 @@ def test_statistics_ignore_the_order_and_the_test_set():
     assert Dataset("mine", shuffled, bright, first.class_names).statistics == first.statistics
 
 
-def test_a_channel_of_one_value_can_be_divided_by():
-    split = Split(images(), labels(0, 0, 0, 0))
-    _, std = Dataset("mine", split, split, ("a",)).statistics
-    assert min(std) > 0
+@pytest.mark.fault(85)
+@pytest.mark.parametrize("kind", ["white", "empty", "all", "one pixel", "two values"])
+def test_a_channel_with_hardly_any_spread_is_bounded_and_said(kind):
+    train = tiny.data().train
+    pixels = train.images.copy()
+    pixels[:, :, :, slice(0, 3) if kind == "all" else 2] = 0 if kind == "empty" else 255
+    if kind == "one pixel":
+        pixels[3, 4, 5, 2] = 0
+    if kind == "two values":
+        pixels[:, ::2, :, 2] = 254
+    whole = tiny.data()
+    data = Dataset("mine", Split(pixels, train.labels), whole.test, whole.class_names)
+    normalised = (np.array([0, 255])[:, None] / 255 - data.statistics[0]) / data.statistics[1]
+    assert np.abs(normalised).max() <= 20.01
+    assert "data set mine: hardly any spread in " in data.bounded and "blue (mean " in data.bounded
+    assert data.bounded.count("mean") == (3 if kind == "all" else 1)
+    if kind != "all":
+        assert data.statistics[1][:2] == whole.statistics[1][:2]
+    assert whole.bounded == "" and whole.statistics == whole.spread
+
+
+@pytest.mark.fault(85)
+@pytest.mark.parametrize("std", [0.0, -0.1, float("nan"), float("inf")])
+def test_a_normalisation_that_cannot_be_is_an_error(std):
+    with pytest.raises(DataError, match=r"normalisation by mean .* and std .*: all must be numbers"):
+        DeviceImages(tiny.data().train, ((0.5,) * 3, (0.2, std, 0.2)), torch.device("cpu"))
 
 
 @pytest.fixture

@@ -257,6 +257,16 @@ CASES |= {
         "a subclass of one's own; an entry gone from the registry",
         "status 4; not called damaged; it can be handed in; never another method in its place",
     ),
+    85: Case(
+        "a channel with hardly any spread",
+        "white, empty, one odd pixel; all three; std 0, negative or NaN handed in, or in a file",
+        "trained, evaluated and exported with a bounded deviation, in one line at the start; else status 3 or 4",
+    ),
+    86: Case(
+        "fewer training images than a batch",
+        "few at all, by --train-limit, --validation or the number of ranks; runs side by side",
+        "trains with the batch that there is and says so once; status 2 below two images a rank",
+    ),
     51: Case(
         "one bad image among those to predict",
         "missing, cut; in a folder, with a link that leads back",

@@ -330,7 +330,7 @@ def test_another_run_is_never_overwritten(capsys, tmp_path, colours):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--batch-size", "25"), "batch_size is 25, but there are 24 training images: make it smaller"),
+        (("--train-limit", "1"), "there is one training image, but batch normalisation needs two"),
         (("--batch-size", "23"), "the last batch of 24 images would be a single image"),
         (("--train-limit", "17"), "the last batch of 17 images would be a single image"),
         (("--validation", "7"), "the last batch of 17 images would be a single image"),

@@ -115,6 +115,7 @@ def config(name="mfef", **settings):
     [
         (config("kdcl"), 2, "kdcl with method.variant general .* omit torchrun"),
         (config(), 5, "batch_size is 8; 5 ranks need at least 10"),
+        (config(batch_size=128), 14, "there are 27 training images; 14 ranks need at least 28, two images each"),
         (config(), 2, "last batch of 27 images would have 3, too few for 2 ranks: set drop_last"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import codistill as cd
-from codistill.core.errors import DivergedError, UsageError
+from codistill.core.errors import CheckpointError, DivergedError, UsageError
 from codistill.data.augment import seeded_order
 from codistill.training import prepare
 from codistill.training import trainer as loop
@@ -243,6 +243,34 @@ def test_threads_are_set_where_a_number_is_given(train, monkeypatch):
     train(epochs=1, threads=None)
     train(epochs=1, threads=2)
     assert given == [2]
+
+
+@pytest.mark.fault(86)
+@pytest.mark.parametrize("changes", [{}, {"drop_last": True}, {"train_limit": 7}, {"validation": 22}, {"data": (2,)}])
+def test_fewer_images_than_a_batch_train_together(train, steps, capsys, changes):
+    whole = tiny.data(*changes.pop("data", (24,)))
+    run = train(data=whole, epochs=2, batch_size=128, **changes)
+    count = changes.get("train_limit", len(whole.train) - changes.get("validation", 0))
+    assert [len(images) for images, *_ in steps] == [count] * 2
+    assert run.summary["status"] == "finished" and run.config.train.batch_size == 128
+    assert capsys.readouterr().err.count(f"there are {count} training images, less than a batch of 128") == 1
+
+
+@pytest.mark.fault(85)
+def test_a_white_channel_is_said_and_recorded_as_trained(train, capsys):
+    whole = tiny.data()
+    for split in (whole.train, whole.test):
+        split.images[..., 2] = 255
+    run = train(data=whole, epochs=1)
+    assert capsys.readouterr().err.count("hardly any spread in blue (mean 255") == 1
+    assert run.metadata["dataset"]["std"] == list(whole.statistics[1]) and run.metadata["dataset"]["std"][2] >= 0.01
+    scores = run.metrics()[-1]["test"]["student0"]
+    assert dataclasses.asdict(run.evaluate()["student0"]) == pytest.approx(scores)
+    for wrong in (0.0, -1.0, math.nan):
+        facts = {**run.metadata, "dataset": {**run.metadata["dataset"], "std": [0.2, 0.2, wrong]}}
+        (run.path / "config.json").write_text(json.dumps(facts))
+        with pytest.raises(CheckpointError, match="damaged: std of the dataset is"):
+            cd.Run(run.path)
 
 
 REFUSED = {

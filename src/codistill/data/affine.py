@@ -1,13 +1,22 @@
 """The normalisation of images as one operation: a factor and a shift for each channel."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from codistill.core.errors import DataError
+
 Statistics = tuple[Sequence[float], Sequence[float]]
 """Mean and standard deviation of each channel, in units of the full range (0..1)."""
+
+
+def usable(statistics: Statistics) -> bool:
+    """Whether images can be normalised so: numbers, and deviations above 0."""
+    mean, std = statistics
+    return all(map(math.isfinite, (*mean, *std))) and min(std) > 0
 
 
 class Affine(nn.Module):
@@ -23,7 +32,10 @@ class Affine(nn.Module):
 
     @classmethod
     def normalise(cls, statistics: Statistics) -> "Affine":
-        """Make the map from pixels, 0 to 255, to normalised images."""
+        """Make the map from pixels, 0 to 255, to normalised images; DataError where a deviation is not above 0."""
+        if not usable(statistics):
+            found = " and std ".join(str(list(each)) for each in statistics)
+            raise DataError(f"normalisation by mean {found}: all must be numbers, and each std above 0")
         mean, std = torch.tensor(statistics, dtype=torch.float64)
         return cls(1 / (255 * std), -mean / std)
 

@@ -18,6 +18,9 @@ DATASETS: Registry[Callable[..., "Dataset"]] = Registry("data set", "codistill.d
 Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 
+LEAST_DEVIATION = 0.05
+"""Of a channel, in units of the full range: photos have 0.1 to 0.35, faint ones 0.05, and padding is 20 of it away."""
+
 
 @dataclass(frozen=True, eq=False)
 class Split:
@@ -92,8 +95,29 @@ class Dataset:
         height, width = self.train.images.shape[1:3]
         return int(height), int(width)
 
-    @cached_property
+    @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel, as images are normalised: see `spread`.
+
+        A deviation is at least `LEAST_DEVIATION`, or black padding beside a channel that is 255 nearly everywhere
+        would be far outside of what networks can learn from.
+        """
+        mean, std = self.spread
+        return mean, tuple(max(each, LEAST_DEVIATION) for each in std)
+
+    @property
+    def bounded(self) -> str:
+        """A line about channels of which `statistics` bounds the deviation; empty: there are none."""
+        few = [
+            f"{name} (mean {255 * mean:.4g}, deviation {255 * std:.2g} of 255)"
+            for name, mean, std in zip(("red", "green", "blue"), *self.spread, strict=True)
+            if std < LEAST_DEVIATION
+        ]
+        words = f"normalisation divides by {255 * LEAST_DEVIATION:g} of 255 instead"
+        return f"data set {self.name}: hardly any spread in {', '.join(few)}: {words}" if few else ""
+
+    @cached_property
+    def spread(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of each channel over all training pixels, in units of the full range (0..1).
 
         Exact: computed from a histogram of the pixel values, so it does not depend on the order of the images.
@@ -104,7 +128,7 @@ class Dataset:
             counts = np.bincount(channel, minlength=256) / channel.size
             centre = float(counts @ values)
             mean.append(centre)
-            std.append(max(float(counts @ (values - centre) ** 2) ** 0.5, 1e-6))
+            std.append(float(counts @ (values - centre) ** 2) ** 0.5)
         return tuple(mean), tuple(std)
 
 

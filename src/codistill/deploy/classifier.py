@@ -15,7 +15,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from codistill.core.errors import CheckpointError, CodistillError, UsageError
-from codistill.data.affine import Affine
+from codistill.data.affine import Affine, usable
 from codistill.data.dataset import Pixels
 from codistill.runs.folder import RunFolder
 from codistill.runs.state import load_weights
@@ -157,4 +157,6 @@ def _card(text: str | None, path: Path) -> dict[str, Any]:
     card: dict[str, Any] = json.loads(text)
     if card["format"] != CARD_FORMAT:
         raise CheckpointError(f"{path}: of format {card['format']}, but this version reads format {CARD_FORMAT}")
+    if not usable((card["mean"], card["std"])):
+        raise CheckpointError(f"{path}: damaged: normalises by mean {card['mean']} and std {card['std']}")
     return card

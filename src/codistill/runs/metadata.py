@@ -15,6 +15,7 @@ from torch import nn
 from codistill.core.errors import CheckpointError
 from codistill.core.host import keep_freed_memory
 from codistill.core.torchrun import launch
+from codistill.data.affine import usable
 from codistill.data.dataset import Dataset
 from codistill.methods import METHODS, Method
 from codistill.runs.state import tensors_once
@@ -94,4 +95,6 @@ def checked_metadata(metadata: Any, path: Path) -> dict[str, Any]:
         whole = isinstance(value, list) and 0 < len(value) == (length or len(value))
         if not whole or any(type(each) is not kind for each in value) or (key == "image_size" and min(value) <= 0):
             raise CheckpointError(f"{path}/config.json: damaged: {key} of the dataset is {shown(value)}")
+    if not usable((metadata["dataset"]["mean"], metadata["dataset"]["std"])):
+        raise CheckpointError(f"{path}/config.json: damaged: std of the dataset is {metadata['dataset']['std']}")
     return metadata

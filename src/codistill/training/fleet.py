@@ -25,7 +25,7 @@ from codistill.runs.summary import write_summary_of_failure
 from codistill.settings.build import load_named_data
 from codistill.settings.config import SHARED, RunConfig
 from codistill.training.loop import train_loop
-from codistill.training.prepare import DeviceSplits, Plan, build_taught, check, out_of_memory, set_up
+from codistill.training.prepare import DeviceSplits, Plan, announce, build_taught, check, out_of_memory, set_up
 from codistill.training.step import make_step
 from codistill.training.train import kept_if_used
 from codistill.training.trainer import Trainer
@@ -43,7 +43,8 @@ def memory_of_a_run(plan: Plan, splits: DeviceSplits) -> int:
     device, settings, precision = plan.device, plan.config.train, plan.config.execution.precision
     few = splits.test.subset(torch.arange(min(EVALUATION_BATCH, len(splits.test))))
     progress = torch.zeros((), device=device)
-    indices = epoch_indices(settings.batch_size, 0, 0, plan.augmentation, device, plan.method.views)
+    batch = min(settings.batch_size, len(plan.data.train if plan.training is None else plan.training))
+    indices = epoch_indices(batch, 0, 0, plan.augmentation, device, plan.method.views)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     probe = copy.deepcopy(plan.method)
@@ -119,6 +120,7 @@ def train_fleet(configs: Sequence[RunConfig], outs: Sequence[Path], show: bool =
     plans = [check(build_taught(each, data), data, each, device, alone=len(configs) == 1) for each in configs]
     for out in outs:
         refuse_occupied(out)
+    announce(plans)
     splits = DeviceSplits(data, device)
     sizes = side_by_side(plans, splits)
     # The runs of later groups have a folder from the beginning, so that `resume` finds them.

@@ -5,7 +5,7 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from codistill.core.console import warn
 from codistill.core.device import set_up_gpu
 from codistill.core.errors import ResourceError, UsageError
 from codistill.core.host import set_up_cpu
@@ -48,6 +49,13 @@ class Plan:
     training: Positions
     validation: Positions  # None: no training images are held out
     execution: Execution
+    notices: tuple[str, ...]  # lines about what is other than one may expect
+
+
+def announce(plans: Sequence[Plan]) -> None:
+    """Print the notices of runs that start together, each once."""
+    for line in dict.fromkeys(line for plan in plans for line in plan.notices):
+        warn(line)
 
 
 def check(
@@ -64,6 +72,10 @@ def check(
         augmentation = settings.augmentation(data)
         training, validation = split_training(data, settings)
         images = len(data.train) if training is None else len(training)
+        notices = [data.bounded] if data.bounded else []
+        if images < settings.batch_size:
+            less = f"there are {images} training images, less than a batch of {settings.batch_size}"
+            notices.append(f"{less}: each step trains on all of them")
         check_parts(config, images, ranks)
         check_shapes(method, data)
         steps = settings.epochs * math.ceil(images / settings.batch_size)
@@ -74,7 +86,7 @@ def check(
     if teaching.teacher is not None:
         teaching = dataclasses.replace(teaching, teacher=str(Path(teaching.teacher).absolute()))
     config = dataclasses.replace(config, data_dir=data.root or None, teaching=teaching)
-    return Plan(method, data, config, device, augmentation, training, validation, execution)
+    return Plan(method, data, config, device, augmentation, training, validation, execution, tuple(notices))
 
 
 def split_training(data: Dataset, settings: TrainSettings) -> tuple[Positions, Positions]:
@@ -88,9 +100,9 @@ def split_training(data: Dataset, settings: TrainSettings) -> tuple[Positions, P
             f"train_limit {wanted} and validation {held_out} together exceed the {count} training images of {data.name}"
         )
     size = settings.batch_size
-    if wanted < size:
-        raise UsageError(f"batch_size is {size}, but there are {wanted} training images: make it smaller")
-    if wanted % size == 1 and not settings.drop_last:
+    if wanted == 1:
+        raise UsageError("there is one training image, but batch normalisation needs two: train on more")
+    if wanted > size and wanted % size == 1 and not settings.drop_last:
         raise UsageError(
             f"the last batch of {wanted} images would be a single image, which batch normalisation cannot use: "
             f"set drop_last or another batch_size than {size}"
@@ -103,12 +115,13 @@ def check_parts(config: RunConfig, images: int, ranks: Ranks) -> None:
     """Refuse what would be another experiment on several ranks, or leave one less than the two images BN needs."""
     if ranks.count == 1:
         return
-    size, least, needs = config.train.batch_size, 2 * ranks.count, config.method.needs_full_batch
+    size, least, needs = min(config.train.batch_size, images), 2 * ranks.count, config.method.needs_full_batch
     last = 0 if config.train.drop_last else images % size
     if needs:
         raise UsageError(f"{config.method_name} with {needs} needs the full batch in one process: omit torchrun")
     if size < least:
-        raise UsageError(f"batch_size is {size}; {ranks.count} ranks need at least {least}, two images each")
+        found = f"there are {images} training images" if size == images else f"batch_size is {size}"
+        raise UsageError(f"{found}; {ranks.count} ranks need at least {least}, two images each")
     if 0 < last < least:
         raise UsageError(
             f"the last batch of {images} images would have {last}, too few for {ranks.count} ranks: "

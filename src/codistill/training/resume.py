@@ -15,7 +15,7 @@ from codistill.runs.metadata import weights_digest
 from codistill.settings.config import MOVABLE
 from codistill.settings.mapping import run_from_mapping
 from codistill.training.fleet import mark_diverged, shared, side_by_side, train_in_groups
-from codistill.training.prepare import DeviceSplits, build_taught, check, set_up
+from codistill.training.prepare import DeviceSplits, announce, build_taught, check, set_up
 from codistill.training.ranks import ALONE, Ranks
 from codistill.training.train import fail
 
@@ -93,6 +93,8 @@ def resume_together(
                 methods = [each.build(loaded) for each in group]
             checked = functools.partial(check, data=loaded, device=device, alone=len(group) == 1, ranks=ranks)
             plans = [checked(method, config=config) for method, config in zip(methods, configs, strict=True)]
+            if ranks.leads:
+                announce(plans)
             names = [each.run.path.name if several else "" for each in group]
             openings = [
                 functools.partial(set_up, plan, each.run.path, show, name, True, each.state, ranks, splits)

@@ -19,7 +19,7 @@ from codistill.runs.state import TrainingState
 from codistill.settings.build import load_named_data
 from codistill.settings.config import PLACES, ExecutionSettings, RunConfig, TeacherSettings, TrainSettings
 from codistill.training.loop import train_loop
-from codistill.training.prepare import build_taught, check, check_teacher, set_up
+from codistill.training.prepare import announce, build_taught, check, check_teacher, set_up
 from codistill.training.ranks import Ranks
 from codistill.training.trainer import Trainer
 
@@ -132,6 +132,8 @@ def _train(
         if ranks.leads:
             note(f"run {run.path} is finished")
         return run
+    if ranks.leads:
+        announce([plan])
     folder = run.path if run is not None else ranks.from_leader(lambda: out or free_folder(config))
     if ranks.count > 1 and state is None:
         method.load_state_dict(ranks.from_leader(method.state_dict))

@@ -45,7 +45,8 @@ class Trainer:
         self.run, self.config, self.step, self.execution, self.saver = run, config, step, execution, saver
         self.method = step.method
         self.evaluation = Evaluation(self.method, held, config.execution.precision, captured=step.ranks.count == 1)
-        size, images = config.train.batch_size, len(step.images)
+        images = len(step.images)
+        size = min(config.train.batch_size, images)
         self.used = images // size * size if config.train.drop_last else images
         self.steps = [(start, min(start + size, self.used)) for start in range(0, self.used, size)]
         self.display = TrainingDisplay(config.train.epochs, len(self.steps), self.used, show, label)
