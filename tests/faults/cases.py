@@ -299,4 +299,10 @@ CASES |= {
         "its network has a name; the same logits as of the authors' code",
     ),
     57: Case("a run or a data set shown in a notebook", "repr of both", "one short line"),
+    90: Case(
+        "a module of one's own that cannot be imported, or is not",
+        "--import of modules and files that raise, exit, take a name, are not there; later processes without it",
+        "status 2, or 4 with the --import of the training; with it resumed bitwise, evaluated, exported; nothing is "
+        "imported unasked",
+    ),
 }

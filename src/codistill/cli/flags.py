@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from codistill.cli.options import DATA, FIRST
 from codistill.core.errors import UsageError
+from codistill.core.imports import ABOUT, FLAG
 from codistill.core.registry import near_matches
 from codistill.settings.removed import instead
 
@@ -96,7 +97,7 @@ def setting_flags(defaults: Mapping[str, Any]) -> list[Flag]:
 def unknown_option(flag: str, known: Iterable[str], command: str) -> str:
     """Return the line that a command has no such option, and which ones come close."""
     name = flag.partition("=")[0].replace("_", "-")
-    known = list(known)
+    known = [*known, FLAG]
     if text := instead(name.lstrip("-").replace("-", "_"), known):
         return f"{command}: {name} {text}"
     return f"{command}: unknown option {flag}: {near_matches(name, known, f'{command} --help lists them')}"
@@ -162,7 +163,7 @@ def _parse(
         with contextlib.redirect_stderr(box):
             parsed: Any
             parsed, unknown = tyro.cli(
-                whole, args=list(arguments), prog=command, description=about, return_unknown_args=True
+                whole, args=list(arguments), prog=command, description=f"{about}\n\n{ABOUT}", return_unknown_args=True
             )
     except SystemExit as stop:
         if not stop.code:

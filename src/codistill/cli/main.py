@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from codistill.cli.early import refuse_early
 from codistill.cli.options import OPTIONS
 from codistill.core.errors import CodistillError, UsageError
+from codistill.core.imports import import_own, split_imports
 from codistill.core.registry import unknown_name
 from codistill.core.signals import KEPT, Terminated, terminate
 from codistill.core.torchrun import refuse_ranks, world_size
@@ -29,11 +30,15 @@ usage: codistill COMMAND ...
   bench [METHOD] --networks A B .. [--compare]   time training steps here, also against a plain PyTorch loop
   list                                           list methods, networks and data sets
 
-codistill COMMAND --help shows a command's options. --debug before the command shows tracebacks."""
+codistill COMMAND --help shows a command's options. With any command, --import MODULE or --import FILE.py registers
+methods, networks and data sets of your own (more than once for several), and --debug shows tracebacks."""
 
 
 def run_command(arguments: Sequence[str]) -> None:
     """Run a command line."""
+    own, arguments = split_imports(arguments)
+    for name in own:
+        import_own(name)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
     elif arguments[0] == "--version":
@@ -42,7 +47,8 @@ def run_command(arguments: Sequence[str]) -> None:
         command, *rest = arguments
         if command not in ("train", "resume"):
             refuse_ranks(f"codistill {command}")
-        refuse_early(command, rest)
+        if not own:
+            refuse_early(command, rest)
         # Only now, for torch comes with them.
         commands = importlib.import_module("codistill.cli.commands")
         getattr(commands, f"{command}_command")(rest)

@@ -30,7 +30,10 @@ def near_matches(name: str, known: Iterable[str], otherwise: str = "") -> str:
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """Return the line that nothing of a kind has a name."""
-    return f"unknown {kind} {name!r}: {near_matches(name, known)}"
+    known = sorted(known)
+    every = f"choose from {', '.join(known)}"
+    own = "; your own are there with --import MODULE" if kind in ("method", "network", "data set") else ""
+    return f"unknown {kind} {name!r}: {near_matches(name, known, every + own)}"
 
 
 @functools.cache
@@ -147,7 +150,9 @@ class Registry(Mapping[str, T], Generic[T]):
         """
 
         def enter(entry: T) -> T:
-            if name in self._registered:
+            # Not only those that are imported: names of one's own come before the first look-up.
+            path = registered_names(self.package).get(name)
+            if name in self._registered or (path and not getattr(entry, "__module__", "").startswith(self.package)):
                 raise ValueError(f"two entries for the {self.kind} {name!r}")
             self._registered[name] = entry
             return entry

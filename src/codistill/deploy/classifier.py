@@ -15,6 +15,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from codistill.core.errors import CheckpointError, CodistillError, UsageError
+from codistill.core.imports import trained_with
 from codistill.data.affine import Affine, usable
 from codistill.data.dataset import Pixels
 from codistill.runs.folder import RunFolder
@@ -70,6 +71,7 @@ def make_card(run: RunFolder, predictor: str) -> dict[str, Any]:
         **{key: run.metadata[key] for key in ("method", "networks", "environment")},
         **{key: data[key] for key in ("class_names", "image_size", "mean", "std")},
         "trained_on": data["name"],
+        **{key: run.metadata[key] for key in ("imports",) if key in run.metadata},
     }
 
 
@@ -125,7 +127,7 @@ def load_predictor(path: Path, predictor: str | None = None) -> tuple[dict[str, 
         with safetensors.safe_open(path, "pt") as file:
             card = _card((file.metadata() or {}).get(CARD_KEY), path)
         if why := unbuildable(str(card["method"]["name"]), card["networks"]):
-            raise CheckpointError(f"{path}: {why}: import the module that registers it")
+            raise CheckpointError(f"{path}: {why}: import the module that registers it: {trained_with(card)}")
         config = run_from_mapping({key: card[key] for key in ("method", "networks")}, lambda key: str(path))
         height, width = card["image_size"]
         with torch.device("meta"):

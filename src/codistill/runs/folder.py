@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from codistill.core.errors import CheckpointError, DataError, UsageError
 from codistill.core.files import read_json, write_atomically, write_json
+from codistill.core.imports import trained_with
 from codistill.data import DATASETS, Dataset, dataset
 from codistill.methods import Method
 from codistill.runs.checkpoint import CheckpointStore
@@ -99,7 +100,7 @@ class RunFolder:
     def refuse_unbuildable(self) -> None:
         """Raise `CheckpointError` where the method can be built only by the user's program, and was not handed in."""
         if self.own_method is None and (why := self.unbuildable):
-            raise CheckpointError(f"{self.path}/config.json: {why}: {hand_in('method')}")
+            raise CheckpointError(f"{self.path}/config.json: {why}: {hand_in('method', self.metadata)}")
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -192,7 +193,7 @@ class RunFolder:
         handed = self._data is not None and place == self.config.data_dir
         if not handed and name.partition(":")[0] not in DATASETS:
             why = f"data set {name!r} is not registered in this program; it may be arrays of your own"
-            raise DataError(f"{self.path}: {why}: {hand_in('data')}")
+            raise DataError(f"{self.path}: {why}: {hand_in('data', self.metadata)}")
         try:
             data = self._data if self._data is not None and handed else dataset(name, place)
         except DataError as error:
@@ -226,10 +227,12 @@ class RunFolder:
         return min(sorted(name for name in errors if name.startswith("student")), key=errors.__getitem__)
 
 
-def hand_in(what: str) -> str:
-    """Return how a program hands in what a run folder cannot hold: `method` or `data`."""
+def hand_in(what: str, metadata: Mapping[str, Any]) -> str:
+    """Return how a program gets what a run folder cannot hold, `method` or `data`; nothing is imported unasked."""
     arguments = f"(path, {what}=..)"
-    return f"hand it in from Python, codistill.resume{arguments} or codistill.Run{arguments}, or register it there"
+    handed = f"hand it in from Python, codistill.resume{arguments} or codistill.Run{arguments}, or register it there"
+    began = "as the training did" if metadata.get("imports") else "where it is in a module"
+    return f"{handed}; on the command line, {began}, with {trained_with(metadata)}"
 
 
 def refuse_occupied(path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from codistill.core.errors import CheckpointError
 from codistill.core.host import keep_freed_memory
+from codistill.core.imports import imported
 from codistill.core.torchrun import launch
 from codistill.data.affine import usable
 from codistill.data.dataset import Dataset
@@ -74,6 +75,7 @@ def run_metadata(
     facts["sha256"] = dict(digests or data_digests(data))
     own = {} if METHODS.get(method.name) is type(method) else {"own_method": type(method).__name__}
     teacher = {"teacher_sha256": weights_digest(method.taught_by.network)} if method.taught_by else {}
+    own |= {"imports": imported()} if imported() else {}
     return {**config.as_mapping(), **own, **teacher, "dataset": facts, "environment": environment(device)}
 
 

@@ -8,7 +8,7 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from codistill.core.errors import UsageError
-from codistill.core.registry import near_matches
+from codistill.core.registry import near_matches, unknown_name
 from codistill.methods import METHODS
 from codistill.settings.config import SETTINGS, RunConfig, default_config
 from codistill.settings.removed import instead
@@ -17,7 +17,7 @@ T = TypeVar("T")
 Where = Callable[[str], str]
 """The place of a key, for error lines: `recipe FILE:3`."""
 # What config.json holds beside the run itself.
-RECORDED_KEYS = ("codistill", "environment", "dataset", "teacher_sha256", "own_method")
+RECORDED_KEYS = ("codistill", "environment", "dataset", "teacher_sha256", "own_method", "imports")
 
 
 def run_from_mapping(
@@ -68,7 +68,7 @@ def split_method(method: Any, where: Where) -> tuple[str | None, dict[str, Any]]
         raise UsageError(f'{where("method")}: method must be a name, or a table with a name: [method] name = "mfef"')
     name = table.get("name")
     if name is not None and name not in METHODS:
-        raise UsageError(f"{where(key)}: unknown method {shown(name)}: {near_matches(name, METHODS)}")
+        raise UsageError(f"{where(key)}: {unknown_name('method', name, METHODS)}")
     return name, {key: value for key, value in table.items() if key != "name"}
 
 

@@ -18,6 +18,7 @@ import torch
 from codistill.core.console import lasting_console
 from codistill.core.errors import CodistillError, UsageError, WorkerError
 from codistill.core.files import write_json
+from codistill.core.imports import import_flags, split_imports
 from codistill.core.registry import near_matches
 from codistill.core.signals import Interrupted, Terminated
 from codistill.methods import METHODS
@@ -194,7 +195,7 @@ class Sweep:
             if job.runs:
                 ending = " side by side" if len(job.runs) > 1 else "s"
                 self.say(f"{job.name}: {'resume' if started else 'start'}{ending}")
-                command = [*self.program, *self.command(job.runs, resume=bool(started))]
+                command = [*self.program, *self.command(job.runs, resume=bool(started)), *import_flags()]
                 environment = local.slot_environment(slot, slots, job.runs[0].config)
                 job.process = local.start(command, [files[run.name] for run in job.runs], environment)
             return bool(job.runs)
@@ -314,6 +315,6 @@ def own_program(arguments: Sequence[str]) -> list[str]:
 
     For example python and the path of a script; `python -m codistill` where the process was started otherwise.
     """
-    given = [each for each in sys.orig_argv if each != "--debug"]
+    given = [each for each in split_imports(sys.orig_argv)[1] if each != "--debug"]
     own = len(given) - len(arguments)
     return [sys.executable, *given[1:own]] if own > 0 and given[own:] == list(arguments) else list(PROGRAM)

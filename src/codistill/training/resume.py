@@ -182,7 +182,8 @@ class InterruptedRun:
         if teacher is not None and not Path(teacher).exists() and (own is None or own.taught_by is None):
             raise CheckpointError(f"teacher {teacher}: no such run folder or file; if it has moved, {name_it}")
         if teacher is None and own is None and began is not None:
-            raise CheckpointError(f"{run.path}: its teacher was attached in Python: {hand_in('method')}; or {name_it}")
+            words = f"its teacher was attached in Python: {hand_in('method', run.metadata)}"
+            raise CheckpointError(f"{run.path}: {words}; or {name_it}")
         method = build_taught(self.config, data, own)
         now = weights_digest(method.taught_by.network) if method.taught_by else None
         if began is not None and now != began:
