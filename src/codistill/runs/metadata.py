@@ -73,7 +73,7 @@ def run_metadata(
     classes = {"class_names": list(data.class_names), "image_size": list(data.image_size)}
     facts = {"name": data.name, **classes, "mean": list(mean), "std": list(std), **images}
     facts["sha256"] = dict(digests or data_digests(data))
-    own = {} if METHODS.get(method.name) is type(method) else {"own_method": type(method).__name__}
+    own: dict[str, Any] = {} if METHODS.get(method.name) is type(method) else {"own_method": type(method).__name__}
     teacher = {"teacher_sha256": weights_digest(method.taught_by.network)} if method.taught_by else {}
     own |= {"imports": imported()} if imported() else {}
     return {**config.as_mapping(), **own, **teacher, "dataset": facts, "environment": environment(device)}
