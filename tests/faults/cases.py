@@ -267,6 +267,11 @@ CASES |= {
         "few at all, by --train-limit, --validation or the number of ranks; runs side by side",
         "trains with the batch that there is and says so once; status 2 below two images a rank",
     ),
+    87: Case(
+        "validation as a percentage",
+        "20%, 12.5%; 0%, 100%, -5%, 20 %, 0.2, as a flag, in a recipe, in Python",
+        "that part of the training images, at least one, is held out; else status 2 with what to write",
+    ),
     51: Case(
         "one bad image among those to predict",
         "missing, cut; in a folder, with a link that leads back",

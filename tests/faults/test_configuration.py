@@ -121,8 +121,21 @@ def test_a_value_out_of_range(capsys, tmp_path, colours, recipe, key):
         assert os.listdir() == ["recipe.toml"]
 
 
+@pytest.mark.fault(87)
+def test_percentages_that_cannot_be_held_out(capsys, tmp_path, colours, recipe):
+    words = "it must be a whole number, or a percentage between 0 and 100 as 20%"
+    for value in ("0%", "0.0%", "100%", "120%", "-5%", "20 %", "%", "1e1%", "nan%", "0.2", "half"):
+        refused(capsys, train(colours, f"--validation={value}"), 2, f"validation is {value!r}; {words}")
+        line = f"recipe.toml:1: validation is {value!r}; {words}"
+        refused(capsys, recipe(f'validation = "{value}"'), 2, line)
+    for value in ("0.2", "true"):
+        refused(capsys, recipe(f"validation = {value}"), 2, f"recipe.toml:1: validation is {value.title()}; {words}")
+    refused(capsys, train(colours, "--validation", "-5"), 2, "validation is -5; it must be at least 0")
+    assert os.listdir() == ["recipe.toml"]
+
+
 def test_no_bounded_setting_is_forgotten():
-    numbers = (int, float, int | None)
+    numbers = (int, float, int | None, int | str)
     settings = [each for kind in GROUPS.values() for each in dataclasses.fields(kind)]
     plain = {each.name for each in settings if getattr(each.type, "__origin__", each.type) in numbers}
     assert plain == set(BAD_VALUES) == set(RANGES)

@@ -273,6 +273,15 @@ def test_a_white_channel_is_said_and_recorded_as_trained(train, capsys):
             cd.Run(run.path)
 
 
+@pytest.mark.fault(87)
+@pytest.mark.parametrize(("share", "count"), [("25%", 6), ("12.5%", 3), ("0.01%", 1)])
+def test_validation_may_be_a_percentage(train, share, count):
+    run = train(epochs=1, validation=share, drop_last=True)
+    assert run.config.train.validation == run.metadata["validation"] == share
+    assert run.summary["best_epoch_chosen_on"] == "validation"
+    assert state(run) == state(train(epochs=1, validation=count, drop_last=True))
+
+
 REFUSED = {
     "a batch of one": ({"data": (25,)}, {}, "the last batch of 25 images would be a single image.*drop_last"),
     "a limit beyond the data": ({}, {"train_limit": 25}, "train_limit 25 and validation 0 together exceed the 24"),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -50,8 +51,9 @@ class TrainSettings:
     """Mirror half of the training images. None: where the data set says that a mirrored image keeps its label."""
     train_limit: int | None = field(default=None, metadata=COMMON)
     """Train only on the first N images of the seeded order."""
-    validation: int = field(default=0, metadata=COMMON)
-    """Hold out N training images, the last of the seeded order, to choose the best epoch."""
+    validation: int | str = field(default=0, metadata=COMMON | {"metavar": "N|P%"})
+    """Hold out N training images, or a part of all of them as 20%, the last of the seeded order, to choose the best
+    epoch."""
     seed: int = 0
     """Seed of initial weights, order of images, crops, flips and splits."""
 
@@ -67,6 +69,11 @@ class TrainSettings:
             ("seed", 0, 2**32 - 1),
         ):
             value = getattr(self, name)
+            if name == "validation" and not isinstance(value, int):
+                if not re.fullmatch(r"\d{1,2}(\.\d{1,9})?%", str(value), re.ASCII) or not float(value[:-1]):
+                    either = "a whole number, or a percentage between 0 and 100 as 20%"
+                    raise UsageError(f"{name} is {value!r}; it must be {either}")
+                continue
             if value is not None and not low <= value <= high:
                 bound = f"at least {low}" if high == LARGEST and value < low else f"from {low} to {high}"
                 raise UsageError(f"{name} is {value}; it must be {bound}")
@@ -83,6 +90,12 @@ class TrainSettings:
         """Epochs at which the learning rate falls."""
         halves = math.ceil(self.epochs / 2), math.ceil(self.epochs * 3 / 4)
         return halves if self.milestones is None else self.milestones
+
+    def held_out(self, images: int) -> int:
+        """Return how many of so many training images are held out for validation, with a percentage at least one."""
+        if isinstance(self.validation, int):
+            return self.validation
+        return max(1, round(images * float(self.validation[:-1]) / 100))
 
     def augmentation(self, data: Dataset) -> Augmentation:
         """Decide on crops and flips for a data set; raise UsageError if its images are smaller than the padding."""

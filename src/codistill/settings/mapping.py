@@ -123,6 +123,8 @@ def describe(kind: Any) -> str:
     """Return in words which values a type has."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
+        if int in inner and str in inner:
+            return "a whole number, or a percentage between 0 and 100 as 20%"
         return " or ".join(describe(each) for each in inner if each is not type(None))
     if origin is Literal:
         return f"one of {', '.join(map(repr, inner))}"

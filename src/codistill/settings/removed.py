@@ -25,7 +25,7 @@ FOREIGN = {
     "temp kd_t kd_temperature": "methods have --method.temperature, and a teacher --teacher-temperature",
     "output output_dir save_dir save_path log_dir logdir exp_name": "name the run folder with --out",
     "lr_milestones steps lr_steps": "name the epochs with --milestones",
-    "val_split val_size val_fraction": "hold training images out with --validation",
+    "val_split val_size val_fraction": "hold training images out with --validation, N or as 20%",
     "manual_seed random_seed": "choose it with --seed",
     "method algorithm distill": "the method has no flag: codistill train METHOD",
     "resume continue": "an interrupted run continues with: codistill resume RUN",
