@@ -303,6 +303,11 @@ CASES |= {
         "_last.pth of RepDistiller: resnet8 to 110, 8x4, 32x4, wrn, vgg, with argparse.Namespace",
         "its network has a name; the same logits as of the authors' code",
     ),
+    82: Case(
+        "a teacher that knows nothing of the data",
+        "weights of another forward pass or order of classes; NaN logits",
+        "its test error is shown before training and is in summary.json; one that only guesses is warned of",
+    ),
     57: Case("a run or a data set shown in a notebook", "repr of both", "one short line"),
     90: Case(
         "a module of one's own that cannot be imported, or is not",

@@ -1,6 +1,7 @@
 """A frozen teacher: its terms worked by hand, what it leaves alone, and every place that it may come from."""
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import json
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 import codistill as cd
 from codistill.cli import main
-from codistill.core.errors import CheckpointError, UsageError
+from codistill.core.console import warn_once
+from codistill.core.errors import CheckpointError, DivergedError, UsageError
 from codistill.data.augment import Augmentation, DeviceImages, epoch_indices
 from codistill.deploy.classifier import load_classifier
 from codistill.deploy.export import export_predictor
@@ -363,6 +365,66 @@ def test_a_stronger_teacher_term_brings_the_students_closer(made, capsys):
         taught_logits = loaded(made, made / "run").eval()(images)
         gaps.append((run.load_method()(images).logits[0] - taught_logits).square().mean().item())
     assert gaps[1] < gaps[0]
+
+
+# How good it is.
+
+
+def told(capsys, name: str) -> tuple[float, str]:
+    """Return the error of a teacher that is shown once, before the first epoch, and the warnings."""
+    out, warnings = capsys.readouterr()
+    (line,) = re.findall(rf"^{name}: error on the test set (\d+\.\d\d) %$", out, re.MULTILINE)
+    assert out.startswith(f"{name}: ") and out.count("error on the test set") == 1
+    return float(line), warnings
+
+
+@pytest.mark.fault(82)
+def test_the_error_of_a_teacher_is_shown_and_recorded(made, capsys, tmp_path):
+    good = cd.Run(made / "run")
+    error = good.summary["top1_error"][good.best_student()]
+    assert train_kd(made, "--teacher", str(made / "run")) == 0
+    shown, _ = told(capsys, f"teacher {made}/run")
+    assert shown == pytest.approx(error, abs=0.01)
+    assert cd.Run("out").summary["teacher_top1_error"] == pytest.approx(error)
+    # The line of runs side by side comes once.
+    assert train_kd(made, "--teacher", str(made / "run"), "--seeds", "0", "1", out="two") == 0
+    assert told(capsys, f"teacher {made}/run")[0] == shown
+    assert [cd.Run(f"two/seed{seed}").summary["teacher_top1_error"] for seed in (0, 1)] == [pytest.approx(error)] * 2
+
+
+class MeanColour(nn.Module):
+    """Whose logits are the mean red, green and blue: it knows the classes."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.mean((2, 3))
+
+
+@pytest.mark.fault(82)
+def test_a_good_teacher_is_not_warned_of(capsys):
+    method = WithTeacher(tiny.method(cd.KD), MeanColour())
+    run = cd.train(method, tiny.data(), out="run", settings=tiny.settings(epochs=1))
+    assert told(capsys, "teacher") == (0.0, "")
+    assert run.summary["teacher_top1_error"] == 0
+
+
+@pytest.mark.fault(82)
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [("a guess", r"teaches nothing \(a guess has an error of 66\.67 %\): are these"), ("nan", "logits are NaN")],
+)
+def test_a_teacher_that_knows_nothing_is_warned_of(capsys, spoil, says):
+    method = taught(cd.MFEF)
+    with torch.no_grad():
+        method.taught_by.network.head.linear.weight.zero_()
+        method.taught_by.network.head.linear.bias.fill_(math.nan if spoil == "nan" else 0)
+    warn_once.cache_clear()
+    with contextlib.suppress(DivergedError):
+        cd.train(method, tiny.data(test=90), out="run", settings=tiny.settings(epochs=1))
+    error, warnings = told(capsys, "teacher")
+    assert error == pytest.approx(200 / 3, abs=0.01)
+    assert re.match(rf"codistill: warning: teacher {says if spoil != 'nan' else '.*' + says}", warnings), warnings
+    assert warnings.count("\n") == 1
+    assert cd.Run("run").summary["teacher_top1_error"] == pytest.approx(error, abs=0.01)
 
 
 # Where a teacher comes from: checkpoints of other repositories.

@@ -109,6 +109,10 @@ class TrainingDisplay:
         if self._bar.disable:
             self._print(f"epoch {epoch + 1}/{self.epochs}  step {step}/{self.steps}  {status}")
 
+    def note(self, line: str) -> None:
+        """Print a line that is of no epoch, without the label."""
+        self.console.print(line, soft_wrap=True)
+
     def _print(self, line: str) -> None:
         self.console.print(self.label + line, soft_wrap=True)
 

@@ -19,6 +19,8 @@ class Teacher:
     network: nn.Module
     weight: float
     temperature: float
+    top1_error: float | None = None
+    """Its error on the test set of the run, percent, known once the run begins."""
 
     def logits(self, images: Images) -> Float[Tensor, "*view batch class"]:
         """Compute its logits for the students' normalised images, without gradients."""

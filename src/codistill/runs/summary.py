@@ -27,6 +27,7 @@ def run_facts(config: RunConfig, method: Method) -> dict[str, Any]:
         "seed": config.train.seed,
         "epochs": config.train.epochs,
         "parameters": {name: parameter_count(each) for name, each in method.predictors().items()},
+        **({"teacher_top1_error": method.taught_by.top1_error} if method.taught_by else {}),
     }
 
 

@@ -5,7 +5,7 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from codistill.core.console import warn
+from codistill.core.console import warn, warn_once
 from codistill.core.device import set_up_gpu
 from codistill.core.errors import ResourceError, UsageError
 from codistill.core.host import set_up_cpu
@@ -22,7 +22,7 @@ from codistill.data.dataset import Dataset
 from codistill.deploy.run import Run
 from codistill.methods import METHODS, Method
 from codistill.methods.kd import WithTeacher
-from codistill.runs.metadata import data_digests, run_metadata
+from codistill.runs.metadata import data_digests, run_metadata, weights_digest
 from codistill.runs.saving import Saver
 from codistill.runs.state import TrainingState
 from codistill.runs.summary import network_names, write_summary_of_failure
@@ -31,7 +31,7 @@ from codistill.settings.config import RunConfig, TrainSettings
 from codistill.training.compiling import Execution, choose_execution
 from codistill.training.ranks import ALONE, Ranks
 from codistill.training.step import make_step
-from codistill.training.teacher import load_teacher
+from codistill.training.teacher import load_teacher, top1_error
 from codistill.training.trainer import Trainer
 
 Positions = Int[Tensor, " image"] | None  # of the images that are used, on the host; None: all of them, in order
@@ -177,6 +177,7 @@ class DeviceSplits:
 
     def __init__(self, data: Dataset, device: torch.device) -> None:
         self._data, self._device = data, device
+        self._teachers: dict[str, float] = {}
 
     @functools.cached_property
     def train(self) -> DeviceImages:
@@ -192,6 +193,25 @@ class DeviceSplits:
     def digests(self) -> dict[str, str]:
         """SHA-256 of images and labels."""
         return data_digests(self._data)
+
+    def examine_teacher(self, method: Method, config: RunConfig, show: Callable[[str], None]) -> None:
+        """Find the test error of a method's teacher, if it has one, and show it; of runs side by side, each one's once.
+
+        Weights of another forward pass, other classes, or another normalisation would teach without a word.
+        """
+        if method.taught_by is None:
+            return
+        key = weights_digest(method.taught_by.network)
+        if key not in self._teachers:
+            self._teachers[key], fault = top1_error(method.taught_by.network, self.test, config.execution.precision)
+            name = f"teacher {config.teaching.teacher}" if config.teaching.teacher else "teacher"
+            show(f"{name}: error on the test set {self._teachers[key]:.2f} %")
+            if fault:
+                warn_once(
+                    f"{name} teaches nothing ({fault}): are these weights of another network or another form of it, "
+                    "or was it trained with other classes or another normalisation?"
+                )
+        method.taught_by = dataclasses.replace(method.taught_by, top1_error=self._teachers[key])
 
     def subset(self, positions: Positions) -> DeviceImages:
         """Return some of the training images; see `DeviceImages.subset`."""
@@ -236,6 +256,8 @@ def set_up(
                 held["test"] = splits.test
                 trainer = Trainer(run, config, step, plan.execution, held, saver, show and ranks.leads, label)
                 with ranks.together():
+                    if ranks.leads:
+                        splits.examine_teacher(method, config, trainer.display.note)
                     if state is not None:
                         trainer.restore(state)
                 yield trainer

@@ -1,6 +1,7 @@
-"""A frozen teacher beside the students of any method that allows one."""
+"""A frozen teacher beside the students of any method that allows one: where it comes from, and how good it is."""
 
 import argparse
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +12,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from codistill.core.device import autocast
 from codistill.core.errors import CheckpointError, UsageError
 from codistill.data.affine import Affine
+from codistill.data.augment import DeviceImages
 from codistill.deploy.classifier import load_predictor
+from codistill.evaluation.evaluation import EVALUATION_BATCH
+from codistill.evaluation.metrics import ClassificationSums, read_together, scores
 from codistill.networks import Network, network
 from codistill.settings.config import TeacherSettings
 
@@ -54,6 +59,24 @@ def load_teacher(settings: TeacherSettings, class_names: tuple[str, ...], statis
     if all(list(a) == list(b) for a, b in zip(wanted, statistics, strict=True)):
         return module
     return nn.Sequential(Affine.renormalise(statistics, wanted), module)
+
+
+@torch.no_grad()
+def top1_error(teacher: nn.Module, images: DeviceImages, precision: str) -> tuple[float, str]:
+    """Return the top-1 error of a teacher on a test set, percent, and why it teaches nothing; empty: it can teach."""
+    sums = ClassificationSums(images.device)
+    for start in range(0, len(images), EVALUATION_BATCH):
+        pixels, labels = images.batch(start, start + EVALUATION_BATCH)
+        with autocast(images.device, precision):
+            sums.update(teacher(pixels), labels)
+    found = scores(read_together(sums.tensors()))
+    if not math.isfinite(found.nll):
+        return found.top1_error, "its logits are NaN or infinite"
+    count, errors = len(images), found.top1_error / 100
+    guess = 1 - images.labels.bincount().max().item() / count  # the error of whoever names the commonest class
+    # By chance a teacher at random is better than by two standard deviations once in forty times.
+    at_chance = errors >= guess - 2 * (guess * (1 - guess) / count) ** 0.5
+    return found.top1_error, f"a guess has an error of {100 * guess:.2f} %" if at_chance else ""
 
 
 def read_checkpoint(path: Path, spec: str, num_classes: int) -> Network:
