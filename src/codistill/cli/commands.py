@@ -1,5 +1,6 @@
 """The commands of the command line, a function each, without logic."""
 
+import contextlib
 import csv
 import dataclasses
 import inspect
@@ -18,7 +19,7 @@ from codistill.bench.bench import bench, lines
 from codistill.cli import options
 from codistill.cli.flags import parse, parse_with_settings
 from codistill.core.console import lasting_console
-from codistill.core.errors import DataError, DivergedError, UsageError, WorkerError
+from codistill.core.errors import CodistillError, DataError, DivergedError, UsageError, WorkerError
 from codistill.data import DATASETS
 from codistill.deploy.classifier import load_classifier
 from codistill.deploy.export import export_predictor
@@ -26,6 +27,7 @@ from codistill.deploy.predict import answers
 from codistill.deploy.run import Run
 from codistill.methods import METHODS
 from codistill.networks import NETWORKS
+from codistill.runs.choice import choice
 from codistill.runs.evaluate import evaluate_run
 from codistill.settings.config import RunConfig, default_config
 from codistill.settings.mapping import run_from_mapping, typed_mapping
@@ -145,7 +147,8 @@ def resume_command(arguments: Sequence[str]) -> None:
 def evaluate_command(arguments: Sequence[str]) -> None:
     """Run `codistill evaluate`."""
     chosen = parse(options.EvaluateOptions, arguments, "codistill evaluate")
-    scores = evaluate_run(Run(chosen.run), chosen.checkpoint, chosen.data_dir, chosen.device)
+    run = Run(chosen.run)
+    scores = evaluate_run(run, chosen.checkpoint, chosen.data_dir, chosen.device)
     if chosen.json:
         print(json.dumps({name: dataclasses.asdict(each) for name, each in scores.items()}, indent=2))
         return
@@ -154,7 +157,11 @@ def evaluate_command(arguments: Sequence[str]) -> None:
         table.add_column(heading, justify="right")
     for name, each in scores.items():
         table.add_row(name, f"{each.top1_error:.2f}", f"{each.top5_error:.2f}", f"{each.nll:.4f}", f"{each.ece:.2f}")
-    lasting_console(True).print(table)
+    console = lasting_console(True)
+    console.print(table)
+    with contextlib.suppress(CodistillError):  # a damaged summary.json; the scores do not depend on it
+        if run.finished and (how := choice(run.summary, chosen.checkpoint)):
+            console.print(how, soft_wrap=True)
 
 
 def predict_command(arguments: Sequence[str]) -> None:
@@ -193,11 +200,14 @@ def export_command(arguments: Sequence[str]) -> None:
     """Run `codistill export`."""
     chosen = parse(options.ExportOptions, arguments, "codistill export")
     where = (chosen.out, chosen.format, chosen.checkpoint, chosen.data_dir)
-    done = export_predictor(Run(chosen.run), chosen.predictor, *where)
+    run = Run(chosen.run)
+    done = export_predictor(run, chosen.predictor, *where)
     print(
         f"ok: {done.path}: {done.predictor}, {done.parameters:,} parameters; loaded and compared on {done.images} test "
         f"images: logits differ by at most {done.difference:.2g}, top-1 agrees on {100 * done.agreement:.2f} %"
     )
+    if chosen.predictor is None and (how := choice(run.summary, chosen.checkpoint)):
+        print(how)
 
 
 def list_command(arguments: Sequence[str]) -> None:

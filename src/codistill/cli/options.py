@@ -75,7 +75,7 @@ class PredictOptions:
     images: tuple[Path, ...] = field(metadata={"positional": "IMAGE .."})
     """Image files, or folders of them, searched to any depth."""
     predictor: str | None = None
-    """The predictor of a run. None: the student with the lowest error."""
+    """The predictor of a run. None: the student with the lowest validation error; without --validation, test error."""
     top: int = 3
     """Number of classes to print for each image."""
     json: bool = False
@@ -91,7 +91,8 @@ class ExportOptions:
     run: Path = field(metadata={"positional": "RUN"})
     """The run folder."""
     predictor: str | None = None
-    """student0, student1, .., ensemble or fused. None: the student with the lowest error."""
+    """student0, student1, .., ensemble or fused. None: the student with the lowest validation error; without
+    --validation, test error."""
     format: Literal["safetensors", "onnx", "torch-export"] | None = None
     """File format. None: by the suffix of --out."""
     out: Path | None = None

@@ -125,8 +125,12 @@ class TrainingDisplay:
         """Print the line of a finished epoch."""
         epoch = row["epoch"] + 1
         speed, terms, left = f"{row['images_per_second']:,.0f}", term_text(row["train"]), self._left(epoch * self.steps)
-        errors = "  ".join(f"{name} {each['top1_error']:.2f}" for name, each in row["test"].items())
-        self._print(f"epoch {epoch}/{self.epochs}  {speed} images/s  {terms}  error %: {errors}  {left} left")
+        errors = [
+            f"{split} error %: " + "  ".join(f"{name} {each['top1_error']:.2f}" for name, each in row[split].items())
+            for split in ("validation", "test")
+            if split in row
+        ]
+        self._print("  ".join([f"epoch {epoch}/{self.epochs}", f"{speed} images/s", terms, *errors, f"{left} left"]))
         for warning in row["warnings"]:
             self._print(f"warning: epoch {epoch}: {warning}")
 
@@ -139,21 +143,25 @@ def term_text(terms: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {' '.join(values)}" for name, values in grouped.items())
 
 
-def summary_table(summary: Mapping[str, Any], final: Mapping[str, Any]) -> "Table":
-    """Make the table that ends a run of summary.json and the last scores on the test split by predictor."""
+def summary_table(summary: Mapping[str, Any], keys: Mapping[str, str]) -> "Table":
+    """Make the table that ends a run of summary.json, where `keys` name the top-1 errors of each split."""
     from rich.table import Table
 
+    splits = [split for split in keys if split in summary]
     title = f"{summary['method']} on {summary['data']}, {summary['epochs']} epochs, seed {summary['seed']}"
-    table = Table(title=f"{title}: errors on the test set, %")
+    table = Table(title=f"{title}: errors{' on the test set' if len(splits) == 1 else ''}, %")
     table.add_column("predictor", no_wrap=True)
-    best = f"top-1, best ({summary['best_epoch']})"
-    for heading in ("top-1, last", best, "top-5", "ECE", "NLL", "parameters"):
-        table.add_column(heading, justify="right")
-    for name, error in summary["top1_error"].items():
-        scores = final[name]
-        numbers = [f"{error:.2f}", f"{summary['best_epoch_top1_error'][name]:.2f}"]
-        numbers += [f"{scores['top5_error']:.2f}", f"{scores['ece']:.2f}", f"{scores['nll']:.4f}"]
-        table.add_row(name, *numbers, f"{summary['parameters'][name]:,}")
+    if len(splits) > 1:
+        table.add_column("images", no_wrap=True)
+    best = f"top-1 best ({summary['best_epoch']})"
+    for heading in ("top-1 last", best, "top-5", "ECE", "NLL", "parameters"):
+        table.add_column(heading.replace(" ", "\n") if len(splits) > 1 else heading, justify="right")
+    for name, parameters in summary["parameters"].items():
+        for split in splits:
+            scores, names = summary[split][name], [name, split] if len(splits) > 1 else [name]
+            numbers = [f"{summary[prefix + keys[split]][name]:.2f}" for prefix in ("", "best_epoch_")]
+            numbers += [f"{scores['top5_error']:.2f}", f"{scores['ece']:.2f}", f"{scores['nll']:.4f}"]
+            table.add_row(*names, *numbers, f"{parameters:,}")
     return table
 
 

@@ -83,7 +83,7 @@ def from_module(card: Mapping[str, Any], module: nn.Module) -> Classifier:
 def run_predictor(run: RunFolder, predictor: str | None = None, which: str = "last") -> tuple[str, nn.Module]:
     """Load a predictor of a run, with its name; None: the best student. Raise `UsageError` where the run lacks it."""
     predictors = run.load_method(which).predictors()
-    name = run.best_student() if predictor is None else predictor
+    name = run.best_student(which) if predictor is None else predictor
     if name not in predictors:
         raise UsageError(f"{run.path} has no predictor {name!r}: choose from {', '.join(predictors)}")
     return name, predictors[name].eval()

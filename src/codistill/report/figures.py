@@ -8,7 +8,7 @@ from typing import Any
 
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Draw test errors and loss terms over the epochs, from the lines of metrics.jsonl, as an SVG element."""
+    """Draw errors of each split and loss terms over the epochs, from the lines of metrics.jsonl, as an SVG element."""
     with _default_matplotlib():
         return _draw(rows)
 
@@ -33,11 +33,16 @@ def _draw(rows: Sequence[Mapping[str, Any]]) -> str:
     errors, losses = figure.subplots(1, 2)
     epochs = [row["epoch"] + 1 for row in rows]
     marker = "o" if len(rows) == 1 else None
-    for name in rows[0]["test"]:
-        errors.plot(epochs, [row["test"][name]["top1_error"] for row in rows], label=name, marker=marker)
+    held_out = "validation" in rows[0]
+    for index, name in enumerate(rows[0]["test"]):
+        errors.plot(epochs, [row["test"][name]["top1_error"] for row in rows], f"C{index}", label=name, marker=marker)
+        if held_out:
+            held = [row["validation"][name]["top1_error"] for row in rows]
+            errors.plot(epochs, held, f"C{index}--", label=f"{name} (validation)", marker=marker and "x")
     for name in rows[0]["train"]:
         losses.plot(epochs, [row["train"][name] for row in rows], label=name.replace("->", " → "), marker=marker)
-    errors.set(xlabel="epoch", ylabel="top-1 error on the test set, %", ylim=(0, None))
+    what = "top-1 error, %: test solid, validation dashed" if held_out else "top-1 error on the test set, %"
+    errors.set(xlabel="epoch", ylabel=what, ylim=(0, None))
     losses.set(xlabel="epoch", ylabel="training loss and its terms, nats", yscale="log")
     for axes in (errors, losses):
         axes.grid(alpha=0.3)

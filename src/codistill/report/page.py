@@ -8,6 +8,7 @@ from typing import Any
 from codistill.core.console import duration, warn
 from codistill.core.files import write_atomically
 from codistill.report.figures import curves
+from codistill.runs.choice import ERRORS, choice
 from codistill.runs.folder import RunFolder
 
 
@@ -32,6 +33,8 @@ def write_report(run: RunFolder, summary: Mapping[str, Any]) -> None:
     page = environment.get_template("report.html").render(
         title=f"{summary['method']} on {summary['data']}, {summary['epochs']} epochs, seed {summary['seed']}",
         summary=summary,
+        keys={split: key for split, key in ERRORS.items() if split in summary},
+        choice=choice(summary),
         duration=duration(summary["wall_seconds"]),
         curves=drawing,
         settings=json.dumps({key: value for key, value in run.metadata.items() if key != "dataset"}, indent=2),

@@ -2,17 +2,21 @@
 
 import torch
 
+from codistill.core.console import warn
 from codistill.core.device import choose_device
 from codistill.data.augment import DeviceImages
 from codistill.evaluation.evaluation import evaluate
 from codistill.evaluation.metrics import Scores
 from codistill.runs.folder import RunFolder
+from codistill.runs.metadata import split_digests
 
 
 def evaluate_run(
     run: RunFolder, which: str = "last", data_dir: str | None = None, device: str = "auto"
 ) -> dict[str, Scores]:
     """Score a checkpoint of a run on the test set of its data set, in the precision of its training.
+
+    A test set with other images or labels than in training is scored, and a warning says that it is another one.
 
     Args:
         run: The run.
@@ -22,11 +26,16 @@ def evaluate_run(
 
     Raises:
         CheckpointError: No whole checkpoint.
-        DataError: The data set is missing or damaged, or its images or classes are not those of the training.
+        DataError: The data set is missing or damaged, or has other classes or another image size than in training.
     """
     config = run.config
     where = choose_device(device, config.execution.precision)
     data, facts = run.load_data(data_dir), run.metadata["dataset"]
+    recorded = facts.get("sha256", {})
+    found = split_digests("test", data.test)
+    if differ := [name for name, digest in found.items() if recorded.get(name, digest) != digest]:
+        words = f"{' and '.join(differ)} of {run.config.data} are other ones (SHA-256) than in training"
+        warn(f"{run.path}: {words}: its scores in summary.json are not comparable with these")
     method = run.load_method(which).to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = DeviceImages(data.test, (facts["mean"], facts["std"]), where)
     return evaluate(method, images, config.execution.precision)

@@ -15,6 +15,7 @@ from codistill.core.imports import trained_with
 from codistill.data import DATASETS, Dataset, dataset
 from codistill.methods import Method
 from codistill.runs.checkpoint import CheckpointStore
+from codistill.runs.choice import lowest_student
 from codistill.runs.lock import lock_folder, remove_strays
 from codistill.runs.metadata import checked_metadata
 from codistill.runs.state import load_weights
@@ -214,17 +215,22 @@ class RunFolder:
                 fix = f"{shown(found)}, but {self.path} was trained on {shown(began)}"
                 raise DataError(f"data set {data.name}: other {what} than those of the run: {fix}")
 
-    def best_student(self) -> str:
-        """Name the student with the lowest top-1 error at the end of training.
+    def best_student(self, which: str = "last") -> str:
+        """Name the student with the lowest top-1 error at a checkpoint: on validation images if any, else on test ones.
+
+        Args:
+            which: The `last` or the `best` checkpoint.
 
         Raises:
             UsageError: The training did not finish.
-            CheckpointError: summary.json is absent or damaged.
+            CheckpointError: summary.json, or metrics.jsonl, is absent or damaged.
         """
-        errors: dict[str, float] = self.summary.get("top1_error", {})
-        if not errors:
+        summary = self.summary
+        if not summary.get("top1_error"):
             raise UsageError(f"{self.path} has no best student, for its training was {self.status}: name a predictor")
-        return min(sorted(name for name in errors if name.startswith("student")), key=errors.__getitem__)
+        name = summary.get("best_epoch_best_student" if which == "best" else "best_student")
+        # A run of an older version has it in its metrics only.
+        return name or lowest_student(self.metrics()[summary["best_epoch"] - 1 if which == "best" else -1])[0]
 
 
 def hand_in(what: str, metadata: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from codistill.core.host import keep_freed_memory
 from codistill.core.imports import imported
 from codistill.core.torchrun import launch
 from codistill.data.affine import usable
-from codistill.data.dataset import Dataset
+from codistill.data.dataset import Dataset, Split
 from codistill.methods import METHODS, Method
 from codistill.runs.state import tensors_once
 from codistill.settings.config import RunConfig
@@ -44,12 +44,16 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def data_digests(data: Dataset) -> dict[str, str]:
     """Return the SHA-256 of shape and contents of images and labels of both splits."""
+    return split_digests("training", data.train) | split_digests("test", data.test)
+
+
+def split_digests(name: str, split: Split) -> dict[str, str]:
+    """Return the SHA-256 of shape and contents of images and labels of one split, which has that name."""
     digests = {}
-    for name, split in (("training", data.train), ("test", data.test)):
-        for kind, array in (("images", split.images), ("labels", split.labels)):
-            digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).data)
-            digests[f"{name} {kind}"] = digest.hexdigest()
+    for kind, array in (("images", split.images), ("labels", split.labels)):
+        digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+        digests[f"{name} {kind}"] = digest.hexdigest()
     return digests
 
 

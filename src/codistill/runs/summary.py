@@ -9,6 +9,7 @@ from codistill.core.files import write_json
 from codistill.methods import Method
 from codistill.methods.cohort import Cohort
 from codistill.networks.network import parameter_count
+from codistill.runs.choice import ERRORS, chosen_by, lowest_student, top1_errors
 from codistill.runs.folder import RunFolder
 from codistill.settings.config import RunConfig
 
@@ -39,18 +40,28 @@ def summarise(
     best: Mapping[str, Any],
     seconds: float,
     execution: Mapping[str, Any],
+    images: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Return the contents of the summary.json of a finished run; `rows` are the lines of metrics.jsonl."""
-    trained = sum(row["seconds"] for row in rows)
-    last, at_best = ({name: each["top1_error"] for name, each in row["test"].items()} for row in (rows[-1], best))
+    """Return the contents of the summary.json of a finished run.
+
+    `rows` are the lines of metrics.jsonl, `best` is that of the best epoch; `images` counts those of each split.
+    """
+    trained, by = sum(row["seconds"] for row in rows), chosen_by(rows[-1])
+    # Keys without a split are of the test set.
+    errors: dict[str, Any] = {}
+    for split in ("test", by):
+        errors |= {ERRORS[split]: top1_errors(rows[-1], split), f"best_epoch_{ERRORS[split]}": top1_errors(best, split)}
     return {
         "status": "finished",
         **run_facts(config, method),
-        "top1_error": last,
-        "best_epoch_top1_error": at_best,
+        **errors,
         "best_epoch": best["epoch"] + 1,
-        "best_epoch_chosen_on": "validation" if "validation" in rows[-1] else "test",
-        "test": rows[-1]["test"],
+        "best_epoch_chosen_on": by,
+        "best_student": lowest_student(rows[-1])[0],
+        "best_epoch_best_student": lowest_student(best)[0],
+        "chosen_by": by,
+        **{f"{split}_images": count for split, count in images.items()},
+        **{split: rows[-1][split] for split in images},
         "diversity": rows[-1]["diversity"],
         "warnings": [f"epoch {row['epoch'] + 1}: {each}" for row in rows for each in row["warnings"]],
         "images_per_second": sum(row["images_per_second"] * row["seconds"] for row in rows) / trained,

@@ -52,8 +52,8 @@ class TrainSettings:
     train_limit: int | None = field(default=None, metadata=COMMON)
     """Train only on the first N images of the seeded order."""
     validation: int | str = field(default=0, metadata=COMMON | {"metavar": "N|P%"})
-    """Hold out N training images, or a part of all of them as 20%, the last of the seeded order, to choose the best
-    epoch."""
+    """Hold out N training images, or a part of all of them as 20%, the last of the seeded order, to choose epoch and
+    student; each seed has others."""
     seed: int = 0
     """Seed of initial weights, order of images, crops, flips and splits."""
 

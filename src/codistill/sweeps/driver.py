@@ -38,6 +38,8 @@ ATTEMPTS = 3
 # How many runs one process gets at most: each holds a file open, and has its networks on the host.
 LARGEST_SHARE = 64
 RESUMES = "what the runs have saved is kept: the same command resumes them"
+# What a row has of summary.json; runs without validation images, and of older versions, lack some.
+RESULTS = ("top1_error", "best_epoch_top1_error", "validation_top1_error", "best_student", "chosen_by")
 PROGRAM = (sys.executable, "-m", "codistill")
 
 
@@ -252,8 +254,8 @@ class Sweep:
         with contextlib.suppress(CodistillError):  # no run folder, or not yet or no longer a whole one
             summary = RunFolder(folder).summary
         if summary.get("status") == "finished" and not run.problem:
-            errors = {key: summary[key] for key in ("top1_error", "best_epoch_top1_error")}
-            return dataclasses.replace(row, status="finished", **errors)
+            found = {key: summary[key] for key in RESULTS if key in summary}
+            return dataclasses.replace(row, status="finished", **found)
         if summary.get("status") == "diverged":
             reason = str(summary.get("error", "diverged"))
         reason = run.problem or reason
@@ -264,7 +266,7 @@ class Sweep:
         for row in rows:
             self.rows[row.name] = row
             errors = "  ".join(f"{name} {error:.2f}" for name, error in row.top1_error.items())
-            self.say(f"{row.name}: {row.status}" + (f": {row.reason}" if row.reason else f"  error %: {errors}"))
+            self.say(f"{row.name}: {row.status}" + (f": {row.reason}" if row.reason else f"  test error %: {errors}"))
         write_tables(self.folder, self.spec, list(self.rows.values()))
 
     def say(self, line: str) -> None:

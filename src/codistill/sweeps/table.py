@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from codistill.core.files import write_atomically, write_json
 
+VALIDATION = " (validation)"  # ends the columns of errors on validation images
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -18,8 +20,11 @@ class Row:
         group: What the runs have in common that differ in the seed only.
         folder: The run folder, which may not exist.
         status: `unfinished` where the sweep was stopped before.
-        top1_error: Of each predictor after the last epoch, percent.
-        best_epoch_top1_error: Of each predictor after the best epoch, percent.
+        top1_error: Of each predictor on the test set after the last epoch, percent.
+        best_epoch_top1_error: Of each predictor on the test set after the best epoch, percent.
+        validation_top1_error: Of each predictor on its validation images, if any, after the last epoch, percent.
+        best_student: The student with the lowest error after the last epoch.
+        chosen_by: On which images: `validation` or `test`.
         reason: Why it failed.
     """
 
@@ -29,21 +34,30 @@ class Row:
     status: Literal["finished", "FAILED", "unfinished"]
     top1_error: dict[str, float] = field(default_factory=dict)
     best_epoch_top1_error: dict[str, float] = field(default_factory=dict)
+    validation_top1_error: dict[str, float] = field(default_factory=dict)
+    best_student: str = ""
+    chosen_by: str = ""
     reason: str = ""
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """The errors after the last epoch by column of `table.md`: of each predictor, named if on validation images."""
+        return self.top1_error | {name + VALIDATION: each for name, each in self.validation_top1_error.items()}
 
 
 def grouped(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Summarise runs that differ in the seed only, as `table.json` has it.
 
-    The mean top-1 error of each predictor after the last epoch is empty unless all finished; the sample standard
-    deviation (n - 1), percentage points, also for a single run.
+    The mean top-1 error of each predictor after the last epoch, on the test set and on validation images if any, is
+    empty unless all finished; the sample standard deviation (n - 1), percentage points, also for a single run.
     """
     groups = []
     for name in dict.fromkeys(row.group for row in rows):
         members = [row for row in rows if row.group == name]
         lost = {status.lower(): sum(row.status == status for row in members) for status in ("FAILED", "unfinished")}
-        predictors = () if any(lost.values()) else members[0].top1_error
-        errors = {each: [row.top1_error[each] for row in members] for each in predictors}
+        # Runs of an older version have no validation errors.
+        predictors = set.intersection(*(set(row.errors) for row in members)) if not any(lost.values()) else set()
+        errors = {each: [row.errors[each] for row in members] for each in members[0].errors if each in predictors}
         mean = {each: statistics.fmean(values) for each, values in errors.items()}
         deviation = {each: statistics.stdev(values) for each, values in errors.items() if len(values) > 1}
         groups.append({"name": name, "runs": len(members), **lost, "mean": mean, "deviation": deviation})
@@ -54,24 +68,27 @@ def write_tables(folder: Path, spec: Path, rows: Sequence[Row]) -> None:
     """Write `table.json` and `table.md` of a sweep into its folder."""
     groups = grouped(rows)
     write_json(folder / "table.json", {"spec": str(spec), "runs": [asdict(row) for row in rows], "groups": groups})
-    lines = [f"# Top-1 errors on the test set after the last epoch, %: {spec.name}", "", *markdown(run_cells(rows))]
-    lines += ["", "Over seeds: mean ± sample standard deviation (n runs)", "", *markdown(group_cells(groups))]
+    held_out = " or, where named, on validation images" if any(row.validation_top1_error for row in rows) else ""
+    title = f"# Top-1 errors on the test set{held_out} after the last epoch, %: {spec.name}"
+    lines = [title, "", *markdown(run_cells(rows))]
+    lines += ["", "Over seeds: mean ± sample standard deviation (n runs) of these", "", *markdown(group_cells(groups))]
     write_atomically(folder / "table.md", ("\n".join(lines) + "\n").encode())
 
 
 def predictors_of(members: Sequence[Mapping[str, Any]]) -> list[str]:
-    """List predictors as columns: students by number, then the others."""
+    """List predictors as columns: students by number, then the others; last those on validation images."""
     names = dict.fromkeys(name for errors in members for name in errors)
     students = sorted((name for name in names if name.startswith("student")), key=lambda name: (len(name), name))
-    return students + [name for name in names if name not in students]
+    ordered = students + [name for name in names if name not in students]
+    return sorted(ordered, key=lambda name: name.endswith(VALIDATION))
 
 
 def run_cells(rows: Sequence[Row]) -> list[list[str]]:
     """Return the table of runs, headings first."""
-    predictors = predictors_of([row.top1_error for row in rows])
+    predictors = predictors_of([row.errors for row in rows])
     cells = [["run (folder)", "status", *predictors, "reason"]]
     for row in rows:
-        errors = [f"{row.top1_error[name]:.2f}" if name in row.top1_error else "" for name in predictors]
+        errors = [f"{row.errors[name]:.2f}" if name in row.errors else "" for name in predictors]
         cells.append([row.name, row.status, *errors, row.reason])
     return cells
 

@@ -14,6 +14,7 @@ from codistill.evaluation.diversity import health_warnings
 from codistill.evaluation.evaluation import Evaluation
 from codistill.evaluation.metrics import read_together
 from codistill.report.page import write_report
+from codistill.runs.choice import ERRORS, choice, lowest_student
 from codistill.runs.saving import Saver
 from codistill.runs.state import TrainingState, load_weights, tensors_once
 from codistill.runs.summary import summarise
@@ -191,18 +192,20 @@ class Trainer:
         lost = self.saver.finish()
         best = self.best or self.rows[-1]
         execution = dataclasses.asdict(self.execution)
-        summary = summarise(self.run, self.config, self.method, self.rows, best, seconds, execution)
+        images = {split: len(each) for split, each in self.evaluation.splits.items()}
+        summary = summarise(self.run, self.config, self.method, self.rows, best, seconds, execution, images)
         if lost is None:
             write_report(self.run, summary)
         # Last, for a run is finished once it is there.
         write_json(self.run.path / "summary.json", summary)
         if lost is not None:
             raise lost
-        self.display.console.print(summary_table(summary, self.rows[-1]["test"]))
+        self.display.console.print(summary_table(summary, ERRORS))
+        if chosen := choice(summary):
+            self.display.console.print(chosen, soft_wrap=True)
         self.display.console.print(f"run folder: {self.run.path}", soft_wrap=True)
 
     @staticmethod
     def selection_error(row: Mapping[str, Any]) -> float:
-        """Return the error that the best epoch has least of: the better student's, on validation images if any."""
-        students = (each for name, each in row.get("validation", row["test"]).items() if name.startswith("student"))
-        return min(float(each["top1_error"]) for each in students)
+        """Return the error that the best epoch has least of, and of equal ones the first: the best student's."""
+        return lowest_student(row)[1]
