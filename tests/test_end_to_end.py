@@ -62,7 +62,8 @@ def test_progress_is_shown_without_a_terminal(place, capsys, monkeypatch):
             assert any(
                 re.fullmatch(rf"epoch {epoch}/2  step {step}/2  {rate}  {terms}  {left}", line) for line in lines
             )
-        assert any(re.fullmatch(rf"epoch {epoch}/2  {rate}  {terms}  error %: .*  {left}", line) for line in lines)
+        assert any(re.fullmatch(rf"epoch {epoch}/2  {rate}  {terms}  test error %: .*  {left}", line) for line in lines)
+    assert re.fullmatch(r"best student: student\d, chosen by test error, so its \S+ % is too optimistic: .*", lines[-2])
     assert lines[-1] == "run folder: run" and not any("\x1b" in line for line in lines)
 
 

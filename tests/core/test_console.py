@@ -8,6 +8,7 @@ from rich.console import Console
 
 from codistill.core import console
 from codistill.core.console import TrainingDisplay, duration, summary_table, term_text, track
+from codistill.runs.choice import ERRORS
 
 
 def test_durations():
@@ -33,6 +34,7 @@ def clock(monkeypatch):
     return advance
 
 
+@pytest.mark.fault(100)
 def test_plain_lines_say_epoch_step_rate_terms_and_time_left(clock, capsys):
     with TrainingDisplay(epochs=4, steps=10, images=1000) as display:
         display.begin_epoch(0)
@@ -46,7 +48,12 @@ def test_plain_lines_say_epoch_step_rate_terms_and_time_left(clock, capsys):
         test = {"student0": {"top1_error": 12.5}}
         display.end_epoch({**row, "test": test, "warnings": ["student0 has collapsed"]})
         line, warning = capsys.readouterr().out.splitlines()
-        assert line == "epoch 1/4  100 images/s  loss 1.500  error %: student0 12.50  0:30 left"
+        assert line == "epoch 1/4  100 images/s  loss 1.500  test error %: student0 12.50  0:30 left"
+        display.end_epoch({**row, "test": test, "validation": {"student0": {"top1_error": 11}}, "warnings": []})
+        assert (
+            "loss 1.500  validation error %: student0 11.00  test error %: student0 12.50  0:30"
+            in capsys.readouterr().out
+        )
         assert "warning" in warning and "student0 has collapsed" in warning
         display.begin_epoch(1)
         clock(2)
@@ -99,23 +106,30 @@ def test_a_terminal_gets_a_bar(clock, capsys, monkeypatch):
     assert "epoch 2/3" in shown and "step 5/10" in shown and "100 images/s  loss 2.000" in shown
 
 
+@pytest.mark.fault(100)
+@pytest.mark.parametrize("splits", [["test"], ["validation", "test"]], ids=["test", "validation"])
 @pytest.mark.parametrize("width", [80, 120])
-def test_the_table_is_whole_in_a_terminal_of_any_usual_width(width):
+def test_the_table_is_whole_in_a_terminal_of_any_usual_width(width, splits):
     names = ("student0", "student1", "ensemble", "fused")
-    errors = {name: 10.0 + index for index, name in enumerate(names)}
-    best = {name: error - 5 for name, error in errors.items()}
-    summary = {"method": "mfef", "data": "cifar100", "epochs": 300, "seed": 7, "best_epoch": 299, "top1_error": errors}
-    summary |= {"best_epoch_top1_error": best, "parameters": dict.fromkeys(names, 12_345_678)}
+    summary = {"method": "mfef", "data": "cifar100", "epochs": 300, "seed": 7, "best_epoch": 299}
+    summary |= {"parameters": dict.fromkeys(names, 12_345_678)}
     scores = {"top1_error": 10.0, "top5_error": 2.25, "nll": 0.4567, "ece": 3.5}
+    for place, split in enumerate(splits):
+        errors = {name: 10.0 + index + 20 * place for index, name in enumerate(names)}
+        best = {name: error - 5 for name, error in errors.items()}
+        summary |= {ERRORS[split]: errors, f"best_epoch_{ERRORS[split]}": best, split: dict.fromkeys(names, scores)}
     screen = Console(width=width, record=True, file=io.StringIO())
-    screen.print(summary_table(summary, dict.fromkeys(names, scores)))
+    screen.print(summary_table(summary, ERRORS))
     text = screen.export_text()
     assert "…" not in text
-    assert "mfef on cifar100, 300 epochs, seed 7" in re.sub(r"\s+", " ", text)
+    title = "mfef on cifar100, 300 epochs, seed 7: errors" + (" on the test set" if splits == ["test"] else "")
+    assert f"{title}, %" in re.sub(r"\s+", " ", text)
+    lines = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in text.splitlines() if "0.4567" in line]
     for index, name in enumerate(names):
-        row = next(line for line in text.splitlines() if name in line)
-        cells = [cell.strip() for cell in row.strip("│ ").split("│")]
-        assert cells == [name, f"{10 + index}.00", f"{5 + index}.00", "2.25", "3.50", "0.4567", "12,345,678"]
+        for place, split in enumerate(splits):
+            named = [name] if len(splits) == 1 else [name, split]
+            errors = [f"{error + index + 20 * place}.00" for error in (10, 5)]
+            assert lines.pop(0) == [*named, *errors, "2.25", "3.50", "0.4567", "12,345,678"]
 
 
 def test_tracked_items_come_through_and_show_nothing_without_a_terminal(capfd):

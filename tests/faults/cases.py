@@ -308,6 +308,21 @@ CASES |= {
         "weights of another forward pass or order of classes; NaN logits",
         "its test error is shown before training and is in summary.json; one that only guesses is warned of",
     ),
+    99: Case(
+        "a student chosen by the test errors that are then reported of it",
+        "validation and test errors that disagree; ties; a run of an older version",
+        "with --validation by validation error, in export, predict and teaching; summary.json says by which",
+    ),
+    100: Case(
+        "an error of which nobody can tell on which images",
+        "a run with --validation: progress, table, report, table of a sweep",
+        "validation and test errors side by side, each named",
+    ),
+    101: Case(
+        "a run evaluated on another test set",
+        "images or labels that changed where they lie; handed in",
+        "a warning in one line names what differs; the scores are of what is there",
+    ),
     57: Case("a run or a data set shown in a notebook", "repr of both", "one short line"),
     90: Case(
         "a module of one's own that cannot be imported, or is not",

@@ -56,6 +56,25 @@ def test_a_resume_knows_its_data(tmp_path, capsys, what):
     assert run_here(["resume", str(tmp_path / "run")]) == 0
 
 
+@pytest.mark.fault(101)
+def test_evaluate_says_that_the_test_set_is_another_one(tmp_path, capsys):
+    place, run = tmp_path / "colours.npz", tmp_path / "run"
+    assert run_here(arguments(write(place), run)) == 0
+    data = tiny.data(train=20, test=21)
+    capsys.readouterr()
+    write(place, changed(data.train, "training images"))  # the test set is what it was
+    assert run_here(["evaluate", str(run)]) == 0 and capsys.readouterr().err == ""
+    for what in ("training images", "training labels"):
+        other = dataclasses.replace(data, test=changed(data.test, what))
+        tiny.write_npz(place, other)
+        assert run_here(["evaluate", str(run), "--json"]) == 0
+        out, error = capsys.readouterr()
+        assert error.count("\n") == 1 and error.startswith(f"codistill: warning: {run}: ")
+        assert f"{what.replace('training', 'test')} of packed are other ones (SHA-256) than in training" in error
+        assert json.loads(out).keys() == cd.Run(run, data=other).evaluate().keys()
+        assert "are other ones" in capsys.readouterr().err
+
+
 @pytest.mark.fault(71)
 def test_of_runs_that_go_on_side_by_side_each_knows_its_data(tmp_path, capsys):
     place = tmp_path / "colours.npz"

@@ -65,27 +65,28 @@ def parsed(page):
 
 def test_every_predictor_has_its_row(run, page, parsed):
     cells = re.findall(r"<td>(.*?)</td>", page)
-    rows = [cells[start : start + 7] for start in range(0, len(cells), 7)]
-    summary = run.summary
-    assert [row[0] for row in rows] == ["student0", "student1", "ensemble", "fused"]
-    for name, *numbers in rows:
-        test = summary["test"][name]
-        assert numbers == [
-            f"{summary['top1_error'][name]:.2f}",
-            f"{summary['best_epoch_top1_error'][name]:.2f}",
-            f"{test['top5_error']:.2f}",
-            f"{test['nll']:.4f}",
-            f"{test['ece']:.2f}",
-            f"{summary['parameters'][name]:,}",
-        ]
+    summary, predictors = run.summary, ["student0", "student1", "ensemble", "fused"]
+    expected = []
+    for name in predictors:
+        for split, key in (("validation", "validation_top1_error"), ("test", "top1_error")):
+            if split == "validation" and not run.config.train.validation:
+                continue
+            scores = summary[split][name]
+            named = [name, split] if run.config.train.validation else [name]
+            errors = [f"{summary[each][name]:.2f}" for each in (key, f"best_epoch_{key}")]
+            numbers = [f"{scores['top5_error']:.2f}", f"{scores['nll']:.4f}", f"{scores['ece']:.2f}"]
+            expected += [*named, *errors, *numbers, f"{summary['parameters'][name]:,}"]
+    assert cells == expected
 
 
-def test_the_curves_are_drawn_and_named(parsed, page):
+def test_the_curves_are_drawn_and_named(run, parsed, page):
     assert sum(tag == "svg" for tag, _ in parsed.elements) == 1
     drawing = page[page.index("<svg") : page.index("</svg>")]
     for name in ("student0", "student1", "ensemble", "fused", "loss", "ce/student0", "kl/fused → student1"):
         assert f"<!-- {name} -->" in drawing, name
-    for label in ("top-1 error on the test set, %", "training loss and its terms, nats"):
+    held_out = run.config.train.validation
+    what = "top-1 error, %: test solid, validation dashed" if held_out else "top-1 error on the test set, %"
+    for label in (what, "training loss and its terms, nats", *(["fused (validation)"] if held_out else [])):
         assert f"<!-- {label} -->" in drawing, label
 
 
@@ -106,11 +107,14 @@ def test_the_settings_are_whole_and_names_are_escaped(run, parsed, page):
     assert shown == {key: value for key, value in run.metadata.items() if key != "dataset"}
 
 
-def test_it_says_what_the_best_epoch_was_chosen_on(run, parsed):
+@pytest.mark.fault(100)
+def test_it_says_what_epoch_and_student_were_chosen_on(run, parsed):
     text = " ".join("".join(parsed.text).split())
     if run.config.train.validation:
-        assert "chosen on validation images held out of the training set" in text
+        assert "chosen on 8 validation images held out of the training set" in text
+        assert re.search(r"best student: student\d, chosen by validation error \(\S+ % of 8 images\); its test", text)
     else:
+        assert re.search(r"best student: student\d, chosen by test error, so its \S+ % is too optimistic", text)
         assert "on this test set, which flatters it" in text
 
 

@@ -23,7 +23,7 @@ from codistill.settings.build import build_method
 from codistill.sweeps import driver as sweep_module
 from codistill.sweeps.driver import assign, own_program, sweep
 from codistill.sweeps.spec import read_spec
-from codistill.sweeps.table import Row
+from codistill.sweeps.table import Row, grouped, write_tables
 
 from ..faults.asserting import refused
 
@@ -180,7 +180,7 @@ def test_finished_runs_make_tables(bench, capsys):
     out, error = capsys.readouterr()
     assert error == "" and [row.status for row in rows.values()] == ["finished"] * 3
     assert [row.top1_error["student0"] for row in rows.values()] == [10, 14, 12]
-    assert "seed1: finished  error %: student0 14.00  ensemble 9.00" in out
+    assert "seed1: finished  test error %: student0 14.00  ensemble 9.00" in out
     (group,) = bench.table()["groups"]
     assert group["mean"] == {"student0": 12, "ensemble": 7} and (group["runs"], group["failed"]) == (3, 0)
     assert group["deviation"]["student0"] == statistics.stdev([10, 14, 12])
@@ -188,7 +188,24 @@ def test_finished_runs_make_tables(bench, capsys):
     assert page in out and ["mfef", "3", "12.00 ± 2.00", "7.00 ± 2.00", ""] in table(page)
     assert ["seed2", "finished", "12.00", "7.00", ""] in table(page)
     assert len({line.rindex("|", 0, -1) for line in page.splitlines() if " 10.00 " in line or " 14.00 " in line}) == 1
+    assert "validation" not in page and page.startswith("# Top-1 errors on the test set after the last epoch")
     assert bench.calls() == ["train seed0", "train seed1", "train seed2"]
+
+
+@pytest.mark.fault(100)
+def test_validation_errors_have_columns_of_their_own(tmp_path):
+    test, held_out = {"student0": 10.0, "fused": 8.0}, {"student0": 12.0, "fused": 9.0}
+    names = {"status": "finished", "group": "all", "folder": ""}
+    rows = [Row(name=str(seed), top1_error=test, validation_top1_error=held_out, **names) for seed in range(2)]
+    write_tables(tmp_path, tmp_path / "spec.toml", rows)
+    page = (tmp_path / "table.md").read_text()
+    assert "on the test set or, where named, on validation images after the last epoch" in page
+    columns = ["student0", "fused", "student0 (validation)", "fused (validation)"]
+    assert ["runs", "n", *columns, "note"] in table(page)
+    assert ["all", "2", "10.00 ± 0.00", "8.00 ± 0.00", "12.00 ± 0.00", "9.00 ± 0.00", ""] in table(page)
+    # A run of an older version has none.
+    (group,) = grouped([rows[0], Row(name="2", top1_error=test, **names)])
+    assert group["mean"] == test
 
 
 def test_a_group_with_a_failed_run_has_no_mean(bench, capsys):
