@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import codistill as cd
@@ -30,6 +32,26 @@ def network(num_classes: int, width: int = 8) -> Network:
         for before, after, stride in zip((3, *widths), widths, strides, strict=False)
     ]
     return Network(stages, PooledLinear(width, num_classes), widths)
+
+
+class Drawing(nn.Module):
+    """Draws in every pass, in evaluation too: a dropout of torch's and, on the host, from Python and NumPy."""
+
+    def __init__(self, host: bool = False) -> None:
+        super().__init__()
+        self.host = host
+
+    def forward(self, features: Tensor) -> Tensor:
+        if self.host:
+            features = features * random.uniform(0.9, 1.1) * float(np.random.uniform(0.9, 1.1))
+        return F.dropout(features, 0.2, training=True)
+
+
+def drawing(num_classes: int, host: bool = True) -> Network:
+    """A tiny network that draws numbers."""
+    plain = network(num_classes)
+    stages = [*plain.stages[:-1], nn.Sequential(plain.stages[-1], Drawing(host))]
+    return Network(stages, plain.head, plain.widths)
 
 
 def own_students(count: int = 2, classes: int = 3) -> list[Network]:
@@ -87,8 +109,9 @@ def write_npz(path: Path, whole: cd.Dataset) -> Path:
 
 @contextlib.contextmanager
 def registered() -> Iterator[None]:
-    """Register the tiny network as `tiny`."""
+    """Register the tiny network as `tiny`, and the one that draws as `drawing`."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(NETWORKS._entries, "drawing", drawing)
         patch.setitem(NETWORKS._entries, "tiny", network)
         yield
 

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from codistill.core.randomness import generator
 from codistill.data import Split, dataset
-from codistill.data.augment import Augmentation, BatchIndices, DeviceImages, epoch_indices, generator, seeded_order
+from codistill.data.augment import Augmentation, BatchIndices, DeviceImages, epoch_indices, seeded_order
 
 from .. import tiny
 

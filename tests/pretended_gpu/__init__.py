@@ -49,6 +49,7 @@ def pretended() -> Iterator[GPU]:
             "max_memory_reserved": lambda device=None: 2**25,
             "reset_peak_memory_stats": lambda device=None: None,
             "empty_cache": lambda: None,
+            "default_generators": (torch.default_generator,),
             "mem_get_info": lambda device=None: (2**33, 2**34),
         }
         with pytest.MonkeyPatch.context() as patch:

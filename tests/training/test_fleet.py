@@ -17,6 +17,7 @@ import codistill as cd
 from codistill.cli import main
 from codistill.core.device import set_up_gpu
 from codistill.core.errors import CheckpointError, UsageError
+from codistill.core.randomness import seed_draws
 from codistill.data.augment import Augmentation, DeviceImages, epoch_indices
 from codistill.methods import METHODS
 from codistill.methods.kd import WithTeacher
@@ -463,6 +464,23 @@ def test_a_captured_fleet_equals_plain_steps(repeatable, name, precision, member
     assert not any(member.method.cohort.streams for member in fast)
 
 
+@pytest.mark.fault(96)
+@pytest.mark.gpu
+@pytest.mark.parametrize(("members", "host"), [(1, False), (2, False), (2, True)])
+def test_what_is_drawn_in_captured_steps_is_that_of_plain_ones(repeatable, capsys, members, host):
+    device, data = torch.device("cuda"), tiny.data()
+
+    def member(seed: int) -> TrainStep:
+        torch.manual_seed(seed)
+        method = cd.DML([tiny.drawing(3, host), tiny.drawing(3, host)], 3, image_size=(8, 8))
+        return make_step(method, DeviceImages(data.train, data.statistics, device), Augmentation(), tiny.settings())
+
+    plain, fast = ([member(seed) for seed in range(members)] for _ in range(2))
+    compare_steps(plain, fast, 10)
+    warned = "dml draws random numbers on the host, which a CUDA graph would repeat" in capsys.readouterr().err
+    assert warned == host
+
+
 def compare_steps(plain: list[TrainStep], fast: list[TrainStep], count: int) -> None:
     device, fleet = fast[0].device, make_fleet(fast)
     assert isinstance(fleet, GraphedSteps) or not fast[0].method.capturable
@@ -473,9 +491,11 @@ def compare_steps(plain: list[TrainStep], fast: list[TrainStep], count: int) -> 
             epoch_indices(24, seed, number, Augmentation(), device, member.method.views).part(0, size)
             for seed, member in enumerate(fast)
         ]
-        for member, batch in zip(plain, batches, strict=True):
+        seeds = [100 * number + index for index in range(len(fast))]
+        for member, batch, seed in zip(plain, batches, seeds, strict=True):
+            seed_draws(seed, device)
             member(batch, progress)
-        fleet(batches, progress)
+        fleet(batches, progress, seeds)
     for one, other in zip(plain, fast, strict=True):
         assert one.sums.means() == other.sums.means()
         state = other.method.state_dict()

@@ -3,17 +3,23 @@
 import dataclasses
 import json
 import math
+import random
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 import codistill as cd
 from codistill.cli import main
 from codistill.core.errors import CheckpointError, UsageError
 from codistill.data.augment import DeviceImages
 from codistill.report.page import write_report
+from codistill.settings.config import default_config
 from codistill.training import trainer as loop
+from codistill.training.ranks import Ranks
 from codistill.training.resume import resume, resume_together
 from codistill.training.verify import end_state as end_digest
 
@@ -45,6 +51,44 @@ def test_summary_and_metrics_are_those_of_an_undisturbed_run(colours, tmp_path, 
     assert end_state(tmp_path / "broken") == end_state(tmp_path / "whole")
     whole = cd.Run(tmp_path / "whole").summary
     assert tiny.untimed(broken.summary) == tiny.untimed(whole)
+
+
+@pytest.mark.fault(96)
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_what_a_network_draws_is_drawn_again(colours, tmp_path, step):
+    drawing = ("--networks", "drawing", "drawing", "--validation", "2")
+    assert run_here(arguments(colours, tmp_path / "whole", *drawing, method="dml")) == 0
+    broken = stopped(colours, tmp_path / "broken", step, *drawing, method="dml")
+    torch.rand(step), random.random(), np.random.uniform()  # another place of each generator
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    resume(broken, show=False)
+    assert end_state(broken) == end_state(tmp_path / "whole")
+    # They are the user's, and where he left them.
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert [random.getstate(), np.random.get_state()[1].tolist()] == list(states[1:])
+
+
+@pytest.mark.fault(96)
+def test_seeds_steps_and_ranks_draw_otherwise(colours, tmp_path):
+    config = dataclasses.replace(default_config("dml"), networks=("drawing", "drawing"))
+
+    def seeds(seed: int, rank: int) -> list[int]:
+        train = dataclasses.replace(config.train, seed=seed)
+        held = SimpleNamespace(config=dataclasses.replace(config, train=train))
+        held.step = SimpleNamespace(ranks=Ranks(rank, 2))
+        return [loop.Trainer.draws_seed(held, epoch, number) for epoch in range(2) for number in (1, 2)]
+
+    drawn = [each for seed in (0, 1) for rank in (0, 1) for each in seeds(seed, rank)]
+    assert len(set(drawn)) == len(drawn) == 16
+
+
+@pytest.mark.fault(96)
+def test_a_network_that_draws_in_evaluation_scores_as_in_training(colours, tmp_path):
+    drawing = ("--networks", "drawing", "drawing")
+    assert run_here(arguments(colours, tmp_path / "run", *drawing, method="dml")) == 0
+    run = cd.Run(tmp_path / "run")
+    scores = {name: dataclasses.asdict(each) for name, each in run.evaluate(device="cpu").items()}
+    assert scores == run.metrics()[-1]["test"]
 
 
 def test_with_a_teacher_and_validation_images(colours, tmp_path):

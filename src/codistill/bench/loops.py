@@ -115,6 +115,6 @@ def resident_loop(
     def train(steps: int) -> None:
         for step in range(steps):
             start = step % batches * size
-            fleet([plan.part(start, start + size)] * len(members), progress)
+            fleet([plan.part(start, start + size)] * len(members), progress, range(len(members)))
 
     return train

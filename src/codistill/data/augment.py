@@ -4,11 +4,11 @@ import copy
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from codistill.core.randomness import EPOCH_STREAM, ORDER_STREAM, generator
 from codistill.data.affine import Affine, Statistics
 from codistill.data.dataset import Split
 
@@ -35,15 +35,6 @@ class BatchIndices(NamedTuple):
     def part(self, start: int, stop: int) -> "BatchIndices":
         """Return the indices of some of the images; tables may have a leading axis of views."""
         return BatchIndices(*(table[..., start:stop] for table in self))
-
-
-def generator(seed: int, *stream: int) -> torch.Generator:
-    """Make a CPU generator whose numbers depend on the seed and on what they are for, and on nothing else."""
-    words = np.random.SeedSequence([seed, *stream]).generate_state(2, np.uint32)
-    return torch.Generator().manual_seed(int(words[0]) << 32 | int(words[1]))
-
-
-ORDER_STREAM, EPOCH_STREAM, INIT_STREAM = 0, 1, 2
 
 
 def seeded_order(count: int, seed: int) -> Int[Tensor, " count"]:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from codistill.core.device import autocast
+from codistill.core.randomness import EVALUATION_STREAM, draws_kept, seed_draws, stream_seed
 from codistill.data.augment import DeviceImages
 from codistill.evaluation.diversity import Diversity, DiversitySums, diversity
 from codistill.evaluation.metrics import ClassificationSums, Scores, read_together, scores
@@ -18,7 +19,8 @@ class Evaluation:
     """Score every predictor on some splits, with batch normalisation's running statistics, once an epoch.
 
     Everything is summed on the device. On CUDA the first pass runs eagerly, and where passes are `captured` those after
-    it are one graph. The method is left in the mode, training or evaluation, that it was in.
+    it are one graph. The method is left in the mode, training or evaluation, that it was in. A network that draws numbers
+    even in evaluation draws the same ones in each pass, those of the run's `seed`.
     """
 
     def __init__(
@@ -28,7 +30,9 @@ class Evaluation:
         precision: str = "float32",
         batch_size: int = EVALUATION_BATCH,
         captured: bool = True,
+        seed: int = 0,
     ) -> None:
+        self._seed = stream_seed(seed, EVALUATION_STREAM)
         self.method, self.splits, self.precision, self.batch_size = method, dict(splits), precision, batch_size
         self.device = next(iter(self.splits.values())).device
         self._sums: dict[str, dict[str, ClassificationSums]] = {name: {} for name in self.splits}
@@ -46,6 +50,7 @@ class Evaluation:
                 sums.reset()
         was_training = self.method.training
         self.method.eval()
+        seed_draws(self._seed, self.device)
         try:
             if self.device.type != "cuda" or not self._captured or self._passes == 0:
                 self._pass(between)
@@ -95,9 +100,10 @@ class Evaluation:
 
 
 def evaluate(
-    method: Method, images: DeviceImages, precision: str = "float32", batch_size: int = EVALUATION_BATCH
+    method: Method, images: DeviceImages, precision: str = "float32", batch_size: int = EVALUATION_BATCH, seed: int = 0
 ) -> dict[str, Scores]:
     """Score each student, the ensemble and the fused classifier on one split once; see `Evaluation`."""
-    evaluation = Evaluation(method, {"split": images}, precision, batch_size)
-    evaluation.run()
+    evaluation = Evaluation(method, {"split": images}, precision, batch_size, seed=seed)
+    with draws_kept(images.device):
+        evaluation.run()
     return evaluation.scored(read_together(evaluation.tensors()))["split"][0]

@@ -38,4 +38,4 @@ def evaluate_run(
         warn(f"{run.path}: {words}: its scores in summary.json are not comparable with these")
     method = run.load_method(which).to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = DeviceImages(data.test, (facts["mean"], facts["std"]), where)
-    return evaluate(method, images, config.execution.precision)
+    return evaluate(method, images, config.execution.precision, seed=config.train.seed)

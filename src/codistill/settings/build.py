@@ -2,10 +2,8 @@
 
 from collections.abc import Sequence
 
-import torch
-
 from codistill.core.errors import CheckpointError, UsageError
-from codistill.data.augment import INIT_STREAM, generator
+from codistill.core.randomness import CPU, INIT_STREAM, draws_kept, seed_draws, stream_seed
 from codistill.data.dataset import Dataset, dataset
 from codistill.methods import METHODS, Method
 from codistill.networks import NETWORKS, network
@@ -33,8 +31,8 @@ def build_method(config: RunConfig, num_classes: int, image_size: tuple[int, int
         raise UsageError("no networks: name one for each student, for example --networks resnet20 resnet20")
     if "" in config.networks:
         raise CheckpointError("the run was trained with networks of your own, which only your program can build")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(config.train.seed, INIT_STREAM).initial_seed())
+    with draws_kept(CPU):
+        seed_draws(stream_seed(config.train.seed, INIT_STREAM), CPU)
         students = [network(spec, num_classes) for spec in config.networks]
         return METHODS[config.method_name](students, num_classes, config.method, image_size)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from codistill.core.errors import DivergedError
+from codistill.core.randomness import draws_kept
 from codistill.core.signals import SignalRequests, defer_signals
 from codistill.evaluation.metrics import read_together
 from codistill.runs.state import TrainingState
@@ -33,7 +34,7 @@ def train_loop(
     active = list(trainers)
     started = time.monotonic()
     steps: GraphedSteps | EagerSteps | None = None
-    with defer_signals() as requests, trainers[0].display:
+    with draws_kept(trainers[0].step.device), defer_signals() as requests, trainers[0].display:
         # One signal may reach a rank from several sides.
         requests.insistent = trainers[0].step.ranks.count == 1
         for epoch in range(trainers[0].position[0], trainers[0].config.train.epochs):
@@ -67,7 +68,8 @@ def train_epoch(trainers: Sequence[Trainer], steps: GraphedSteps | EagerSteps, e
     for trainer in trainers:
         trainer.stopwatch.start()
     for number, (start, stop) in enumerate(trainers[0].steps[first:], start=first + 1):
-        steps([each.part(start, stop) for each in indices], progress)
+        seeds = [trainer.draws_seed(epoch, number) for trainer in trainers]
+        steps([each.part(start, stop) for each in indices], progress, seeds)
         trainers[0].after_step(epoch, number)
         yield number
     for trainer in trainers:

@@ -17,6 +17,7 @@ from codistill.core.console import warn, warn_once
 from codistill.core.device import set_up_gpu
 from codistill.core.errors import ResourceError, UsageError
 from codistill.core.host import set_up_cpu
+from codistill.core.randomness import CPU, draws_kept
 from codistill.data.augment import Augmentation, DeviceImages, seeded_order
 from codistill.data.dataset import Dataset
 from codistill.deploy.run import Run
@@ -77,7 +78,8 @@ def check(
             less = f"there are {images} training images, less than a batch of {settings.batch_size}"
             notices.append(f"{less}: each step trains on all of them")
         check_parts(config, images, ranks)
-        check_shapes(method, data)
+        with draws_kept(CPU):
+            check_shapes(method, data)
         steps = settings.epochs * math.ceil(images / settings.batch_size)
         captured = alone and ranks.count == 1 and method.capturable
         execution = choose_execution(config.execution, device, steps, overlap=captured)

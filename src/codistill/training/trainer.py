@@ -8,6 +8,7 @@ from codistill.core.console import TrainingDisplay, summary_table, warn
 from codistill.core.device import Stopwatch
 from codistill.core.errors import CheckpointError, DivergedError
 from codistill.core.files import write_json
+from codistill.core.randomness import STEP_STREAM, stream_seed
 from codistill.data.augment import BatchIndices, DeviceImages, epoch_indices
 from codistill.deploy.run import Run
 from codistill.evaluation.diversity import health_warnings
@@ -45,7 +46,9 @@ class Trainer:
     ) -> None:
         self.run, self.config, self.step, self.execution, self.saver = run, config, step, execution, saver
         self.method = step.method
-        self.evaluation = Evaluation(self.method, held, config.execution.precision, captured=step.ranks.count == 1)
+        self.evaluation = Evaluation(
+            self.method, held, config.execution.precision, captured=step.ranks.count == 1, seed=config.train.seed
+        )
         images = len(step.images)
         size = min(config.train.batch_size, images)
         self.used = images // size * size if config.train.drop_last else images
@@ -96,6 +99,10 @@ class Trainer:
     def first_step(self, epoch: int) -> int:
         """Return how many steps of an epoch the process before has done."""
         return self.position[1] if epoch == self.position[0] else 0
+
+    def draws_seed(self, epoch: int, number: int) -> int:
+        """Return the seed of what the networks draw in a step, counted from 1; each rank draws for its own images."""
+        return stream_seed(self.config.train.seed, STEP_STREAM, epoch, number, self.step.ranks.number)
 
     def after_step(self, epoch: int, number: int) -> None:
         """Show the progress now and then; steps are counted from 1."""
