@@ -19,8 +19,8 @@ class Evaluation:
     """Score every predictor on some splits, with batch normalisation's running statistics, once an epoch.
 
     Everything is summed on the device. On CUDA the first pass runs eagerly, and where passes are `captured` those after
-    it are one graph. The method is left in the mode, training or evaluation, that it was in. A network that draws numbers
-    even in evaluation draws the same ones in each pass, those of the run's `seed`.
+    it are one graph. The method is left in the mode, training or evaluation, that it was in. A network that draws
+    numbers even in evaluation draws the same ones in each pass, those of the run's `seed`.
     """
 
     def __init__(

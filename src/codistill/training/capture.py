@@ -69,8 +69,8 @@ class GraphedSteps:
             if draws.on_host() and not self._frozen:
                 self._frozen = True
                 warn(
-                    f"{member.method.name} draws random numbers on the host, which a CUDA graph would repeat: the steps "
-                    "run one by one, which is slower; draw with torch on the device"
+                    f"{member.method.name} draws random numbers on the host, which a CUDA graph would repeat: the "
+                    "steps run one by one, which is slower; draw with torch on the device"
                 )
 
     def _run(self, work: Sequence[tuple[torch.cuda.Stream, TrainStep, BatchIndices]]) -> None:
