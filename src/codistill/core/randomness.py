@@ -70,5 +70,5 @@ class Draws:
 
 def host_state() -> tuple[object, ...]:
     """Return the states of Python's and NumPy's global generators."""
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    return random.getstate(), kind, keys.tobytes(), *rest
+    _, keys, *rest = np.random.get_state(legacy=True)
+    return random.getstate(), bytes(np.asarray(keys)), *rest
