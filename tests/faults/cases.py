@@ -322,6 +322,7 @@ CASES |= {
         "a run evaluated on another test set",
         "images or labels that changed where they lie; handed in",
         "a warning in one line names what differs; the scores are of what is there",
+    ),
     96: Case(
         "a network that draws numbers",
         "dropout, stochastic depth, Python's and NumPy's generators; in evaluation too; breaks, ranks, captured steps",
