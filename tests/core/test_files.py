@@ -64,9 +64,21 @@ def test_damaged_json_is_one_line(tmp_path, content):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.fault(93)
 def test_missing_json_asks_for_the_run_folder(tmp_path):
-    with pytest.raises(CheckpointError, match=rf"no such file; is {tmp_path} a run folder\?"):
-        read_json(tmp_path / "config.json")
+    for place, words in (
+        (tmp_path / "none", "there is no such folder"),
+        (tmp_path / "empty", "empty is empty, no run folder"),
+        (tmp_path, rf"is {tmp_path} a run folder\?"),
+        (tmp_path / "file", "file is a file, no run folder"),
+        (tmp_path / "folder", "Is a directory"),
+    ):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        (tmp_path / "folder" / "config.json").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "file").write_text("")
+        with pytest.raises(CheckpointError, match=f"config.json: .*{words}") as error:
+            read_json(place / "config.json")
+        assert "damaged" not in str(error.value)
 
 
 def test_a_file_may_be_written_by_others_and_is_dropped_when_they_fail(tmp_path):

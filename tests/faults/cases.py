@@ -335,4 +335,20 @@ CASES |= {
         "status 2, or 4 with the --import of the training; with it resumed bitwise, evaluated, exported; nothing is "
         "imported unasked",
     ),
+    91: Case(
+        "a file that the system refuses to write",
+        "no space, quota, rights, read-only, long names, stale handles, too many files; in every file of a run, an "
+        "export, a sweep, a download; stdout",
+        "one line with path and reason; status 2 for a place and 6 for a resource; no part of a file; resumed bitwise",
+    ),
+    92: Case(
+        "a package that is not installed",
+        "onnx, onnxscript, onnxruntime, jinja2, matplotlib, tensorboard, scikit-learn",
+        "status 2, or a warning where a run would be lost; the command that installs it into this environment",
+    ),
+    93: Case(
+        "what looks like damage and is none",
+        "no folder, an empty one, a file in its place, no permission, another version",
+        "a line of its own; damage is said of damage only",
+    ),
 }

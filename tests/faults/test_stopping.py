@@ -247,8 +247,8 @@ def test_a_disk_that_stays_full(colours, undisturbed, tmp_path, capsys, monkeypa
     warning, error = capsys.readouterr().err.splitlines()
     assert warning.startswith("codistill: warning: ") and "No space left on device" in warning
     assert error == (
-        f"codistill: error: {out}: the last checkpoint could not be written: free some space, then: "
-        f"codistill resume {out}"
+        f"codistill: error: {out}: the last checkpoint could not be written: No space left on device: "
+        f"free some space; what was written before is kept; then: codistill resume {out}"
     )
     assert cd.Run(out).summary["status"] == "failed" and positions(out) == [(1, 0)]
     assert run_here(["resume", str(out)]) == 0

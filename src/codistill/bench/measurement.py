@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from codistill.core.device import set_up_gpu
+from codistill.core.files import write_atomically
 
 # Beside a GPU the plain loop's workers fill their queues while others are measured, so that turns must be long; on a
 # CPU short turns see the same minute of a busy machine.
@@ -96,7 +97,7 @@ def count_launches(contestant: Contestant, device: torch.device, table: Path | N
         if table:
             key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
             text = seen.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=100)
-            table.write_text(text, encoding="utf-8")
+            write_atomically(table, text.encode())
         if on_gpu:
             kernels = [event for event in seen.events() or [] if event.device_type.name == "CUDA"]
             return "kernels", sum(not event.name.startswith(("Memcpy", "Memset")) for event in kernels)

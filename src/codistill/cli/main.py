@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from codistill.cli.early import refuse_early
 from codistill.cli.options import OPTIONS
 from codistill.core.errors import CodistillError, UsageError
+from codistill.core.extras import missing_package
+from codistill.core.files import system_error
 from codistill.core.imports import import_own, split_imports
 from codistill.core.registry import unknown_name
 from codistill.core.signals import KEPT, Terminated, terminate
@@ -85,6 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         status, line = explain(error)
+        if isinstance(error, OSError) and sys.stdout is not None:
+            try:
+                sys.stdout.flush()
+            except OSError:  # or Python writes to it again when it exits, and says so
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         # A wrong command line is wrong in every process that torchrun started: the first of a machine says so.
         if status != 2 or world_size() == 1 or os.environ["LOCAL_RANK"] == "0":
             print(f"codistill: error: {line}", file=sys.stderr)
@@ -104,7 +111,9 @@ def explain(error: BaseException) -> tuple[int, str]:
         # That of torch, which need not be loaded, by its name.
         case _ if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             return 6, f"out of memory: use a smaller --batch-size or fewer or smaller --networks ({line[:200]})"
-        case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-            return 6, f"disk full or failing: {line}: free or replace it; what was written before is kept"
+        case ModuleNotFoundError() if missing := missing_package(error):
+            return 2, missing
+        case OSError() if error.errno not in (None, errno.EBADF, errno.EFAULT):
+            return explain(system_error(error))
         case _:
             return 1, f"bug: {type(error).__name__}: {line}: please report it with the output of --debug"

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
 
-from codistill.core.errors import DataError, ResourceError, UsageError
+from codistill.core.errors import DataError, UsageError
+from codistill.core.files import system_error
 from codistill.data.untrusted import check_file, reason
 
 if sys.platform != "win32":
@@ -29,7 +30,7 @@ def fetch(url: str, path: Path, size: int, digest: str, tries: int = 20) -> None
 
     Raises:
         DataError: The server cannot be reached, breaks off `tries` times or with no progress, or has another file.
-        ResourceError: The file cannot be written.
+        ResourceError: The file cannot be written; UsageError, where its place is the reason.
         UsageError: Not an http or https address.
     """
     if urlsplit(url).scheme not in ("http", "https"):
@@ -52,7 +53,7 @@ def fetch(url: str, path: Path, size: int, digest: str, tries: int = 20) -> None
             elif part.exists():
                 part.unlink()
     except OSError as error:
-        raise ResourceError(f"{path}: cannot be written ({reason(error)}): free the disk or choose another") from error
+        raise system_error(error, f"{path}: cannot be written") from error
 
 
 def _fill(url: str, file: IO[bytes], size: int, tries: int) -> None:

@@ -15,6 +15,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from codistill.core.errors import CheckpointError, CodistillError, UsageError
+from codistill.core.extras import install
+from codistill.core.files import system_error
 from codistill.core.imports import trained_with
 from codistill.data.affine import Affine, usable
 from codistill.data.dataset import Pixels
@@ -105,9 +107,11 @@ def load_classifier(path: Path, predictor: str | None = None) -> Classifier:
     if path.suffix != ".onnx":
         reason = " (a .pt2 file can run code when it is loaded)" if path.suffix == ".pt2" else ""
         raise UsageError(f"{path}: not a kind of file that is read here{reason}: give .safetensors, .onnx or a run")
-    with _damage(path):
+    try:
         import onnxruntime
-
+    except ImportError:
+        raise UsageError(f"{path}: the package onnxruntime is not installed here: {install('onnxruntime')}") from None
+    with _damage(path):
         session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
         card = _card(session.get_modelmeta().custom_metadata_map.get(CARD_KEY), path)
 
@@ -124,6 +128,7 @@ def load_predictor(path: Path, predictor: str | None = None) -> tuple[dict[str, 
         name, module = run_predictor(run, predictor)
         return make_card(run, name), module
     with _damage(path):
+        path.open("rb").close()  # safetensors does not say why a file cannot be opened
         with safetensors.safe_open(path, "pt") as file:
             card = _card((file.metadata() or {}).get(CARD_KEY), path)
         if why := unbuildable(str(card["method"]["name"]), card["networks"]):
@@ -146,8 +151,10 @@ def _damage(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: made by another version, or damaged: {error}") from None
     except CodistillError:
         raise
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{path}: no such run folder or model file") from None
+    except OSError as error:
+        raise system_error(error, path, CheckpointError) from None
     except Exception as error:  # each library raises types of its own
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise CheckpointError(f"{path}: damaged, or not written by codistill: {reason}") from error

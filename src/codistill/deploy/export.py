@@ -1,6 +1,7 @@
 """Export of one predictor to one file, compared with the run before it is kept."""
 
 import importlib
+import io
 import json
 import logging
 import warnings
@@ -13,7 +14,8 @@ import torch
 from torch import nn
 
 from codistill.core.errors import CheckpointError, UsageError
-from codistill.core.files import replaced
+from codistill.core.extras import install
+from codistill.core.files import replaced, system_error
 from codistill.data.dataset import Dataset
 from codistill.deploy.classifier import (
     CARD_KEY,
@@ -92,26 +94,29 @@ def export_predictor(
         raise UsageError(f"safetensors holds weights alone, and {run.unbuildable}: export to onnx")
     card = make_card(run, name)
     data = run.load_data(data_dir)
-    if path.is_dir():
-        raise UsageError(f"{path}: is a folder: choose another file")
     try:
+        if path.is_dir():
+            raise UsageError(f"{path}: is a folder: choose another file")
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{path.parent}: {error.strerror}: choose another file") from None
+        raise system_error(error, fix="choose another file") from None
     write = {"safetensors": _write_safetensors, "onnx": _write_onnx, "torch-export": _write_torch_export}[format]
-    with replaced(path, path.suffix) as temporary:
-        write(module, card, temporary)
-        if format == "torch-export":  # such a file can run code when it is loaded: no other than this one ever is
-            loaded = Classifier(card, torch.export.load(temporary).module())
-        else:
-            loaded = load_classifier(temporary)
-        done = Exported(path, name, parameter_count(module), **compare(from_module(card, module), loaded, data))
-        unlike = round((1 - done.agreement) * done.images)
-        if not done.difference <= done.allowed or unlike > max(1, done.images // 1000):
-            raise CheckpointError(
-                f"{path}: not kept, for it differs from the run by up to {done.difference:.3g} in a logit and "
-                f"agrees on {100 * done.agreement:.2f} % of {done.images} images"
-            )
+    try:
+        with replaced(path, path.suffix) as temporary:
+            write(module, card, temporary)
+            if format == "torch-export":  # such a file can run code when it is loaded: no other than this one ever is
+                loaded = Classifier(card, torch.export.load(io.BytesIO(temporary.read_bytes())).module())
+            else:
+                loaded = load_classifier(temporary)
+            done = Exported(path, name, parameter_count(module), **compare(from_module(card, module), loaded, data))
+            unlike = round((1 - done.agreement) * done.images)
+            if not done.difference <= done.allowed or unlike > max(1, done.images // 1000):
+                raise CheckpointError(
+                    f"{path}: not kept, for it differs from the run by up to {done.difference:.3g} in a logit and "
+                    f"agrees on {100 * done.agreement:.2f} % of {done.images} images"
+                )
+    except OSError as error:
+        raise system_error(error, fix="choose another file") from None
     return done
 
 
@@ -140,11 +145,12 @@ def _traced(module: nn.Module, card: dict[str, Any]) -> torch.export.ExportedPro
 
 
 def _write_onnx(module: nn.Module, card: dict[str, Any], path: Path) -> None:
-    for package in ("onnx", "onnxscript", "onnxruntime"):
+    packages = ("onnx", "onnxscript", "onnxruntime")
+    for package in packages:
         try:
             importlib.import_module(package)
         except ImportError:
-            raise UsageError(f"export to onnx needs the package {package}: pip install 'codistill[onnx]'") from None
+            raise UsageError(f"export to onnx needs the package {package}: {install(*packages)}") from None
     noisy = logging.getLogger("torch.onnx")
     level = noisy.level
     noisy.setLevel(logging.ERROR)
@@ -162,4 +168,7 @@ def _write_onnx(module: nn.Module, card: dict[str, Any], path: Path) -> None:
 
 
 def _write_torch_export(module: nn.Module, card: dict[str, Any], path: Path) -> None:
-    torch.export.save(_traced(module, card), path, extra_files={f"{CARD_KEY}.json": json.dumps(card)})
+    # torch's own writer answers a full disk with an error that does not say so.
+    content = io.BytesIO()
+    torch.export.save(_traced(module, card), content, extra_files={f"{CARD_KEY}.json": json.dumps(card)})
+    path.write_bytes(content.getvalue())

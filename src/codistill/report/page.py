@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from codistill.core.console import duration, warn
+from codistill.core.extras import missing_package
 from codistill.core.files import write_atomically
 from codistill.report.figures import curves
 from codistill.runs.choice import ERRORS, choice
@@ -23,7 +24,7 @@ def write_report(run: RunFolder, summary: Mapping[str, Any]) -> None:
         drawing = curves(run.metrics())
     except Exception as error:
         # A run is worth more than its picture.
-        failed = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        failed = missing_package(error) or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         warn(f"{run.path / 'report.html'} has no curves, for drawing them failed ({failed}); metrics.jsonl holds them")
         drawing = f"<p>The drawing failed ({html.escape(failed)}); metrics.jsonl holds the numbers.</p>"
 
@@ -39,4 +40,4 @@ def write_report(run: RunFolder, summary: Mapping[str, Any]) -> None:
         curves=drawing,
         settings=json.dumps({key: value for key, value in run.metadata.items() if key != "dataset"}, indent=2),
     )
-    write_atomically(run.path / "report.html", page.encode())
+    write_atomically(run.path / "report.html", page.encode(errors="backslashreplace"))

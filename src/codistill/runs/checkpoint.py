@@ -1,6 +1,7 @@
 """The checkpoints of a run: written whole or not at all, and every byte checked before it is parsed."""
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -14,13 +15,17 @@ import torch
 
 from codistill.core.console import warn
 from codistill.core.errors import CheckpointError
-from codistill.core.files import write_atomically, write_json
+from codistill.core.files import system_error, write_atomically, write_json
 from codistill.runs.state import FORMAT, TrainingState, other_format
 
 ENTRY = {"file": str, "sha256": str, "epoch": int, "step": int, "best": bool}
 
 # A file of an index and its SHA-256: names that stay in the folder, and lines without breaks.
 NAMES = r"[0-9A-Za-z-]+\.pt [0-9a-f]{64}"
+
+
+class UnreadableError(CheckpointError):
+    """A checkpoint that is there, and that the system does not hand out."""
 
 
 class CheckpointStore:
@@ -45,7 +50,7 @@ class CheckpointStore:
         except FileNotFoundError:
             return self._scanned("is missing") if any(self.folder.glob("*.pt")) else []
         except OSError as error:
-            raise CheckpointError(f"{self._index}: {error.strerror}") from None
+            raise system_error(error, self._index, CheckpointError) from None
         try:
             index = json.loads(content)
             number, entries = index["format"], [dict(entry) for entry in index["files"]]
@@ -101,6 +106,8 @@ class CheckpointStore:
                 continue
             try:
                 state = self._read(entry)
+            except UnreadableError:
+                raise
             except CheckpointError as error:
                 reasons.append(str(error))
                 self._damaged.add(entry["file"])
@@ -115,8 +122,13 @@ class CheckpointStore:
         path = self.folder / str(entry["file"])
         try:
             content = path.read_bytes()
-        except OSError as error:
+        except FileNotFoundError as error:
             raise CheckpointError(f"{path}: {error.strerror}") from None
+        except OSError as error:
+            if error.errno == errno.EIO:  # the disk has lost it
+                raise CheckpointError(f"{path}: damaged: {error.strerror}") from None
+            # It may be whole: an older one is not taken in its place.
+            raise UnreadableError(str(system_error(error, path, CheckpointError))) from None
         digest = hashlib.sha256(content).hexdigest()
         if digest != entry["sha256"]:
             raise CheckpointError(f"{path}: damaged: SHA-256 is {digest[:12]}.. instead of {entry['sha256'][:12]}..")

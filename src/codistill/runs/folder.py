@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from codistill.core.errors import CheckpointError, DataError, UsageError
-from codistill.core.files import read_json, write_atomically, write_json
+from codistill.core.files import read_json, system_error, write_atomically, write_json
 from codistill.core.imports import trained_with
 from codistill.data import DATASETS, Dataset, dataset
 from codistill.methods import Method
@@ -22,6 +22,8 @@ from codistill.runs.state import load_weights
 from codistill.settings.build import build_method, unbuildable
 from codistill.settings.config import RunConfig
 from codistill.settings.mapping import run_from_mapping, shown
+
+ANOTHER = "choose another --out"
 
 
 class RunFolder:
@@ -47,27 +49,28 @@ class RunFolder:
                 resume is finished.
             CheckpointError: There is no run to resume.
         """
+        run, fix = None, ANOTHER
         if metadata is None:
-            run = cls(path)
-            lock = lock_folder(path)
-        else:
+            run, fix = cls(path), "repair the folder, or copy it to another place"
+        with contextlib.ExitStack() as held:
             try:
-                if not (path / ".lock").exists():  # or the lock tells who is at work there
+                if run is None:
+                    if not (path / ".lock").exists():  # or the lock tells who is at work there
+                        refuse_occupied(path)
+                    path.mkdir(parents=True, exist_ok=True)
+                held.enter_context(lock_folder(path))
+                remove_strays(path)
+                if metadata is not None:
                     refuse_occupied(path)
-                path.mkdir(parents=True, exist_ok=True)
-                lock = lock_folder(path)
+                    write_json(path / "config.json", metadata)
+                    run = cls(path)
+                assert run is not None
+                if run.finished:
+                    raise UsageError(f"run {path} is finished: there is nothing to resume")
+                remove_strays(run.checkpoints.folder)
+                (path / "summary.json").unlink(missing_ok=True)  # tells how it ended before
             except OSError as error:
-                raise UsageError(f"run folder {path}: {error.strerror}: choose another --out") from None
-        with lock:
-            remove_strays(path)
-            if metadata is not None:
-                refuse_occupied(path)
-                write_json(path / "config.json", metadata)
-                run = cls(path)
-            if run.finished:
-                raise UsageError(f"run {path} is finished: there is nothing to resume")
-            remove_strays(run.checkpoints.folder)
-            (path / "summary.json").unlink(missing_ok=True)  # tells how it ended before
+                raise system_error(error, f"run folder {path}", fix=fix) from None
             run.own_method, run._data = (method if run.unbuildable else None), data
             yield run
 
@@ -246,6 +249,6 @@ def refuse_occupied(path: Path) -> None:
     try:
         present = {entry.name for entry in path.iterdir()} if path.exists() else set()
     except OSError as error:
-        raise UsageError(f"run folder {path}: {error.strerror}: choose another --out") from None
+        raise system_error(error, f"run folder {path}", fix=ANOTHER) from None
     if present - {".lock"}:
         raise UsageError(f"run folder {path} is not empty: choose another --out; nothing was overwritten")

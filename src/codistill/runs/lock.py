@@ -1,5 +1,6 @@
 """The lock of a run folder, and removal of temporary files that a killed process left in it."""
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -14,14 +15,18 @@ def lock_folder(folder: Path) -> IO[str]:
     file = open(folder / ".lock", "a+")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.seek(0)
         owner = file.read().strip() or "another process"
         file.close()
         raise UsageError(f"run folder {folder} is in use by {owner}: wait for it, or choose another --out") from None
-    file.truncate(0)
-    file.write(f"pid {os.getpid()} on host {socket.gethostname()}")
-    file.flush()
+    except OSError:  # a file system without locks
+        file.close()
+        raise
+    with contextlib.suppress(OSError):  # the disk may be full; the lock holds
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on host {socket.gethostname()}")
+        file.flush()
     return file
 
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.utils._pytree import KeyPath, tree_map_with_path
 
 from codistill.core.console import warn
-from codistill.core.errors import ResourceError
+from codistill.core.errors import CodistillError, ResourceError
+from codistill.core.extras import missing_package
+from codistill.core.files import system_error
 from codistill.runs.folder import RunFolder
 from codistill.runs.state import TrainingState
 
@@ -58,6 +60,7 @@ class Saver:
         self._unwritten: Sequence[Mapping[str, Any]] | None = None
         self._board: SummaryWriter | None = None
         self._warned: set[str] = set()
+        self._failed: dict[str, Exception] = {}
 
     def copy(self, state: TrainingState) -> TrainingState:
         """Copy the tensors of a state to the host, without waiting for the device."""
@@ -85,24 +88,31 @@ class Saver:
             self._under_way.result()
             self._under_way = None
 
-    def finish(self) -> ResourceError | None:
+    def finish(self) -> CodistillError | None:
         """Try again what failed; return the error to end with where the metrics are lost and the rest is whole.
 
         Raises:
-            ResourceError: The last checkpoint cannot be written.
+            ResourceError: The last checkpoint cannot be written; UsageError, where its place is the reason.
         """
         self.flush()
         path = self.run.path
         if self._unsaved is not None:
             self._save(self._unsaved)
         if self._unsaved is not None:
-            fix = f"free some space, then: codistill resume {path}"
-            raise ResourceError(f"{path}: the last checkpoint could not be written: {fix}")
+            fix = f"; then: codistill resume {path}"
+            raise self._error("checkpoint", f"{path}: the last checkpoint could not be written", fix)
         if self._unwritten is not None:
             self._write_metrics(self._unwritten)
         if self._unwritten is None:
             return None
-        return ResourceError(f"{path}/metrics.jsonl could not be written; the checkpoints are whole and hold it")
+        lost = f"{path}/metrics.jsonl could not be written; the checkpoints are whole and hold it"
+        return self._error("metrics.jsonl", lost)
+
+    def _error(self, what: str, words: str, then: str = "") -> CodistillError:
+        """Return the error of something that could not be written in the end, with the reason."""
+        reason = self._failed[what]
+        error = system_error(reason) if isinstance(reason, OSError) else ResourceError(str(reason))
+        return type(error)(f"{words}: {error}{then}")
 
     def close(self) -> None:
         """End the thread once everything that was begun is written."""
@@ -118,10 +128,15 @@ class Saver:
         """Write, and return whether it worked; warn of the first failure of a kind."""
         try:
             write()
-        except (OSError, MemoryError) as error:
+        except Exception as error:
+            # Whatever fails within the libraries that write events costs no run.
+            if not isinstance(error, (OSError, MemoryError)) and what != "events":
+                raise
+            self._failed[what] = error
             if what not in self._warned:
                 self._warned.add(what)
                 reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+                reason = missing_package(error) or reason
                 warn(f"{self.run.path}: {what} not written: {reason}; training goes on and will try again")
             return False
         return True

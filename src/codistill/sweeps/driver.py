@@ -17,12 +17,12 @@ import torch
 
 from codistill.core.console import lasting_console
 from codistill.core.errors import CodistillError, UsageError, WorkerError
-from codistill.core.files import write_json
+from codistill.core.files import system_error, write_json
 from codistill.core.imports import import_flags, split_imports
 from codistill.core.registry import near_matches
 from codistill.core.signals import Interrupted, Terminated
 from codistill.methods import METHODS
-from codistill.runs.folder import RunFolder
+from codistill.runs.folder import ANOTHER, RunFolder
 from codistill.runs.lock import lock_folder
 from codistill.settings.config import RunConfig
 from codistill.sweeps.engines import local
@@ -100,7 +100,7 @@ def locked_folder(folder: Path) -> IO[str]:
             (folder / each).mkdir(parents=True, exist_ok=True)
         return lock_folder(folder)
     except OSError as error:
-        raise UsageError(f"sweep folder {folder}: {error.strerror}: choose another --out") from None
+        raise system_error(error, f"sweep folder {folder}", fix=ANOTHER) from None
 
 
 def find_folders(folder: Path, runs: Sequence[PlannedRun]) -> list[PlannedRun]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from codistill.core.console import warn, warn_once
 from codistill.core.device import set_up_gpu
 from codistill.core.errors import ResourceError, UsageError
+from codistill.core.files import system_error
 from codistill.core.host import set_up_cpu
 from codistill.core.randomness import CPU, draws_kept
 from codistill.data.augment import Augmentation, DeviceImages, seeded_order
@@ -262,10 +263,14 @@ def set_up(
                         splits.examine_teacher(method, config, trainer.display.note)
                     if state is not None:
                         trainer.restore(state)
+                    elif begun and ranks.leads:  # it starts from the beginning, whatever epochs were logged
+                        (run.path / "metrics.jsonl").unlink(missing_ok=True)
                 yield trainer
         except BaseException as error:
             if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
                 error = out_of_memory(config, method, error)
+            elif isinstance(error, OSError) and error.errno is not None and not isinstance(error, BrokenPipeError):
+                error = system_error(error)
             if ranks.leads:
                 write_summary_of_failure(run, config, method, error)
             raise error

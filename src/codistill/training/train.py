@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 
 from codistill.core.console import note
-from codistill.core.errors import DivergedError, UsageError
+from codistill.core.errors import DivergedError
+from codistill.core.files import system_error
 from codistill.core.torchrun import launch, world_size
 from codistill.data.dataset import Dataset
 from codistill.deploy.run import Run
 from codistill.methods import Method
+from codistill.runs.folder import ANOTHER
 from codistill.runs.state import TrainingState
 from codistill.settings.build import load_named_data
 from codistill.settings.config import PLACES, ExecutionSettings, RunConfig, TeacherSettings, TrainSettings
@@ -35,7 +37,7 @@ def free_folder(config: RunConfig, ending: str | None = None) -> Path:
             path.mkdir(parents=True)
         except OSError as error:
             if not (isinstance(error, FileExistsError) and os.path.lexists(path)):
-                raise UsageError(f"run folder {path}: {error.strerror}: choose another --out") from None
+                raise system_error(error, f"run folder {path}", fix=ANOTHER) from None
         else:
             return path
     raise AssertionError("there are folders without end")

@@ -7,6 +7,7 @@ from typing import Any
 from codistill.core.console import TrainingDisplay, summary_table, warn
 from codistill.core.device import Stopwatch
 from codistill.core.errors import CheckpointError, DivergedError
+from codistill.core.extras import missing_package
 from codistill.core.files import write_json
 from codistill.core.randomness import STEP_STREAM, stream_seed
 from codistill.data.augment import BatchIndices, DeviceImages, epoch_indices
@@ -201,8 +202,12 @@ class Trainer:
         execution = dataclasses.asdict(self.execution)
         images = {split: len(each) for split, each in self.evaluation.splits.items()}
         summary = summarise(self.run, self.config, self.method, self.rows, best, seconds, execution, images)
-        if lost is None:
-            write_report(self.run, summary)
+        try:
+            if lost is None:
+                write_report(self.run, summary)
+        except Exception as error:  # a run is worth more than its page
+            reason = missing_package(error) or " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            warn(f"{self.run.path / 'report.html'} is not written: {reason}; the other files of the run hold it all")
         # Last, for a run is finished once it is there.
         write_json(self.run.path / "summary.json", summary)
         if lost is not None:
