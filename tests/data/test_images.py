@@ -1,6 +1,8 @@
 import contextlib
 import io
 import struct
+import sys
+import types
 import zlib
 
 import numpy as np
@@ -12,6 +14,7 @@ from codistill.data.images import decode_image, open_image
 
 from .writers import encode
 
+SMOOTH = np.mgrid[0:200:10, 0:210:7].transpose(1, 2, 0)[..., [0, 1, 1]].astype(np.uint8)
 RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
 
@@ -92,11 +95,11 @@ def test_exact_size_and_formats():
         decode_image(encode(RGB, "BMP"), "x", formats=("PNG",))
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", encode(RGB, "PPM")])
+@pytest.mark.parametrize("content", [b"", b"hello", encode(RGB, "PCX")])
 def test_not_an_image(tmp_path, content):
     path = tmp_path / "x.png"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"x\.png: is not a PNG, JPEG, BMP, WEBP, GIF, TIFF image: repair or remove it"):
+    with pytest.raises(DataError, match=r"x\.png: is not a PNG, JPEG, .*, AVIF image: repair or remove it"):
         open_image(path)
     with pytest.raises(DataError, match="no such file"):
         open_image(tmp_path / "none.png")
@@ -166,6 +169,75 @@ def test_only_pixels_and_orientation_of_a_picture_matter(kind, orientation):
     assert np.abs(image.astype(int) - expected).mean() < (3 if kind == "JPEG" else 1e-9)
 
 
+@pytest.mark.fault(88)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("form", [b'<x tiff:Orientation="6"/>', b"<tiff:Orientation>6</tiff:Orientation>"])
+def test_orientation_in_xmp_counts_where_exif_has_none(kind, form):
+    if kind == "PNG":
+        content = encode(RGB)
+        contents = [content[:33] + chunk(b"iTXt", b"XML:com.adobe.xmp" + bytes(5) + form) + content[33:]]
+    elif kind == "TIFF":
+        contents = [encode(RGB, kind, tiffinfo={700: form})]
+    else:
+        options = {"lossless": True} if kind == "WEBP" else {"quality": 100, "subsampling": 0}
+        contents = [encode(RGB, kind, xmp=form, **options)]
+        contents.append(encode(RGB, kind, xmp=form.replace(b"6", b"3"), exif=b"Exif\0\0" + odd_exif(6), **options))
+    for content in contents:
+        image = decode_image(content, "x")
+        assert image.shape == (30, 20, 3) and np.abs(image.astype(int) - np.rot90(RGB, -1)).mean() < 3
+
+
+@pytest.mark.fault(88)
+@pytest.mark.parametrize("kind", ["AVIF", "JPEG2000", "PPM"])
+def test_further_kinds_are_read_or_refused_whole(tmp_path, kind):
+    content = encode(SMOOTH, kind, **({"quality": 100} if kind == "AVIF" else {}))
+    (tmp_path / "image.png").write_bytes(content)  # its name does not matter
+    assert np.abs(open_image(tmp_path / "image.png").astype(int) - SMOOTH).mean() <= 4
+    for kept in (0.3, 0.6, 0.95):
+        with pytest.raises(DataError):
+            decode_image(content[: int(kept * len(content))], "x")
+    grey, bits = np.asarray(SMOOTH[..., 0]), Image.fromarray(SMOOTH[..., 0] > 100)
+    assert np.abs(decode_image(encode(grey, kind), "x").astype(int) - grey[..., None]).max() <= 12
+    if kind == "PPM":
+        np.testing.assert_array_equal(decode_image(encode(bits, kind), "x"), np.asarray(bits.convert("RGB")))
+        wide = decode_image(encode(grey.astype(np.uint16) << 8, kind), "x")
+        np.testing.assert_array_equal(wide[..., 0], grey)
+
+
+@pytest.mark.fault(88)
+@pytest.mark.parametrize("orientation", [1, 3, 5, 6])
+def test_avif_is_turned_whatever_its_metadata_are(orientation):
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    content = encode(SMOOTH, "AVIF", quality=100, exif=exif, xmp=b"<")
+    turned = {3: SMOOTH[::-1, ::-1], 5: SMOOTH.swapaxes(0, 1), 6: np.rot90(SMOOTH, -1)}
+    for each in (content, content.replace(b"MM\0*\0\0\0\x08\0", b"MM\0*\xff\0\0\x08\xff")):
+        image, expected = decode_image(each, "x"), turned.get(orientation, SMOOTH)
+        assert image.shape == expected.shape and np.abs(image.astype(int) - expected).mean() < 6
+
+
+@pytest.mark.fault(88)
+def test_heic_needs_a_package_more(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(DataError, match=r"x: a HEIC picture, .*: \S+ -m pip install pillow-heif"):
+        decode_image(b"\0\0\0\x1cftypheic\0\0\0\0mif1heic", "x")
+    module = types.ModuleType("pillow_heif")
+    module.register_heif_opener = lambda: Image.register_open(
+        "HEIF", lambda file, name: Image.open(io.BytesIO(encode(RGB))), lambda start: start[4:12] == b"ftypheic"
+    )
+    monkeypatch.setitem(sys.modules, "pillow_heif", module)
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    np.testing.assert_array_equal(decode_image(b"\0\0\0\x1cftypheic\0\0\0\0mif1heic", "x"), RGB)
+
+
+@pytest.mark.fault(88)
+def test_the_first_picture_of_several_counts():
+    for kind, most in (("MPO", 8), ("TIFF", 0), ("AVIF", 8)):
+        first, second = (Image.fromarray(each) for each in (SMOOTH, SMOOTH[::-1]))
+        image = decode_image(encode(first, kind, save_all=True, append_images=[second]), "x")
+        assert image.shape == SMOOTH.shape and np.abs(image.astype(int) - SMOOTH).mean() <= most
+
+
 @pytest.mark.fault(41)
 @pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "tiff_adobe_deflate"])
 @pytest.mark.parametrize("orientation", [1, 6])
@@ -188,8 +260,9 @@ def test_every_kind_of_pixels_of_a_tiff(mode):
 @pytest.mark.fault(41)
 def test_damage_anywhere_is_one_error_and_decoders_print_nothing(capfd):
     random = np.random.default_rng(0)
-    for kind in ("PNG", "JPEG", "WEBP", "TIFF"):
-        content = np.frombuffer(with_metadata(kind, 1) if kind != "TIFF" else encode(RGB, kind), np.uint8)
+    for kind in ("PNG", "JPEG", "WEBP", "TIFF", "AVIF", "JPEG2000", "PPM"):
+        odd = kind in ("PNG", "JPEG", "WEBP")
+        content = np.frombuffer(with_metadata(kind, 1) if odd else encode(RGB, kind), np.uint8)
         for _ in range(100):
             damaged = content.copy()
             damaged[random.integers(0, 300, 3)] = random.integers(0, 256, 3)

@@ -272,6 +272,11 @@ CASES |= {
         "20%, 12.5%; 0%, 100%, -5%, 20 %, 0.2, as a flag, in a recipe, in Python",
         "that part of the training images, at least one, is held out; else status 2 with what to write",
     ),
+    88: Case(
+        "pictures of further kinds",
+        "PPM, JPEG 2000, AVIF, HEIC, MPO, of 1 and 16 bits, of several frames, turned by XMP; cut; with other names",
+        "read with the right pixels, or one line, for HEIC with the package that it takes",
+    ),
     51: Case(
         "one bad image among those to predict",
         "missing, cut; in a folder, with a link that leads back",

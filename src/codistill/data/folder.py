@@ -27,9 +27,9 @@ def folder(root: Path, resize: int = 0, skip_bad: bool = False) -> Dataset:
     """Load images in one folder per class: train/<class>/* and test/<class>/*.
 
     The names of the folders in train, sorted, are the classes; names that differ only in their Unicode form are one.
-    Images are PNG, JPEG, BMP, WEBP, GIF or TIFF; grey, palette and transparent ones become RGB. Hidden files and those
-    of operating systems (Thumbs.db, desktop.ini, __MACOSX) are skipped. A class may have no test images if its folder
-    in test is there, and empty.
+    Images are PNG, JPEG, BMP, WEBP, GIF, TIFF, PPM, JPEG 2000, AVIF or (with pillow-heif) HEIC; grey, palette and
+    transparent ones become RGB. Hidden files and those of operating systems (Thumbs.db, desktop.ini, __MACOSX) are
+    skipped. A class may have no test images if its folder in test is there, and empty.
 
     Args:
         root: The folder that holds train and test.

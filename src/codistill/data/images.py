@@ -2,6 +2,7 @@
 
 import io
 import logging
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -11,15 +12,17 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from codistill.core.errors import DataError
 from codistill.data.dataset import Pixels
-from codistill.data.metadata import only_pixels
+from codistill.data.metadata import ORIENTATION, only_pixels
 from codistill.data.untrusted import read_file, reading
 
-FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")  # as Pillow names them
+SUFFIXES: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".bmp", ".dib", ".webp", ".gif", ".tif")
+SUFFIXES += (".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".jpf", ".avif", ".heic", ".heif")
 
 MAX_FILE = 256 << 20  # bytes
 MAX_PIXELS = 64 << 20  # a bomb of a few kB can claim billions
 FIX = "repair or remove it"
+HEIC = {b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")}
 
 TURNS = {  # to undo each EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -36,7 +39,7 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it would prin
 
 
 def open_image(path: Path, size: tuple[int, int] | None = None) -> Pixels:
-    """Read an image file: PNG, JPEG, BMP, WEBP, GIF or TIFF (the first frame); see `decode_image`."""
+    """Read an image file of one of `FORMATS`, or HEIC (the first frame), whatever its name; see `decode_image`."""
     return decode_image(read_file(path, MAX_FILE, FIX), str(path), size)
 
 
@@ -71,6 +74,8 @@ def decode_image(
             image = _open(content, where, formats)
         with image:
             found = f"{where}: is {image.height}x{image.width} pixels"
+            if image.format == "AVIF":  # its decoder leaves turning to others
+                orientation = image.getexif().get(ORIENTATION, 1)
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{found}, more than {MAX_PIXELS} in all: {FIX}")
             if exact is not None and (image.height, image.width) != exact:
@@ -87,11 +92,25 @@ def _open(content: bytes, where: str, formats: tuple[str, ...]) -> Image.Image:
     try:
         return Image.open(io.BytesIO(content), formats=formats)
     except UnidentifiedImageError as error:
+        if content[4:12] in HEIC and formats is FORMATS:
+            return _open_heic(content, where)
         raise DataError(f"{where}: is not a {', '.join(formats)} image: {FIX}") from error
+
+
+def _open_heic(content: bytes, where: str) -> Image.Image:
+    try:
+        import pillow_heif
+    except ImportError:
+        fix = f"{sys.executable} -m pip install pillow-heif"
+        raise DataError(f"{where}: a HEIC picture, which takes a package more to read: {fix}") from None
+    pillow_heif.register_heif_opener()
+    return Image.open(io.BytesIO(content), formats=("HEIF",))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "I" and image.format == "PPM":  # 16 bits, scaled to all of them
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of type {image.mode} have no known range")
