@@ -23,7 +23,7 @@ import codistill  # noqa: F401  # isort: skip
 import torch
 import tyro
 
-from codistill.bench.loops import CLASSES, SIDE, plain_loop, resident_loop
+from codistill.bench.loops import CLASSES, SIDE, plain_loop, random_images, resident_loop
 from codistill.bench.measurement import Contestant, ratio, rounds_in_turn, timed
 from codistill.methods import Method
 from codistill.runs.metadata import environment
@@ -68,6 +68,7 @@ def config_of(options: Options) -> RunConfig:
 def contestants(options: Options) -> list[Contestant]:
     """Make loops that differ in layout, threads or compilation, and the plain loop."""
     config, device, most = config_of(options), torch.device("cpu"), torch.get_num_threads()
+    data = random_images()
 
     def build(layout: Any) -> Method:
         return build_method(config, CLASSES, (SIDE, SIDE)).train().to(memory_format=layout)
@@ -82,16 +83,16 @@ def contestants(options: Options) -> list[Contestant]:
     made = []
     for threads in sorted({1, most}, reverse=True):
         for name, layout in (("channels_last", torch.channels_last), ("contiguous", torch.contiguous_format)):
-            train = resident_loop([build(layout)], config, device, layout)
+            train = resident_loop([build(layout)], config, device, data, layout)
             made.append(Contestant(f"{name}, threads {threads}", with_threads(train, threads), False))
     if options.compiled:
         method = build(torch.channels_last)
         for student in method.cohort:
             for stage in student.stages:
                 stage.compile(dynamic=False)
-        train = resident_loop([method], config, device)
+        train = resident_loop([method], config, device, data)
         made.append(Contestant(f"channels_last, compiled, threads {most}", with_threads(train, most), False))
-    plain = plain_loop(build(torch.contiguous_format), config, device)
+    plain = plain_loop(build(torch.contiguous_format), config, device, data)
     return [*made, Contestant(f"plain loop, threads {most}", with_threads(plain, most), False)]
 
 

@@ -7,9 +7,12 @@ import torch
 
 from codistill.bench import measurement as bench_measurement
 from codistill.bench.bench import lines
-from codistill.bench.loops import STATISTICS, PlainImages, images
+from codistill.bench.loops import PlainImages, random_images
 from codistill.bench.measurement import Contestant, rounds_in_turn
 from codistill.cli import main
+from codistill.data.augment import Augmentation
+
+from .. import tiny
 
 ARGUMENTS = ["bench", "mfef", "--networks", "tiny", "tiny", "-b", "64", "--seconds", "0.5", "--device", "cpu"]
 
@@ -49,6 +52,16 @@ def test_text(tiny_registered, capsys, tmp_path):
 
 def test_text_of_a_gpu():
     result = {
+        "method": "mfef",
+        "networks": ["resnet32", "wrn-16-2"],
+        "data": "folder",
+        "image_size": [48, 64],
+        "classes": 7,
+        "batch_size": 128,
+        "precision": "bf16",
+        "device": "cuda:0",
+        "threads": 4,
+        "runs": 3,
         "ms_per_step": 2.0,
         "images_per_second": 64_000.0,
         "execution": {"compiled": False, "overlap": True},
@@ -60,9 +73,27 @@ def test_text_of_a_gpu():
         "deterministic_ratio": 0.81,
     }
     text = "\n".join(lines(result))
+    timed = "mfef with resnet32 + wrn-16-2 x 3 runs on folder: 48x64 pixels, 7 classes; batch 128, bf16, cuda:0, 4 CPU "
+    assert text.startswith(timed)
     for part in ("2.00 ms", "(overlap)", "64,000 images/s", "480 kernels", "188 MFLOP", "700 MiB", "900", "0.81"):
         assert part in text
     assert "measured on CUDA only" not in text
+
+
+@pytest.mark.fault(89)
+def test_the_data_that_are_named_are_timed(tiny_registered, capsys, tmp_path):
+    data = ["--data", "packed", "--data-dir", str(tiny.write_npz(tmp_path / "x.npz", tiny.data(24, size=(12, 16))))]
+    assert main([*ARGUMENTS, *data, "--json", "--compare", "--threads", "1", "--seconds", "0.01"]) == 0
+    out, error = capsys.readouterr()
+    result = json.loads(out)
+    wanted = {"data": "packed", "image_size": [12, 16], "classes": 3, "training_images": 24, "batch_size": 24}
+    wanted |= {"networks": ["tiny", "tiny"], "precision": "float32", "device": "cpu", "threads": 1}
+    assert wanted.items() <= result.items()
+    assert error.count("there are 24 training images, less than a batch of 64") == 1
+    assert main([*ARGUMENTS, "--json", "--seconds", "0.01"]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert (plain["data"], plain["image_size"], plain["classes"]) == ("random images", [32, 32], 100)
+    assert main([*ARGUMENTS, "--data", "packed", "--data-dir", str(tmp_path / "none")]) == 3
 
 
 def test_refusals(tiny_registered, capsys, tmp_path):
@@ -100,12 +131,12 @@ def test_rounds_take_turns_and_keep_the_time(monkeypatch):
 
 
 def test_the_plain_loop_crops_flips_and_normalises():
-    split = images()
+    data = random_images()
     torch.manual_seed(0)
-    plain = PlainImages(split)
+    plain, split = PlainImages(data, Augmentation()), data.train
     seen = {tuple(plain[0][0][:, 16, 16].tolist()) for _ in range(60)}
     assert len(seen) > 10
-    mean, std = (torch.tensor(each)[:, None, None] for each in STATISTICS)
+    mean, std = (torch.tensor(each)[:, None, None] for each in data.statistics)
     padded = torch.nn.functional.pad(torch.from_numpy(split.images[3]).permute(2, 0, 1), (4, 4, 4, 4))
     crops = [padded[:, top : top + 32, left : left + 32] for top in range(9) for left in range(9)]
     crops += [crop.flip(2) for crop in crops]

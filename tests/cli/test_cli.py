@@ -278,6 +278,44 @@ def test_bad_images_are_listed_and_the_good_ones_get_their_answers(made, capsys,
     refused(capsys, ["predict", str(made / "run"), "some", "--csv", "--json"], 2, "--json and --csv: choose one")
 
 
+@pytest.mark.fault(44)
+def test_skip_bad_leaves_out_what_cannot_be_read_in_every_command(made, capsys, tmp_path):
+    names = {"train": ["a/0", "a/1", "b/0", "b/1"], "test": ["a/0", "b/0"]}
+    for place in [tmp_path / "photos" / part / f"{name}.png" for part in names for name in names[part]]:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(made / "image0.png", place)
+    (tmp_path / "photos/train/a/cut.png").write_bytes((made / "image0.png").read_bytes()[:-20])
+    said = f"{tmp_path}/photos: 1 bad file is left out: train/a/cut.png"
+    tiny_pair = [*TINY[:3], "--data", "folder", "--data-dir", "photos", "--batch-size", "4", "--threads", "1"]
+
+    def does(*command: str) -> None:
+        assert main([*command]) == 0
+        assert capsys.readouterr().err.count(said.replace(f"{tmp_path}/", "") if "train" in command else said) == 1
+
+    refused(capsys, ["train", *tiny_pair, "--out", "r"], 3, "cut.png: cannot be read .*leave out bad files: --skip-bad")
+    does("train", *tiny_pair, "--out", "r", "--epochs", "1", "--skip-bad")
+    run = cd.Run("r")
+    assert run.config.data == "folder:skip_bad=true" and run.metadata["dataset"]["left_out"] == ["train/a/cut.png"]
+    does("evaluate", "r")
+    (tmp_path / "r/summary.json").unlink()
+    does("resume", "r")
+    # A run that began without bad files, of which there are some now.
+    facts = {**run.metadata, "data": "folder"}
+    (tmp_path / "r/config.json").write_text(json.dumps(facts))
+    refused(capsys, ["evaluate", "r"], 3, "cut.png: cannot be read")
+    does("evaluate", "r", "--skip-bad")
+    does("export", "r", "--predictor", "student0", "--format", "safetensors", "--skip-bad")
+    assert main(["bench", *tiny_pair, "--seconds", "0.01", "--skip-bad"]) == 0
+    assert "photos: 1 bad file is left out: train/a/cut.png" in capsys.readouterr().err
+    assert main(["predict", str(made / "run"), "photos/train/a", "--skip-bad"]) == 0
+    out, error = capsys.readouterr()
+    assert len(out.splitlines()) == 2 and "1 bad images are left out: photos/train/a/cut.png: cannot be read" in error
+    refused(capsys, ["predict", str(made / "run"), "photos/train/a/cut.png", "--skip-bad"], 3, "cut.png: cannot be")
+    refused(
+        capsys, ["train", *TINY, "--data-dir", str(made / "colours.npz"), "--skip-bad"], 2, "unknown option 'skip_bad'"
+    )
+
+
 @pytest.mark.fault(52)
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_letters_that_the_output_lacks_are_shown_somehow(made, monkeypatch, tmp_path, encoding):

@@ -204,7 +204,7 @@ CASES |= {
     44: Case(
         "many bad files among the pictures",
         "images cut, files of other kinds, some or a whole class",
-        "status 3; one line names the first twenty and counts them; skip_bad=true leaves them out and says how many",
+        "status 3; one line names the first twenty and counts them; --skip-bad leaves them out, named and recorded",
     ),
     45: Case("class names in two Unicode forms", "composed and decomposed, in train and in test", "one class"),
     46: Case(
@@ -276,6 +276,11 @@ CASES |= {
         "pictures of further kinds",
         "PPM, JPEG 2000, AVIF, HEIC, MPO, of 1 and 16 bits, of several frames, turned by XMP; cut; with other names",
         "read with the right pixels, or one line, for HEIC with the package that it takes",
+    ),
+    89: Case(
+        "a bench of one's own data",
+        "--data with other sizes and classes, fewer images than a batch; no such data",
+        "its images are timed; text and JSON say size, classes, networks, batch, precision, device and threads",
     ),
     51: Case(
         "one bad image among those to predict",

@@ -313,6 +313,19 @@ def test_no_folder_is_that_of_two_runs(bench, capsys):
     refused(capsys, ["sweep", "spec.toml", "--out", "sweep"], 2, "sweep/mfef would be the folder of two runs")
 
 
+@pytest.mark.fault(44)
+def test_bad_images_are_left_out_in_all_runs(tmp_path):
+    path, grid = (
+        tmp_path / "spec.toml",
+        'networks = ["resnet20", "resnet20"]\n[grid]\ndata = ["folder:resize=8", "folder"]\n',
+    )
+    path.write_text(grid)
+    assert [run.config.data for run in read_spec(path, skip_bad=True)] == [
+        "folder:resize=8,skip_bad=true",
+        "folder:skip_bad=true",
+    ]
+
+
 def test_a_value_out_of_range_is_a_failed_row(bench):
     rows = bench.sweep(f"{SHARED}[grid]\nmomentum = [0.9, 1.5]")
     assert [row.status for row in rows.values()] == ["finished", "FAILED"]

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from codistill.bench.loops import CLASSES, IMAGES, SIDE, plain_loop, resident_loop
+from codistill.bench.loops import plain_loop, random_images, resident_loop
 from codistill.bench.measurement import Contestant, count_launches, ratio, rounds_in_turn, timed
+from codistill.core.console import warn
 from codistill.core.device import choose_device, set_up_gpu
 from codistill.core.errors import UsageError
 from codistill.core.host import set_up_cpu
 from codistill.methods import Method
 from codistill.networks.network import parameter_count
 from codistill.runs.metadata import environment
-from codistill.settings.build import build_method
+from codistill.settings.build import build_method, load_named_data
 from codistill.settings.config import RunConfig
 from codistill.training.compiling import choose_execution
 
@@ -31,36 +32,39 @@ OWN, PLAIN, DETERMINISTIC = "codistill", "plain", "deterministic"
 def bench(
     config: RunConfig, runs: int = 1, compare: bool = False, seconds: float = 15.0, table: Path | None = None
 ) -> dict[str, Any]:
-    """Measure training steps on random images of CIFAR-100's shape.
+    """Measure training steps on the run's data set, or on random images of CIFAR-100's shape where it names none.
 
     Args:
-        config: Method, networks, batch size, precision, device and compile (auto: off); its data set is not used.
+        config: Method, networks, data set, batch size, augmentation, precision, device and compile (auto: off).
         runs: How many independent runs train side by side.
         compare: Whether to measure the plain loop too, and on CUDA the deterministic setting, in turn with ours.
         seconds: About how long to measure, set-up not included.
         table: A text file for the operators or kernels that took longest in one step; None: none is written.
 
     Returns:
-        Speed and launches of each run, and peak memory of all runs together. first_step_seconds reaches from building
-        the networks to the end of a first step, compilation included. Ratios are medians over rounds of all in turn:
+        What was measured, speed and launches of each run, and peak memory of all runs. first_step_seconds reaches from
+        building the networks to the end of a first step, compilation included. Ratios are medians over rounds in turn:
         `ratio_to_plain` is our images per second over the plain loop's, `deterministic_ratio` those of the
         deterministic setting over ours.
     """
     device = choose_device(config.execution.device, config.execution.precision)
     set_up_gpu(device, config.execution.deterministic)
     set_up_cpu(config.execution.threads, device)
-    size, on_gpu = config.train.batch_size, device.type == "cuda"
-    if size > IMAGES:
-        raise UsageError(f"batch_size is {size}; bench has {IMAGES} images: use a smaller batch")
+    data, on_gpu = load_named_data(config) if config.data else random_images(), device.type == "cuda"
+    size = min(config.train.batch_size, len(data.train))
+    if size < config.train.batch_size and not config.data:
+        raise UsageError(f"batch_size is {config.train.batch_size}; bench has {size} images: use a smaller batch")
+    if size < config.train.batch_size:
+        warn(f"there are {size} training images, less than a batch of {config.train.batch_size}: steps are of {size}")
 
     def build() -> Method:
-        return build_method(config, CLASSES, (SIDE, SIDE)).to(device).train()
+        return build_method(config, data.num_classes, data.image_size).to(device).train()
 
     def own(name: str, deterministic: bool) -> Contestant:
         methods = [build() for _ in range(runs)]
         for method in methods:
             running.enter_context(execution.on(method, device, deterministic))
-        return Contestant(name, resident_loop(methods, config, device), deterministic)
+        return Contestant(name, resident_loop(methods, config, device, data), deterministic)
 
     started = time.perf_counter()
     # For so few steps that compile auto, which takes longer than it is measured for here, is off.
@@ -79,7 +83,9 @@ def bench(
         unit, count = count_launches(contestants[0], device, table)
         measured[f"{unit}_per_step"] = count // runs
         if compare:
-            contestants.append(Contestant(PLAIN, plain_loop(build(), config, device), config.execution.deterministic))
+            contestants.append(
+                Contestant(PLAIN, plain_loop(build(), config, device, data), config.execution.deterministic)
+            )
             if on_gpu and not config.execution.deterministic:
                 contestants.append(own(DETERMINISTIC, True))
             pace |= {each.name: timed(each, STEPS_UNTIL_CAPTURED if on_gpu else 1, device) for each in contestants[1:]}
@@ -89,8 +95,14 @@ def bench(
     result: dict[str, Any] = {
         "method": config.method_name,
         "networks": list(config.networks),
+        "data": config.data or data.name,
+        "image_size": list(data.image_size),
+        "classes": data.num_classes,
+        "training_images": len(data.train),
         "batch_size": size,
         "precision": config.execution.precision,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
         "runs": runs,
         "execution": asdict(execution),
         "ms_per_step": 1000 * step[OWN] / runs,
@@ -98,7 +110,7 @@ def bench(
         "first_step_seconds": first_step,
         **measured,
         "parameters": parameter_count(method),
-        "forward_mflop_per_image": forward_flop(method) / 1e6,
+        "forward_mflop_per_image": forward_flop(method, data.image_size) / 1e6,
         "environment": environment(device),
     }
     if PLAIN in step:
@@ -109,10 +121,10 @@ def bench(
     return result
 
 
-def forward_flop(method: Method) -> int:
+def forward_flop(method: Method, image_size: tuple[int, int]) -> int:
     """Count the floating-point operations of one image's forward pass; a multiplication and an addition are two."""
     probe = copy.deepcopy(method).to("meta")
-    images = torch.empty(*([probe.views] if probe.views > 1 else []), 2, 3, SIDE, SIDE, device="meta")
+    images = torch.empty(*([probe.views] if probe.views > 1 else []), 2, 3, *image_size, device="meta")
     with FlopCounterMode(display=False) as counter:
         probe(images)
     return int(counter.get_total_flops()) // 2
@@ -122,7 +134,14 @@ def lines(result: Mapping[str, Any]) -> list[str]:
     """Write a result of `bench` for people."""
     ways = ", ".join(name for name, chosen in result["execution"].items() if chosen)
     speed = f"{result['ms_per_step']:.2f} ms per step of a run, {result['images_per_second']:,.0f} images/s each"
-    text = [f"{speed} ({ways})" if ways else speed]
+    height, width = result["image_size"]
+    images = f"{result['data']}: {height}x{width} pixels, {result['classes']} classes"
+    times = f" x {result['runs']} runs" if result["runs"] > 1 else ""
+    text = [
+        f"{result['method']} with {' + '.join(result['networks'])}{times} on {images}; batch {result['batch_size']}, "
+        f"{result['precision']}, {result['device']}, {result['threads']} CPU threads",
+        f"{speed} ({ways})" if ways else speed,
+    ]
     if "ratio_to_plain" in result:
         plain = f"{result['plain_ms_per_step']:.2f} ms per step, {result['plain_images_per_second']:,.0f} images/s"
         text.append(f"plain loop: {plain}; ours is {result['ratio_to_plain']:.2f} times as fast")

@@ -13,51 +13,51 @@ from torch.utils.data import Dataset as TorchDataset
 
 from codistill.core.device import autocast
 from codistill.data.augment import Augmentation, DeviceImages, epoch_indices
-from codistill.data.dataset import Split
+from codistill.data.dataset import Dataset, Split
 from codistill.methods import Method
 from codistill.settings.config import RunConfig
 from codistill.training.capture import make_fleet
 from codistill.training.step import make_step
 
-IMAGES, CLASSES, SIDE, PADDING = 10_240, 100, 32, 4
-AUGMENTATION = Augmentation(padding=PADDING)
-STATISTICS = ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276))
+IMAGES, CLASSES, SIDE = 10_240, 100, 32
 # As many as papers' code commonly starts beside a GPU; on a CPU they would take the cores from the training.
 WORKERS_BESIDE_A_GPU = 4
 
 
-def images() -> Split:
+def random_images() -> Dataset:
     """Make random images of CIFAR-100's shape, always the same ones."""
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (IMAGES, SIDE, SIDE, 3), dtype=np.uint8)
-    return Split(pixels, random.integers(0, CLASSES, IMAGES))
+    train = Split(pixels, random.integers(0, CLASSES, IMAGES))
+    return Dataset("random images", train, train, tuple(map(str, range(CLASSES))))
 
 
 class PlainImages(TorchDataset[tuple[Tensor, int]]):
     """The usual way: one image at a time, on the CPU, in Pillow, without importing torchvision.
 
     Source: torchvision 0.29: RandomCrop(32, padding=4), RandomHorizontalFlip, ToTensor and Normalize, copies included.
-    Differs: Arguments are not checked.
+    Differs: Arguments are not checked. The padding is that of the augmentation, and always black.
     """
 
-    def __init__(self, split: Split) -> None:
-        self.split = split
+    def __init__(self, data: Dataset, augmentation: Augmentation) -> None:
+        self.split, self.statistics, self.augmentation = data.train, data.statistics, augmentation
 
     def __len__(self) -> int:
         return len(self.split)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = ImageOps.expand(Image.fromarray(self.split.images[index]), border=PADDING, fill=0)
-        top, left = (int(torch.randint(0, 2 * PADDING + 1, size=(1,)).item()) for _ in range(2))
-        image = image.crop((left, top, left + SIDE, top + SIDE))
-        if torch.rand(1) < 0.5:
+        image, padding = Image.fromarray(self.split.images[index]), self.augmentation.padding
+        width, height = image.size
+        top, left = (int(torch.randint(0, 2 * padding + 1, size=(1,)).item()) for _ in range(2))
+        image = ImageOps.expand(image, border=padding, fill=0).crop((left, top, left + width, top + height))
+        if self.augmentation.flip and torch.rand(1) < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         pixels = torch.from_numpy(np.array(image, np.uint8, copy=True)).permute(2, 0, 1).contiguous()
-        mean, std = (torch.as_tensor(each).view(-1, 1, 1) for each in STATISTICS)
+        mean, std = (torch.as_tensor(each).view(-1, 1, 1) for each in self.statistics)
         return pixels.to(torch.float32).div(255).clone().sub_(mean).div_(std), int(self.split.labels[index])
 
 
-def plain_loop(method: Method, config: RunConfig, device: torch.device) -> Callable[[int], None]:
+def plain_loop(method: Method, config: RunConfig, device: torch.device, data: Dataset) -> Callable[[int], None]:
     """Make the loop that papers' code has: DataLoader, eager step, `.item()` on loss and accuracy of each step."""
     settings, on_gpu, groups = config.train, device.type == "cuda", method.parameter_groups()
     decays = [settings.weight_decay if each.weight_decay is None else each.weight_decay for each in groups]
@@ -69,8 +69,8 @@ def plain_loop(method: Method, config: RunConfig, device: torch.device) -> Calla
     )
     workers = min(WORKERS_BESIDE_A_GPU, os.cpu_count() or 1) if on_gpu else 0
     loader = DataLoader(
-        PlainImages(images()),
-        batch_size=settings.batch_size,
+        PlainImages(data, settings.augmentation(data)),
+        batch_size=min(settings.batch_size, len(data.train)),
         shuffle=True,
         drop_last=True,
         num_workers=workers,
@@ -99,18 +99,21 @@ def resident_loop(
     methods: Sequence[Method],
     config: RunConfig,
     device: torch.device,
+    data: Dataset,
     memory_format: torch.memory_format = torch.channels_last,
 ) -> Callable[[int], None]:
     """Make codistill's own loop, which moves methods to a device: resident images, captured steps on CUDA."""
-    resident, precision = DeviceImages(images(), STATISTICS, device), config.execution.precision
+    resident, precision = DeviceImages(data.train, data.statistics, device), config.execution.precision
+    augmentation = config.train.augmentation(data)
     members = [
-        make_step(method, resident, AUGMENTATION, config.train, precision, memory_format=memory_format)
+        make_step(method, resident, augmentation, config.train, precision, memory_format=memory_format)
         for method in methods
     ]
     fleet = make_fleet(members)
-    plan = epoch_indices(IMAGES, 0, 0, AUGMENTATION, device, methods[0].views)
+    plan = epoch_indices(len(resident), 0, 0, augmentation, device, methods[0].views)
     progress = torch.tensor(0.5, device=device)
-    size, batches = config.train.batch_size, IMAGES // config.train.batch_size
+    size = min(config.train.batch_size, len(resident))
+    batches = len(resident) // size
 
     def train(steps: int) -> None:
         for step in range(steps):

@@ -18,9 +18,11 @@ from rich.table import Table
 from codistill.bench.bench import bench, lines
 from codistill.cli import options
 from codistill.cli.flags import parse, parse_with_settings
-from codistill.core.console import lasting_console
+from codistill.core.console import lasting_console, warn
 from codistill.core.errors import CodistillError, DataError, DivergedError, UsageError, WorkerError
+from codistill.core.registry import with_options
 from codistill.data import DATASETS
+from codistill.data.folder import LISTED
 from codistill.deploy.classifier import load_classifier
 from codistill.deploy.export import export_predictor
 from codistill.deploy.predict import answers
@@ -52,7 +54,7 @@ def bench_command(arguments: Sequence[str]) -> None:
     default = default_config(named or "mfef")
     command = f"codistill bench {default.method_name}"
     chosen, values = parse_with_settings(options.BenchOptions, rest, command, default.values())
-    config = run_from_mapping(values, lambda key: command)
+    config = skipping(run_from_mapping(values, lambda key: command), chosen)
     if chosen.runs < 1 or not 0 < chosen.seconds < 3600:
         raise UsageError(f"{command}: --runs must be at least 1, and --seconds above 0 and below 3600")
     if chosen.profile and not chosen.profile.parent.is_dir():
@@ -109,7 +111,13 @@ def train_options(
     config = completed(preset, config) if preset else config
     if "" in config.networks:
         raise UsageError("a network without a name, which only your program can build: name one with --networks")
-    return chosen, config
+    return chosen, skipping(config, chosen)
+
+
+def skipping(config: RunConfig, chosen: options.DataOptions) -> RunConfig:
+    """Return a run whose data set leaves out bad images, if that was asked for."""
+    skip = chosen.skip_bad and config.data
+    return dataclasses.replace(config, data=with_options(config.data, skip_bad="true")) if skip else config
 
 
 def refuse_two_sources(chosen: options.TrainOptions, command: str) -> None:
@@ -141,14 +149,14 @@ def resume_command(arguments: Sequence[str]) -> None:
         if not equals:
             raise UsageError(f"codistill resume --override {each}: write it as key=value, for example device=cpu")
         changed[key] = int(value) if key == "threads" and value.isdecimal() else value
-    refuse_diverged(resume_together(chosen.runs, chosen.data_dir, override=changed))
+    refuse_diverged(resume_together(chosen.runs, chosen.data_dir, override=changed, skip_bad=chosen.skip_bad))
 
 
 def evaluate_command(arguments: Sequence[str]) -> None:
     """Run `codistill evaluate`."""
     chosen = parse(options.EvaluateOptions, arguments, "codistill evaluate")
     run = Run(chosen.run)
-    scores = evaluate_run(run, chosen.checkpoint, chosen.data_dir, chosen.device)
+    scores = evaluate_run(run, chosen.checkpoint, chosen.data_dir, chosen.device, chosen.skip_bad)
     if chosen.json:
         print(json.dumps({name: dataclasses.asdict(each) for name, each in scores.items()}, indent=2))
         return
@@ -173,7 +181,7 @@ def predict_command(arguments: Sequence[str]) -> None:
         raise UsageError(f"codistill predict: --top is {chosen.top}; it must be at least 1")
     if chosen.json and chosen.csv:
         raise UsageError("codistill predict: --json and --csv: choose one of them")
-    classifier, bad = load_classifier(chosen.model, chosen.predictor), []
+    classifier, bad, answered = load_classifier(chosen.model, chosen.predictor), [], 0
     writer = csv.writer(sys.stdout or io.StringIO(), lineterminator="\n")
     if chosen.csv:
         places = range(1, min(chosen.top, len(classifier.class_names)) + 1)
@@ -182,6 +190,7 @@ def predict_command(arguments: Sequence[str]) -> None:
         if isinstance(each, DataError):
             bad.append(each)
             continue
+        answered += 1
         ranked = list(zip(each.classes, each.probabilities, strict=True))
         if chosen.csv:
             writer.writerow([each.image, *(value for pair in ranked for value in pair)])
@@ -189,6 +198,10 @@ def predict_command(arguments: Sequence[str]) -> None:
             print(json.dumps({"image": str(each.image), "classes": dict(ranked)}))
         else:
             print(f"{each.image}: " + "  ".join(f"{name} {100 * share:.1f} %" for name, share in ranked))
+    if bad and chosen.skip_bad and answered:
+        more = f"; and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
+        warn(f"{len(bad)} bad images are left out: {'; '.join(map(str, bad[:LISTED]))}{more}")
+        return
     # A line each; the last one is that of the command.
     for error in bad[:-1]:
         print(f"codistill: error: {error}", file=sys.stderr)
@@ -199,7 +212,7 @@ def predict_command(arguments: Sequence[str]) -> None:
 def export_command(arguments: Sequence[str]) -> None:
     """Run `codistill export`."""
     chosen = parse(options.ExportOptions, arguments, "codistill export")
-    where = (chosen.out, chosen.format, chosen.checkpoint, chosen.data_dir)
+    where = (chosen.out, chosen.format, chosen.checkpoint, chosen.data_dir, chosen.skip_bad)
     run = Run(chosen.run)
     done = export_predictor(run, chosen.predictor, *where)
     print(

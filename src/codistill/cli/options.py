@@ -9,13 +9,29 @@ Checkpoint = Literal["last", "best"]
 # In the help of commands that take a run's settings, those that matter first; the rest is in groups below them.
 FIRST = {
     "train": "networks data data_dir epochs batch_size learning_rate seed seeds precision out".split(),  # noqa: SIM905
-    "bench": "networks batch_size precision runs compare seconds profile json".split(),  # noqa: SIM905
+    "bench": "networks data data_dir batch_size precision runs compare seconds profile json".split(),  # noqa: SIM905
 }
-DATA = ("data", "data_dir", "padding", "padding_mode", "flip", "drop_last", "train_limit", "validation")
+DATA = ("data", "data_dir", "padding", "padding_mode", "flip", "drop_last", "train_limit", "validation", "skip_bad")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceOptions:
+class DataOptions:
+    """How the images of a folder are read."""
+
+    skip_bad: bool = False
+    """Leave out images that cannot be read, instead of refusing the folder; they are counted and named."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MovedDataOptions(DataOptions):
+    """Where the data set of a run is, and how it is read."""
+
+    data_dir: str | None = field(default=None, metadata={"metavar": "PATH"})
+    """Where the data set is now, if it has moved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions(DataOptions):
     """Where settings come from, before flags change them."""
 
     recipe: Path | None = None
@@ -39,27 +55,23 @@ class TrainOptions(SourceOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResumeOptions:
+class ResumeOptions(MovedDataOptions):
     """Resume interrupted runs from their last checkpoints, with the results of uninterrupted ones."""
 
     runs: tuple[Path, ...] = field(metadata={"positional": "RUN .."})
     """Run folders, or folders of them as of --seeds; runs that stopped at the same step resume side by side."""
-    data_dir: str | None = field(default=None, metadata={"metavar": "PATH"})
-    """Where the data set is now, if it has moved."""
     override: tuple[str, ...] = field(default=(), metadata={"metavar": "KEY=VALUE .."})
     """New values of settings that do not affect results: device=cpu threads=1 data_dir=FOLDER teacher=PATH."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions:
+class EvaluateOptions(MovedDataOptions):
     """Score every predictor of a run on its test set."""
 
     run: Path = field(metadata={"positional": "RUN"})
     """The run folder."""
     checkpoint: Checkpoint = "last"
     """Weights of the last epoch or of the best one."""
-    data_dir: str | None = field(default=None, metadata={"metavar": "PATH"})
-    """Where the data set is now, if it has moved."""
     device: str = "auto"
     """cpu, cuda, cuda:1 or auto."""
     json: bool = False
@@ -67,7 +79,7 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictOptions:
+class PredictOptions(DataOptions):
     """Classify images."""
 
     model: Path = field(metadata={"positional": "MODEL"})
@@ -85,7 +97,7 @@ class PredictOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions:
+class ExportOptions(MovedDataOptions):
     """Write one predictor as one file, then load it and compare it with the run on test images."""
 
     run: Path = field(metadata={"positional": "RUN"})
@@ -99,12 +111,10 @@ class ExportOptions:
     """The file. None: RUN/exports/PREDICTOR with the format's suffix."""
     checkpoint: Checkpoint = "last"
     """Weights of the last epoch or of the best one."""
-    data_dir: str | None = field(default=None, metadata={"metavar": "PATH"})
-    """Where the data set is now, if it has moved."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepOptions:
+class SweepOptions(DataOptions):
     """Train many runs, each in a folder of its own; the same command again resumes an interrupted sweep."""
 
     spec: Path = field(metadata={"positional": "SPEC"})
@@ -120,8 +130,8 @@ class SweepOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchOptions:
-    """Time training steps on random images of CIFAR-100's shape; no data set is needed."""
+class BenchOptions(DataOptions):
+    """Time training steps on the images of --data, or on random ones of CIFAR-100's shape; says what was timed."""
 
     runs: int = 1
     """Number of independent runs that train side by side."""

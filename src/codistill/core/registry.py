@@ -67,6 +67,12 @@ def write_spec(name: str, options: Mapping[str, Any]) -> str:
     return name + (":" if options else "") + ",".join(f"{key}={options[key]}" for key in sorted(options))
 
 
+def with_options(spec: str, **options: str) -> str:
+    """Return a spec with some of its options set."""
+    name, written = parse_spec(spec)
+    return write_spec(name, {**written, **options})
+
+
 def checked_options(where: str, build: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Check options against those parameters of a plug-in that have a default, and turn text into their types.
 

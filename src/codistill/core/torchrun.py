@@ -15,6 +15,11 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"]) if started else 1
 
 
+def leads() -> bool:
+    """Whether this process is the one of several that speaks."""
+    return world_size() == 1 or os.environ["RANK"] == "0"
+
+
 def launch() -> dict[str, Any]:
     """Return what config.json records: the number of ranks, and of several a name of the launch that restarts keep."""
     if world_size() == 1:

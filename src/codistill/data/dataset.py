@@ -59,6 +59,7 @@ class Dataset:
         flip: Whether a mirrored image keeps its label; the default of the augmentation.
         spec: Name and options given to `dataset`, so that a run can be repeated; empty for arrays of your own.
         root: Path of the files; empty for an embedded data set.
+        left_out: Files in root that could not be used, where leaving them out was asked for.
 
     Raises:
         DataError: Wrong array shapes or types, no images, a label out of range, or a class name that is no text.
@@ -71,6 +72,7 @@ class Dataset:
     flip: bool = True
     spec: str = ""
     root: str = ""
+    left_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", _class_names(self.class_names, f"data set {self.name}"))

@@ -11,12 +11,13 @@ import numpy as np
 
 from codistill.core.console import track, warn
 from codistill.core.errors import DataError, ResourceError, UsageError
+from codistill.core.torchrun import leads
 from codistill.data.dataset import DATASETS, Dataset, Pixels, Split, size_of
 from codistill.data.images import SUFFIXES, open_image
 from codistill.data.untrusted import visible
 
 LAYOUT = "images belong in train/<class>/ and test/<class>/"
-LISTED = 20  # bad files that an error names
+LISTED = 20  # bad files that a line names
 PROBED = 50  # images that are looked at to find the size of most
 
 Files = Mapping[str, list[Path]]
@@ -35,7 +36,7 @@ def folder(root: Path, resize: int = 0, skip_bad: bool = False) -> Dataset:
         root: The folder that holds train and test.
         resize: Side of the square that every image becomes, pixels: its shorter side is scaled to that length and
             the centre is cropped. 0: all images must have one size, and keep it.
-        skip_bad: Whether to leave out damaged images and files of other kinds, with a warning that counts them.
+        skip_bad: Whether to leave out damaged images and files of other kinds, with a line that counts and names them.
 
     Returns:
         The data set, its images in the order of the sorted class and file names.
@@ -48,45 +49,48 @@ def folder(root: Path, resize: int = 0, skip_bad: bool = False) -> Dataset:
     """
     if resize < 0:
         raise UsageError(f"data set folder: resize is {resize}: give a number of pixels, or 0 to keep the images' size")
-    bad: list[str] = []
+    bad: dict[Path, str] = {}
     train, test = (_class_files(root / part, bad) for part in ("train", "test"))
     for name in sorted(train.keys() ^ test.keys()):
         here, there = ("train", "test") if name in train else ("test", "train")
         fix = "give both the same classes" + (f", or make an empty folder test/{name}" if name in train else "")
         raise DataError(f"{root}: class {name!r} is in {here} but not in {there}: {fix}")
     size = (resize, resize) if resize else _usual_size(train)
-    unlike: list[str] = []
+    unlike: dict[Path, str] = {}
     splits = [_read_split(root, files, size, resize > 0, bad, unlike) for files in (train, test)]
-    if problems := unlike if skip_bad else bad + unlike:
+    if problems := list((unlike if skip_bad else bad | unlike).values()):
         more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
         count = f"{root}: {len(problems)} files cannot be used: " if len(problems) > 1 else ""
-        skip = "" if skip_bad or not bad else " (to leave out bad files: --data folder:skip_bad=true)"
+        skip = "" if skip_bad or not bad else " (to leave out bad files: --skip-bad, or --data folder:skip_bad=true)"
         raise DataError(f"{count}{'; '.join(problems[:LISTED])}{more}{skip}")
     for part, split in zip(("train", "test"), splits, strict=True):
         counts = np.bincount(split.labels, minlength=len(train))
         empty = [name for name, count in zip(train, counts, strict=True) if count == 0]
         if empty and (part == "train" or len(empty) == len(train)):
             raise DataError(f"{root / part / empty[0]}: holds no images: {LAYOUT}")
-        if empty:
+        if empty and leads():
             warn(f"{root}: no test images of {', '.join(map(repr, empty[:LISTED]))} ({len(empty)} classes)")
-    if bad:
-        warn(f"{root}: {len(bad)} bad files are left out; the first: {bad[0]}")
-    return Dataset("folder", splits[0], splits[1], tuple(train))
+    left_out = tuple(sorted(str(path.relative_to(root)) for path in bad))
+    if bad and leads():
+        more = f" and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
+        count = f"{len(bad)} bad files are" if len(bad) > 1 else "1 bad file is"
+        warn(f"{root}: {count} left out: {', '.join(left_out[:LISTED])}{more}")
+    return Dataset("folder", splits[0], splits[1], tuple(train), left_out=left_out)
 
 
-def _class_files(part: Path, bad: list[str]) -> Files:
+def _class_files(part: Path, bad: dict[Path, str]) -> Files:
     """Return the image files of each class, classes and files sorted; lines about other files go to `bad`."""
     files: dict[str, list[Path]] = {}
     for class_folder in visible(part, LAYOUT):
         if not class_folder.is_dir():
-            bad.append(f"{class_folder}: is not a folder: {LAYOUT}")
+            bad[class_folder] = f"{class_folder}: is not a folder: {LAYOUT}"
             continue
         images = files.setdefault(unicodedata.normalize("NFC", class_folder.name), [])
         for file in visible(class_folder, LAYOUT):
             if file.is_file() and file.suffix.lower() in SUFFIXES:
                 images.append(file)
             else:
-                bad.append(f"{file}: is not an image file ({' '.join(SUFFIXES)}): remove it")
+                bad[file] = f"{file}: is not an image file by its name: remove it"
     if not files:
         raise DataError(f"{part}: holds no class folders: {LAYOUT}")
     return dict(sorted(files.items()))
@@ -110,7 +114,7 @@ def _read(path: Path, size: tuple[int, int] | None = None) -> Pixels | str:
 
 
 def _read_split(
-    root: Path, files: Files, size: tuple[int, int], resize: bool, bad: list[str], unlike: list[str]
+    root: Path, files: Files, size: tuple[int, int], resize: bool, bad: dict[Path, str], unlike: dict[Path, str]
 ) -> Split:
     """Read the images that can be read; lines about the others go to `bad`, about those of other sizes to `unlike`."""
     paths = [path for class_files in files.values() for path in class_files]
@@ -125,10 +129,10 @@ def _read_split(
         found_images = pool.map(lambda path: _read(path, size if resize else None), paths)
         for index, image in enumerate(track(found_images, "folder: reading images", len(paths))):
             if isinstance(image, str):
-                bad.append(image)
+                bad[paths[index]] = image
             elif image.shape[:2] != size:
                 found = f"is {size_of(image[None])} pixels, but most images are {size[0]}x{size[1]}"
-                unlike.append(f"{paths[index]}: {found}: bring all to one size with --data folder:resize=64")
+                unlike[paths[index]] = f"{paths[index]}: {found}: bring all to one size with --data folder:resize=64"
             else:
                 images[len(kept)] = image
                 kept.append(index)

@@ -1,5 +1,6 @@
 """Decode one image file into RGB pixels; used by data sets and by `codistill predict`."""
 
+import importlib
 import io
 import logging
 import sys
@@ -99,7 +100,7 @@ def _open(content: bytes, where: str, formats: tuple[str, ...]) -> Image.Image:
 
 def _open_heic(content: bytes, where: str) -> Image.Image:
     try:
-        import pillow_heif
+        pillow_heif = importlib.import_module("pillow_heif")
     except ImportError:
         fix = f"{sys.executable} -m pip install pillow-heif"
         raise DataError(f"{where}: a HEIC picture, which takes a package more to read: {fix}") from None

@@ -68,6 +68,7 @@ def export_predictor(
     format: str | None = None,
     which: str = "last",
     data_dir: str | None = None,
+    skip_bad: bool = False,
 ) -> Exported:
     """Write a predictor of a run, load the file again and compare the two on the run's test images.
 
@@ -81,6 +82,7 @@ def export_predictor(
         format: safetensors, onnx or torch-export; None: by the ending of the file.
         which: The `last` or the `best` checkpoint.
         data_dir: Where the data set is now, if not where it was in training.
+        skip_bad: Whether a folder's images that cannot be read are left out, where the training had none.
 
     Raises:
         UsageError: Unknown predictor or format, or an optional package is missing.
@@ -93,7 +95,7 @@ def export_predictor(
     if format == "safetensors" and run.unbuildable:
         raise UsageError(f"safetensors holds weights alone, and {run.unbuildable}: export to onnx")
     card = make_card(run, name)
-    data = run.load_data(data_dir)
+    data = run.load_data(data_dir, skip_bad)
     try:
         if path.is_dir():
             raise UsageError(f"{path}: is a folder: choose another file")

@@ -12,7 +12,7 @@ from codistill.runs.metadata import split_digests
 
 
 def evaluate_run(
-    run: RunFolder, which: str = "last", data_dir: str | None = None, device: str = "auto"
+    run: RunFolder, which: str = "last", data_dir: str | None = None, device: str = "auto", skip_bad: bool = False
 ) -> dict[str, Scores]:
     """Score a checkpoint of a run on the test set of its data set, in the precision of its training.
 
@@ -23,6 +23,7 @@ def evaluate_run(
         which: The `last` or the `best` checkpoint.
         data_dir: Where the data set is now, if not where it was in training.
         device: cpu, cuda, cuda:1 or auto.
+        skip_bad: Whether a folder's images that cannot be read are left out, where the training had none.
 
     Raises:
         CheckpointError: No whole checkpoint.
@@ -30,7 +31,7 @@ def evaluate_run(
     """
     config = run.config
     where = choose_device(device, config.execution.precision)
-    data, facts = run.load_data(data_dir), run.metadata["dataset"]
+    data, facts = run.load_data(data_dir, skip_bad), run.metadata["dataset"]
     recorded = facts.get("sha256", {})
     found = split_digests("test", data.test)
     if differ := [name for name, digest in found.items() if recorded.get(name, digest) != digest]:

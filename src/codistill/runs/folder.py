@@ -183,11 +183,12 @@ class RunFolder:
         load_weights(method, state.method, f"{self.path}: the {which} checkpoint")
         return method.eval()
 
-    def load_data(self, data_dir: str | None = None) -> Dataset:
+    def load_data(self, data_dir: str | None = None, skip_bad: bool = False) -> Dataset:
         """Load the data set of the training again; the process that trained still has it, be it registered or not.
 
         Args:
             data_dir: Where the data set is now, if not where it was in training.
+            skip_bad: Whether a folder's images that cannot be read are left out, where the training had none.
 
         Raises:
             DataError: It is missing or damaged, arrays of the user's own that were not handed in, or its images or
@@ -198,8 +199,9 @@ class RunFolder:
         if not handed and name.partition(":")[0] not in DATASETS:
             why = f"data set {name!r} is not registered in this program; it may be arrays of your own"
             raise DataError(f"{self.path}: {why}: {hand_in('data', self.metadata)}")
+        skip = {"skip_bad": True} if skip_bad else {}
         try:
-            data = self._data if self._data is not None and handed else dataset(name, place)
+            data = self._data if self._data is not None and handed else dataset(name, place, **skip)
         except DataError as error:
             if place is None or place != self.config.data_dir:
                 raise

@@ -76,6 +76,7 @@ def run_metadata(
     (mean, std), images = data.statistics, {"train_images": len(data.train), "test_images": len(data.test)}
     classes = {"class_names": list(data.class_names), "image_size": list(data.image_size)}
     facts = {"name": data.name, **classes, "mean": list(mean), "std": list(std), **images}
+    facts |= {"left_out": list(data.left_out)} if data.left_out else {}
     facts["sha256"] = dict(digests or data_digests(data))
     own: dict[str, Any] = {} if METHODS.get(method.name) is type(method) else {"own_method": type(method).__name__}
     teacher = {"teacher_sha256": weights_digest(method.taught_by.network)} if method.taught_by else {}

@@ -50,6 +50,7 @@ def sweep(
     executor: str = "local",
     slots: int | None = None,
     side_by_side: bool | None = None,
+    skip_bad: bool = False,
     program: Sequence[str] = PROGRAM,
     show: bool = True,
 ) -> list[Row]:
@@ -65,6 +66,7 @@ def sweep(
         executor: What runs the processes: local.
         slots: How many processes at a time. None: one for each GPU, or one.
         side_by_side: Whether runs that can train side by side share a process. None: on CUDA, in one graph.
+        skip_bad: Whether the runs leave out images of a folder that cannot be read.
         program: What is put before `train ..` and `resume ..` to make a command.
         show: Whether to print progress and the final tables.
 
@@ -79,7 +81,7 @@ def sweep(
     slots = max(1, torch.cuda.device_count()) if slots is None else slots
     if slots < 1:
         raise UsageError(f"slots is {slots}; it must be at least 1")
-    runs, folder = read_spec(Path(spec)), Path(out)
+    runs, folder = read_spec(Path(spec), skip_bad), Path(out)
     lock = locked_folder(folder)
     try:
         return Sweep(Path(spec), folder, runs, program, show).train(slots, side_by_side)

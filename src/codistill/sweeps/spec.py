@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from codistill.core.errors import UsageError
+from codistill.core.registry import with_options
 from codistill.settings.config import RunConfig
 from codistill.settings.mapping import LISTS, Where, run_from_mapping, split_method, typed_mapping
 from codistill.settings.recipe import read_table
@@ -25,11 +26,11 @@ class PlannedRun:
     problem: str
 
 
-def read_spec(path: Path) -> list[PlannedRun]:
+def read_spec(path: Path, skip_bad: bool = False) -> list[PlannedRun]:
     """Return the runs of a spec in its order.
 
     The settings at the top are those of every run. The lists of `[grid]` are multiplied with each other, and with the
-    entries of `[[runs]]`, where there are any.
+    entries of `[[runs]]`, where there are any. With `skip_bad` all data sets leave out bad images.
     """
     mapping, text = read_table(path, "sweep")
 
@@ -53,6 +54,8 @@ def read_spec(path: Path) -> list[PlannedRun]:
                     raise UsageError(f"{where(key)}: {key} is in [grid] and in [[runs]], or twice in [grid]")
                 own |= part
             settings.append(shared | own)
+            if skip_bad and isinstance(data := settings[-1].get("data"), str):
+                settings[-1]["data"] = with_options(data, skip_bad="true")
     groups = unique_names([{key: value for key, value in each.items() if key != "seed"} for each in settings])
     runs: dict[str, PlannedRun] = {}
     for each, name, group in zip(settings, unique_names(settings), groups, strict=True):

@@ -27,6 +27,7 @@ def resume(
     override: Mapping[str, Any] | None = None,
     method: Method | None = None,
     data: Dataset | None = None,
+    skip_bad: bool = False,
 ) -> Run:
     """Resume an interrupted run from its last whole checkpoint, which may lie inside an epoch.
 
@@ -42,6 +43,7 @@ def resume(
         method: The method with its networks, made as for the training, where names alone cannot build them: those of
             your own. It is trained in place.
         data: The data set, where it is arrays of your own.
+        skip_bad: Whether a folder's images that cannot be read are left out, where the run began without any.
 
     Raises:
         UsageError: The run is finished, another process holds it, or its settings were changed.
@@ -49,7 +51,7 @@ def resume(
             or a teacher that is not that of the run.
         DataError: The data set is missing, or not that of the run.
     """
-    return resume_together([Path(path)], data_dir, show, override, method, data)[0]
+    return resume_together([Path(path)], data_dir, show, override, method, data, skip_bad)[0]
 
 
 def resume_together(
@@ -59,6 +61,7 @@ def resume_together(
     override: Mapping[str, Any] | None = None,
     method: Method | None = None,
     data: Dataset | None = None,
+    skip_bad: bool = False,
 ) -> list[Run]:
     """Resume several runs, or folders of them: side by side where they stopped at the same step and share settings.
 
@@ -85,7 +88,7 @@ def resume_together(
         for group in groups.values():
             configs = [each.config for each in group]
             device = ranks.choose_device(configs[0].execution)
-            loaded = ranks.in_turn(group[0].load_data)
+            loaded = ranks.in_turn(functools.partial(group[0].load_data, skip_bad))
             splits = DeviceSplits(loaded, device)
             with ranks.together():
                 for each in group:
@@ -152,9 +155,9 @@ class InterruptedRun:
         """Completed epochs, and steps done of the one after them."""
         return self.state.position if self.state is not None else (0, 0)
 
-    def load_data(self) -> Dataset:
+    def load_data(self, skip_bad: bool = False) -> Dataset:
         """Load the data set, or return that which was handed in."""
-        return self.run.load_data(self.config.data_dir)
+        return self.run.load_data(self.config.data_dir, skip_bad)
 
     def check_data(self, data: Dataset, digests: Mapping[str, str]) -> None:
         """Raise `DataError` where data are not those that the run began with; say what differs."""
