@@ -92,6 +92,9 @@ def train_options(
     recipe = read_recipe(path) if path else None
     if named and recipe and recipe.method not in (None, named):
         raise UsageError(f"the recipe is for {recipe.method}, not for {named}: name one of them only")
+    began = recipe.mapping.get("initial_weights") if recipe else None
+    if isinstance(began, dict) and not began.get("from_recipe"):
+        warn(f"{path}: its run started from weights of its own; this one draws them from the seed")
     method = named or (recipe.method if recipe else None)
     preset = find_preset(preset_name, method) if preset_name is not None else None
     method = preset.method if preset else method

@@ -15,6 +15,7 @@ from codistill.methods.cohort import Cohort, EnsembleNetwork, Images, Outputs
 from codistill.methods.losses import Labels, Logits, Scalar, Terms
 from codistill.methods.teacher import TEACHER_TERM, Teacher
 from codistill.networks import Network
+from codistill.networks.origin import DRAWN, mark
 
 TeacherRule = Literal["required", "allowed", "refused"]
 MethodClass = type["Method"]
@@ -152,6 +153,7 @@ class Method(nn.Module):
             )
         self.cohort = Cohort(students, self.settings.shared_stages)
         self.build()
+        mark(self, DRAWN, but=self.cohort)
 
     def require_students(self, count: int, minimum: int, fix: str = "name more --networks") -> None:
         """Raise a UsageError if there are fewer than `minimum` students."""

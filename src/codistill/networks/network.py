@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from codistill.core.errors import UsageError
 from codistill.core.registry import Registry, checked_options, parse_spec, write_spec
 from codistill.networks.layers import initialise
+from codistill.networks.origin import DRAWN, mark
 
 NETWORKS: Registry[Callable[..., "Network"]] = Registry("network", "codistill.networks")
 
@@ -52,7 +53,9 @@ class Network(nn.Module):
 
 
 def network(spec: str, num_classes: int, **options: Any) -> Network:
-    """Build a registered network with fresh weights from torch's default generator.
+    """Build a registered network with fresh weights.
+
+    They come from torch's default generator. A training draws them again from its seed, unless they were changed since.
 
     Args:
         spec: A registered name (`codistill list`), with options behind a colon: `resnet20:shortcut=A`.
@@ -73,6 +76,7 @@ def network(spec: str, num_classes: int, **options: Any) -> Network:
     built = build(num_classes=num_classes, **chosen)
     initialise(built)
     built.spec = write_spec(name, chosen)
+    mark(built, DRAWN)
     return built
 
 

@@ -14,6 +14,7 @@ from codistill.core.files import read_json, system_error, write_atomically, writ
 from codistill.core.imports import trained_with
 from codistill.data import DATASETS, Dataset, dataset
 from codistill.methods import Method
+from codistill.networks.origin import mark
 from codistill.runs.checkpoint import CheckpointStore
 from codistill.runs.choice import lowest_student
 from codistill.runs.lock import lock_folder, remove_strays
@@ -181,6 +182,7 @@ class RunFolder:
         else:
             method = build_method(self.config, len(self.class_names), self.image_size)
         load_weights(method, state.method, f"{self.path}: the {which} checkpoint")
+        mark(method, self.path)
         return method.eval()
 
     def load_data(self, data_dir: str | None = None, skip_bad: bool = False) -> Dataset:

@@ -19,6 +19,7 @@ from codistill.core.torchrun import launch
 from codistill.data.affine import usable
 from codistill.data.dataset import Dataset, Split
 from codistill.methods import METHODS, Method
+from codistill.networks.origin import contents
 from codistill.runs.state import tensors_once
 from codistill.settings.config import RunConfig
 from codistill.settings.mapping import shown
@@ -62,26 +63,32 @@ def weights_digest(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors_once(module).items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(contents(tensor))
     return digest.hexdigest()
 
 
 def run_metadata(
-    config: RunConfig, data: Dataset, device: torch.device, method: Method, digests: Mapping[str, str] | None = None
+    config: RunConfig,
+    data: Dataset,
+    device: torch.device,
+    method: Method,
+    digests: Mapping[str, str],
+    initial: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the contents of config.json: settings, environment, and the facts of the data set that networks need.
 
-    `digests` are those of the data, where they are known already.
+    `digests` are those of the data; `initial` tells of the initial weights.
     """
     (mean, std), images = data.statistics, {"train_images": len(data.train), "test_images": len(data.test)}
     classes = {"class_names": list(data.class_names), "image_size": list(data.image_size)}
     facts = {"name": data.name, **classes, "mean": list(mean), "std": list(std), **images}
     facts |= {"left_out": list(data.left_out)} if data.left_out else {}
-    facts["sha256"] = dict(digests or data_digests(data))
+    facts["sha256"] = dict(digests)
     own: dict[str, Any] = {} if METHODS.get(method.name) is type(method) else {"own_method": type(method).__name__}
     teacher = {"teacher_sha256": weights_digest(method.taught_by.network)} if method.taught_by else {}
     own |= {"imports": imported()} if imported() else {}
-    return {**config.as_mapping(), **own, **teacher, "dataset": facts, "environment": environment(device)}
+    began = {"initial_weights": dict(initial)}
+    return {**config.as_mapping(), **own, **teacher, **began, "dataset": facts, "environment": environment(device)}
 
 
 def checked_metadata(metadata: Any, path: Path) -> dict[str, Any]:
@@ -97,6 +104,9 @@ def checked_metadata(metadata: Any, path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}/config.json: damaged: {missing[0]} is missing")
     if not isinstance(metadata["dataset"].get("sha256", {}), dict):
         raise CheckpointError(f"{path}/config.json: damaged: sha256 of the dataset is no table")
+    began = metadata.get("initial_weights", {"sha256": "", "from_recipe": True})
+    if not isinstance(began, dict) or not {"sha256", "from_recipe"} <= began.keys():
+        raise CheckpointError(f"{path}/config.json: damaged: initial_weights is {shown(began)}")
     for key, (kind, length) in lists.items():
         value = metadata["dataset"][key]
         whole = isinstance(value, list) and 0 < len(value) == (length or len(value))

@@ -7,6 +7,7 @@ from codistill.core.randomness import CPU, INIT_STREAM, draws_kept, seed_draws, 
 from codistill.data.dataset import Dataset, dataset
 from codistill.methods import METHODS, Method
 from codistill.networks import NETWORKS, network
+from codistill.networks.origin import drawn_from, mark
 from codistill.settings.config import RunConfig
 
 
@@ -34,7 +35,9 @@ def build_method(config: RunConfig, num_classes: int, image_size: tuple[int, int
     with draws_kept(CPU):
         seed_draws(stream_seed(config.train.seed, INIT_STREAM), CPU)
         students = [network(spec, num_classes) for spec in config.networks]
-        return METHODS[config.method_name](students, num_classes, config.method, image_size)
+        method = METHODS[config.method_name](students, num_classes, config.method, image_size)
+    mark(method, drawn_from(config.train.seed))
+    return method
 
 
 def load_named_data(config: RunConfig) -> Dataset:

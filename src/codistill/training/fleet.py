@@ -125,7 +125,8 @@ def train_fleet(configs: Sequence[RunConfig], outs: Sequence[Path], show: bool =
     sizes = side_by_side(plans, splits)
     # The runs of later groups have a folder from the beginning, so that `resume` finds them.
     for plan, out in list(zip(plans, outs, strict=True))[sizes[0] :]:
-        with Run.opened(out, run_metadata(plan.config, data, device, plan.method, splits.digests), plan.method, data):
+        metadata = run_metadata(plan.config, data, device, plan.method, splits.digests, plan.initial)
+        with Run.opened(out, metadata, plan.method, data):
             pass
     openings = [
         functools.partial(set_up, plan, out, show, out.name, begun=number >= sizes[0], splits=splits)

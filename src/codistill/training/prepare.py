@@ -5,9 +5,10 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -31,6 +32,7 @@ from codistill.runs.summary import network_names, write_summary_of_failure
 from codistill.settings.build import build_method
 from codistill.settings.config import RunConfig, TrainSettings
 from codistill.training.compiling import Execution, choose_execution
+from codistill.training.initial import draw_weights
 from codistill.training.ranks import ALONE, Ranks
 from codistill.training.step import make_step
 from codistill.training.teacher import load_teacher, top1_error
@@ -52,6 +54,7 @@ class Plan:
     validation: Positions  # None: no training images are held out
     execution: Execution
     notices: tuple[str, ...]  # lines about what is other than one may expect
+    initial: Mapping[str, Any]  # of the initial weights, see `draw_weights`
 
 
 def announce(plans: Sequence[Plan]) -> None:
@@ -63,7 +66,7 @@ def announce(plans: Sequence[Plan]) -> None:
 def check(
     method: Method, data: Dataset, config: RunConfig, device: torch.device, alone: bool = True, ranks: Ranks = ALONE
 ) -> Plan:
-    """Check that a run can work, and set the process up for its device; all ranks that share it check it.
+    """Check that a run can work, draw its weights, and set the process up for its device; all ranks that share it do.
 
     `alone` says whether no other run trains on the device at the same time.
     """
@@ -84,12 +87,13 @@ def check(
         steps = settings.epochs * math.ceil(images / settings.batch_size)
         captured = alone and ranks.count == 1 and method.capturable
         execution = choose_execution(config.execution, device, steps, overlap=captured)
+        initial = draw_weights(method, settings.seed)
     # Absolute paths: a run is used from other folders than it was started in.
     teaching = config.teaching
     if teaching.teacher is not None:
         teaching = dataclasses.replace(teaching, teacher=str(Path(teaching.teacher).absolute()))
     config = dataclasses.replace(config, data_dir=data.root or None, teaching=teaching)
-    return Plan(method, data, config, device, augmentation, training, validation, execution, tuple(notices))
+    return Plan(method, data, config, device, augmentation, training, validation, execution, tuple(notices), initial)
 
 
 def split_training(data: Dataset, settings: TrainSettings) -> tuple[Positions, Positions]:
@@ -239,9 +243,8 @@ def set_up(
     the folder for all ranks.
     """
     method, config, splits = plan.method, plan.config, splits or DeviceSplits(plan.data, plan.device)
-    metadata = (
-        None if begun or not ranks.leads else run_metadata(config, plan.data, plan.device, method, splits.digests)
-    )
+    made = functools.partial(run_metadata, config, plan.data, plan.device, method)
+    metadata = None if begun or not ranks.leads else made(splits.digests, plan.initial)
     with contextlib.ExitStack() as folder:
         with ranks.together():
             held_run = folder.enter_context(Run.opened(out, metadata, method, plan.data)) if ranks.leads else None

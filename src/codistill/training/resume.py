@@ -98,6 +98,8 @@ def resume_together(
             plans = [checked(method, config=config) for method, config in zip(methods, configs, strict=True)]
             if ranks.leads:
                 announce(plans)
+            for plan, each in zip(plans, group, strict=True):
+                each.check_weights(plan.initial)
             names = [each.run.path.name if several else "" for each in group]
             openings = [
                 functools.partial(set_up, plan, each.run.path, show, name, True, each.state, ranks, splits)
@@ -171,6 +173,16 @@ class InterruptedRun:
         if differ:
             words = f"{' and '.join(differ)} have other contents (SHA-256) than those that {self.run.path} began with"
             raise DataError(f"data set {self.config.data}: {words}: restore them, or start a new run")
+
+    def check_weights(self, initial: Mapping[str, Any]) -> None:
+        """Raise `CheckpointError` where a run without a checkpoint would start from others than it began with."""
+        began = self.run.metadata.get("initial_weights", initial)
+        if self.state is None and initial["sha256"] != began["sha256"]:
+            fix = "start a new run" if began["from_recipe"] else f"{hand_in('method', self.run.metadata)}, with them"
+            raise CheckpointError(
+                f"{self.run.path} has no checkpoint yet, and its initial weights are not those that are here "
+                f"(SHA-256 {str(began['sha256'])[:12]}.. instead of {initial['sha256'][:12]}..): {fix}"
+            )
 
     def build(self, data: Dataset) -> Method:
         """Build the method, or take that which was handed in, with the teacher that the run began with.

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
-from codistill.core.console import note
+from codistill.core.console import note, warn
 from codistill.core.errors import DivergedError
 from codistill.core.files import system_error
 from codistill.core.torchrun import launch, world_size
 from codistill.data.dataset import Dataset
 from codistill.deploy.run import Run
 from codistill.methods import Method
+from codistill.networks.origin import mark
 from codistill.runs.folder import ANOTHER
 from codistill.runs.state import TrainingState
 from codistill.settings.build import load_named_data
@@ -136,11 +137,16 @@ def _train(
         return run
     if ranks.leads:
         announce([plan])
+    if ranks.leads and state is None and (trained := plan.initial["trained_in"]):
+        warn(f"training goes on from weights of {', '.join(trained)}: make new networks to start from the seed")
     folder = run.path if run is not None else ranks.from_leader(lambda: out or free_folder(config))
     if ranks.count > 1 and state is None:
         method.load_state_dict(ranks.from_leader(method.state_dict))
     with set_up(plan, folder, show, begun=run is not None, state=state, ranks=ranks) as trainer:
-        train_loop([trainer], fail)
+        try:
+            train_loop([trainer], fail)
+        finally:
+            mark(method, folder)
     return trainer.run
 
 

@@ -1,0 +1,35 @@
+"""Where the weights of networks come from: drawn and not changed since, trained in a run, or their user's own."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+DRAWN = "drawn"
+"""Origin of weights that `network` or a method has drawn; those drawn from a run's seed have `drawn_from` it."""
+_MARK = "codistill_origin"
+
+
+def drawn_from(seed: int) -> str:
+    """Return the origin of weights that were drawn from the seed of a run."""
+    return f"{DRAWN} from seed {seed}"
+
+
+def contents(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor in the order of its elements."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def mark(module: nn.Module, origin: str | Path, but: nn.Module | None = None) -> None:
+    """Note where the present weights of a module come from, a run folder as its path; those of `but` are left out."""
+    left = {id(tensor) for tensor in but.state_dict(keep_vars=True).values()} if but is not None else set()
+    for tensor in module.state_dict(keep_vars=True).values():
+        if isinstance(tensor, Tensor) and not tensor.is_meta and id(tensor) not in left:
+            setattr(tensor, _MARK, (origin, hashlib.sha256(contents(tensor)).digest()))
+
+
+def origin_of(tensor: Tensor) -> str | Path | None:
+    """Return the origin that a tensor was marked with if it has not changed since; None: it is its user's own."""
+    origin, digest = getattr(tensor, _MARK, (None, b""))
+    return origin if origin is not None and hashlib.sha256(contents(tensor)).digest() == digest else None
