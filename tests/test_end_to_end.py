@@ -1,5 +1,6 @@
 """The package as its users meet it: six lines of Python, and `python -m codistill`."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -9,12 +10,18 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 
 import codistill as cd
+from codistill.cli import main
 from codistill.core import console
+from codistill.data import cifar
+from codistill.data.cifar_files import CIFAR100
 from codistill.deploy.classifier import load_classifier
+from codistill.training.verify import end_state
 
 from . import tiny
+from .data.writers import cifar_binary, random_arrays, sha256, write_archive
 
 
 @pytest.fixture
@@ -42,6 +49,38 @@ def test_six_lines_of_python(place, tiny_registered, capsys):
     # And later, from the folder alone.
     later = load_classifier(place / "runs" / "pair", "student0").logits(data.test.images)
     np.testing.assert_allclose(later.numpy(), logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def small_cifar100(tmp_path, monkeypatch):
+    """Make an archive of few images the published one of CIFAR-100, in data/."""
+    files = cifar_binary("cifar100", random_arrays(100, per_class=1))
+    (tmp_path / "data").mkdir()
+    content = write_archive(tmp_path / "data" / CIFAR100[0].archive, CIFAR100[0].folder, files).read_bytes()
+    digests = {file: sha256(files[file]) for file in CIFAR100[0].digests}
+    small = dataclasses.replace(CIFAR100[0], size=len(content), digest=sha256(content), digests=digests)
+    monkeypatch.setattr(cifar, "CIFAR100", (small, CIFAR100[1]))
+    monkeypatch.setattr(cifar, "TRAIN_IMAGES", 100)
+    monkeypatch.setattr(cifar, "TEST_IMAGES", 100)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.fault(97)
+def test_the_readmes_lines_repeat_and_equal_the_command_line(small_cifar100, monkeypatch, no_pages, capsys):
+    monkeypatch.setattr(cd.Run, "export", lambda run, *rest: None)
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    (lines,) = re.findall(r"```python\n(import codistill as cd\n.*?)```", text, flags=re.DOTALL)
+    assert lines.count("epochs=300") == lines.count('out="runs/pair"') == 1
+    for out in ("first", "second"):
+        torch.rand(3)
+        exec(lines.replace("epochs=300", "epochs=1").replace("runs/pair", out), {})
+    flags = ["--networks", "resnet32", "wrn-16-2", "--data", "cifar100:download=true", "--data-dir", "data"]
+    assert main(["train", "mfef", *flags, "--epochs", "1", "--out", "third"]) == 0
+    runs = [cd.Run(name) for name in ("first", "second", "third")]
+    assert len({end_state(run) for run in runs}) == 1
+    assert len({str(run.metadata["initial_weights"]) for run in runs}) == 1
+    assert runs[0].metadata["initial_weights"]["from_recipe"]
+    assert "weights" not in capsys.readouterr().err
 
 
 def test_the_docstring_is_the_six_lines():

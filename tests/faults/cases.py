@@ -338,6 +338,11 @@ CASES |= {
         "dropout, stochastic depth, Python's and NumPy's generators; in evaluation too; breaks, ranks, captured steps",
         "a function of seed, epoch, step and rank: resume is exact; the user's generators stay where they were",
     ),
+    97: Case(
+        "a run in Python that starts from weights of which nobody knows",
+        "networks drawn without a seed, loaded, trained before; a cell run again; a recipe of such a run",
+        "drawn from the run's seed, as on the command line, unless they are the user's; recorded and said",
+    ),
     57: Case("a run or a data set shown in a notebook", "repr of both", "one short line"),
     90: Case(
         "a module of one's own that cannot be imported, or is not",

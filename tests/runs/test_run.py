@@ -11,6 +11,7 @@ from codistill.core.errors import CheckpointError, UsageError
 from codistill.runs import folder as folder_module
 from codistill.runs.metadata import checked_metadata
 from codistill.settings.build import build_method
+from codistill.settings.mapping import RECORDED_KEYS
 
 from .. import tiny
 
@@ -122,7 +123,7 @@ def test_the_config_comes_back(folder):
     assert config.train == settings and config.method == cd.MFEF.Settings()
     assert (config.method_name, config.networks) == ("mfef", ("tiny", "tiny:width=8"))
     assert config.as_mapping() == {
-        key: value for key, value in cd.Run(folder).metadata.items() if key not in ("dataset", "environment")
+        key: value for key, value in cd.Run(folder).metadata.items() if key not in RECORDED_KEYS
     }
 
 

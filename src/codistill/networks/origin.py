@@ -21,10 +21,11 @@ def contents(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def mark(module: nn.Module, origin: str | Path, but: nn.Module | None = None) -> None:
-    """Note where the present weights of a module come from, a run folder as its path; those of `but` are left out."""
+def mark(weights: nn.Module | Tensor, origin: str | Path, but: nn.Module | None = None) -> None:
+    """Note where present weights come from, a run folder as its path; those of `but` are left out."""
+    tensors = [weights] if isinstance(weights, Tensor) else weights.state_dict(keep_vars=True).values()
     left = {id(tensor) for tensor in but.state_dict(keep_vars=True).values()} if but is not None else set()
-    for tensor in module.state_dict(keep_vars=True).values():
+    for tensor in tensors:
         if isinstance(tensor, Tensor) and not tensor.is_meta and id(tensor) not in left:
             setattr(tensor, _MARK, (origin, hashlib.sha256(contents(tensor)).digest()))
 
