@@ -69,11 +69,13 @@ def test_missing_json_asks_for_the_run_folder(tmp_path):
     for place, words in (
         (tmp_path / "none", "there is no such folder"),
         (tmp_path / "empty", "empty is empty, no run folder"),
-        (tmp_path, rf"is {tmp_path} a run folder\?"),
+        (tmp_path / "other", r"other a run folder\?"),
+        (tmp_path, "holds runs: name one of them, such as .*/folder"),
         (tmp_path / "file", "file is a file, no run folder"),
         (tmp_path / "folder", "Is a directory"),
     ):
         (tmp_path / "empty").mkdir(exist_ok=True)
+        (tmp_path / "other" / "x").mkdir(parents=True, exist_ok=True)
         (tmp_path / "folder" / "config.json").mkdir(parents=True, exist_ok=True)
         (tmp_path / "file").write_text("")
         with pytest.raises(CheckpointError, match=f"config.json: .*{words}") as error:

@@ -176,7 +176,7 @@ def test_a_config_must_be_whole(folder, change, words):
 def test_settings_that_this_version_does_not_know_are_a_damaged_file(copy, change):
     metadata = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(metadata | change))
-    with pytest.raises(CheckpointError, match=r"config\.json: damaged, or of another version: "):
+    with pytest.raises(CheckpointError, match=r"config\.json: cannot be used by codistill "):
         _ = cd.Run(copy).config
 
 

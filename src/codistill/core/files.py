@@ -112,7 +112,9 @@ def read_json(path: Path) -> Any:
         folder, there = path.parent, path.parent.exists()
         nothing = "there is no such folder" if not there else f"{folder} is a file, no run folder"
         if folder.is_dir():
+            inner = sorted(each.parent.name for each in folder.glob(f"*/{path.name}"))
             nothing = f"is {folder} a run folder?" if any(folder.iterdir()) else f"{folder} is empty, no run folder"
+            nothing = f"{folder} holds runs: name one of them, such as {folder / inner[0]}" if inner else nothing
         raise CheckpointError(f"{path}: no such file; {nothing}") from None
     except OSError as error:
         raise system_error(error, path, CheckpointError) from None

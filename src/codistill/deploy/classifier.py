@@ -148,7 +148,7 @@ def _damage(path: Path) -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        raise CheckpointError(f"{path}: made by another version, or damaged: {error}") from None
+        raise CheckpointError(f"{path}: its settings are not those of this version of codistill: {error}") from None
     except CodistillError:
         raise
     except (FileNotFoundError, NotADirectoryError):

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import importlib.metadata
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,7 +91,9 @@ class RunFolder:
         try:
             return run_from_mapping(mapping, lambda key: f"{self.path}/config.json", base=base)
         except UsageError as error:
-            raise CheckpointError(f"{self.path}/config.json: damaged, or of another version: {error}") from None
+            began, now = self.metadata["environment"].get("codistill"), importlib.metadata.version("codistill")
+            words = f"cannot be used by codistill {now}" if began == now else f"is of codistill {began}, this is {now}"
+            raise CheckpointError(f"{self.path}/config.json: {words}: {error}") from None
 
     @property
     def unbuildable(self) -> str:
@@ -232,9 +235,10 @@ class RunFolder:
             UsageError: The training did not finish.
             CheckpointError: summary.json, or metrics.jsonl, is absent or damaged.
         """
-        summary = self.summary
+        summary = self.summary if self.status is not None else {}
         if not summary.get("top1_error"):
-            raise UsageError(f"{self.path} has no best student, for its training was {self.status}: name a predictor")
+            ended = "has not come to its end" if self.status is None else f"was {self.status}"
+            raise UsageError(f"{self.path} has no best student, for its training {ended}: name a predictor")
         name = summary.get("best_epoch_best_student" if which == "best" else "best_student")
         # A run of an older version has it in its metrics only.
         return name or lowest_student(self.metrics()[summary["best_epoch"] - 1 if which == "best" else -1])[0]
