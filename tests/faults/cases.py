@@ -343,6 +343,11 @@ CASES |= {
         "networks drawn without a seed, loaded, trained before; a cell run again; a recipe of such a run",
         "drawn from the run's seed, as on the command line, unless they are the user's; recorded and said",
     ),
+    83: Case(
+        "a mistake in a method of one's own",
+        "no scalar, no tensor, no dict, no gradient, NaN, other names in another epoch, an exception in any part",
+        "status 2 before a folder is made; one line with method, term, file and line; later, nothing is lost",
+    ),
     57: Case("a run or a data set shown in a notebook", "repr of both", "one short line"),
     90: Case(
         "a module of one's own that cannot be imported, or is not",

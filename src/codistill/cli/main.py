@@ -15,7 +15,7 @@ from codistill.cli.options import OPTIONS
 from codistill.core.errors import CodistillError, UsageError
 from codistill.core.extras import missing_package
 from codistill.core.files import system_error
-from codistill.core.imports import import_own, split_imports
+from codistill.core.imports import import_own, own_place, split_imports
 from codistill.core.registry import unknown_name
 from codistill.core.signals import KEPT, Terminated, terminate
 from codistill.core.torchrun import refuse_ranks, world_size
@@ -115,5 +115,7 @@ def explain(error: BaseException) -> tuple[int, str]:
             return 2, missing
         case OSError() if error.errno not in (None, errno.EBADF, errno.EFAULT):
             return explain(system_error(error))
+        case _ if where := own_place(error):
+            return 2, f"{type(error).__name__} at {where}: {line[:300]}: fix it there; --debug shows how it was reached"
         case _:
             return 1, f"bug: {type(error).__name__}: {line}: please report it with the output of --debug"

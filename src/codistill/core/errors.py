@@ -3,6 +3,21 @@
 An error is one line: what is wrong, where, and how to fix it.
 """
 
+import sysconfig
+import traceback
+from pathlib import Path
+
+LIBRARIES = (Path(__file__).parents[1], *(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")))
+
+
+def place(error: BaseException) -> str:
+    """Return the line of a user's own code in which an error was raised, ` at my_method.py:12`; empty: not in any."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        if not path.name.startswith(("<frozen", "<@")) and not any(each in path.parents for each in LIBRARIES):
+            return f" at {path.name}:{frame.lineno}"
+    return ""
+
 
 class CodistillError(Exception):
     """Base of every error that codistill raises on purpose; `exit_status` is what the command line returns.

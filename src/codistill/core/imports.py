@@ -90,6 +90,14 @@ def _reason(error: BaseException, folder: str) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:500] + place
 
 
+def own_place(error: BaseException) -> str:
+    """Return the line of an imported module that an error came through, `my_module.py:12`; empty: of none."""
+    files = {os.path.realpath(getattr(sys.modules.get(name), "__file__", None) or name) for name in _done}
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f"{Path(each.filename).name}:{each.lineno}" for each in frames if os.path.realpath(each.filename) in files]
+    return own[-1] if own else ""
+
+
 def imported() -> list[str]:
     """Return what `import_own` has imported in this process: modules by name, files by absolute path."""
     return list(_done)

@@ -176,6 +176,10 @@ class Registry(Mapping[str, T], Generic[T]):
             raise UsageError(unknown_name(self.kind, name, self._entries))
         return self._entries[name]
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return an entry, or the default where there is none of this name."""
+        return self._entries.get(name, default)
+
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 

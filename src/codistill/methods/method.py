@@ -13,6 +13,7 @@ from codistill.core.errors import UsageError
 from codistill.core.registry import Registry, near_matches
 from codistill.methods.cohort import Cohort, EnsembleNetwork, Images, Outputs
 from codistill.methods.losses import Labels, Logits, Scalar, Terms
+from codistill.methods.mistakes import checked_terms, title
 from codistill.methods.teacher import TEACHER_TERM, Teacher
 from codistill.networks import Network
 from codistill.networks.origin import DRAWN, mark
@@ -85,7 +86,7 @@ def with_teacher_terms(losses: Callable[..., Terms]) -> Callable[..., Terms]:
             if not 0 <= progress <= 1:
                 raise UsageError(f"progress is {progress}; it must be epoch / epochs, 0 to 1")
             progress = torch.tensor(float(progress), device=labels.device)
-        terms = losses(method, outputs, labels, progress)
+        terms = checked_terms(type(method), losses(method, outputs, labels, progress))
         teacher = method.taught_by
         return terms if teacher is None or TEACHER_TERM in terms else terms | teacher.terms(outputs)
 
@@ -116,7 +117,7 @@ class Method(nn.Module):
     """
 
     name: str = ""
-    """The public name, set by the registry."""
+    """The public name, set by the registry; of a class that is not registered, that of the class."""
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
     settings: MethodSettings
     min_students: ClassVar[int] = 1
@@ -129,6 +130,7 @@ class Method(nn.Module):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls.Settings = inspect.get_annotations(cls, eval_str=True).get("settings", cls.Settings)
+        cls.name = cls.name or cls.__name__
         if "losses" in vars(cls):
             cls.losses = with_teacher_terms(cls.losses)  # type: ignore[method-assign]
 
@@ -193,9 +195,9 @@ class Method(nn.Module):
             Named scalars such as `ce/student0` and `kl/fused->student0`.
 
         Raises:
-            UsageError: A number that is no share of the epochs.
+            UsageError: A number that is no share of the epochs, or a subclass returns something else.
         """
-        raise NotImplementedError
+        raise UsageError(f"{title(type(self))} defines no losses(outputs, labels, progress)")
 
     # Some methods override the rest.
 

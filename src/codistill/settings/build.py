@@ -6,6 +6,7 @@ from codistill.core.errors import CheckpointError, UsageError
 from codistill.core.randomness import CPU, INIT_STREAM, draws_kept, seed_draws, stream_seed
 from codistill.data.dataset import Dataset, dataset
 from codistill.methods import METHODS, Method
+from codistill.methods.mistakes import blamed
 from codistill.networks import NETWORKS, network
 from codistill.networks.origin import drawn_from, mark
 from codistill.settings.config import RunConfig
@@ -35,7 +36,9 @@ def build_method(config: RunConfig, num_classes: int, image_size: tuple[int, int
     with draws_kept(CPU):
         seed_draws(stream_seed(config.train.seed, INIT_STREAM), CPU)
         students = [network(spec, num_classes) for spec in config.networks]
-        method = METHODS[config.method_name](students, num_classes, config.method, image_size)
+        kind = METHODS[config.method_name]
+        with blamed(kind, "its construction"):
+            method = kind(students, num_classes, config.method, image_size)
     mark(method, drawn_from(config.train.seed))
     return method
 

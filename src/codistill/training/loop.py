@@ -11,6 +11,7 @@ from codistill.core.errors import DivergedError
 from codistill.core.randomness import draws_kept
 from codistill.core.signals import SignalRequests, defer_signals
 from codistill.evaluation.metrics import read_together
+from codistill.methods.mistakes import blamed
 from codistill.runs.state import TrainingState
 from codistill.training.capture import EagerSteps, GraphedSteps, make_fleet
 from codistill.training.trainer import Trainer
@@ -96,6 +97,7 @@ def completed(trainers: Sequence[Trainer]) -> list[tuple[dict[str, Any], Trainin
     for index, trainer in enumerate(trainers):
         leads = trainer.step.ranks.leads
         numbers[index] = trainer.tensors() if leads else {}
-        trainer.method.after_epoch()
+        with blamed(type(trainer.method), "after_epoch"):
+            trainer.method.after_epoch()
         states.append(trainer.saver.copy(trainer.state()) if leads else None)
     return list(zip(read_together(numbers).values(), states, strict=True))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from codistill.data.augment import Augmentation, BatchIndices, DeviceImages
 from codistill.evaluation.metrics import TermSums
 from codistill.methods import Method
+from codistill.methods.mistakes import blamed, in_order
 from codistill.settings.config import TrainSettings
 from codistill.training.finite import GRADIENT, NonFiniteDetector, norms
 from codistill.training.forward import TrainingForward
@@ -51,7 +52,8 @@ class TrainStep:
         images, labels = self.images.augmented(self.ranks.part(indices), self.augmentation)
         size = indices.image.shape[-1]
         terms, gradients = self.update(images, labels, progress, len(labels) / size)
-        self.method.after_step()
+        with blamed(type(self.method), "after_step"):
+            self.method.after_step()
         self.sums.update(terms, size)
         self.finite.update(terms | gradients)
 
@@ -63,8 +65,11 @@ class TrainStep:
         Returns:
             The terms and the norm of each gradient, of the whole batch.
         """
-        terms = self.method.losses(self.forward(images), labels, progress)
-        torch.stack(list(terms.values())).sum().backward(inputs=of)  # type: ignore[no-untyped-call]
+        outputs, kind = self.forward(images), type(self.method)
+        with blamed(kind, "losses"):
+            terms = in_order(kind, self.method.losses(outputs, labels, progress), self.sums.names)
+        with blamed(kind, "the backward pass of its losses"):
+            torch.stack(list(terms.values())).sum().backward(inputs=of)  # type: ignore[no-untyped-call]
         trained = self._trained.items()
         gradients = {GRADIENT + name: each.grad for name, each in trained if each.grad is not None}
         self.ranks.average([*gradients.values(), *terms.values()], share)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from codistill.core.device import autocast
 from codistill.core.errors import CheckpointError, UsageError
+from codistill.core.randomness import draws_kept
 from codistill.data.affine import Affine
 from codistill.data.augment import DeviceImages
 from codistill.deploy.classifier import load_predictor
@@ -65,9 +66,9 @@ def load_teacher(settings: TeacherSettings, class_names: tuple[str, ...], statis
 def top1_error(teacher: nn.Module, images: DeviceImages, precision: str) -> tuple[float, str]:
     """Return the top-1 error of a teacher on a test set, percent, and why it teaches nothing; empty: it can teach."""
     sums = ClassificationSums(images.device)
-    for start in range(0, len(images), EVALUATION_BATCH):
-        pixels, labels = images.batch(start, start + EVALUATION_BATCH)
-        with autocast(images.device, precision):
+    with draws_kept(images.device), autocast(images.device, precision):
+        for start in range(0, len(images), EVALUATION_BATCH):
+            pixels, labels = images.batch(start, start + EVALUATION_BATCH)
             sums.update(teacher(pixels), labels)
     found = scores(read_together(sums.tensors()))
     if not math.isfinite(found.nll):

@@ -1,0 +1,64 @@
+"""Rehearse a user's own method on some images before anything is written: its mistakes are named in one line."""
+
+import copy
+
+import numpy as np
+import torch
+
+from codistill.core.errors import UsageError
+from codistill.core.randomness import draws_kept
+from codistill.data.augment import DeviceImages
+from codistill.data.dataset import Dataset, Split
+from codistill.methods import Method
+from codistill.methods.mistakes import blamed, in_order, is_own, refuse_dead_terms, title
+
+IMAGES = 16
+
+
+def rehearse(method: Method, data: Dataset, epochs: int, device: torch.device) -> None:
+    """Call everything that a user's own method defines, on a copy, with the progress of the first and the last epoch.
+
+    The method, its statistics and all random numbers stay as they are. Methods of this package are not rehearsed, and
+    networks that do not fit the data are found elsewhere.
+
+    Raises:
+        UsageError: What it raises, returns, or names otherwise in another epoch; terms that teach nothing.
+    """
+    kind = type(method)
+    if not is_own(kind):
+        return
+    # From everywhere: data may be in the order of classes.
+    chosen = np.unique(np.linspace(0, len(data.train) - 1, IMAGES).astype(int))
+    few = DeviceImages(Split(data.train.images[chosen], data.train.labels[chosen]), data.statistics, device)
+    pixels, labels = few.batch(0, len(chosen))
+    with draws_kept(device), torch.enable_grad():
+        probe = copy.deepcopy(method).to(device).train()
+        names: tuple[str, ...] = ()
+        for progress in (0.0, (epochs - 1) / epochs):
+            try:
+                with blamed(kind, "forward"):
+                    outputs = probe(pixels.expand(probe.views, *pixels.shape) if probe.views > 1 else pixels)
+            except UsageError:
+                if (kind.forward, kind.branches) == (Method.forward, Method.branches):
+                    return  # a network's fault, not the method's
+                raise
+            if any(logits.shape[1:] != (data.num_classes,) for logits in outputs.logits):
+                return
+            with blamed(kind, "losses"):
+                terms = in_order(kind, probe.losses(outputs, labels, torch.tensor(progress, device=device)), names)
+            refuse_dead_terms(probe, terms)
+            with blamed(kind, "the backward pass of its losses"):
+                torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
+            names = tuple(terms)
+        for part in ("parameter_groups", "alternating_updates", "after_step", "after_epoch"):
+            with blamed(kind, part):
+                getattr(probe, part)()
+        with torch.no_grad():
+            probe.eval()
+            with blamed(kind, "predictions"):
+                named = set(probe.predictions(probe(pixels)))
+            with blamed(kind, "predictors"):
+                deployed = set(probe.predictors())
+    if odd := sorted(named ^ deployed):
+        where = "predictions" if odd[0] in named else "predictors"
+        raise UsageError(f"{title(kind)}: only {where} names {odd[0]!r}: predictions and predictors name the same")
