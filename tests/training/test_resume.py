@@ -211,10 +211,11 @@ def test_captured_steps_go_on_with_the_same_bits(colours, tmp_path, step, more):
 # --- codistill train --verify-resume ---
 
 
-@pytest.mark.parametrize("method", ["mfef", "kdcl"])
-def test_verify_resume(colours, tmp_path, capsys, method):
+@pytest.mark.fault(86)
+@pytest.mark.parametrize(("method", "more"), [("mfef", ()), ("kdcl", ()), ("dml", ("--batch-size", "64"))])
+def test_verify_resume(colours, tmp_path, capsys, method, more):
     out = tmp_path / "run"
-    assert run_here(arguments(colours, out, "--verify-resume", "--milestones", "1", method=method)) == 0
+    assert run_here(arguments(colours, out, "--verify-resume", "--milestones", "1", *more, method=method)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("resume verified: 3 breaks in 6 steps change no bit of ")
     assert cd.Run(out).summary["status"] == "finished"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from codistill.core.device import choose_device
-from codistill.core.errors import CheckpointError
+from codistill.core.errors import CheckpointError, UsageError
 from codistill.core.signals import Interrupted
 from codistill.core.torchrun import refuse_ranks
 from codistill.data.dataset import Split
@@ -36,8 +36,14 @@ def verify_resume(config: RunConfig) -> str:
     device = choose_device(config.execution.device, config.execution.precision)
     data = load_named_data(config)
     data = dataclasses.replace(data, test=Split(data.test.images[:TEST_IMAGES], data.test.labels[:TEST_IMAGES]))
-    images = min(len(data.train), STEPS * config.train.batch_size)
-    settings = dataclasses.replace(config.train, epochs=2, milestones=None, train_limit=images, validation=0)
+    size, count = config.train.batch_size, len(data.train)
+    if count <= (STEPS - 1) * size:  # there are no three batches
+        size = count // STEPS
+        count = STEPS * size
+    if size < 2:
+        raise UsageError(f"--verify-resume trains {STEPS} steps of at least two images: {data.name} has too few")
+    settings = dataclasses.replace(config.train, epochs=2, milestones=None, validation=0)
+    settings = dataclasses.replace(settings, train_limit=min(count, STEPS * size), batch_size=size)
     short = dataclasses.replace(config, train=settings)
 
     def train(out: Path, stop: tuple[int, int] | None, state: TrainingState | None = None) -> None:
