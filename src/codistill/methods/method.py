@@ -130,7 +130,8 @@ class Method(nn.Module):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls.Settings = inspect.get_annotations(cls, eval_str=True).get("settings", cls.Settings)
-        cls.name = cls.name or cls.__name__
+        if not cls.name:
+            cls.name = cls.__name__
         if "losses" in vars(cls):
             cls.losses = with_teacher_terms(cls.losses)  # type: ignore[method-assign]
 
