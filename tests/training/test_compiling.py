@@ -29,8 +29,8 @@ from codistill.training.compiling import (
     missing_compiler,
     parts_of,
 )
-from codistill.training.prepare import check_shapes
 from codistill.training.step import TrainStep
+from codistill.training.trial import try_method
 
 from .. import tiny
 from ..faults.running import in_child
@@ -201,7 +201,7 @@ def test_names_copies_pickles_and_exports_stay():
     names = list(method.state_dict())
     with compiled(method):
         assert list(method.state_dict()) == names
-        check_shapes(method, tiny.data())
+        try_method(method, tiny.data(), tiny.settings(), "float32", torch.device("cpu"))
         images = torch.randn(4, 3, 8, 8)
         expected = method.eval()(images).fused_logits
         student = method.deployed_student(0)

@@ -11,9 +11,9 @@ import torch
 import codistill as cd
 from codistill.core.errors import CheckpointError, DivergedError, UsageError
 from codistill.data.augment import seeded_order
-from codistill.training import prepare
 from codistill.training import trainer as loop
 from codistill.training.step import TrainStep
+from codistill.training.trial import try_method
 
 from .. import tiny
 
@@ -315,11 +315,11 @@ def test_unlike_numbers_of_classes_are_refused(train, tmp_path, classes, message
     assert list(tmp_path.iterdir()) == []
 
 
-def test_looking_at_the_shapes_changes_nothing(train):
-    # The network runs once on the meta device: neither statistics nor mode nor random numbers may notice.
+def test_trying_a_method_changes_nothing(train):
+    # A copy trains for a step: neither statistics nor mode nor random numbers may notice.
     method = tiny.method()
     before = {name: tensor.clone() for name, tensor in method.state_dict().items()}
-    prepare.check_shapes(method, tiny.data())
+    try_method(method, tiny.data(), tiny.settings(), "float32", torch.device("cpu"))
     assert all(torch.equal(tensor, before[name]) for name, tensor in method.state_dict().items())
     assert method.training
 

@@ -1,7 +1,6 @@
 """The speed of a training step on this machine, alone and beside a plain PyTorch loop of the usual style."""
 
 import contextlib
-import copy
 import statistics
 import time
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from codistill.core.device import choose_device, set_up_gpu
 from codistill.core.errors import UsageError
 from codistill.core.host import set_up_cpu
 from codistill.methods import Method
-from codistill.networks.network import parameter_count
+from codistill.networks.network import parameter_count, probing
 from codistill.runs.metadata import environment
 from codistill.settings.build import build_method, load_named_data
 from codistill.settings.config import RunConfig
@@ -123,9 +122,8 @@ def bench(
 
 def forward_flop(method: Method, image_size: tuple[int, int]) -> int:
     """Count the floating-point operations of one image's forward pass; a multiplication and an addition are two."""
-    probe = copy.deepcopy(method).to("meta")
-    images = torch.empty(*([probe.views] if probe.views > 1 else []), 2, 3, *image_size, device="meta")
-    with FlopCounterMode(display=False) as counter:
+    images = torch.zeros(*([method.views] if method.views > 1 else []), 2, 3, *image_size)
+    with probing(method, images.device) as probe, FlopCounterMode(display=False) as counter:
         probe(images)
     return int(counter.get_total_flops()) // 2
 

@@ -1,10 +1,12 @@
 """Export of one predictor to one file, compared with the run before it is kept."""
 
+import contextlib
 import importlib
 import io
 import json
 import logging
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from codistill.deploy.classifier import (
     on_pixels,
     run_predictor,
 )
-from codistill.networks.network import parameter_count
+from codistill.networks.network import in_words, parameter_count
 from codistill.runs.folder import RunFolder
 from codistill.runs.state import tensors_once
 
@@ -143,7 +145,27 @@ def _write_safetensors(module: nn.Module, card: dict[str, Any], path: Path) -> N
 def _traced(module: nn.Module, card: dict[str, Any]) -> torch.export.ExportedProgram:
     """Trace the map from pixels to logits, for batches of any size."""
     example = torch.zeros(2, 3, *card["image_size"], dtype=torch.uint8)
-    return torch.export.export(on_pixels(module, card), (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    batches = ({0: torch.export.Dim("batch")},)
+    with quiet("torch"):
+        try:
+            return torch.export.export(on_pixels(module, card), (example,), dynamic_shapes=batches)
+        except Exception as error:  # a type of its own for each thing that it cannot trace
+            words = "torch.export cannot trace this predictor (a branch on values, TorchScript, a fixed batch size?)"
+            raise UsageError(f"{words}: {in_words(error)}") from error
+
+
+@contextlib.contextmanager
+def quiet(name: str) -> Iterator[None]:
+    """Keep what a library logs, warns of and prints to itself until this context ends."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _write_onnx(module: nn.Module, card: dict[str, Any], path: Path) -> None:
@@ -153,17 +175,10 @@ def _write_onnx(module: nn.Module, card: dict[str, Any], path: Path) -> None:
             importlib.import_module(package)
         except ImportError:
             raise UsageError(f"export to onnx needs the package {package}: {install(*packages)}") from None
-    noisy = logging.getLogger("torch.onnx")
-    level = noisy.level
-    noisy.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                _traced(module, card), input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
-            )
-    finally:
-        noisy.setLevel(level)
+    with quiet("torch.onnx"):
+        program = torch.onnx.export(
+            _traced(module, card), input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
+        )
     assert program is not None
     program.model.metadata_props[CARD_KEY] = json.dumps(card)
     program.save(str(path))

@@ -76,7 +76,7 @@ class CLILR(Method):
         low = self.cohort.trunk(images)
         if self.settings.rescale_gradients and self.cohort.shared_stages:
             low = scale_gradient(low, 1 / len(self.cohort))
-        return self.branches(low)
+        return self.branches(low, images.ndim == 5)
 
     def losses(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
         """Compute `ce/student<j>` and `kl/peers->student<j>` of each student."""

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from codistill.core.device import critical_stream
 from codistill.core.errors import UsageError
@@ -16,6 +17,7 @@ from codistill.networks import Network
 
 T = TypeVar("T")
 FeatureMap = Float[Tensor, "batch _channel _height _width"]
+AnyMap = Float[Tensor, "batch *_map"]
 Images = Float[Tensor, "*view batch channel height width"]
 """Normalised images: one batch for all students or, with a leading axis, a view of it for each."""
 
@@ -26,14 +28,15 @@ class Outputs:
 
     Attributes:
         logits: One [batch, classes] per student.
-        feature_maps: One [batch, channels, height, width] per student: the backbone's, before pooling.
+        feature_maps: One [batch, channels, height, width] per student: the backbone's, before pooling. Networks of
+            your own may have other forms, such as [batch, tokens, channels].
         fused_logits: [batch, classes] of the fused classifier or a gated ensemble, where the method has one.
         teacher_logits: [batch, classes] of a frozen teacher, where one is given; one per student with a view each.
         extras: Further tensors by name, for the method's own losses.
     """
 
     logits: tuple[Float[Tensor, "batch _class"], ...]
-    feature_maps: tuple[FeatureMap, ...]
+    feature_maps: tuple[AnyMap, ...]
     fused_logits: Float[Tensor, "batch _class"] | None = None
     teacher_logits: Float[Tensor, "*student batch _class"] | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
@@ -72,6 +75,8 @@ class Cohort(nn.Module):
         super().__init__()
         if not students:
             raise UsageError("a cohort needs at least one student")
+        for index, student in enumerate(students):
+            check_student(index, student)
         if len({id(student) for student in students}) < len(students):
             raise UsageError("a cohort got the same network object twice: build one network for each student")
         self.students = nn.ModuleList(students)
@@ -97,22 +102,23 @@ class Cohort(nn.Module):
                 raise UsageError(f"cannot share {asked} stages of {names}: unlike networks share nothing (use 0)")
         return asked
 
-    def trunk(self, images: Images) -> Float[Tensor, "*view batch c h w"]:
+    def trunk(self, images: Images) -> Float[Tensor, "*form"]:
         """Apply the shared stages once; to all views together where each student has its own."""
         low = images.flatten(0, -4)
         for stage in self[0].stages[: self.shared_stages]:
             low = stage(low)
         return low.reshape(*images.shape[:-3], *low.shape[1:])
 
-    def each_branch(self, low: Images, finish: Callable[[int, FeatureMap], T]) -> list[T]:
+    def each_branch(self, low: Images, finish: Callable[[int, FeatureMap], T], views: bool | None = None) -> list[T]:
         """Run each student's branch on the output of `trunk`, then `finish` with its index and feature map.
 
-        `finish` belongs to the branch: it may run at the same time as those of the others.
+        `finish` belongs to the branch: it may run at the same time as those of the others. `views` says whether `low`
+        has a view for each student; None: if it has five dimensions.
         """
+        viewed = low.ndim == 5 if views is None else views
 
         def branch(index: int) -> T:
-            own = low if low.ndim == 4 else low[index]
-            return finish(index, self[index].feature_map(own, self.shared_stages))
+            return finish(index, self[index].feature_map(low[index] if viewed else low, self.shared_stages))
 
         return self.each_student(branch)
 
@@ -141,7 +147,8 @@ class Cohort(nn.Module):
 
     def feature_maps(self, images: Images) -> tuple[FeatureMap, ...]:
         """Return one feature map per student."""
-        return tuple(self.each_branch(self.trunk(images), lambda index, feature_map: feature_map))
+        views = images.ndim == 5
+        return tuple(self.each_branch(self.trunk(images), lambda index, feature_map: feature_map, views))
 
     def __iter__(self) -> Iterator[Network]:
         return (self[index] for index in range(len(self)))
@@ -181,6 +188,30 @@ class EnsembleNetwork(nn.Module):
         return logits
 
 
-def layout(stages: nn.ModuleList) -> tuple[str, tuple[torch.Size, ...]]:
-    """Return structure and tensor shapes of stages: equal ones are interchangeable."""
-    return repr(stages), tuple(tensor.shape for tensor in stages.state_dict().values())
+def check_student(index: int, student: nn.Module) -> None:
+    """Raise `UsageError` for a student that is no `Network`, or has weights without a shape yet."""
+    form = "a student is a Network(stages, head, widths)"
+    if isinstance(getattr(student, "_orig_mod", None), Network):
+        raise UsageError(f"student {index} is a compiled Network: hand in the Network, and compile with --compile on")
+    if isinstance(getattr(student, "module", None), Network):
+        raise UsageError(f"student {index} is a Network within {type(student).__name__}: hand in its .module")
+    if not isinstance(student, Network):
+        raise UsageError(f"student {index} is a {type(student).__name__}, but {form}: put its parts into one")
+    if any(isinstance(each, UninitializedTensorMixin) for each in (*student.parameters(), *student.buffers())):
+        name = student.spec or type(student).__name__
+        raise UsageError(f"student {index} ({name}) has lazy layers without weights: call it once on some images first")
+
+
+def layout(stages: nn.ModuleList) -> tuple[object, ...]:
+    """Return structure, constants and tensors' forms of stages: equal ones are interchangeable."""
+    modules = [(type(module), constants(module)) for module in stages.modules()]
+    tensors = [
+        (tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in stages.state_dict(keep_vars=True).values()
+    ]
+    return repr(stages), modules, tensors
+
+
+def constants(module: nn.Module) -> dict[str, object]:
+    """Return the plain values that a module has as attributes."""
+    plain = (bool, int, float, str, tuple, type(None))
+    return {name: value for name, value in vars(module).items() if isinstance(value, plain) and name != "training"}

@@ -1,6 +1,5 @@
 """KD: knowledge distillation from a frozen teacher."""
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from codistill.methods.losses import Labels, Scalar, Terms
 from codistill.methods.method import METHODS, Method
 from codistill.methods.teacher import Teacher
 from codistill.methods.terms import cross_entropy_terms
+from codistill.networks.network import count_classes, probing
 
 
 def WithTeacher(method: Method, teacher: nn.Module, weight: float = 1.0, temperature: float = 3.0) -> Method:
@@ -29,12 +29,14 @@ def WithTeacher(method: Method, teacher: nn.Module, weight: float = 1.0, tempera
         temperature: T > 0.
 
     Raises:
-        UsageError: The teacher has another number of classes.
+        UsageError: The teacher has another number of classes, cannot take images of that size, or returns something
+            else than logits.
 
     Source: Hinton et al., arXiv 1503.02531.
     """
-    probe = copy.deepcopy(teacher).to("meta").eval()
-    classes = probe(torch.empty(1, 3, *method.image_size, device="meta")).shape[-1]
+    with probing(teacher) as probe, torch.no_grad():
+        device = next((each.device for each in probe.parameters()), None)
+        classes = count_classes(probe.eval(), torch.zeros(2, 3, *method.image_size, device=device), "the teacher")
     if classes != method.num_classes:
         raise UsageError(f"the teacher has {classes} classes, but the students {method.num_classes}")
     method.taught_by = Teacher(teacher.eval().requires_grad_(False), weight, temperature)

@@ -16,6 +16,7 @@ from codistill.methods.losses import Labels, Logits, Scalar, Terms
 from codistill.methods.mistakes import checked_terms, title
 from codistill.methods.teacher import TEACHER_TERM, Teacher
 from codistill.networks import Network
+from codistill.networks.network import probing
 from codistill.networks.origin import DRAWN, mark
 
 TeacherRule = Literal["required", "allowed", "refused"]
@@ -126,6 +127,8 @@ class Method(nn.Module):
     """Whether a frozen teacher must, may or must not be given beside the students."""
     capturable: bool = True
     """Whether a step may be captured as a CUDA graph."""
+    memory_format: torch.memory_format = torch.channels_last
+    """Memory format of weights and images, as `choose_memory_format` has found it."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -165,6 +168,8 @@ class Method(nn.Module):
 
     def __call__(self, images: Images) -> Outputs:
         """Run `forward` and, in training, the frozen teacher."""
+        if self.memory_format == torch.contiguous_format:
+            images = images.contiguous()
         outputs: Outputs = super().__call__(images)
         if self.taught_by is None or not self.training:
             return outputs
@@ -175,6 +180,14 @@ class Method(nn.Module):
             self.taught_by.network._apply(*arguments, **options)  # type: ignore[no-untyped-call]
         super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
         return self
+
+    def choose_memory_format(self, images: Images) -> None:
+        """Choose channels_last, which is faster, unless a network cannot run in it, as one with `view` of its maps."""
+        with probing(self, images.device) as probe, torch.no_grad():
+            try:
+                probe.to(memory_format=torch.channels_last).eval()(images)  # type: ignore[call-overload]
+            except RuntimeError:
+                self.memory_format = torch.contiguous_format
 
     # Every method defines losses, and build if it has modules of its own.
 
@@ -204,15 +217,15 @@ class Method(nn.Module):
 
     def forward(self, images: Images) -> Outputs:
         """Run all students on one batch of normalised images or, with a leading axis, a view of it for each."""
-        return self.branches(self.cohort.trunk(images))
+        return self.branches(self.cohort.trunk(images), images.ndim == 5)
 
-    def branches(self, low: Images) -> Outputs:
-        """Run each student from the output of `Cohort.trunk` on."""
+    def branches(self, low: Tensor, views: bool | None = None) -> Outputs:
+        """Run each student from the output of `Cohort.trunk` on; `views` as in `Cohort.each_branch`."""
 
         def finish(index: int, feature_map: Tensor) -> tuple[Tensor, Tensor]:
             return feature_map, self.cohort[index].head(feature_map)
 
-        maps, logits = zip(*self.cohort.each_branch(low, finish), strict=True)
+        maps, logits = zip(*self.cohort.each_branch(low, finish, views), strict=True)
         return Outputs(logits, maps)
 
     @property

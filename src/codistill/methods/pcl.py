@@ -1,6 +1,5 @@
 """PCL: peer collaborative learning."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from codistill.methods.cohort import EnsembleNetwork, FeatureMap, Images, Output
 from codistill.methods.losses import Labels, Logits, Scalar, Terms
 from codistill.methods.method import METHODS, Method, ParameterGroup
 from codistill.methods.terms import DistillationSettings, cross_entropy_terms, ramped_kl
+from codistill.networks.network import copied
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class PCL(Method):
     def build(self) -> None:
         """Make the classifier of all features and the mean teachers."""
         self.fusion = ConcatenatedClassifier([student.widths[-1] for student in self.cohort], self.num_classes)
-        self.means = copy.deepcopy(self.cohort).requires_grad_(False)
+        self.means = copied(self.cohort).requires_grad_(False)
         self.steps: Tensor
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 

@@ -1,7 +1,5 @@
 """Evaluation of a finished run."""
 
-import torch
-
 from codistill.core.console import warn
 from codistill.core.device import choose_device
 from codistill.data.augment import DeviceImages
@@ -37,6 +35,8 @@ def evaluate_run(
     if differ := [name for name, digest in found.items() if recorded.get(name, digest) != digest]:
         words = f"{' and '.join(differ)} of {run.config.data} are other ones (SHA-256) than in training"
         warn(f"{run.path}: {words}: its scores in summary.json are not comparable with these")
-    method = run.load_method(which).to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = DeviceImages(data.test, (facts["mean"], facts["std"]), where)
+    method = run.load_method(which)
+    method.choose_memory_format(images.batch(0, 1)[0])
+    method.to(where, memory_format=method.memory_format)  # type: ignore[call-overload]
     return evaluate(method, images, config.execution.precision, seed=config.train.seed)

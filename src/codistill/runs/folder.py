@@ -1,7 +1,6 @@
 """A run folder: the whole truth of one training, its files and who may write them."""
 
 import contextlib
-import copy
 import functools
 import importlib.metadata
 import json
@@ -15,6 +14,7 @@ from codistill.core.files import read_json, system_error, write_atomically, writ
 from codistill.core.imports import trained_with
 from codistill.data import DATASETS, Dataset, dataset
 from codistill.methods import Method
+from codistill.networks.network import copied
 from codistill.networks.origin import mark
 from codistill.runs.checkpoint import CheckpointStore
 from codistill.runs.choice import lowest_student
@@ -181,7 +181,7 @@ class RunFolder:
         self.refuse_unbuildable()
         state = self.checkpoints.load(which)
         if self.own_method is not None:
-            method = copy.deepcopy(self.own_method).cpu()
+            method = copied(self.own_method).cpu()
         else:
             method = build_method(self.config, len(self.class_names), self.image_size)
         load_weights(method, state.method, f"{self.path}: the {which} checkpoint")

@@ -1,7 +1,6 @@
 """Runs that train side by side on one device: how many at a time its memory holds, and their training."""
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import gc
@@ -19,6 +18,7 @@ from codistill.core.torchrun import refuse_ranks
 from codistill.data.augment import epoch_indices
 from codistill.deploy.run import Run
 from codistill.evaluation.evaluation import EVALUATION_BATCH, evaluate
+from codistill.networks.network import copied
 from codistill.runs.folder import refuse_occupied
 from codistill.runs.metadata import run_metadata
 from codistill.runs.summary import write_summary_of_failure
@@ -47,7 +47,7 @@ def memory_of_a_run(plan: Plan, splits: DeviceSplits) -> int:
     indices = epoch_indices(batch, 0, 0, plan.augmentation, device, plan.method.views)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    probe = copy.deepcopy(plan.method)
+    probe = copied(plan.method)
     with plan.execution.on(probe, device, plan.config.execution.deterministic):
         step = make_step(probe, splits.train, plan.augmentation, settings, precision)
         for _ in range(2):

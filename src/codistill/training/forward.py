@@ -14,6 +14,9 @@ from torch.nn.modules.conv import _ConvNd
 from codistill.core.device import autocast
 from codistill.methods import Method
 from codistill.methods.cohort import Outputs
+from codistill.networks.layers import BatchNormAct2d
+
+CAST_INPUTS = {kind.forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)}
 
 
 class TrainingForward:
@@ -73,18 +76,22 @@ class TrainingForward:
 
 
 def _counts(norm: _BatchNorm) -> bool:
-    """Whether a batch normalisation counts batches without needing the count."""
-    return norm.num_batches_tracked is not None and norm.momentum is not None
+    """Whether a batch normalisation counts batches without needing the count; one with a `forward` of its own may."""
+    plain = type(norm).forward in (_BatchNorm.forward, BatchNormAct2d.forward)
+    return plain and norm.num_batches_tracked is not None and norm.momentum is not None
 
 
 def _lowered(method: nn.Module) -> dict[str, nn.Parameter]:
-    """List the parameters that autocast casts, each module's under the module's first name."""
+    """List the parameters that autocast casts as they are, each module's under the module's first name.
+
+    A layer with a `forward` of its own, or with `weight_norm`, computes its weight from them before, in float32.
+    """
     return {
         f"{prefix}.{name}": parameter
         for prefix, module in method.named_modules()
-        if isinstance(module, (_ConvNd, nn.Linear))
+        if isinstance(module, (_ConvNd, nn.Linear)) and type(module).forward in CAST_INPUTS
         for name, parameter in module.named_parameters(recurse=False)
-        if parameter.dtype == torch.float32
+        if name in ("weight", "bias") and parameter.dtype == torch.float32
     }
 
 

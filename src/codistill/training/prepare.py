@@ -1,7 +1,6 @@
 """Before the first step: check a run, open its folder, put it on its device."""
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import math
@@ -19,7 +18,6 @@ from codistill.core.device import set_up_gpu
 from codistill.core.errors import ResourceError, UsageError
 from codistill.core.files import system_error
 from codistill.core.host import set_up_cpu
-from codistill.core.randomness import CPU, draws_kept
 from codistill.data.augment import Augmentation, DeviceImages, seeded_order
 from codistill.data.dataset import Dataset
 from codistill.deploy.run import Run
@@ -38,6 +36,7 @@ from codistill.training.rehearsal import rehearse
 from codistill.training.step import make_step
 from codistill.training.teacher import load_teacher, top1_error
 from codistill.training.trainer import Trainer
+from codistill.training.trial import try_method
 
 Positions = Int[Tensor, " image"] | None  # of the images that are used, on the host; None: all of them, in order
 
@@ -84,8 +83,10 @@ def check(
             notices.append(f"{less}: each step trains on all of them")
         rehearse(method, data, settings.epochs, device)
         check_parts(config, images, ranks)
-        with draws_kept(CPU):
-            check_shapes(method, data)
+        try:
+            try_method(method, data, settings, config.execution.precision, device)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise out_of_memory(config, method, error) from error
         steps = settings.epochs * math.ceil(images / settings.batch_size)
         captured = alone and ranks.count == 1 and method.capturable
         execution = choose_execution(config.execution, device, steps, overlap=captured)
@@ -136,26 +137,6 @@ def check_parts(config: RunConfig, images: int, ranks: Ranks) -> None:
             f"the last batch of {images} images would have {last}, too few for {ranks.count} ranks: "
             f"set drop_last or another batch_size than {size}"
         )
-
-
-def check_shapes(method: Method, data: Dataset) -> None:
-    """Run the method once on the meta device, to find classes and shapes that do not match; it stays as it is."""
-    height, width = data.image_size
-    names = network_names(method.cohort)
-    probe = copy.deepcopy(method).to("meta").eval()
-    try:
-        outputs = probe(torch.empty(2, 3, height, width, device="meta"))
-    except RuntimeError as error:
-        words = f"{method.name} with {' + '.join(names)} cannot take {height}x{width} images"
-        raise UsageError(f"{words}: {' '.join(str(error).split())}") from None
-    for name, logits in zip(names, outputs.logits, strict=True):
-        if logits.shape[1] != data.num_classes:
-            raise UsageError(
-                f"network {name} has {logits.shape[1]} classes, but data set {data.name} {data.num_classes}"
-            )
-    made, has = method.num_classes, data.num_classes
-    if made != has:
-        raise UsageError(f"{method.name} was made for {made} classes, but data set {data.name} has {has}")
 
 
 def build_taught(config: RunConfig, data: Dataset, own: Method | None = None) -> Method:

@@ -104,10 +104,13 @@ def make_step(
     settings: TrainSettings,
     precision: str = "float32",
     ranks: Ranks = ALONE,
-    memory_format: torch.memory_format = torch.channels_last,
+    memory_format: torch.memory_format | None = None,
 ) -> TrainStep:
-    """Put a method on the device of its images, in place and in training mode, and make its optimiser and its step."""
-    method.to(images.device, memory_format=memory_format).train()  # type: ignore[call-overload]
+    """Put a method on the device of its images, in place and in training mode, and make its optimiser and its step.
+
+    `memory_format` of the weights; None: the method's own.
+    """
+    method.to(images.device, memory_format=memory_format or method.memory_format).train()  # type: ignore[call-overload]
     turns = method.alternating_updates()
     forward = TrainingForward(method, precision, apart=turns)
     kind = AlternatingStep if turns else TrainStep
