@@ -101,5 +101,5 @@ def test_pooled_linear_is_the_mean_then_the_classifier():
 
 
 def test_stages_and_widths_must_agree_in_number():
-    with pytest.raises(ValueError, match="1 stages but 2 widths"):
+    with pytest.raises(UsageError, match="1 stages, but 2 widths"):
         Network([nn.Identity()], PooledLinear(3, 2), (3, 3))

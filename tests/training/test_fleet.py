@@ -32,6 +32,7 @@ from codistill.training.prepare import DeviceSplits, check, set_up
 from codistill.training.resume import resume_together
 from codistill.training.step import TrainStep, make_step
 from codistill.training.train import train_from_config
+from codistill.training.trial import IMAGES
 
 from .. import tiny
 from ..faults.asserting import refused
@@ -348,9 +349,9 @@ def test_groups_that_wait_are_resumed_too(config, monkeypatch):
 def test_runs_side_by_side_have_one_copy_of_their_images(config, monkeypatch, changes):
     made = []
     build = DeviceImages.__init__
-    monkeypatch.setattr(DeviceImages, "__init__", lambda self, *rest: made.append(build(self, *rest)))
+    monkeypatch.setattr(DeviceImages, "__init__", lambda self, *rest: made.append((rest[0], build(self, *rest))))
     train_fleet([config(seed=seed, **changes) for seed in (0, 1, 2)], folders(3), show=False)
-    assert len(made) == 2  # training and test
+    assert len([split for split, _ in made if len(split) > IMAGES]) == 2  # training and test; the others are of trials
 
 
 # What does not go together.

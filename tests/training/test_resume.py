@@ -21,6 +21,7 @@ from codistill.settings.config import default_config
 from codistill.training import trainer as loop
 from codistill.training.ranks import Ranks
 from codistill.training.resume import resume, resume_together
+from codistill.training.trial import IMAGES
 from codistill.training.verify import end_state as end_digest
 
 from .. import tiny
@@ -111,9 +112,9 @@ def test_runs_that_stopped_at_different_steps(colours, tmp_path):
 def test_runs_that_go_on_side_by_side_have_one_copy_of_their_images(colours, tmp_path, monkeypatch):
     outs = [stopped(colours, tmp_path / f"seed{seed}", 2, "--seed", str(seed)) for seed in (0, 1)]
     made, build = [], DeviceImages.__init__
-    monkeypatch.setattr(DeviceImages, "__init__", lambda self, *rest: made.append(build(self, *rest)))
+    monkeypatch.setattr(DeviceImages, "__init__", lambda self, *rest: made.append((rest[0], build(self, *rest))))
     resume_together(outs, show=False)
-    assert len(made) == 2  # training and test
+    assert len([split for split, _ in made if len(split) > IMAGES]) == 2  # training and test; the others are of trials
 
 
 @pytest.mark.parametrize("step", [2, 5])
@@ -123,8 +124,10 @@ def test_one_that_diverges_does_not_cost_those_that_go_on_after_it(colours, tmp_
     bad, losses = [], cd.MFEF.losses
 
     def poisoned(self, *arguments):
-        bad[:] = bad or [self]
-        return {name: term * (math.nan if self is bad[0] else 1) for name, term in losses(self, *arguments).items()}
+        if len(arguments[1]) > IMAGES:  # not a trial
+            bad[:] = bad or [self]
+        factor = math.nan if bad and self is bad[0] else 1
+        return {name: term * factor for name, term in losses(self, *arguments).items()}
 
     monkeypatch.setattr(cd.MFEF, "losses", poisoned)
     capsys.readouterr()

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from codistill.core.device import critical_stream
 from codistill.core.errors import UsageError
@@ -197,7 +197,7 @@ def check_student(index: int, student: nn.Module) -> None:
         raise UsageError(f"student {index} is a Network within {type(student).__name__}: hand in its .module")
     if not isinstance(student, Network):
         raise UsageError(f"student {index} is a {type(student).__name__}, but {form}: put its parts into one")
-    if any(isinstance(each, UninitializedTensorMixin) for each in (*student.parameters(), *student.buffers())):
+    if any(is_lazy(each) for each in (*student.parameters(), *student.buffers())):
         name = student.spec or type(student).__name__
         raise UsageError(f"student {index} ({name}) has lazy layers without weights: call it once on some images first")
 

@@ -185,7 +185,7 @@ class Method(nn.Module):
         """Choose channels_last, which is faster, unless a network cannot run in it, as one with `view` of its maps."""
         with probing(self, images.device) as probe, torch.no_grad():
             try:
-                probe.to(memory_format=torch.channels_last).eval()(images)  # type: ignore[call-overload]
+                probe.to(memory_format=torch.channels_last).eval()(images)
             except RuntimeError:
                 self.memory_format = torch.contiguous_format
 

@@ -113,7 +113,7 @@ class HostReads(TorchDispatchMode):
     """Find the operators that make the host wait for values, which a CUDA graph cannot do."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
