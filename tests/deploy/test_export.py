@@ -20,6 +20,7 @@ from codistill.core.errors import CheckpointError, CodistillError, DataError, Re
 from codistill.deploy import export
 from codistill.deploy.classifier import CARD_KEY, load_classifier
 from codistill.deploy.export import Exported, choose_format, export_predictor
+from codistill.networks import NETWORKS
 
 from .. import tiny
 
@@ -325,3 +326,52 @@ def test_networks_and_data_of_ones_own(tmp_path):
     # Another process has neither the networks nor the data.
     with pytest.raises(CodistillError, match="of your own"):
         cd.Run(run.path).export("student0", tmp_path / "student.onnx")
+
+
+class Scaled(nn.Module):
+    """A layer with all that a file of weights lacks, and whose making and pass read values."""
+
+    def __init__(self, limit: float) -> None:
+        super().__init__()
+        self.rate, self.plain, self.limit = torch.linspace(0, 1, 3).tolist()[1], torch.full((1, 3, 1, 1), 0.5), limit
+        self.register_buffer("unsaved", torch.tensor([1.0, 2.0, 3.0]).reshape(3, 1, 1), persistent=False)
+
+    def forward(self, images):
+        scaled = images * self.rate * self.plain * self.unsaved
+        return scaled.clamp(max=self.limit) if self.limit and scaled.max() > self.limit else scaled
+
+
+@pytest.fixture
+def run_of_scaled(tmp_path, no_pages, monkeypatch):
+    def build(num_classes: int, limit: float = 0.0) -> cd.Network:
+        """A tiny network behind `Scaled`."""
+        plain = tiny.network(num_classes)
+        return cd.Network([Scaled(limit), *plain.stages], plain.head, [3, *plain.widths])
+
+    monkeypatch.setitem(NETWORKS._entries, "scaled", build)
+    data = cd.dataset("packed", tiny.write_npz(tmp_path / "colours.npz", tiny.data()))
+
+    def run(spec: str) -> cd.Run:
+        method = cd.DML([cd.network(spec, 3) for _ in range(2)], 3, image_size=(8, 8))
+        return cd.train(method, data, epochs=1, out=tmp_path / "run", settings=tiny.settings(), show=False)
+
+    return run
+
+
+@pytest.mark.fault(80)
+def test_constants_that_are_no_weights_are_in_what_is_loaded(run_of_scaled, tmp_path):
+    run = run_of_scaled("scaled")
+    images = tiny.data().test.images
+    for path in (run.export("student0", tmp_path / "student.safetensors"), run.path):
+        expected = load_classifier(run.path, "student0").logits(images)
+        torch.testing.assert_close(load_classifier(path, "student0").logits(images), expected)
+
+
+@pytest.mark.fault(80)
+def test_what_cannot_be_traced_is_refused_in_one_line(run_of_scaled, tmp_path, capfd):
+    run = run_of_scaled("scaled:limit=2.5")
+    capfd.readouterr()
+    with pytest.raises(UsageError, match="cannot trace this predictor"):
+        run.export("student0", tmp_path / "student.pt2")
+    assert not (tmp_path / "student.pt2").exists() and capfd.readouterr() == ("", "")
+    assert run.export("student0", tmp_path / "student.safetensors").exists()

@@ -308,6 +308,32 @@ CASES |= {
         "status 2; names what there is instead; only near names are suggested",
     ),
     56: Case("a command line within a thread", "a training", "trains; handlers of signals stay"),
+    76: Case(
+        "a student of another kind than ours",
+        "plain tensors, branches on values, compiled stages, weight_norm, TorchScript, norms of one's own, "
+        "SyncBatchNorm, tied and frozen weights, `view` of maps, tokens instead of maps",
+        "trains as in a plain loop, in float32 and bf16; is resumed bitwise, evaluated, exported",
+    ),
+    77: Case(
+        "a network whose outputs have another form",
+        "logits of four dimensions, dicts, tuples (in training only), class indices; no Network, or one in a wrapper",
+        "status 2 before a folder is made; names network, stage or head, what it returns and what it must return",
+    ),
+    78: Case(
+        "a network that cannot be trained",
+        "lazy, on meta, half precision, made in inference mode, a lock in it, all frozen; writes to what others read",
+        "status 2 before a folder is made; names network and reason; only like students share stages",
+    ),
+    79: Case(
+        "maps of other dimensions than the method works on",
+        "tokens [batch, tokens, channels] with each method",
+        "methods on logits train, each student on its own view; the others: status 2, with the form of the maps",
+    ),
+    80: Case(
+        "a predictor that cannot be exported, or only with all of its constants",
+        "a branch on values, TorchScript; plain tensors, unsaved buffers and values read when a network is made",
+        "status 2 in one line and no file; else the file answers as the run",
+    ),
     81: Case(
         "a teacher of the zoo that the field compares with",
         "_last.pth of RepDistiller: resnet8 to 110, 8x4, 32x4, wrn, vgg, with argparse.Namespace",

@@ -250,7 +250,8 @@ def test_a_captured_training_ends_as_that_of_a_cpu(colours, tmp_path, method, mo
 
 
 def reading(gpu, terms):
-    terms["ce/student0"].item()
+    if gpu.timeline.graph is not None:  # or the trial before would see it
+        terms["ce/student0"].item()
 
 
 def greedy(gpu, terms):

@@ -135,10 +135,16 @@ def load_predictor(path: Path, predictor: str | None = None) -> tuple[dict[str, 
             raise CheckpointError(f"{path}: {why}: import the module that registers it: {trained_with(card)}")
         config = run_from_mapping({key: card[key] for key in ("method", "networks")}, lambda key: str(path))
         height, width = card["image_size"]
-        with torch.device("meta"):
-            built = build_method(config, len(card["class_names"]), (height, width))
-        module = built.predictors()[card["predictor"]].to_empty(device="cpu")
-        load_weights(module, safetensors.torch.load_file(path), f"{path}: {card['predictor']}")
+        weights, what = safetensors.torch.load_file(path), f"{path}: {card['predictor']}"
+
+        def build() -> nn.Module:
+            return build_method(config, len(card["class_names"]), (height, width)).predictors()[card["predictor"]]
+
+        # Whether they fit, before memory is taken for a network that the file may claim; own ones may need values.
+        with contextlib.suppress(RuntimeError, UsageError), torch.device("meta"):
+            load_weights(build(), weights, what)
+        module = build()
+        load_weights(module, weights, what)
         return card, module
 
 

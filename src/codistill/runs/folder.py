@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import torch
+
 from codistill.core.errors import CheckpointError, DataError, UsageError
 from codistill.core.files import read_json, system_error, write_atomically, write_json
 from codistill.core.imports import trained_with
@@ -182,6 +184,7 @@ class RunFolder:
         state = self.checkpoints.load(which)
         if self.own_method is not None:
             method = copied(self.own_method).cpu()
+            method.to(memory_format=torch.contiguous_format)
         else:
             method = build_method(self.config, len(self.class_names), self.image_size)
         load_weights(method, state.method, f"{self.path}: the {which} checkpoint")

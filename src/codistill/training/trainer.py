@@ -48,7 +48,11 @@ class Trainer:
         self.run, self.config, self.step, self.execution, self.saver = run, config, step, execution, saver
         self.method = step.method
         self.evaluation = Evaluation(
-            self.method, held, config.execution.precision, captured=step.ranks.count == 1, seed=config.train.seed
+            self.method,
+            held,
+            config.execution.precision,
+            captured=step.ranks.count == 1 and self.method.capturable,
+            seed=config.train.seed,
         )
         images = len(step.images)
         size = min(config.train.batch_size, images)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from codistill.core.errors import CodistillError, UsageError
 from codistill.data.augment import DeviceImages, epoch_indices
 from codistill.data.dataset import Dataset, Split
-from codistill.evaluation.evaluation import evaluate
+from codistill.evaluation.evaluation import Evaluation
 from codistill.methods import Method
 from codistill.networks.network import count_classes, in_words, label, odd_types, probing, stage_maps
 from codistill.settings.config import TrainSettings
@@ -19,6 +19,7 @@ from codistill.training.step import make_step
 IMAGES = 2  # the fewest that batch normalisation can use
 aten = torch.ops.aten
 READS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.is_nonzero, aten.equal}
+MASKS = (torch.bool, torch.uint8)
 
 
 def try_method(method: Method, data: Dataset, settings: TrainSettings, precision: str, device: torch.device) -> None:
@@ -85,15 +86,16 @@ def check_networks(method: Method, data: Dataset, few: DeviceImages, training: b
 def train_and_evaluate(
     method: Method, few: DeviceImages, settings: TrainSettings, precision: str, data: Dataset
 ) -> list[str]:
-    """Train a copy of a method for a step, evaluate it, and return the step's operators that read on the host."""
+    """Train a copy of a method for a step, evaluate it, and return the operators that read on the host."""
     augmentation, reads = settings.augmentation(data), HostReads()
     with probing(method, few.device) as probe, torch.enable_grad():
         step = make_step(probe, few, augmentation, settings, precision)
         indices = epoch_indices(len(few), 0, 0, augmentation, few.device, probe.views)
+        evaluation = Evaluation(probe, {"trial": few}, precision)
         with reads if few.device.type == "cuda" else contextlib.nullcontext():
             step.update(*few.augmented(indices, augmentation), torch.zeros((), device=few.device), 1.0)
-        probe.after_step()
-        evaluate(probe, few, precision)
+            probe.after_step()
+            evaluation.run()
     return reads.found
 
 
@@ -117,6 +119,8 @@ class HostReads(TorchDispatchMode):
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in READS:
+        packet = func.overloadpacket
+        masks = packet is aten.index and any(each is not None and each.dtype in MASKS for each in args[1])
+        if masks or packet in READS:
             self.found.append(str(func))
         return func(*args, **(kwargs or {}))
