@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from codistill.core.device import autocast
 from codistill.core.errors import CodistillError, UsageError
 from codistill.data.augment import DeviceImages, epoch_indices
 from codistill.data.dataset import Dataset, Split
-from codistill.evaluation.evaluation import Evaluation
 from codistill.methods import Method
 from codistill.networks.network import count_classes, in_words, label, odd_types, probing, stage_maps
 from codistill.settings.config import TrainSettings
@@ -39,7 +39,7 @@ def try_method(method: Method, data: Dataset, settings: TrainSettings, precision
         try:
             reads = train_and_evaluate(method, few, settings, precision, data)
         except RuntimeError:
-            method.choose_memory_format(few.batch(0, IMAGES)[0])
+            method.choose_memory_format(few.normalised(few.images))
             if method.memory_format == torch.channels_last:
                 raise
             reads = train_and_evaluate(method, few, settings, precision, data)
@@ -60,7 +60,7 @@ def check_networks(method: Method, data: Dataset, few: DeviceImages, training: b
 
     In float32, in which predictors are deployed.
     """
-    pixels, shared = few.batch(0, IMAGES)[0].contiguous(), method.cohort.shared_stages
+    pixels, shared = few.normalised(few.images).contiguous(), method.cohort.shared_stages
     for student in method.cohort:
         name = label(student)
         if any(not isinstance(each, Tensor) for each in student.state_dict(keep_vars=True).values()):
@@ -91,11 +91,11 @@ def train_and_evaluate(
     with probing(method, few.device) as probe, torch.enable_grad():
         step = make_step(probe, few, augmentation, settings, precision)
         indices = epoch_indices(len(few), 0, 0, augmentation, few.device, probe.views)
-        evaluation = Evaluation(probe, {"trial": few}, precision)
         with reads if few.device.type == "cuda" else contextlib.nullcontext():
             step.update(*few.augmented(indices, augmentation), torch.zeros((), device=few.device), 1.0)
             probe.after_step()
-            evaluation.run()
+            with torch.no_grad(), autocast(few.device, precision):
+                probe.eval().predictions(probe(few.normalised(few.images)))
     return reads.found
 
 
@@ -103,7 +103,7 @@ def odd_widths(method: Method, few: DeviceImages) -> str:
     """Return a remark on maps that are not [batch, channels, height, width], or whose width is not what was named."""
     for student in method.cohort:
         with probing(student, few.device) as probe, torch.no_grad():
-            maps = stage_maps(probe.eval(), few.batch(0, IMAGES)[0].contiguous())
+            maps = stage_maps(probe.eval(), few.normalised(few.images).contiguous())
         for index, (each, width) in enumerate(zip(maps, student.widths, strict=True)):
             if each.ndim != 4 or each.shape[1] != width:
                 form = ", ".join(map(str, ("batch", *each.shape[1:])))
