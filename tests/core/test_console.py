@@ -1,9 +1,13 @@
 """Bars, lines and tables."""
 
+import builtins
 import io
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
+import rich.console
 from rich.console import Console
 
 from codistill.core import console
@@ -142,3 +146,46 @@ def test_tracked_items_show_a_bar_on_a_terminal(capfd, monkeypatch):
     assert list(track([1, 2, 3], "counting", 3)) == [1, 2, 3]
     out, error = capfd.readouterr()
     assert out == "" and "counting" in error
+
+
+class NotebookCell(list):
+    """The outputs of a cell; a display with an id is replaced by its updates."""
+
+    def display(self, content, *, raw, display_id):
+        assert raw and display_id
+        self.append(content["text/plain"])
+        place = len(self) - 1
+        return SimpleNamespace(update=lambda content, raw: self.__setitem__(place, content["text/plain"]))
+
+
+@pytest.mark.fault(94)
+def test_a_notebook_has_one_line_of_progress_in_place(clock, capsys, monkeypatch):
+    cell = NotebookCell()
+    shell = type("ZMQInteractiveShell", (), {})
+    monkeypatch.setattr(builtins, "get_ipython", shell, raising=False)
+    monkeypatch.setattr(rich.console, "get_ipython", shell, raising=False)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=cell.display))
+    with TrainingDisplay(epochs=2, steps=100, images=1000) as display:
+        for epoch in range(2):
+            display.begin_epoch(epoch)
+            for step in range(1, 101):
+                clock(0.3)
+                assert display.due()
+                display.step(epoch, step, {"loss": 1.0})
+            row = {"epoch": epoch, "images_per_second": 100.0, "train": {"loss": 1.5}, "warnings": []}
+            display.end_epoch({**row, "test": {"student0": {"top1_error": 12.5}}})
+    assert len(cell) == 1 and cell[0].startswith("epoch 2/2  step 100/100  33 images/s  loss 1.000")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:9] for line in lines] == ["epoch 1/2", "epoch 2/2"]
+
+
+@pytest.mark.fault(94)
+def test_a_notebook_that_shows_nothing_costs_nothing(clock, monkeypatch):
+    shell = type("ZMQInteractiveShell", (), {})
+    monkeypatch.setattr(builtins, "get_ipython", shell, raising=False)
+    monkeypatch.setitem(sys.modules, "IPython", None)
+    with TrainingDisplay(epochs=2, steps=100, images=1000) as display:
+        display.begin_epoch(0)
+        clock(1)
+        display.step(0, 1, {})

@@ -397,4 +397,14 @@ CASES |= {
         "no folder, an empty one, a file in its place, no permission, another version",
         "a line of its own; damage is said of damage only",
     ),
+    94: Case(
+        "progress in a notebook",
+        "hundreds of steps in a cell; no IPython to show them",
+        "one line that is replaced in place, and a line an epoch; never an error",
+    ),
+    95: Case(
+        "odd paths",
+        "brackets, spaces, quotes, dashes, bytes that are no UTF-8, in data, runs, exports and pictures",
+        "trained, resumed bitwise, evaluated, exported and predicted; shown as they are, or escaped",
+    ),
 }

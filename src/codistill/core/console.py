@@ -1,9 +1,11 @@
-"""Output for a person: a live bar on a terminal and plain lines elsewhere, tables, notices.
+"""Output for a person: a live bar on a terminal, a line in place in a notebook, plain lines elsewhere, tables, notices.
 
 rich is imported by those who draw: `import codistill` leaves it alone.
 """
 
+import contextlib
 import functools
+import importlib
 import os
 import sys
 import time
@@ -39,7 +41,9 @@ def lasting_console(show: bool, **options: Any) -> "Console":
             # Or else Python stumbles over the rest of the buffer when it exits.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    plain = {"highlight": False, "markup": False, "emoji": False}
+    plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+    if Console().is_jupyter:  # where each print would be an output of its own
+        plain |= {"force_jupyter": False, "force_terminal": False, "width": 115}
     return LastingConsole(quiet=not show, **(plain | options))
 
 
@@ -53,6 +57,23 @@ def track(items: Iterable[T], title: str, total: int | None) -> Iterable[T]:
     return rich.progress.track(items, title, total=total, console=console, transient=True, disable=quiet)
 
 
+class CellLine:
+    """A line in the output of a notebook's cell, which later ones replace there."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def show(self, line: str) -> None:
+        """Show a line; without IPython, or a cell to show it in, nothing."""
+        with contextlib.suppress(Exception):  # no display is worth a run
+            display = importlib.import_module("IPython.display").display
+            content = {"text/plain": line}
+            if self._handle is None:
+                self._handle = display(content, raw=True, display_id=True)
+            else:
+                self._handle.update(content, raw=True)
+
+
 class TrainingDisplay:
     """Show epoch, step, images/s, loss terms and the time left of a run of so many epochs, each of steps and images.
 
@@ -60,9 +81,11 @@ class TrainingDisplay:
     """
 
     def __init__(self, epochs: int, steps: int, images: int, show: bool = True, label: str = "") -> None:
+        from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
 
         self.console = lasting_console(show)
+        self._cell = CellLine() if show and Console().is_jupyter else None
         self.epochs, self.steps, self.images = epochs, steps, images
         self.label = f"{label}: " if label else ""
         self._bar = Progress(
@@ -95,7 +118,7 @@ class TrainingDisplay:
 
     def due(self) -> bool:
         """Whether enough time has passed to show a step again."""
-        period = LINE_SECONDS if self._bar.disable else BAR_SECONDS
+        period = LINE_SECONDS if self._bar.disable and self._cell is None else BAR_SECONDS
         return time.monotonic() - self._shown >= period
 
     def step(self, epoch: int, step: int, terms: Mapping[str, float]) -> None:
@@ -106,8 +129,11 @@ class TrainingDisplay:
         rate = images / (self._shown - self._epoch_started)
         status = f"{rate:,.0f} images/s  {term_text(terms)}  {self._left(done)} left"
         self._bar.update(self._task, completed=step, status=status)
-        if self._bar.disable:
-            self._print(f"epoch {epoch + 1}/{self.epochs}  step {step}/{self.steps}  {status}")
+        line = f"epoch {epoch + 1}/{self.epochs}  step {step}/{self.steps}  {status}"
+        if self._cell is not None:
+            self._cell.show(self.label + line)
+        elif self._bar.disable:
+            self._print(line)
 
     def note(self, line: str) -> None:
         """Print a line that is of no epoch, without the label."""

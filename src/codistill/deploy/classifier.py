@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 from jaxtyping import Float, UInt8
@@ -128,14 +127,16 @@ def load_predictor(path: Path, predictor: str | None = None) -> tuple[dict[str, 
         name, module = run_predictor(run, predictor)
         return make_card(run, name), module
     with _damage(path):
-        path.open("rb").close()  # safetensors does not say why a file cannot be opened
-        with safetensors.safe_open(path, "pt") as file:
-            card = _card((file.metadata() or {}).get(CARD_KEY), path)
+        # Read here: safetensors does not say why a file cannot be opened, and takes no path that is no UTF-8.
+        content = path.read_bytes()
+        weights = safetensors.torch.load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        card = _card(header.get("__metadata__", {}).get(CARD_KEY), path)
         if why := unbuildable(str(card["method"]["name"]), card["networks"]):
             raise CheckpointError(f"{path}: {why}: import the module that registers it: {trained_with(card)}")
         config = run_from_mapping({key: card[key] for key in ("method", "networks")}, lambda key: str(path))
         height, width = card["image_size"]
-        weights, what = safetensors.torch.load_file(path), f"{path}: {card['predictor']}"
+        what = f"{path}: {card['predictor']}"
 
         def build() -> nn.Module:
             return build_method(config, len(card["class_names"]), (height, width)).predictors()[card["predictor"]]

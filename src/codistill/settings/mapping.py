@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from types import UnionType
@@ -109,8 +110,9 @@ def convert(value: Any, kind: Any) -> Any:
         several = value if isinstance(value, (list, tuple)) else [value]
         return tuple(convert(each, get_args(kind)[0]) for each in several)
     elif kind is str and isinstance(value, str):  # as a command line and a file name can hold it
-        if "\0" not in value and value.encode(errors="ignore").decode() == value:
-            return value
+        with contextlib.suppress(UnicodeEncodeError):
+            if b"\0" not in os.fsencode(value):
+                return value
     elif kind in (int, float) and type(value) is int:
         if abs(value) < 2**63:
             return kind(value)

@@ -121,7 +121,7 @@ def _read_values(path: Path) -> Any:
     scalars += [(rebuild, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
+            return safetensors.torch.load(path.read_bytes())
         with torch.serialization.safe_globals([argparse.Namespace, *scalars]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
