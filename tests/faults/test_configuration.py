@@ -201,7 +201,7 @@ def test_milestones_that_cannot_be(capsys, tmp_path, colours, recipe, steps):
         ("resnet21", ["resnet20"]),
         ("resnet33", ["resnet32"]),
         ("wrn-16-3", ["wrn-16-2"]),
-        ("vgg", ["choose from", "densenet-40-12", "mobilenetv2", "resnet110", "wrn-40-2"]),
+        ("alexnet", ["choose from", "densenet-40-12", "mobilenetv2", "resnet110", "wrn-40-2"]),
         ("resnet20x", ["did you mean resnet20"]),
     ],
 )
