@@ -32,7 +32,6 @@ from codistill.settings.config import RunConfig, TrainSettings
 from codistill.training.compiling import Execution, choose_execution
 from codistill.training.initial import draw_weights
 from codistill.training.ranks import ALONE, Ranks
-from codistill.training.rehearsal import rehearse
 from codistill.training.step import make_step
 from codistill.training.teacher import load_teacher, top1_error
 from codistill.training.trainer import Trainer
@@ -81,7 +80,6 @@ def check(
         if images < settings.batch_size:
             less = f"there are {images} training images, less than a batch of {settings.batch_size}"
             notices.append(f"{less}: each step trains on all of them")
-        rehearse(method, data, settings.epochs, device)
         check_parts(config, images, ranks)
         try:
             try_method(method, data, settings, config.execution.precision, device)

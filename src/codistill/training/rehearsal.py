@@ -1,16 +1,14 @@
 """Rehearse a user's own method on some images before anything is written: its mistakes are named in one line."""
 
-import copy
-
 import numpy as np
 import torch
 
 from codistill.core.errors import UsageError
-from codistill.core.randomness import draws_kept
 from codistill.data.augment import DeviceImages
 from codistill.data.dataset import Dataset, Split
 from codistill.methods import Method
 from codistill.methods.mistakes import blamed, in_order, is_own, refuse_dead_terms, title
+from codistill.networks.network import probing
 
 IMAGES = 16
 
@@ -18,8 +16,7 @@ IMAGES = 16
 def rehearse(method: Method, data: Dataset, epochs: int, device: torch.device) -> None:
     """Call everything that a user's own method defines, on a copy, with the progress of the first and the last epoch.
 
-    The method, its statistics and all random numbers stay as they are. Methods of this package are not rehearsed, and
-    networks that do not fit the data are found elsewhere.
+    The method, its statistics and all random numbers stay as they are. Methods of this package are not rehearsed.
 
     Raises:
         UsageError: What it raises, returns, or names otherwise in another epoch; terms that teach nothing.
@@ -31,8 +28,8 @@ def rehearse(method: Method, data: Dataset, epochs: int, device: torch.device) -
     chosen = np.unique(np.linspace(0, len(data.train) - 1, IMAGES).astype(int))
     few = DeviceImages(Split(data.train.images[chosen], data.train.labels[chosen]), data.statistics, device)
     pixels, labels = few.batch(0, len(chosen))
-    with draws_kept(device), torch.enable_grad():
-        probe = copy.deepcopy(method).to(device).train()
+    with probing(method, device) as probe, torch.enable_grad():
+        probe.train()
         names: tuple[str, ...] = ()
         for progress in (0.0, (epochs - 1) / epochs):
             try:
@@ -40,10 +37,8 @@ def rehearse(method: Method, data: Dataset, epochs: int, device: torch.device) -
                     outputs = probe(pixels.expand(probe.views, *pixels.shape) if probe.views > 1 else pixels)
             except UsageError:
                 if (kind.forward, kind.branches) == (Method.forward, Method.branches):
-                    return  # a network's fault, not the method's
+                    return  # a network's fault, for which the trial has better words
                 raise
-            if any(logits.shape[1:] != (data.num_classes,) for logits in outputs.logits):
-                return
             with blamed(kind, "losses"):
                 terms = in_order(kind, probe.losses(outputs, labels, torch.tensor(progress, device=device)), names)
             refuse_dead_terms(probe, terms)

@@ -14,6 +14,7 @@ from codistill.data.dataset import Dataset, Split
 from codistill.methods import Method
 from codistill.networks.network import count_classes, in_words, label, odd_types, probing, stage_maps
 from codistill.settings.config import TrainSettings
+from codistill.training.rehearsal import rehearse
 from codistill.training.step import make_step
 
 IMAGES = 2  # the fewest that batch normalisation can use
@@ -36,6 +37,7 @@ def try_method(method: Method, data: Dataset, settings: TrainSettings, precision
     height, width = data.image_size
     try:
         check_networks(method, data, few)
+        rehearse(method, data, settings.epochs, device)
         try:
             reads = train_and_evaluate(method, few, settings, precision, data)
         except RuntimeError:
