@@ -63,7 +63,10 @@ def fresh(monkeypatch, tmp_path, empty_folder):
 
 
 @pytest.mark.fault(90)
-@pytest.mark.parametrize("name", ["mine", "./mine.py", "deep.theirs", "deep/theirs.py"])
+@pytest.mark.parametrize(
+    "name",
+    ["./mine.py", "deep.theirs", *(pytest.param(each, marks=pytest.mark.slow) for each in ("mine", "deep/theirs.py"))],
+)
 def test_what_is_imported_is_trained_and_used_in_later_processes(fresh, name, capsys, monkeypatch):
     own = ["--import", name]
     with pytest.MonkeyPatch.context() as patch:

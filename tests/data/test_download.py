@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from codistill.core.errors import DataError, ResourceError, UsageError
+from codistill.core.errors import DataError, UsageError
 from codistill.data.download import fetch
 
 from .writers import sha256
@@ -99,7 +99,7 @@ def test_no_such_page_and_no_server(server, download, tmp_path):
 
 def test_a_folder_that_cannot_be_written(download, tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(ResourceError, match="cannot be written"):
+    with pytest.raises(UsageError, match="cannot be written"):
         download(tmp_path / "file" / "below")
 
 
