@@ -28,6 +28,7 @@ def rehearse(method: Method, data: Dataset, epochs: int, device: torch.device) -
     chosen = np.unique(np.linspace(0, len(data.train) - 1, IMAGES).astype(int))
     few = DeviceImages(Split(data.train.images[chosen], data.train.labels[chosen]), data.statistics, device)
     pixels, labels = few.batch(0, len(chosen))
+    pixels = pixels.contiguous()  # as in a plain loop: a network may need it
     with probing(method, device) as probe, torch.enable_grad():
         probe.train()
         names: tuple[str, ...] = ()

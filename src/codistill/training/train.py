@@ -146,6 +146,8 @@ def _train(
         try:
             train_loop([trainer], fail)
         finally:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # an interrupted step may still write on a stream of its own
             mark(method, folder)
     return trainer.run
 
