@@ -369,6 +369,11 @@ CASES |= {
         "networks drawn without a seed, loaded, trained before; a cell run again; a recipe of such a run",
         "drawn from the run's seed, as on the command line, unless they are the user's; recorded and said",
     ),
+    84: Case(
+        "an exception in code of one's own that a command calls",
+        "a network of a module that --import names",
+        "status 2; one line with file and line; not called a bug",
+    ),
     83: Case(
         "a mistake in a method of one's own",
         "no scalar, no tensor, no dict, no gradient, NaN, other names in another epoch, an exception in any part",

@@ -178,6 +178,29 @@ class Mine(cd.Method):
 """
 
 
+@pytest.fixture
+def command(capsys, monkeypatch, tmp_path):
+    """Run a command with a module of one's own; return its line on stderr, with status 2 and no folder."""
+    for registry in (METHODS, NETWORKS):
+        monkeypatch.setattr(registry, "_registered", dict(registry))
+        monkeypatch.setattr(registry, "_entries", registry._registered)
+    monkeypatch.setattr("codistill.core.imports._done", [])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    tiny.write_npz(tmp_path / "colours.npz", tiny.data())
+
+    def run(source: str, method: str, network: str) -> str:
+        (tmp_path / "own0.py").write_text(source)
+        flags = ["--networks", network, "--data", "packed", "--data-dir", "colours.npz", "--out", "out"]
+        monkeypatch.delitem(sys.modules, "own0", raising=False)
+        assert main(["train", method, "--import", "./own0.py", *flags]) == 2
+        monkeypatch.delitem(sys.modules, "own0", raising=False)
+        out, error = capsys.readouterr()
+        assert out == "" and error.count("\n") == 1 and not (tmp_path / "out").exists()
+        return error
+
+    return run
+
+
 @pytest.mark.fault(83)
 @pytest.mark.parametrize(
     ("build", "loss", "says"),
@@ -191,19 +214,21 @@ class Mine(cd.Method):
         ("1 / 0", "0", r"method mine: its construction fails at own0\.py:14: ZeroDivisionError"),
     ],
 )
-def test_the_command_line_ends_in_one_line_and_status_2(capsys, monkeypatch, tmp_path, build, loss, says):
-    for registry in (METHODS, NETWORKS):
-        monkeypatch.setattr(registry, "_registered", dict(registry))
-        monkeypatch.setattr(registry, "_entries", registry._registered)
-    tiny.write_npz(tmp_path / "colours.npz", tiny.data())
-    (tmp_path / "own0.py").write_text(OWN.replace("BUILD", build).replace("LOSS", loss))
-    flags = ["--networks", "tiny-own", "--data", "packed", "--data-dir", "colours.npz", "--out", "out"]
-    monkeypatch.setattr("codistill.core.imports._done", [])
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "own0", raising=False)
-    assert main(["train", "mine", "--import", "./own0.py", *flags]) == 2
-    monkeypatch.delitem(sys.modules, "own0", raising=False)
-    out, error = capsys.readouterr()
-    assert out == "" and error.count("\n") == 1
+def test_the_command_line_ends_in_one_line_and_status_2(command, build, loss, says):
+    error = command(OWN.replace("BUILD", build).replace("LOSS", loss), "mine", "tiny-own")
     assert re.search(says, error), error
-    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.fault(84)
+def test_an_exception_in_an_imported_module_is_no_bug_of_the_program(command):
+    source = """
+from codistill.networks import NETWORKS
+
+@NETWORKS.register("broken")
+def broken(num_classes: int):
+    return [][num_classes]
+"""
+    error = command(source, "independent", "broken")
+    assert re.search(r"error: IndexError at own0\.py:6: list index out of range: fix it there; --debug shows", error), (
+        error
+    )
