@@ -390,3 +390,18 @@ def test_a_trial_leaves_networks_and_random_numbers_alone(tmp_path, no_pages):
         for name, tensor in students[1].state_dict().items()
         if not name.startswith("stages.0")
     )
+
+
+@pytest.mark.fault(77)
+def test_teachers_of_any_form_teach_or_are_refused(tmp_path, no_pages):
+    train(cd.WithTeacher(made(own), STUDENTS["branch on a value"]()), tmp_path / "run", epochs=1)
+    train(
+        cd.WithTeacher(made(own), nn.Sequential(weight_norm(conv3()), nn.Flatten(), nn.Linear(64, 3))), tmp_path / "two"
+    )
+    for teacher, says in (
+        (own(head=Then(PooledLinear(6, 3), lambda x: (x, x))), "the teacher returns a tuple"),
+        (own(head=PooledLinear(6, 5)), "the teacher has 5 classes"),
+        (nn.Linear(5, 3), "the teacher cannot take its input"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            cd.WithTeacher(made(own), teacher)

@@ -103,7 +103,9 @@ def copied(module: Module) -> Module:
     Raises:
         UsageError: It holds something that cannot be copied, such as a file, a lock or a generator.
     """
-    held = [leaf for part in module.modules() for leaf in tree_leaves(vars(part))]
+    beside = [getattr(each, "network", None) for each in vars(module).values()]  # a frozen teacher, which is no module
+    wholes = [module, *(each for each in beside if isinstance(each, nn.Module))]
+    held = [leaf for whole in wholes for part in whole.modules() for leaf in tree_leaves(vars(part))]
     known = {id(each): each.detach().clone() for each in held if isinstance(each, Tensor) and not each.is_leaf}
     try:
         with torch.no_grad():  # TorchScript's copies would be results of the originals
