@@ -104,7 +104,7 @@ def copied(module: Module) -> Module:
         UsageError: It holds something that cannot be copied, such as a file, a lock or a generator.
     """
     beside = [getattr(each, "network", None) for each in vars(module).values()]  # a frozen teacher, which is no module
-    wholes = [module, *(each for each in beside if isinstance(each, nn.Module))]
+    wholes: list[nn.Module] = [module, *(each for each in beside if isinstance(each, nn.Module))]
     held = [leaf for whole in wholes for part in whole.modules() for leaf in tree_leaves(vars(part))]
     known = {id(each): each.detach().clone() for each in held if isinstance(each, Tensor) and not each.is_leaf}
     try:
