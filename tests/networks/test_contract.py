@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from codistill.methods.cohort import Cohort, layout
 from codistill.networks import NETWORKS, network
 from codistill.networks.layers import initialise
-from codistill.networks.network import parameter_count, probe_shapes
+from codistill.networks.network import parameter_count
+from codistill.networks.probe import probe_shapes
 
 NAMES = list(NETWORKS)
 OPTIONS = ["resnet20:shortcut=A", "densenet-40-12-plain:initial_channels=24", "mobilenetv2:feature_point=last-block"]

@@ -7,7 +7,8 @@ from codistill.core.errors import UsageError
 from codistill.methods.cohort import Cohort
 from codistill.networks import network
 from codistill.networks.densenet import DenseLayer
-from codistill.networks.network import parameter_count, probe_shapes
+from codistill.networks.network import parameter_count
+from codistill.networks.probe import probe_shapes
 
 from .conftest import norm
 

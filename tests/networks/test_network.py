@@ -8,7 +8,7 @@ from torch import nn
 from codistill.core.errors import UsageError
 from codistill.networks import NETWORKS, Network, PooledLinear, network
 from codistill.networks.layers import BatchNormAct2d, conv, initialise
-from codistill.networks.network import probe_shapes
+from codistill.networks.probe import probe_shapes
 
 
 def test_options_by_keyword_join_the_spec_and_win():

@@ -2,7 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from codistill.networks.network import parameter_count, probe_shapes
+from codistill.networks.network import parameter_count
+from codistill.networks.probe import probe_shapes
 from codistill.networks.resnet_bottleneck import Bottleneck
 
 from .conftest import norm

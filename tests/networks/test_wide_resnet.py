@@ -4,7 +4,8 @@ import torch.nn.functional as F
 
 from codistill.methods.cohort import Cohort
 from codistill.networks import network
-from codistill.networks.network import parameter_count, probe_shapes
+from codistill.networks.network import parameter_count
+from codistill.networks.probe import probe_shapes
 from codistill.networks.wide_resnet import PreActivationBlock
 
 from .conftest import norm

@@ -18,7 +18,8 @@ from codistill.core.device import choose_device, set_up_gpu
 from codistill.core.errors import UsageError
 from codistill.core.host import set_up_cpu
 from codistill.methods import Method
-from codistill.networks.network import parameter_count, probing
+from codistill.networks.network import parameter_count
+from codistill.networks.probe import probing
 from codistill.runs.metadata import environment
 from codistill.settings.build import build_method, load_named_data
 from codistill.settings.config import RunConfig

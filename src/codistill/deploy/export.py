@@ -28,7 +28,8 @@ from codistill.deploy.classifier import (
     on_pixels,
     run_predictor,
 )
-from codistill.networks.network import in_words, parameter_count
+from codistill.networks.network import parameter_count
+from codistill.networks.probe import in_words
 from codistill.runs.folder import RunFolder
 from codistill.runs.state import tensors_once
 

@@ -17,7 +17,7 @@ from codistill.methods.terms import cross_entropy_terms
 from codistill.modules.fusion import MapShape
 from codistill.networks import Network, PooledLinear
 from codistill.networks.layers import BatchNormAct2d, initialise
-from codistill.networks.network import probe_shapes
+from codistill.networks.probe import probe_shapes
 
 
 @dataclass(frozen=True, kw_only=True)

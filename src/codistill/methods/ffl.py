@@ -10,7 +10,7 @@ from codistill.methods.method import METHODS, Method, ParameterGroup
 from codistill.methods.terms import EnsembleSettings, cross_entropy_terms, kl_pairs, ramped_kl
 from codistill.modules import FeatureFusion
 from codistill.modules.fusion import Projection
-from codistill.networks.network import probe_shapes
+from codistill.networks.probe import probe_shapes
 
 
 @dataclass(frozen=True, kw_only=True)

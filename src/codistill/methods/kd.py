@@ -12,7 +12,7 @@ from codistill.methods.losses import Labels, Scalar, Terms
 from codistill.methods.method import METHODS, Method
 from codistill.methods.teacher import Teacher
 from codistill.methods.terms import cross_entropy_terms
-from codistill.networks.network import count_classes, probing
+from codistill.networks.probe import count_classes, probing
 
 
 def WithTeacher(method: Method, teacher: nn.Module, weight: float = 1.0, temperature: float = 3.0) -> Method:

@@ -16,8 +16,8 @@ from codistill.methods.losses import Labels, Logits, Scalar, Terms
 from codistill.methods.mistakes import checked_terms, title
 from codistill.methods.teacher import TEACHER_TERM, Teacher
 from codistill.networks import Network
-from codistill.networks.network import probing
 from codistill.networks.origin import DRAWN, mark
+from codistill.networks.probe import probing
 
 TeacherRule = Literal["required", "allowed", "refused"]
 MethodClass = type["Method"]

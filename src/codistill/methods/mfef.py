@@ -15,7 +15,7 @@ from codistill.methods.terms import cross_entropy_terms, kl_pairs, ramped_kl
 from codistill.modules import DualAttention, FeatureFusion, MultiScaleExtraction
 from codistill.modules.multiscale import Half
 from codistill.networks import Network
-from codistill.networks.network import probe_shapes
+from codistill.networks.probe import probe_shapes
 
 FeaturePoint = Literal["raw", "msfe", "msfe_da"]
 POINTS: tuple[FeaturePoint, ...] = ("raw", "msfe", "msfe_da")

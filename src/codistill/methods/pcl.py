@@ -10,7 +10,7 @@ from codistill.methods.cohort import EnsembleNetwork, FeatureMap, Images, Output
 from codistill.methods.losses import Labels, Logits, Scalar, Terms
 from codistill.methods.method import METHODS, Method, ParameterGroup
 from codistill.methods.terms import DistillationSettings, cross_entropy_terms, ramped_kl
-from codistill.networks.network import copied
+from codistill.networks.probe import copied
 
 
 @dataclass(frozen=True, kw_only=True)

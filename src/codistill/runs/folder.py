@@ -16,8 +16,8 @@ from codistill.core.files import read_json, system_error, write_atomically, writ
 from codistill.core.imports import trained_with
 from codistill.data import DATASETS, Dataset, dataset
 from codistill.methods import Method
-from codistill.networks.network import copied
 from codistill.networks.origin import mark
+from codistill.networks.probe import copied
 from codistill.runs.checkpoint import CheckpointStore
 from codistill.runs.choice import lowest_student
 from codistill.runs.lock import lock_folder, remove_strays

@@ -18,7 +18,7 @@ from codistill.core.torchrun import refuse_ranks
 from codistill.data.augment import epoch_indices
 from codistill.deploy.run import Run
 from codistill.evaluation.evaluation import EVALUATION_BATCH, evaluate
-from codistill.networks.network import copied
+from codistill.networks.probe import copied
 from codistill.runs.folder import refuse_occupied
 from codistill.runs.metadata import run_metadata
 from codistill.runs.summary import write_summary_of_failure

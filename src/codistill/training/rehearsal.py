@@ -8,7 +8,7 @@ from codistill.data.augment import DeviceImages
 from codistill.data.dataset import Dataset, Split
 from codistill.methods import Method
 from codistill.methods.mistakes import blamed, in_order, is_own, refuse_dead_terms, title
-from codistill.networks.network import probing
+from codistill.networks.probe import probing
 
 IMAGES = 16
 

@@ -12,7 +12,7 @@ from codistill.core.errors import CodistillError, UsageError
 from codistill.data.augment import DeviceImages, epoch_indices
 from codistill.data.dataset import Dataset, Split
 from codistill.methods import Method
-from codistill.networks.network import count_classes, in_words, label, odd_types, probing, stage_maps
+from codistill.networks.probe import count_classes, in_words, label, odd_types, probing, stage_maps
 from codistill.settings.config import TrainSettings
 from codistill.training.rehearsal import rehearse
 from codistill.training.step import make_step
