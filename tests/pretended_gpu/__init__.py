@@ -39,6 +39,7 @@ def pretended() -> Iterator[GPU]:
             "Event": Event,
             "CUDAGraph": CUDAGraph,
             "graph": device.capture,
+            "is_current_stream_capturing": lambda: device.capturing,
             "graph_pool_handle": lambda: (0, next(device.pools)),
             "set_device": lambda device: None,
             "stream": timeline.on,

@@ -146,6 +146,11 @@ class GPU(TorchFunctionMode):
         self._graph: CUDAGraph | None = None
         self._pinned: set[int] = set()
 
+    @property
+    def capturing(self) -> bool:
+        """Whether operators are noted down instead of computed."""
+        return self._graph is not None
+
     @contextlib.contextmanager
     def capture(
         self, graph: CUDAGraph, pool: object = None, stream: Stream | None = None, **options: Any
