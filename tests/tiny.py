@@ -35,22 +35,24 @@ def network(num_classes: int, width: int = 8) -> Network:
 
 
 class Drawing(nn.Module):
-    """Draws in every pass, in evaluation too: a dropout of torch's and, on the host, from Python and NumPy."""
+    """Draws in every pass, in evaluation too: a dropout of torch's and, on the host, whether a layer is passed."""
 
-    def __init__(self, host: bool = False) -> None:
+    def __init__(self, width: int, host: bool = False) -> None:
         super().__init__()
         self.host = host
+        self.skipped = nn.BatchNorm2d(width)
 
     def forward(self, features: Tensor) -> Tensor:
         if self.host:
-            features = features * random.uniform(0.9, 1.1) * float(np.random.uniform(0.9, 1.1))
+            features = self.skipped(features) if random.random() < 0.5 else features
+            features = features * float(np.random.uniform(0.9, 1.1))
         return F.dropout(features, 0.2, training=True)
 
 
 def drawing(num_classes: int, host: bool = True) -> Network:
     """A tiny network that draws numbers."""
     plain = network(num_classes)
-    stages = [*plain.stages[:-1], nn.Sequential(plain.stages[-1], Drawing(host))]
+    stages = [*plain.stages[:-1], nn.Sequential(plain.stages[-1], Drawing(plain.widths[-1], host))]
     return Network(stages, plain.head, plain.widths)
 
 

@@ -206,7 +206,9 @@ def test_arrays_of_other_forms_are_taken(kind):
 def test_arrays_that_cannot_be_taken():
     with pytest.raises(DataError, match=r"^images cannot be made an array"):
         Split([images(1)[0], images(1, (5, 5, 3))[0]], [0, 1])
-    for values, complaint in ((images(2, dtype=np.int64) - 1, "images are int64"), (None, "images are object")):
+    black = images(2) > 127  # once 0 and 1 of 255
+    wrong = ((images(2, dtype=np.int64) - 1, "int64"), (None, "object"), (black, "bool"))
+    for values, complaint in ((values, f"images are {kind}") for values, kind in wrong):
         with pytest.raises(DataError, match=complaint):
             check_split(Split(values, [0, 1]), 3, "the place")
     for values in ([0.5, 1], ["a", "b"], None):
@@ -222,6 +224,8 @@ def test_class_names_become_texts():
     for names, complaint in (
         ("ab", "class_names is 'ab'"),
         (2, "class_names is 2"),
+        ({"ant", "bee"}, "give a list"),  # in another order in every process
+        ({0: "ant", 1: "bee"}, "give a list"),
         ([None, 1], "name 0 is None"),
         ([1, "1"], "alike"),
     ):

@@ -47,7 +47,7 @@ def test_hidden_files_are_skipped(root):
     ("place", "complaint"),
     [
         ("train/ant/notes.txt", r"train/ant/notes\.txt: is not an image file by its name: remove it"),
-        ("train/ant/more/x.png", "train/ant/more: is not an image file"),
+        ("train/ant/more/x.png", "train/ant/more: is a folder in a class: remove it"),
         ("train/loose.png", r"train/loose\.png: is not a folder: images belong in"),
         ("train/dog/x.png", "class 'dog' is in train but not in test: give both the same classes"),
         ("test/dog/x.png", "class 'dog' is in test but not in train"),
@@ -57,6 +57,12 @@ def test_what_does_not_belong_is_refused_by_name(root, place, complaint):
     (root / place).parent.mkdir(exist_ok=True)
     (root / place).write_bytes(encode(np.zeros((12, 10, 3), np.uint8)))
     with pytest.raises(DataError, match=complaint):
+        dataset("folder", root=root)
+
+
+def test_a_broken_link_is_called_one(root):
+    (root / "train/ant/link.png").symlink_to(root / "gone.png")
+    with pytest.raises(DataError, match=r"link\.png: is a broken link: remove it"):
         dataset("folder", root=root)
 
 

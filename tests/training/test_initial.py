@@ -11,6 +11,7 @@ from codistill.cli import main
 from codistill.core.errors import CheckpointError
 from codistill.methods import METHODS
 from codistill.methods.kd import WithTeacher
+from codistill.networks.origin import mark
 from codistill.settings.build import build_method
 from codistill.settings.config import RunConfig
 from codistill.training.initial import draw_weights
@@ -90,6 +91,20 @@ def test_the_weights_of_the_recipe_that_were_loaded_from_a_file_are_those_of_the
     method = made()
     method.load_state_dict(copy.deepcopy(seeded().state_dict()))
     assert draw_weights(method, 0)["from_recipe"] and not draw_weights(method, 1)["from_recipe"]
+
+
+@pytest.mark.parametrize("name", ["mfef", "pcl"])
+def test_a_copy_starts_as_what_it_is_a_copy_of(name, tmp_path):
+    fresh = copy.deepcopy(copy.deepcopy(made(name)))
+    assert draw_weights(fresh, 3)["from_recipe"] and weights(fresh) == weights(seeded(name, 3))
+    own = changed(fresh.cohort[1].head)
+    fresh.cohort[1].head.load_state_dict(own, strict=False)
+    draw_weights(twin := copy.deepcopy(fresh), 4)
+    assert all(torch.equal(twin.cohort[1].head.state_dict()[key], value) for key, value in own.items())
+    assert weights(twin.cohort[0]) == weights(seeded(name, 4).cohort[0])
+    mark(fresh, tmp_path)
+    assert draw_weights(copy.deepcopy(fresh), 0)["trained_in"] == [str(tmp_path)]
+    assert weights(twin) != weights(fresh)
 
 
 def test_networks_of_ones_own_stay_and_what_the_method_adds_is_drawn():

@@ -1,7 +1,7 @@
 """A data set: two splits of uint8 images in memory, their labels and the names of the classes."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -142,13 +142,14 @@ def _converted(name: str, values: Any, wanted: type[np.integer[Any]]) -> npt.NDA
         found = " ".join(str(error).split())
         raise DataError(f"{name} cannot be made an array ({found}): give a NumPy array of {wanted.__name__}") from error
     bounds = np.iinfo(wanted)
-    if array.dtype.kind in "bui" and (array.size == 0 or bounds.min <= array.min() <= array.max() <= bounds.max):
+    kinds = "ui" if wanted is np.uint8 else "bui"  # images of 0 and 1 would be black
+    if array.dtype.kind in kinds and (array.size == 0 or bounds.min <= array.min() <= array.max() <= bounds.max):
         array = array.astype(wanted, copy=False)
     return np.require(array, requirements=["C", "W"])
 
 
 def _class_names(names: Any, where: str) -> tuple[str, ...]:
-    if isinstance(names, str | bytes) or not np.iterable(names):
+    if isinstance(names, str | bytes | set | frozenset | Mapping) or not np.iterable(names):
         raise DataError(f"{where}: class_names is {names!r}: give a list of texts, one a class")
     names, texts = list(names), []
     for index, name in enumerate(names):

@@ -90,7 +90,9 @@ def _class_files(part: Path, bad: dict[Path, str]) -> Files:
             if file.is_file() and file.suffix.lower() in SUFFIXES:
                 images.append(file)
             else:
-                bad[file] = f"{file}: is not an image file by its name: remove it"
+                what = "is a folder in a class" if file.is_dir() else "is not an image file by its name"
+                broken = file.is_symlink() and not file.exists()
+                bad[file] = f"{file}: {'is a broken link' if broken else what}: remove it"
     if not files:
         raise DataError(f"{part}: holds no class folders: {LAYOUT}")
     return dict(sorted(files.items()))

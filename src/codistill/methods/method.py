@@ -16,7 +16,7 @@ from codistill.methods.losses import Labels, Logits, Scalar, Terms
 from codistill.methods.mistakes import checked_terms, title
 from codistill.methods.teacher import TEACHER_TERM, Teacher
 from codistill.networks import Network
-from codistill.networks.origin import DRAWN, mark
+from codistill.networks.origin import DRAWN, Marked, mark
 from codistill.networks.probe import probing
 
 TeacherRule = Literal["required", "allowed", "refused"]
@@ -94,7 +94,7 @@ def with_teacher_terms(losses: Callable[..., Terms]) -> Callable[..., Terms]:
     return added
 
 
-class Method(nn.Module):
+class Method(Marked):
     """A way of training students together.
 
     In any loop: `terms = method.losses(method(images), labels, progress)`, then `sum(terms.values()).backward()`.

@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,3 +35,20 @@ def origin_of(tensor: Tensor) -> str | Path | None:
     """Return the origin that a tensor was marked with if it has not changed since; None: it is its user's own."""
     origin, digest = getattr(tensor, _MARK, (None, b""))
     return origin if origin is not None and hashlib.sha256(contents(tensor)).digest() == digest else None
+
+
+class Marked(nn.Module):
+    """A module whose weights keep their origins in copies of it; a copy of a parameter loses its own."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy is made from."""
+        tensors = self.state_dict(keep_vars=True).items()
+        return {**vars(self), _MARK: {name: vars(each)[_MARK] for name, each in tensors if hasattr(each, _MARK)}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make this the copy."""
+        marks = state.pop(_MARK, {})
+        super().__setstate__(state)
+        for name, each in self.state_dict(keep_vars=True).items():
+            if name in marks:
+                setattr(each, _MARK, marks[name])

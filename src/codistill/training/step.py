@@ -46,6 +46,8 @@ class TrainStep:
         self.finite = NonFiniteDetector(self.device)
         names = {id(parameter): name for name, parameter in method.named_parameters()}
         self._trained = {names[id(each)]: each for group in optimizer.param_groups for each in group["params"]}
+        # A step may skip layers, as stochastic depth does: their parameters have no gradient, and none is not finite.
+        self._skipped = dict.fromkeys((GRADIENT + name for name in self._trained), torch.zeros((), device=self.device))
 
     def __call__(self, indices: BatchIndices, progress: Float[Tensor, ""]) -> None:
         """Train on a batch, add its loss terms to `sums`, and have `finite` look at them and at all gradients."""
@@ -55,7 +57,7 @@ class TrainStep:
         with blamed(type(self.method), "after_step"):
             self.method.after_step()
         self.sums.update(terms, size)
-        self.finite.update(terms | gradients)
+        self.finite.update(terms | self._skipped | gradients)
 
     def update(
         self, images: Tensor, labels: Tensor, progress: Tensor, share: float, of: Sequence[nn.Parameter] | None = None
@@ -71,6 +73,10 @@ class TrainStep:
         with blamed(kind, "the backward pass of its losses"):
             torch.stack(list(terms.values())).sum().backward(inputs=of)  # type: ignore[no-untyped-call]
         trained = self._trained.items()
+        if self.ranks.count > 1:  # another rank may have passed what this one has skipped
+            for each in self._trained.values() if of is None else of:
+                if each.requires_grad and each.grad is None:
+                    each.grad = torch.zeros_like(each)
         gradients = {GRADIENT + name: each.grad for name, each in trained if each.grad is not None}
         self.ranks.average([*gradients.values(), *terms.values()], share)
         sizes = norms(gradients)
