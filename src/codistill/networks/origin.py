@@ -48,7 +48,7 @@ class Marked(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make this the copy."""
         marks = state.pop(_MARK, {})
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         for name, each in self.state_dict(keep_vars=True).items():
             if name in marks:
                 setattr(each, _MARK, marks[name])
