@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -684,6 +685,36 @@ def test_a_malicious_checkpoint_runs_nothing(flags, capsys, tmp_path, zipped):
 
 
 @pytest.mark.fault(64)
+def test_the_content_of_a_file_counts_and_no_file_of_weights_is_said_to_be_none(made, tmp_path):
+    state = teacher_of().state_dict()
+    safetensors.torch.save_file(state, tmp_path / "T.SAFETENSORS")
+    assert torch.equal(
+        read_checkpoint(tmp_path / "T.SAFETENSORS", "tiny", 3).state_dict()[next(iter(state))],
+        next(iter(state.values())),
+    )
+    (tmp_path / "pointer.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 1\n")
+    with pytest.raises(
+        CheckpointError, match=r"pointer\.pth: cannot be read: it is damaged, or no file of weights .*tensors$"
+    ):
+        read_checkpoint(tmp_path / "pointer.pth", "tiny", 3)
+
+
+@pytest.mark.fault(64)
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        (None, "the teacher is a NoneType: hand in a torch.nn.Module"),
+        ("teacher.pth", "is a str: hand in"),
+        (lambda images: images, "is a function: hand in"),
+        (nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), "lazy layers without weights: call it once"),
+    ],
+)
+def test_what_is_no_module_with_weights_does_not_teach(teacher, message):
+    with pytest.raises(UsageError, match=message):
+        inspect.unwrap(WithTeacher)(tiny.method(cd.DML), teacher)  # without the tests' checks of types
+
+
+@pytest.mark.fault(64)
 def test_a_checkpoint_that_does_not_fit_names_its_keys(made, tmp_path):
     def says(content: object, message: str) -> None:
         torch.save(content, tmp_path / "t.pth")
@@ -694,6 +725,8 @@ def test_a_checkpoint_that_does_not_fit_names_its_keys(made, tmp_path):
     says({"epoch": 3, "best": 0.5}, "holds no weights by name; its keys are epoch, best$")
     says({"epoch": 3, "net": teacher_of(classes=4).state_dict()}, r"is \[4, 8\], but tiny .*; its keys are epoch, net$")
     says({"model": nn.Linear(2, 2)}, r"cannot be read: it holds a torch\S*Linear, .*save the network's state_dict\(\)")
+    rounded = {name: each.to(torch.int8) if each.ndim else each for name, each in state.items()}
+    says(rounded, "is int8: such weights are rounded: save them as float32")
     # Two tensors of one shape in another order would be another network without a word.
     swap = {"weight": "bias", "bias": "weight"}
     pairs = [(name.rpartition(".")[2], each) for name, each in state.items()]

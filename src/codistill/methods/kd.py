@@ -29,11 +29,15 @@ def WithTeacher(method: Method, teacher: nn.Module, weight: float = 1.0, tempera
         temperature: T > 0.
 
     Raises:
-        UsageError: The teacher has another number of classes, cannot take images of that size, or returns something
-            else than logits.
+        UsageError: The teacher is no module, has another number of classes, cannot take images of that size, or
+            returns something else than logits.
 
     Source: Hinton et al., arXiv 1503.02531.
     """
+    if not isinstance(teacher, nn.Module):
+        raise UsageError(
+            f"the teacher is a {type(teacher).__name__}: hand in a torch.nn.Module, as load_teacher returns"
+        )
     with probing(teacher) as probe, torch.no_grad():
         device = next((each.device for each in probe.parameters()), None)
         classes = count_classes(probe.eval(), torch.zeros(2, 3, *method.image_size, device=device), "the teacher")

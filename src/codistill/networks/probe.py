@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from codistill.core.errors import UsageError
@@ -40,6 +41,8 @@ def copied(module: Module) -> Module:
             twin = copy.deepcopy(module, known)
     except Exception as error:
         raise UsageError(f"{label(module)} holds something that cannot be copied: {in_words(error)}") from error
+    if any(map(is_lazy, twin.parameters())):
+        raise UsageError(f"{label(module)} has lazy layers without weights: call it once on some images first")
     for parameter, original in zip(twin.parameters(), module.parameters(), strict=True):
         parameter.requires_grad_(original.requires_grad)
     return twin

@@ -90,7 +90,7 @@ def read_checkpoint(path: Path, spec: str, num_classes: int) -> Network:
     Raises:
         CheckpointError: Missing, damaged, more than plain values in it, or weights of another network.
     """
-    content = _read_values(path)
+    content, ordered = _read_values(path)
     tables = _tables(content) or ({"": content} if _has_weights(content) else {})
     if not tables:
         raise CheckpointError(f"teacher {path}: holds no weights by name{_found(content)}")
@@ -101,7 +101,7 @@ def read_checkpoint(path: Path, spec: str, num_classes: int) -> Network:
         given = {name: value for name, value in tables[key].items() if isinstance(value, Tensor) and value.ndim > 0}
         while len({name.partition(".")[0] for name in given}) == 1 and all("." in name for name in given):
             given = {name.partition(".")[2]: value for name, value in given.items()}
-        fault = _mismatch(given, wanted, f"{spec} with {num_classes} classes", path.suffix != ".safetensors")
+        fault = _mismatch(given, wanted, f"{spec} with {num_classes} classes", ordered)
         if not fault:
             order = wanted if given.keys() == wanted.keys() else given
             built.load_state_dict({name: given[own] for name, own in zip(wanted, order, strict=True)}, strict=False)
@@ -114,20 +114,23 @@ _KEYS = ("model", "state_dict", "model_state_dict", "model_state", "net", "netwo
 """Where weights of several networks are in a file, the first of these that fits is taken."""
 
 
-def _read_values(path: Path) -> Any:
+def _read_values(path: Path) -> tuple[Any, bool]:
+    """Read a file of torch.save or, by its content, of .safetensors; whether its order is that of the layers."""
     # Options of argparse and numpy's scalars lie beside the weights of many; neither runs code when it is read.
     scalars: list[Any] = [np.dtype, *{type(np.dtype(kind)) for kind in (bool, int, "int32", float, "float32")}]
     rebuild = np.float64(0).__reduce__()[0]
     scalars += [(rebuild, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load(path.read_bytes())
+        with path.open("rb") as file:
+            if file.read(9)[8:] == b"{":
+                return safetensors.torch.load(path.read_bytes()), False
         with torch.serialization.safe_globals([argparse.Namespace, *scalars]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True), True
     except FileNotFoundError:
         raise CheckpointError(f"teacher {path}: no such file") from None
     except Exception as error:  # torch.load answers damage with five different types
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        system = isinstance(error, OSError) and error.strerror
+        reason = system or "it is damaged, or no file of weights by torch.save or safetensors"
         if foreign := re.search(r"GLOBAL ([\w.]+)", str(error)):
             reason = f"it holds a {foreign[1]}, and only values are read: save the network's state_dict() alone"
         raise CheckpointError(f"teacher {path}: cannot be read: {reason}") from None
@@ -159,6 +162,8 @@ def _mismatch(given: dict[str, Tensor], wanted: dict[str, Tensor], network: str,
     if not by_name and not ordered and len(given) == len(wanted):
         return f"{min(given.keys() - wanted.keys())} is not a name in {network}, and .safetensors has no order"
     for name, (own, value) in zip(wanted if by_name else given, wanted.items(), strict=False):
+        if value.is_floating_point() and not given[name].is_floating_point():
+            return f"{name} is {str(given[name].dtype)[6:]}: such weights are rounded: save them as float32"
         if given[name].shape != value.shape:
             return (
                 f"{name} is {list(given[name].shape)}, but {network} has {list(value.shape)} there: "
