@@ -21,6 +21,22 @@ def test_unknown_flags_name_their_neighbours(parsed):
         parsed("independent", "--method.temperature", "3")
 
 
+@pytest.mark.fault(1)
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--launcher=slurm", "does not exist: torchrun starts the ranks"),
+        ("--out_dir=x", "does not exist: name the run folder with --out"),
+        ("--sched=step", "does not exist: the rate falls at --milestones"),
+        ("--aa=rand", "unknown option --aa=rand: codistill train mfef --help lists them"),
+        ("-r", "unknown option -r: codistill train mfef --help lists them"),
+    ],
+)
+def test_flags_of_other_tools_lead_to_ours_or_to_the_help(parsed, flag, message):
+    with pytest.raises(UsageError, match=message):
+        parsed(flag)
+
+
 def test_short_names_of_flags(parsed):
     config = parsed("ffl", "-b", "32", "--lr", "0.5", "--wd", "0.01", "--data_dir", "x", "--drop_last")
     assert (config.train.batch_size, config.train.learning_rate, config.train.weight_decay) == (32, 0.5, 0.01)
@@ -41,6 +57,7 @@ def test_a_choice_that_there_is_not_is_said_once(parsed):
         ("--milestones 1 x", "--milestones is '1 x'; it must be a list of whole numbers"),
         ("--method.temperature hot", "--method.temperature is 'hot'; it must be a number"),
         ("--epochs 0", "epochs is 0; it must be at least 1"),
+        ("--epochs", "--epochs: name a value after it"),
     ],
 )
 def test_a_value_of_another_type_is_one_line(parsed, flags, message):

@@ -181,3 +181,10 @@ def test_a_rewritten_file_that_is_whole_is_read(damaged, files, images):
     rewrite(damaged["model.safetensors"])
     loaded, original = (load_classifier(place["model.safetensors"]) for place in (damaged, files))
     assert torch.equal(loaded.logits(images), original.logits(images))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_holds_the_predictor_that_is_asked_for_or_is_refused(files, name):
+    assert load_classifier(files[name], "ensemble").card["predictor"] == "ensemble"
+    with pytest.raises(UsageError, match="holds ensemble, not student1: leave --predictor out, or name the run"):
+        load_classifier(files[name], "student1")

@@ -1,5 +1,7 @@
 """Class names for image files."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -129,8 +131,9 @@ def test_folders_are_searched_to_any_depth(tmp_path, capsys):
     inner = tmp_path / "b" / "c"
     inner.mkdir(parents=True)
     (inner / "loop").symlink_to(tmp_path)
+    os.mkfifo(inner / "pipe.png")  # which would be waited for, and for ever
     for name in ("a.png", "b/c/d.PNG", "b/x.jpg", ".hidden.png", "notes.txt"):
         Image.fromarray(tiny.data().test.images[0]).save(tmp_path / name, format="png")
     found = [str(each.image.relative_to(tmp_path)) for each in predict(classifier, [tmp_path])]
     assert found == ["a.png", "b/c/d.PNG", "b/x.jpg"]
-    assert capsys.readouterr().err == f"codistill: {tmp_path}: passed over 1 files that are no images by their names\n"
+    assert capsys.readouterr().err == f"codistill: {tmp_path}: passed over 2 files that are no images by their names\n"

@@ -173,7 +173,7 @@ def test_networks_of_a_recipe_are_renamed(chosen, tmp_path):
 def test_an_unknown_preset_is_refused(capsys, tmp_path):
     refused(capsys, tmp_path, "unknown preset 'okdip': did you mean okddip", "--preset", "okdip", *PAIR)
     refused(capsys, tmp_path, "unknown preset 'x': choose from dml, ffl, kdcl, mfef, okddip, one", "--preset=x", *PAIR)
-    refused(capsys, tmp_path, "Missing value for argument '--preset'", *PAIR, "--preset")
+    refused(capsys, tmp_path, "--preset: name a value after it", *PAIR, "--preset")
 
 
 def test_a_preset_of_another_method_is_refused(capsys, tmp_path):

@@ -230,6 +230,8 @@ def _one_line(box: str, flags: Iterable[Flag]) -> str:
     if (wrong := re.search(r"Error parsing ([\w.-]+)[^:]*: (.*?)( Got errors|$)", text)) and wrong[1] in kinds:
         value = " ".join(re.findall(r"'(.*?)'", wrong[2]))
         return f"{wrong[1]} is {value!r}; it must be {describe(kinds[wrong[1]])}"
+    if missing := re.search(r"Missing value for argument '(.*?)'", text):
+        return f"{missing[1]}: name a value after it"
     if missing := re.search(r"Missing from .*?: (.*)", text):
         return f"missing: {missing[1].strip()}"
     # The box's title and its text both say it.

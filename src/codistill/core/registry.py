@@ -22,7 +22,7 @@ def near_matches(name: str, known: Iterable[str], otherwise: str = "") -> str:
     known = sorted(known)
     # Dashes that all flags begin with make none of them near; a beginning is near however long the rest is.
     bare, bodies = name.lower().lstrip("-"), {each.lower().lstrip("-"): each for each in known}
-    near = difflib.get_close_matches(bare, bodies, n=3, cutoff=0.66)
+    near = difflib.get_close_matches(bare, bodies, n=3, cutoff=0.7)
     near = near or [body for body in bodies if len(bare) > 2 and re.split(r"[-_.]", body)[0] == bare][:3]
     close = [bodies[body] for body in near]
     return f"did you mean {' or '.join(close)}?" if close else otherwise or f"choose from {', '.join(known)}"

@@ -95,14 +95,14 @@ def load_classifier(path: Path, predictor: str | None = None) -> Classifier:
 
     Args:
         path: The folder or file.
-        predictor: Which predictor of a run; None: its best student. A file holds one already.
+        predictor: Which predictor of a run; None: its best student. A file holds one, and only that is in it.
 
     Raises:
         CheckpointError: Missing, damaged, or not written by codistill.
-        UsageError: A predictor that the run does not have, or a kind of file that is not read.
+        UsageError: A predictor that the run or file does not have, or a kind of file that is not read.
     """
     if path.is_dir() or path.suffix == ".safetensors" or not path.exists():
-        return from_module(*load_predictor(path, predictor))
+        return _of(path, predictor, from_module(*load_predictor(path, predictor)))
     if path.suffix != ".onnx":
         reason = " (a .pt2 file can run code when it is loaded)" if path.suffix == ".pt2" else ""
         raise UsageError(f"{path}: not a kind of file that is read here{reason}: give .safetensors, .onnx or a run")
@@ -117,7 +117,14 @@ def load_classifier(path: Path, predictor: str | None = None) -> Classifier:
     def compute(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
-    return Classifier(card, compute)
+    return _of(path, predictor, Classifier(card, compute))
+
+
+def _of(path: Path, predictor: str | None, classifier: Classifier) -> Classifier:
+    """Return a classifier; a `UsageError` where it is another predictor than the one that was asked for."""
+    if predictor not in (None, found := classifier.card["predictor"]):
+        raise UsageError(f"{path}: holds {found}, not {predictor}: leave --predictor out, or name the run folder")
+    return classifier
 
 
 def load_predictor(path: Path, predictor: str | None = None) -> tuple[dict[str, Any], nn.Module]:

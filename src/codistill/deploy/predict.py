@@ -95,7 +95,7 @@ def image_files(place: Path) -> list[Path | DataError]:
         path = waiting.pop()
         try:
             if not path.is_dir():
-                is_image = path.suffix.lower() in SUFFIXES
+                is_image = path.suffix.lower() in SUFFIXES and not path.is_fifo()  # which nobody may ever write to
                 found += [path] * is_image
                 others += not is_image
             elif (real := path.resolve()) not in seen:  # links may lead back

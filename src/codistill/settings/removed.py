@@ -14,8 +14,8 @@ REMOVED = {
 
 FOREIGN = {
     "optimizer optimiser optim opt adam sgd": "all methods use SGD: see --momentum, --nesterov and --weight-decay",
-    "schedule scheduler lr_scheduler lr_decay gamma lr_decay_rate cosine": "the learning rate falls at --milestones",
-    "gpu gpus gpu_id gpu_ids cuda no_cuda use_cuda cpu": "choose it with --device, as cuda, cuda:1 or cpu",
+    "sched schedule scheduler lr_scheduler lr_decay gamma lr_decay_rate cosine": "the rate falls at --milestones",
+    "gpu gpus gpu_id gpu_ids cuda no_cuda use_cuda cpu accelerator": "choose it with --device, as cuda, cuda:1 or cpu",
     "workers num_workers j": "images are held in memory and no process loads them; for the CPU see --threads",
     "amp fp16 bf16 half mixed_precision use_amp autocast": "choose it with --precision",
     "dataset data_set": "name it with --data",
@@ -23,12 +23,13 @@ FOREIGN = {
     "model models arch model_s model_name net backbone student students": "name a network for each student: --networks",
     "model_t path_t teacher_path teacher_model": "name it with --teacher",
     "temp kd_t kd_temperature": "methods have --method.temperature, and a teacher --teacher-temperature",
-    "output output_dir save_dir save_path log_dir logdir exp_name": "name the run folder with --out",
+    "output output_dir out_dir work_dir save_dir save_path log_dir logdir exp_name": "name the run folder with --out",
     "lr_milestones steps lr_steps": "name the epochs with --milestones",
     "val_split val_size val_fraction": "hold training images out with --validation, N or as 20%",
-    "manual_seed random_seed": "choose it with --seed",
+    "manual_seed manualseed random_seed": "choose it with --seed",
     "method algorithm distill": "the method has no flag: codistill train METHOD",
     "resume continue": "an interrupted run continues with: codistill resume RUN",
+    "launcher strategy distributed multiprocessing_distributed world_size local_rank": "torchrun starts the ranks",
     "config cfg": "settings are read from a file with --recipe",
 }
 """What there is instead of settings of other tools, several names a line."""

@@ -101,7 +101,9 @@ def split_training(data: Dataset, settings: TrainSettings) -> tuple[Positions, P
     """Return the positions of the training images that are used, and of the validation images, in the seeded order."""
     count, held_out = len(data.train), settings.held_out(len(data.train))
     if held_out >= count:
-        raise UsageError(f"validation is {held_out}, but data set {data.name} has {count} training images")
+        raise UsageError(
+            f"validation is {held_out}, but data set {data.name} has {count} training images: hold less out"
+        )
     wanted = count - held_out if settings.train_limit is None else settings.train_limit
     if wanted > count - held_out:
         raise UsageError(
