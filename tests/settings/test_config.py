@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from codistill.core.errors import UsageError
 from codistill.methods import METHODS
-from codistill.settings.config import ExecutionSettings, RunConfig, TrainSettings, default_config
+from codistill.settings.config import ExecutionSettings, RunConfig, TeacherSettings, TrainSettings, default_config
 from codistill.settings.mapping import run_from_mapping
 from codistill.settings.recipe import read_recipe
 from codistill.training.optim import learning_rate_at
@@ -188,3 +190,19 @@ def test_defaults_are_those_of_the_method(name):
     config = default_config(name)
     assert config.method == METHODS[name].Settings() and config.train == TrainSettings()
     assert run(name) == config
+
+
+@pytest.mark.fault(2)
+def test_settings_made_in_python_have_the_kinds_of_a_recipe():
+    made = TrainSettings(seed=np.int64(3), learning_rate=np.float32(0.5), epochs=np.arange(9)[4], milestones=[1, 2])
+    assert made == TrainSettings(seed=3, learning_rate=0.5, epochs=4, milestones=(1, 2))
+    assert json.loads(json.dumps(dataclasses.asdict(made)))["seed"] == 3
+    assert TeacherSettings(teacher=Path("a/b")).teacher == "a/b"
+    for kind, values in (
+        (TrainSettings, {"seed": "1"}),
+        (TrainSettings, {"epochs": 1.0}),
+        (ExecutionSettings, {"threads": "2"}),
+    ):
+        name, value = next(iter(values.items()))
+        with pytest.raises(UsageError, match=f"^{name} is {value!r}; it must be a whole number"):
+            kind(**values)

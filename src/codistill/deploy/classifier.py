@@ -90,7 +90,7 @@ def run_predictor(run: RunFolder, predictor: str | None = None, which: str = "la
     return name, predictors[name].eval()
 
 
-def load_classifier(path: Path, predictor: str | None = None) -> Classifier:
+def load_classifier(path: str | Path, predictor: str | None = None) -> Classifier:
     """Load a run folder, a .safetensors or an .onnx file that `codistill export` wrote.
 
     Args:
@@ -101,6 +101,7 @@ def load_classifier(path: Path, predictor: str | None = None) -> Classifier:
         CheckpointError: Missing, damaged, or not written by codistill.
         UsageError: A predictor that the run or file does not have, or a kind of file that is not read.
     """
+    path = Path(path)
     if path.is_dir() or path.suffix == ".safetensors" or not path.exists():
         return _of(path, predictor, from_module(*load_predictor(path, predictor)))
     if path.suffix != ".onnx":

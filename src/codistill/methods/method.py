@@ -152,6 +152,7 @@ class Method(Marked):
             raise UsageError(f"{self.name} takes {self.Settings.__name__}, not {type(self.settings).__name__}")
         self.num_classes = num_classes
         self.image_size = image_size
+        students = list(students)
         self.require_students(len(students), self.min_students)
         if self.max_students is not None and len(students) > self.max_students:
             raise UsageError(

@@ -25,7 +25,8 @@ from codistill.runs.metadata import checked_metadata
 from codistill.runs.state import load_weights
 from codistill.settings.build import build_method, unbuildable
 from codistill.settings.config import RunConfig
-from codistill.settings.mapping import run_from_mapping, shown
+from codistill.settings.kinds import shown
+from codistill.settings.mapping import run_from_mapping
 
 ANOTHER = "choose another --out"
 

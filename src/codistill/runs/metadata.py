@@ -22,7 +22,7 @@ from codistill.methods import METHODS, Method
 from codistill.networks.origin import contents
 from codistill.runs.state import tensors_once
 from codistill.settings.config import RunConfig
-from codistill.settings.mapping import shown
+from codistill.settings.kinds import shown
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from codistill.core.registry import near_matches
 from codistill.data.augment import Augmentation, PaddingMode
 from codistill.data.dataset import Dataset
 from codistill.methods import METHODS, MethodSettings
+from codistill.settings.kinds import take_kinds
 
 Precision = Literal["float32", "bf16"]
 # For counts without a bound of their own.
@@ -58,6 +59,7 @@ class TrainSettings:
     """Seed of initial weights, order of images, crops, flips and splits."""
 
     def __post_init__(self) -> None:
+        take_kinds(self)
         for name, low, high in (
             ("epochs", 1, LARGEST),
             ("batch_size", 2, LARGEST),
@@ -126,6 +128,7 @@ class ExecutionSettings:
     bit for bit with the same number of threads."""
 
     def __post_init__(self) -> None:
+        take_kinds(self)
         if self.threads is not None and not 1 <= self.threads <= 1024:
             raise UsageError(f"threads is {self.threads}; it must be from 1 to 1024")
         for name in ("precision", "compile"):
@@ -151,6 +154,7 @@ class TeacherSettings:
     """T of the teacher's terms, > 0; they are multiplied by T^2."""
 
     def __post_init__(self) -> None:
+        take_kinds(self)
         if not 0 < self.teacher_temperature < math.inf:
             raise UsageError(f"teacher_temperature is {self.teacher_temperature}; it must be a number above 0")
         if not 0 <= self.teacher_weight < math.inf:

@@ -1,17 +1,15 @@
 """Settings from the mappings that recipes, config.json and cards of exported files hold: checked and typed once."""
 
-import contextlib
 import dataclasses
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from codistill.core.errors import UsageError
 from codistill.core.registry import near_matches, unknown_name
 from codistill.methods import METHODS
 from codistill.settings.config import SETTINGS, RunConfig, default_config
+from codistill.settings.kinds import convert, describe, shown
 from codistill.settings.removed import instead
 
 T = TypeVar("T")
@@ -94,54 +92,6 @@ def _typed(key: str, value: Any, kind: Any, where: str) -> Any:
         return convert(value, kind)
     except TypeError:
         raise UsageError(f"{where}: {key} is {shown(value)}; it must be {describe(kind)}") from None
-
-
-def convert(value: Any, kind: Any) -> Any:
-    """Return a TOML or JSON value as one of a type (lists as tuples, whole numbers as floats) or raise TypeError."""
-    origin = get_origin(kind)
-    if origin in (Union, UnionType):
-        for each in get_args(kind):
-            with contextlib.suppress(TypeError):
-                return convert(value, each)
-    elif origin is Literal:
-        if value in get_args(kind):
-            return value
-    elif origin is tuple:
-        several = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(convert(each, get_args(kind)[0]) for each in several)
-    elif kind is str and isinstance(value, str):  # as a command line and a file name can hold it
-        with contextlib.suppress(UnicodeEncodeError):
-            if b"\0" not in os.fsencode(value):
-                return value
-    elif kind in (int, float) and type(value) is int:
-        if abs(value) < 2**63:
-            return kind(value)
-    elif type(value) is kind:
-        return value
-    raise TypeError
-
-
-def describe(kind: Any) -> str:
-    """Return in words which values a type has."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        if int in inner and str in inner:
-            return "a whole number, or a percentage between 0 and 100 as 20%"
-        return " or ".join(describe(each) for each in inner if each is not type(None))
-    if origin is Literal:
-        return f"one of {', '.join(map(repr, inner))}"
-    if origin is tuple:
-        return {int: "a list of whole numbers", str: "a list of names"}.get(inner[0], "a list")
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(kind, str(kind))
-
-
-def shown(value: Any) -> str:
-    """Return a value from a file for an error line: short, and without line breaks."""
-    try:
-        text = repr(value)
-    except ValueError:  # a whole number of thousands of digits
-        return "a number too large to write"
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 LISTS = tuple(key for key, (_, field) in SETTINGS.items() if describe(field.type).startswith("a list"))
