@@ -603,6 +603,14 @@ def test_a_checkpoint_without_its_network_is_refused(flags, capsys, tmp_path):
     refused(capsys, tmp_path, 2, message, "kd", *flags, "--teacher", "weights.pth")
 
 
+@pytest.mark.fault(93)
+@pytest.mark.parametrize("more", [[], ["--teacher-network", "tiny"]], ids=str)
+def test_an_exported_file_that_cannot_teach_is_not_called_damaged(more, flags, capsys, tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"whatever")
+    message = "teacher model.onnx: .onnx files do not teach: name the run, or export it as .safetensors"
+    refused(capsys, tmp_path, 2, message, "kd", *flags, "--teacher", "model.onnx", *more)
+
+
 def test_more_of_no_teacher_is_refused(flags, capsys, tmp_path):
     message = "teacher_network and teacher_predictor describe a teacher, but --teacher names none"
     refused(capsys, tmp_path, 2, message, "kd", *flags, "--teacher-network", "tiny")

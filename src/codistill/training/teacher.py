@@ -39,6 +39,10 @@ def load_teacher(settings: TeacherSettings, class_names: tuple[str, ...], statis
     """
     assert settings.teacher is not None
     path = Path(settings.teacher)
+    if path.suffix in (".onnx", ".pt2") and path.is_file():
+        raise UsageError(
+            f"teacher {path}: {path.suffix} files do not teach: name the run, or export it as .safetensors"
+        )
     if settings.teacher_network is not None:
         return read_checkpoint(path, settings.teacher_network, len(class_names))
     if not path.is_dir() and path.suffix != ".safetensors":
