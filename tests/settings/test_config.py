@@ -197,6 +197,7 @@ def test_settings_made_in_python_have_the_kinds_of_a_recipe():
     made = TrainSettings(seed=np.int64(3), learning_rate=np.float32(0.5), epochs=np.arange(9)[4], milestones=[1, 2])
     assert made == TrainSettings(seed=3, learning_rate=0.5, epochs=4, milestones=(1, 2))
     assert json.loads(json.dumps(dataclasses.asdict(made)))["seed"] == 3
+    assert json.dumps(METHODS["dml"].Settings(temperature=np.float32(3)).temperature) == "3.0"
     assert TeacherSettings(teacher=Path("a/b")).teacher == "a/b"
     for kind, values in (
         (TrainSettings, {"seed": "1"}),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -56,6 +57,9 @@ class MethodSettings:
         return ""
 
     def __post_init__(self) -> None:
+        for name, value in list(vars(self).items()):
+            if isinstance(value, np.generic):  # a number of NumPy, which JSON does not hold
+                object.__setattr__(self, name, value.item())
         self.check("shared_stages", self.shared_stages is None or self.shared_stages >= 0, "at least 0")
         # Without this a misspelt choice would quietly be another experiment.
         for each in fields(self):
