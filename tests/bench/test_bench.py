@@ -4,15 +4,35 @@ import json
 
 import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from codistill.bench import measurement as bench_measurement
 from codistill.bench.bench import lines
+from codistill.bench.limit import products_loop
 from codistill.bench.loops import PlainImages, random_images
 from codistill.bench.measurement import Contestant, rounds_in_turn
 from codistill.cli import main
 from codistill.data.augment import Augmentation
 
 from .. import tiny
+
+PRODUCTS = ("aten::convolution", "aten::convolution_backward", "aten::mm", "aten::addmm", "aten::bmm")
+
+
+class OperatorLog(TorchDispatchMode):
+    """Names of operators with form, layout and type of their tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, list[tuple[object, ...]]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+        self.calls.append((func.name(), [(each.shape, each.stride(), each.dtype) for each in given]))
+        return func(*args, **(kwargs or {}))
+
 
 ARGUMENTS = ["bench", "mfef", "--networks", "tiny", "tiny", "-b", "64", "--seconds", "0.5", "--device", "cpu"]
 
@@ -24,6 +44,7 @@ def test_json(tiny_registered, capsys):
     # Two runs side by side: a step of both takes twice ms_per_step.
     assert abs(result["images_per_second"] * 2 * result["ms_per_step"] / 1000 - 64) < 1e-6
     assert abs(result["plain_images_per_second"] * result["plain_ms_per_step"] / 1000 - 64) < 1e-6
+    assert result["times_limit"] > 0 and result["limit_ms_per_step"] > 0
     assert result["ratio_to_plain"] > 0 and result["first_step_seconds"] > 0
     assert result["environment"]["torch"] == torch.__version__
     assert result["parameters"] > 0 and result["forward_mflop_per_image"] > 0
@@ -40,6 +61,27 @@ def test_operators_of_one_run(tiny_registered, capsys):
     alone = operators()
     assert operators("--runs", "2") == alone and operators("-b", "32") == alone
     assert operators("--method.no-attention") < alone
+
+
+def test_the_limit_has_each_convolution_and_product_of_a_step_and_nothing_else():
+    convolutions = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Conv2d(4, 5, 1, bias=False))
+    head, images = nn.Linear(5, 2), torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+    convolutions.to(memory_format=torch.channels_last)
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            head(convolutions(images).mean(dim=(2, 3))).sum().backward()
+
+    loop = products_loop(train, torch.device("cpu"))
+    expected, found = OperatorLog(), OperatorLog()
+    with expected:
+        train(1)
+    with found:
+        loop(2)
+    wanted = [each for each in expected.calls if each[0].split(".")[0] in PRODUCTS]
+    assert [name.split(".")[0] for name, _ in wanted].count("aten::convolution_backward") == 2
+    assert len(wanted) == 4 + 3 and found.calls == wanted * 2  # the product of the head: one forward, two backward
+    assert all(parameter.grad is not None for parameter in convolutions.parameters())
 
 
 def test_text(tiny_registered, capsys, tmp_path):
@@ -71,11 +113,13 @@ def test_text_of_a_gpu():
         "peak_memory_mib": 700.0,
         "peak_reserved_mib": 900.0,
         "deterministic_ratio": 0.81,
+        "limit_ms_per_step": 1.25,
+        "times_limit": 1.6,
     }
     text = "\n".join(lines(result))
     timed = "mfef with resnet32 + wrn-16-2 x 3 runs on folder: 48x64 pixels, 7 classes; batch 128, bf16, cuda:0, 4 CPU "
     assert text.startswith(timed)
-    for part in ("2.00 ms", "(overlap)", "64,000 images/s", "480 kernels", "188 MFLOP", "700 MiB", "900", "0.81"):
+    for part in ("2.00 ms", "(overlap)", "64,000 images/s", "480 kernels", "188 MFLOP", "700 MiB", "900", "0.81", "1.25 ms", "1.60 times"):
         assert part in text
     assert "measured on CUDA only" not in text
 

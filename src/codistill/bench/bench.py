@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from codistill.bench.limit import products_loop
 from codistill.bench.loops import plain_loop, random_images, resident_loop
 from codistill.bench.measurement import Contestant, count_launches, ratio, rounds_in_turn, timed
 from codistill.core.console import warn
@@ -26,7 +27,7 @@ from codistill.settings.config import RunConfig
 from codistill.training.compiling import choose_execution
 
 STEPS_UNTIL_CAPTURED = 8
-OWN, PLAIN, DETERMINISTIC = "codistill", "plain", "deterministic"
+OWN, LIMIT, PLAIN, DETERMINISTIC = "codistill", "limit", "plain", "deterministic"
 
 
 def bench(
@@ -80,6 +81,9 @@ def bench(
             pace[OWN] = timed(contestants[0], STEPS_UNTIL_CAPTURED, device)
             measured["peak_memory_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
             measured["peak_reserved_mib"] = torch.cuda.max_memory_reserved(device) / 2**20
+        # Of a first step, which is eager on CUDA too.
+        first = resident_loop([build() for _ in range(runs)], config, device, data)
+        contestants.append(Contestant(LIMIT, products_loop(first, device), config.execution.deterministic))
         unit, count = count_launches(contestants[0], device, table)
         measured[f"{unit}_per_step"] = count // runs
         if compare:
@@ -88,7 +92,7 @@ def bench(
             )
             if on_gpu and not config.execution.deterministic:
                 contestants.append(own(DETERMINISTIC, True))
-            pace |= {each.name: timed(each, STEPS_UNTIL_CAPTURED if on_gpu else 1, device) for each in contestants[1:]}
+        pace |= {each.name: timed(each, STEPS_UNTIL_CAPTURED if on_gpu else 1, device) for each in contestants[1:]}
         rounds = rounds_in_turn(contestants, pace, seconds, device)
     step = {name: statistics.median(each) for name, each in rounds.items()}
     method = build()
@@ -107,6 +111,8 @@ def bench(
         "execution": asdict(execution),
         "ms_per_step": 1000 * step[OWN] / runs,
         "images_per_second": size / step[OWN],
+        "limit_ms_per_step": 1000 * step[LIMIT] / runs,
+        "times_limit": ratio(rounds, OWN, LIMIT),
         "first_step_seconds": first_step,
         **measured,
         "parameters": parameter_count(method),
@@ -141,6 +147,8 @@ def lines(result: Mapping[str, Any]) -> list[str]:
         f"{result['precision']}, {result['device']}, {result['threads']} CPU threads",
         f"{speed} ({ways})" if ways else speed,
     ]
+    limit = f"{result['limit_ms_per_step']:.2f} ms of it in convolutions and matrix products alone"
+    text.append(f"{limit}; the step takes {result['times_limit']:.2f} times as long")
     if "ratio_to_plain" in result:
         plain = f"{result['plain_ms_per_step']:.2f} ms per step, {result['plain_images_per_second']:,.0f} images/s"
         text.append(f"plain loop: {plain}; ours is {result['ratio_to_plain']:.2f} times as fast")
