@@ -119,7 +119,18 @@ def test_text_of_a_gpu():
     text = "\n".join(lines(result))
     timed = "mfef with resnet32 + wrn-16-2 x 3 runs on folder: 48x64 pixels, 7 classes; batch 128, bf16, cuda:0, 4 CPU "
     assert text.startswith(timed)
-    for part in ("2.00 ms", "(overlap)", "64,000 images/s", "480 kernels", "188 MFLOP", "700 MiB", "900", "0.81", "1.25 ms", "1.60 times"):
+    for part in (
+        "2.00 ms",
+        "(overlap)",
+        "64,000 images/s",
+        "480 kernels",
+        "188 MFLOP",
+        "700 MiB",
+        "900",
+        "0.81",
+        "1.25 ms",
+        "1.60 times",
+    ):
         assert part in text
     assert "measured on CUDA only" not in text
 

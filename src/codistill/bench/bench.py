@@ -69,7 +69,7 @@ def bench(
 
     started = time.perf_counter()
     # For so few steps that compile auto, which takes longer than it is measured for here, is off.
-    execution = choose_execution(config.execution, device, steps=1, overlap=runs == 1)
+    execution = choose_execution(config.execution, device, pixels=0, overlap=runs == 1)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     with contextlib.ExitStack() as running:

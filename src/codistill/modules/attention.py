@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from codistill.core.errors import UsageError
+from codistill.networks import chains
 
 
 class DualAttention(nn.Module):
@@ -60,8 +61,7 @@ class DualAttention(nn.Module):
     ) -> Float[Tensor, "batch channel 1 1"]:
         """Compute w_c, in (0, 1)."""
         pooled = torch.stack([feature_map.mean(dim=(2, 3)), feature_map.flatten(2).max(dim=2).values])
-        of_average, of_maximum = self.channel(pooled)
-        return torch.sigmoid(of_average + of_maximum)[:, :, None, None]
+        return self._of_channels(pooled)[:, :, None, None]
 
     def spatial_weights(
         self, feature_map: Float[Tensor, "batch channel height width"]
@@ -69,11 +69,20 @@ class DualAttention(nn.Module):
         """Compute w_s, in (0, 1)."""
         average = feature_map.mean(dim=1, keepdim=True)
         maximum = feature_map.max(dim=1, keepdim=True).values
-        return torch.sigmoid(self.spatial(torch.cat([average, maximum], dim=1)))
+        return self._of_places(torch.cat([average, maximum], dim=1))
 
     def forward(
         self, feature_map: Float[Tensor, "batch channel height width"]
     ) -> Float[Tensor, "batch channel height width"]:
         """Return the weighted map, of the same shape."""
+        if chains.on(self):
+            return chains.attend(feature_map, self._of_channels, self._of_places)
         weighted = self.channel_weights(feature_map) * feature_map
         return self.spatial_weights(weighted) * weighted
+
+    def _of_channels(self, pooled: Float[Tensor, "2 batch channel"]) -> Float[Tensor, "batch channel"]:
+        of_average, of_maximum = self.channel(pooled)
+        return torch.sigmoid(of_average + of_maximum)
+
+    def _of_places(self, pooled: Float[Tensor, "batch 2 height width"]) -> Float[Tensor, "batch 1 height width"]:
+        return torch.sigmoid(self.spatial(pooled))

@@ -4,6 +4,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from codistill.networks.chains import norm_act
+
 
 class BatchNormAct2d(nn.BatchNorm2d):
     """Batch normalisation, then an optional addition of a shortcut, then an optional ReLU."""
@@ -18,6 +20,9 @@ class BatchNormAct2d(nn.BatchNorm2d):
         shortcut: Float[Tensor, "batch channel height width"] | None = None,
     ) -> Float[Tensor, "batch channel height width"]:
         """Compute relu(norm(features) + shortcut); neither argument is written to."""
+        chained = norm_act(self, features, self.act, shortcut)
+        if chained is not None:
+            return chained
         result = super().forward(features)
         if shortcut is not None:
             result = result + shortcut

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from codistill.networks.chains import second_use
 from codistill.networks.layers import BatchNormAct2d, PooledLinear, conv, conv_bn_act
 from codistill.networks.network import NETWORKS, Network
 
@@ -57,7 +58,7 @@ class BasicBlock(nn.Module):
         self, features: Float[Tensor, "batch in_channels height width"]
     ) -> Float[Tensor, "batch out_channels out_height out_width"]:
         """Apply the block."""
-        shortcut = self.shortcut(features)
+        shortcut = self.shortcut(second_use(features))
         features = self.bn1(self.conv1(features))
         activated: Tensor = self.bn2(self.conv2(features), shortcut)
         return activated

@@ -85,9 +85,9 @@ def check(
             try_method(method, data, settings, config.execution.precision, device)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise out_of_memory(config, method, error) from error
-        steps = settings.epochs * math.ceil(images / settings.batch_size)
+        pixels = settings.epochs * images * math.prod(data.image_size)
         captured = alone and ranks.count == 1 and method.capturable
-        execution = choose_execution(config.execution, device, steps, overlap=captured)
+        execution = choose_execution(config.execution, device, pixels, overlap=captured)
         initial = draw_weights(method, settings.seed)
     # Absolute paths: a run is used from other folders than it was started in.
     teaching = config.teaching
