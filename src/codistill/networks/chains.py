@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from codistill.core.console import warn_once
 
+Maps = Float[Tensor, "image channel height width"]
 Rows = Float[Tensor, "image place channel"]
 Channels = Float[Tensor, " channel"]
 Code = Callable[..., Any]
@@ -81,7 +82,10 @@ def compiled_chains(compiler: Compiler) -> Iterator[None]:
 
 
 class Chain:
-    """A function of tensors, called as its code for the shape and type of the first argument."""
+    """A function of tensors, called as its code for the number of them and for shape and type of the first one.
+
+    It returns a tuple. Maps are in channels_last memory format (see `last`), all other tensors contiguous.
+    """
 
     def __init__(self, function: Code) -> None:
         self.function = function
@@ -104,17 +108,19 @@ def on(module: nn.Module) -> bool:
     return ready and module.training and not torch.compiler.is_compiling()
 
 
-def rows(features: Float[Tensor, "image channel height width"]) -> Rows:
-    """Return maps as [image, place, channel]: a view where they are in channels_last memory format."""
-    image, channel, height, width = features.shape
-    last = features.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-    return last.reshape(image, height * width, channel)
+def last(features: Maps) -> Maps:
+    """Return maps in channels_last memory format."""
+    return features.contiguous(memory_format=torch.channels_last)
 
 
-def maps(of: Rows, like: Float[Tensor, "image channel height width"]) -> Float[Tensor, "image channel height width"]:
-    """Return [image, place, channel] as maps of the shape of others, in channels_last memory format."""
-    image, channel, height, width = like.shape
-    return of.view(image, height, width, channel).permute(0, 3, 1, 2)
+def rows(features: Maps) -> Rows:
+    """Return maps in channels_last memory format as [image, place, channel], a view."""
+    return features.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def maps(of: Rows, like: Maps) -> Maps:
+    """Return [image, place, channel] as maps of the height and width of others, a view."""
+    return of.view(len(of), *like.shape[2:], -1).permute(0, 3, 1, 2)
 
 
 def total(of: Rows) -> Channels:
@@ -122,71 +128,70 @@ def total(of: Rows) -> Channels:
     return of.sum(1).sum(0)
 
 
-# Batch normalisation, then an addition, then ReLU. `wide` is float32, or float64 for float64.
-
-
 def wide(tensor: Tensor) -> Tensor:
-    """Return a tensor in the type that sums are computed in."""
+    """Return a tensor in the type that is computed in: float32, or float64 for float64."""
     return tensor.float() if tensor.dtype != torch.float64 else tensor
 
 
+# Batch normalisation with the statistics of the batch, then an addition, then ReLU.
+
+
 def norm_forward(
-    features: Rows, weight: Channels, bias: Channels, epsilon: float, act: bool, shortcut: Rows | None = None
-) -> tuple[Rows, Channels, Channels, Channels]:
+    features: Maps, weight: Channels, bias: Channels, epsilon: float, act: bool, shortcut: Maps | None = None
+) -> tuple[Maps, Channels, Channels, Channels]:
     """Compute act(norm(features) + shortcut), and mean, 1 / deviation and variance of the batch."""
-    count, values = features.shape[0] * features.shape[1], wide(features)
+    values = wide(rows(features))
+    count = values.shape[0] * values.shape[1]
     # Sums of what is left after one of the values was taken from all: squares of large means would cancel.
     origin = values[0, 0]
     centred = values - origin
     shift = total(centred) / count
     variance = total(centred * centred) / count - shift * shift
     mean, inverse = origin + shift, torch.rsqrt(variance + epsilon)
-    scale = inverse * weight
-    result = (values - mean) * scale + bias
+    result = (values - mean) * (inverse * weight) + bias
     if shortcut is not None:
-        result = result + wide(shortcut)
-    return (torch.relu(result) if act else result).to(features.dtype), mean, inverse, variance
+        result = result + wide(rows(shortcut))
+    result = torch.relu(result) if act else result
+    return maps(result.to(features.dtype), features), mean, inverse, variance
 
 
 def norm_backward(
-    gradients: Sequence[Rows],
-    features: Rows,
-    result: Rows | None,
+    gradients: Sequence[Maps],
+    features: Maps,
+    result: Maps | None,
     mean: Channels,
     inverse: Channels,
     weight: Channels,
-) -> tuple[Rows, Channels, Channels, Rows]:
+) -> tuple[Maps, Channels, Channels, Maps]:
     """Compute the gradients of features, weight, bias and shortcut, from those of a result that is used once or twice.
 
     `result` is there where ReLU was applied.
     """
-    count = features.shape[0] * features.shape[1]
-    reached = gradients[0] if len(gradients) == 1 else gradients[0] + gradients[1]
+    reached = rows(gradients[0] if len(gradients) == 1 else gradients[0] + gradients[1])
     if result is not None:
-        reached = torch.where(result > 0, reached, 0)
-    values, normalised = wide(reached), (wide(features) - mean) * inverse
+        reached = torch.where(rows(result) > 0, reached, 0)
+    values, normalised = wide(reached), (wide(rows(features)) - mean) * inverse
     of_bias, of_weight = total(values), total(values * normalised)
+    count = values.shape[0] * values.shape[1]
     of_features = (values - of_bias / count - normalised * (of_weight / count)) * (weight * inverse)
-    return of_features.to(features.dtype), of_weight, of_bias, reached
+    return maps(of_features.to(features.dtype), features), of_weight, of_bias, maps(reached, features)
 
 
 @functools.cache
 def norm_forward_chain(epsilon: float, act: bool) -> Chain:
     """Return the chain of a batch normalisation and what follows it."""
 
-    def forward(features: Rows, weight: Channels, bias: Channels, *shortcut: Rows) -> tuple[Tensor, ...]:
+    def forward(features: Maps, weight: Channels, bias: Channels, *shortcut: Maps) -> tuple[Tensor, ...]:
         return norm_forward(features, weight, bias, epsilon, act, *shortcut)
 
     return Chain(forward)
 
 
 @functools.cache
-def norm_backward_chain(act: bool, uses: int, added: bool) -> Chain:
-    """Return the chain of its gradients: of a result used once or twice, with or without that of a shortcut."""
+def norm_backward_chain(act: bool, added: bool) -> Chain:
+    """Return the chain of its gradients, with or without that of a shortcut; the result's are one or two."""
 
-    def backward(
-        features: Rows, mean: Channels, inverse: Channels, weight: Channels, *more: Rows
-    ) -> tuple[Tensor, ...]:
+    def backward(features: Maps, mean: Channels, inverse: Channels, weight: Channels, *more: Maps) -> Any:
         result, gradients = (more[0], more[1:]) if act else (None, more)
         return norm_backward(gradients, features, result, mean, inverse, weight)[: 3 + added]
 
@@ -204,27 +209,25 @@ class _NormAct(torch.autograd.Function):
         ctx: Any, features: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor | None, epsilon: float, act: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        flat, added = rows(features), () if shortcut is None else (rows(shortcut),)
-        result, mean, inverse, variance = norm_forward_chain(epsilon, act)(flat, weight, bias, *added)
-        ctx.save_for_backward(flat, mean, inverse, weight, *([result] if act else []))
+        features, added = last(features), () if shortcut is None else (last(shortcut),)
+        result, mean, inverse, variance = norm_forward_chain(epsilon, act)(features, weight, bias, *added)
+        ctx.save_for_backward(features, mean, inverse, weight, *([result] if act else []))
         ctx.act, ctx.added = act, shortcut is not None
         ctx.mark_non_differentiable(mean, variance)
-        output = maps(result, features)
-        return output, output.detach(), mean, variance
+        return result, result.detach(), mean, variance
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        given = [each for each in gradients[:2] if each is not None]
+        given = [last(each) for each in gradients[:2] if each is not None]
         # With neither ReLU nor a second use, the shortcut's gradient is the result's.
         computes = ctx.added and (ctx.act or len(given) > 1)
-        chain = norm_backward_chain(ctx.act, len(given), computes)
-        of_features, of_weight, of_bias, *reached = chain(*ctx.saved_tensors, *map(rows, given))
-        of_shortcut = (maps(reached[0], given[0]) if computes else given[0]) if ctx.added else None
-        return maps(of_features, given[0]), of_weight, of_bias, of_shortcut, None, None
+        of_features, of_weight, of_bias, *reached = norm_backward_chain(ctx.act, computes)(*ctx.saved_tensors, *given)
+        of_shortcut = (reached[0] if computes else given[0]) if ctx.added else None
+        return of_features, of_weight, of_bias, of_shortcut, None, None
 
 
-def norm_act(norm: nn.BatchNorm2d, features: Tensor, act: bool, shortcut: Tensor | None = None) -> Tensor | None:
+def norm_act(norm: nn.BatchNorm2d, features: Maps, act: bool, shortcut: Maps | None = None) -> Maps | None:
     """Apply a batch normalisation in training, an addition and ReLU as one chain; None: stock PyTorch is to do it."""
     if not on(norm) or norm.momentum is None or norm.weight is None:
         return None
@@ -242,7 +245,7 @@ def norm_act(norm: nn.BatchNorm2d, features: Tensor, act: bool, shortcut: Tensor
     return chained
 
 
-def second_use(features: Tensor) -> Tensor:
+def second_use(features: Maps) -> Maps:
     """Return the same features for another use of them, whose gradient the chain that made them adds itself."""
     twin: Tensor = getattr(features, "twin", features)
     return twin
@@ -251,46 +254,50 @@ def second_use(features: Tensor) -> Tensor:
 # Dual attention: pooling over places, weights of channels and pooling over channels, weights of places.
 
 
-def pool_forward(features: Rows) -> tuple[Tensor, Tensor, Tensor]:
+def pool_forward(features: Maps) -> tuple[Tensor, Tensor, Tensor]:
     """Compute mean and maximum over places, [image, channel] each, and the places of the maxima."""
-    maxima, place = features.max(dim=1)
-    return wide(features).mean(dim=1).to(features.dtype), maxima, place
+    maxima, place = rows(features).max(dim=1)
+    return wide(rows(features)).mean(dim=1).to(features.dtype), maxima, place
 
 
-def pool_backward(of_mean: Tensor, of_maximum: Tensor, place: Tensor, like: Rows) -> tuple[Rows]:
+def pool_backward(features: Maps, place: Tensor, of_mean: Tensor, of_maximum: Tensor) -> tuple[Maps]:
     """Compute the gradient of the features."""
-    places = torch.arange(like.shape[1], device=like.device)[None, :, None]
-    spread = wide(of_mean)[:, None] / like.shape[1]
-    return ((spread + torch.where(places == place[:, None], wide(of_maximum)[:, None], 0)).to(like.dtype),)
+    places = torch.arange(features.shape[2] * features.shape[3], device=features.device)[None, :, None]
+    of_maxima = torch.where(places == place[:, None], wide(of_maximum)[:, None], 0)
+    gradient = wide(of_mean)[:, None] / places.shape[1] + of_maxima
+    return (maps(gradient.to(features.dtype), features),)
 
 
-def weigh_forward(features: Rows, weights: Tensor) -> tuple[Rows, Tensor, Tensor, Tensor]:
+def weigh_forward(features: Maps, weights: Tensor) -> tuple[Maps, Tensor, Tensor]:
     """Multiply channels by weights [image, channel]; then mean and maximum over channels, and the maxima's channels."""
-    weighted = features * weights[:, None]
+    weighted = rows(features) * weights[:, None]
     maxima, channel = weighted.max(dim=2)
-    return weighted, wide(weighted).mean(dim=2).to(features.dtype), maxima, channel
+    pooled = torch.stack([wide(weighted).mean(dim=2).to(features.dtype), maxima], dim=1)
+    return maps(weighted, features), pooled.view(-1, 2, *features.shape[2:]), channel
 
 
 def weigh_backward(
-    of_weighted: Rows, of_mean: Tensor, of_maximum: Tensor, features: Rows, weights: Tensor, channel: Tensor
-) -> tuple[Rows, Tensor]:
+    features: Maps, weights: Tensor, channel: Tensor, of_weighted: Maps, of_pooled: Tensor
+) -> tuple[Maps, Tensor]:
     """Compute the gradients of features and weights."""
-    channels = torch.arange(features.shape[2], device=features.device)
-    gradient = wide(of_weighted) + wide(of_mean)[:, :, None] / features.shape[2]
-    gradient = gradient + torch.where(channels == channel[:, :, None], wide(of_maximum)[:, :, None], 0)
-    of_weights = (gradient * wide(features)).sum(1)
-    return (gradient * wide(weights)[:, None]).to(features.dtype), of_weights.to(weights.dtype)
+    channels = torch.arange(features.shape[1], device=features.device)
+    of_mean, of_maximum = wide(of_pooled).flatten(2).unsqueeze(3).unbind(1)
+    gradient = wide(rows(of_weighted)) + of_mean / features.shape[1]
+    gradient = gradient + torch.where(channels == channel[:, :, None], of_maximum, 0)
+    of_weights = (gradient * wide(rows(features))).sum(1)
+    of_features = (gradient * wide(weights)[:, None]).to(features.dtype)
+    return maps(of_features, features), of_weights.to(weights.dtype)
 
 
-def gate_forward(features: Rows, weights: Tensor) -> tuple[Rows]:
-    """Multiply places by weights [image, place]."""
-    return (features * weights[:, :, None],)
+def gate_forward(features: Maps, weights: Tensor) -> tuple[Maps]:
+    """Multiply places by weights [image, 1, height, width]."""
+    return (maps(rows(features) * weights.flatten(1)[:, :, None], features),)
 
 
-def gate_backward(gradient: Rows, features: Rows, weights: Tensor) -> tuple[Rows, Tensor]:
+def gate_backward(features: Maps, weights: Tensor, gradient: Maps) -> tuple[Maps, Tensor]:
     """Compute the gradients of features and weights."""
-    of_weights = (wide(gradient) * wide(features)).sum(2)
-    return gradient * weights[:, :, None], of_weights.to(weights.dtype)
+    of_weights = (wide(rows(gradient)) * wide(rows(features))).sum(2)
+    return gate_forward(gradient, weights)[0], of_weights.to(weights.dtype).view(weights.shape)
 
 
 POOL, POOL_BACK = Chain(pool_forward), Chain(pool_backward)
@@ -303,16 +310,17 @@ class _Pool(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, features: Tensor) -> tuple[Tensor, Tensor]:
-        mean, maximum, place = POOL(rows(features))
+        features = last(features)
+        mean, maximum, place = POOL(features)
         ctx.save_for_backward(features, place)
         return mean, maximum
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_mean: Tensor, of_maximum: Tensor) -> Tensor:
-        features, place = ctx.saved_tensors
-        (of_features,) = POOL_BACK(of_mean.contiguous(), of_maximum.contiguous(), place, rows(features))
-        return maps(of_features, features)
+        (of_features,) = POOL_BACK(*ctx.saved_tensors, of_mean.contiguous(), of_maximum.contiguous())
+        gradient: Tensor = of_features
+        return gradient
 
 
 class _Weigh(torch.autograd.Function):
@@ -320,19 +328,15 @@ class _Weigh(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        weighted, mean, maximum, channel = WEIGH(rows(features), weights)
+        features, weights = last(features), weights.contiguous()
+        weighted, pooled, channel = WEIGH(features, weights)
         ctx.save_for_backward(features, weights, channel)
-        image, _, height, width = features.shape
-        return maps(weighted, features), torch.stack([mean, maximum], dim=1).view(image, 2, height, width)
+        return weighted, pooled
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_weighted: Tensor, of_pooled: Tensor) -> tuple[Tensor, Tensor]:
-        features, weights, channel = ctx.saved_tensors
-        of_mean, of_maximum = (each.contiguous() for each in of_pooled.flatten(2).unbind(1))
-        flat = rows(of_weighted), of_mean, of_maximum, rows(features), weights, channel
-        of_features, of_weights = WEIGH_BACK(*flat)
-        return maps(of_features, features), of_weights
+    def backward(ctx: Any, of_weighted: Tensor, of_pooled: Tensor) -> Any:
+        return WEIGH_BACK(*ctx.saved_tensors, last(of_weighted), of_pooled.contiguous())
 
 
 class _Gate(torch.autograd.Function):
@@ -340,25 +344,22 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, weights: Tensor) -> Tensor:
-        flat = weights.flatten(1).contiguous()
-        ctx.save_for_backward(features, flat)
-        (gated,) = GATE(rows(features), flat)
-        return maps(gated, features)
+        features, weights = last(features), weights.contiguous()
+        ctx.save_for_backward(features, weights)
+        gated: Tensor = GATE(features, weights)[0]
+        return gated
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        features, weights = ctx.saved_tensors
-        of_features, of_weights = GATE_BACK(rows(gradient), rows(features), weights)
-        image, _, height, width = features.shape
-        return maps(of_features, features), of_weights.view(image, 1, height, width)
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return GATE_BACK(*ctx.saved_tensors, last(gradient))
 
 
 def attend(
-    features: Float[Tensor, "image channel height width"],
+    features: Maps,
     channel_weights: Callable[[Float[Tensor, "2 image channel"]], Float[Tensor, "image channel"]],
     place_weights: Callable[[Float[Tensor, "image 2 height width"]], Float[Tensor, "image 1 height width"]],
-) -> Float[Tensor, "image channel height width"]:
+) -> Maps:
     """Weight channels by a function of mean and maximum over places, then places by one of those over channels."""
     pooled = torch.stack(_Pool.apply(features))
     weighted, pooled = _Weigh.apply(features, channel_weights(pooled))
