@@ -121,8 +121,8 @@ class ExecutionSettings:
     deterministic: bool = field(default=False, metadata=COMMON)
     """On CUDA, use only algorithms that repeat bit for bit, which costs speed; a CPU always does."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Whether torch.compile compiles the students' stages, heads and modules (the first step then takes about a
-    minute, later runs less). auto: on CUDA in runs of 100,000 steps or more."""
+    """Whether chains of small operations are compiled for training (docs/speed.md); auto: on a CPU, in runs that are
+    long enough to pay for it."""
     threads: int | None = field(default=None, metadata=PLACE | COMMON)
     """CPU threads. None: torch's choice, one for each core, or fewer in a container that may use less. Results repeat
     bit for bit with the same number of threads."""
