@@ -1,6 +1,7 @@
 """The scripts of benchmarks/: each starts, measures each case once and resumes."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 import codistill as cd
@@ -216,6 +218,90 @@ def test_saving_measures_the_share_of_checks_and_saves(tiny_registered, tmp_path
     assert len(parts) == 2 and all(0 < part < result["epoch_seconds"] for part in parts)
     assert result["share_of_an_epoch"] == pytest.approx(sum(parts) / (result["epoch_seconds"] - sum(parts)))
     assert f"{100 * result['share_of_an_epoch']:.2f} %" in capsys.readouterr().out
+
+
+@pytest.fixture
+def peers(monkeypatch) -> ModuleType:
+    monkeypatch.setattr(loop, "write_report", lambda run, summary: None)
+    peers, program = script("peers", monkeypatch), script("peer_ffl", monkeypatch)
+
+    def whole(written: list[str], threads: int | None, log: Path) -> dict[str, float]:
+        with contextlib.redirect_stdout(io.StringIO()):
+            if str(peers.PROGRAM) in written:
+                program.main(program.parsed(written[2:]))
+            else:
+                in_this_process(written[3:], {}, 0)
+        return {"seconds": 4.0, "cpu_seconds": 2.0, "peak_rss_mib": 1000.0}
+
+    monkeypatch.setattr(peers, "run", whole)
+    return peers
+
+
+def test_peers_train_the_same_thing_in_turn(peers, tmp_path, monkeypatch, capsys):
+    split = {"train": tiny.split(40, 0), "test": tiny.split(20, 1)}
+    arrays = {f"{name}_{kind}": getattr(each, kind) for name, each in split.items() for kind in ("images", "labels")}
+    np.savez(tmp_path / "tiny.npz", **arrays)
+    options = peers.Options(
+        out=tmp_path / "out",
+        data=tmp_path / "tiny.npz",
+        images=24,
+        batch=12,
+        networks=("resnet8", "resnet8"),
+        epochs=1,
+        precision=("bf16",),
+        workers=0,
+        rounds=1,
+    )
+    peers.main(options)
+    held = json.loads((options.out / "measured.json").read_text())
+    ran = [(each["program"], each["precision"]) for each in held["programs"]]
+    assert ran == [("peer", "bf16"), ("codistill", "bf16")]
+    # Three cross-entropies of three classes, log 3 each at first.
+    assert all(2 < each["loss"] < 6 for each in held["programs"])
+    table = (options.out / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    head, rule, *rows = table.split("\n\n")[0].splitlines()
+    assert all(len(cells(row)) == len(cells(head)) == len(cells(rule)) for row in rows)
+    assert cells(rows[0])[0] == "peer, bf16" and cells(rows[0])[2:5] == ["6", "12", "1,000"]
+    assert cells(rows[1])[8:] == ["1.00", "-"] and cells(rows[0])[7:] == ["-", "-", "-"]
+    # Another start continues: here there is nothing left, and with another round two programs in each precision.
+    monkeypatch.setattr(
+        peers, "measure", lambda program, precision, options: dict(held["programs"][0], program=program)
+    )
+    peers.main(options)
+    assert json.loads((options.out / "measured.json").read_text()) == held
+    peers.main(dataclasses.replace(options, rounds=2))
+    assert len(json.loads((options.out / "measured.json").read_text())["programs"]) == 4
+    with pytest.raises(SystemExit, match=r"measured.json: holds what other options have measured: name another --out"):
+        peers.main(dataclasses.replace(options, epochs=3))
+
+
+def test_peers_measure_a_whole_program(monkeypatch, tmp_path):
+    peers = script("peers", monkeypatch)
+    took = peers.run([sys.executable, "-c", "held = bytes(range(256)) * 400_000"], None, tmp_path / "log")
+    assert took["peak_rss_mib"] > 100 and 0 < took["cpu_seconds"] < took["seconds"] + 1
+    with pytest.raises(SystemExit, match=r"ended with 3:\nno such image"):
+        peers.run([sys.executable, "-c", "import sys; print('no such image'); sys.exit(3)"], None, tmp_path / "log")
+    with pytest.raises(SystemExit, match="the peer has two equal ResNets"):
+        options = peers.Options(out=tmp_path, data=tmp_path, networks=("resnet20", "wrn-16-2"))
+        peers.command("peer", "float32", tmp_path, tmp_path, options)
+
+
+def test_peers_divide_images_by_class(monkeypatch, tmp_path):
+    peers = script("peers", monkeypatch)
+    labels = np.array([0, 0, 0, 0, 1, 1, 2, 0, 2, 2])
+    images = np.arange(10, dtype=np.uint8)[:, None, None, None]
+    np.savez(tmp_path / "all.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    peers.subset(peers.Options(out=tmp_path, data=tmp_path / "all.npz", images=5), tmp_path / "part.npz")
+    with np.load(tmp_path / "part.npz") as part:
+        assert part["train_images"].ravel().tolist() == [0, 1, 4, 5, 6] and part["train_labels"].tolist() == [
+            0,
+            0,
+            1,
+            1,
+            2,
+        ]
+        assert len(part["test_labels"]) == 1
 
 
 def test_cpu_keeps_cores_busy_only_as_long_as_needed(monkeypatch):
