@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from codistill.bench.limit import products_loop
 from codistill.bench.loops import plain_loop, random_images, resident_loop
@@ -129,6 +128,9 @@ def bench(
 
 def forward_flop(method: Method, image_size: tuple[int, int]) -> int:
     """Count the floating-point operations of one image's forward pass; a multiplication and an addition are two."""
+    # It imports Triton, which takes a second and 75 MiB.
+    from torch.utils.flop_counter import FlopCounterMode
+
     images = torch.zeros(*([method.views] if method.views > 1 else []), 2, 3, *image_size)
     with probing(method, images.device) as probe, FlopCounterMode(display=False) as counter:
         probe(images)

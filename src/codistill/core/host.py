@@ -75,6 +75,13 @@ def keep_freed_memory() -> bool:
     return any(mallopt(MMAP_THRESHOLD, size) for size in KEPT_BLOCKS) and bool(mallopt(TRIM_THRESHOLD, KEPT_AT_THE_TOP))
 
 
+def release_freed_memory() -> None:
+    """Return to the kernel what `keep_freed_memory` has kept for a next step, where there is none."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
 def cache_folder() -> Path:
     """Return codistill's folder in the user's cache folder; it need not exist.
 

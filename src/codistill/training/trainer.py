@@ -9,6 +9,7 @@ from codistill.core.device import Stopwatch
 from codistill.core.errors import CheckpointError, DivergedError
 from codistill.core.extras import missing_package
 from codistill.core.files import write_json
+from codistill.core.host import release_freed_memory
 from codistill.core.randomness import STEP_STREAM, stream_seed
 from codistill.data.augment import BatchIndices, DeviceImages, epoch_indices
 from codistill.deploy.run import Run
@@ -202,6 +203,8 @@ class Trainer:
     def finish(self, seconds: float) -> None:
         """Write report and summary, and show the table; `seconds` are those since the first step."""
         lost = self.saver.finish()
+        if self.step.device.type == "cpu":  # the report needs memory, and so may the program that has trained
+            release_freed_memory()
         best = self.best or self.rows[-1]
         execution = dataclasses.asdict(self.execution)
         images = {split: len(each) for split, each in self.evaluation.splits.items()}
