@@ -21,13 +21,11 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 # Before torch: it sets how threads wait.
 import codistill  # noqa: F401  # isort: skip
-import matplotlib
 import numpy as np
 import torch
 import tyro
@@ -38,15 +36,16 @@ from codistill.bench.measurement import Contestant, ratio, rounds_in_turn, timed
 from codistill.core.host import set_up_cpu
 from codistill.data.dataset import Dataset, Split
 from codistill.methods import Method
-from codistill.networks import NETWORKS, Network
+from codistill.methods.mfef import MFEF
+from codistill.networks import Network
+from codistill.networks.layers import initialise
 from codistill.networks.resnet import basic_resnet
 from codistill.runs.metadata import environment
-from codistill.settings.build import build_method
-from codistill.settings.config import ExecutionSettings, RunConfig, TrainSettings, default_config
+from codistill.settings.config import TrainSettings, default_config
 
 CPU, CLASSES = torch.device("cpu"), 100
 OURS, PLAIN = "codistill", "plain"
-STEPS_FOR_MEMORY = 3
+STEPS_FOR_MEMORY = 6
 
 
 @dataclass(frozen=True)
@@ -86,19 +85,18 @@ class Options:
         return {name: [replace(self.start, **{name: each}) for each in getattr(self, name)] for name in names}
 
 
-def network(num_classes: int, depth: int, width: int) -> Network:
-    return basic_resnet(num_classes, (width, width, 2 * width, 4 * width), (depth - 2) // 6, "B")
+def network(point: Point) -> Network:
+    width, blocks = point.width, (point.depth - 2) // 6
+    made = basic_resnet(CLASSES, (width, width, 2 * width, 4 * width), blocks, "B")
+    initialise(made)
+    return made
 
 
-def method_of(point: Point) -> tuple[Method, RunConfig]:
-    name = f"resnet{point.depth}-{point.width}"
-    if name not in NETWORKS:
-        NETWORKS.register(name)(partial(network, depth=point.depth, width=point.width))
-    train, execution = TrainSettings(batch_size=point.batch), ExecutionSettings(device="cpu", compile="off")
-    config = replace(default_config("mfef"), networks=(name,) * point.students, train=train, execution=execution)
-    if point.students == 1:  # which has nobody to learn from
-        config = replace(config, method=replace(config.method, distillation="none"))
-    return build_method(config, CLASSES, (point.size, point.size)).train(), config
+def method_of(point: Point) -> Method:
+    # One student has nobody to learn from.
+    settings = MFEF.Settings() if point.students > 1 else MFEF.Settings(distillation="none")
+    students = [network(point) for _ in range(point.students)]
+    return MFEF(students, CLASSES, settings, image_size=(point.size, point.size)).train()
 
 
 def held_mib() -> float:
@@ -118,7 +116,7 @@ def measure(point: Point, loop: str, seconds: float, threads: int) -> dict[str, 
     pixels = random.integers(0, 256, (point.images, point.size, point.size, 3), dtype=np.uint8)
     split = Split(pixels, random.integers(0, CLASSES, point.images))
     data = Dataset("random images", split, split, tuple(map(str, range(CLASSES))))
-    method, config = method_of(point)
+    method, config = method_of(point), replace(default_config("mfef"), train=TrainSettings(batch_size=point.batch))
     if loop == OURS:
         set_up_cpu(threads, CPU)
         train = resident_loop([method], config, CPU, data)
@@ -131,7 +129,7 @@ def measure(point: Point, loop: str, seconds: float, threads: int) -> dict[str, 
         return found
     contestants = [
         Contestant(OURS, train, False),
-        Contestant(PLAIN, plain_loop(method_of(point)[0], config, CPU, data), False),
+        Contestant(PLAIN, plain_loop(method_of(point), config, CPU, data), False),
     ]
     pace = {each.name: timed(each, 1, CPU) for each in contestants}
     rounds = rounds_in_turn(contestants, pace, seconds, CPU)
@@ -204,6 +202,8 @@ def table(options: Options, measured: Mapping[str, Any]) -> str:
 
 def draw(options: Options, measured: Mapping[str, Any], path: Path) -> None:
     """Draw time and memory over every axis, both on logarithmic scales."""
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import codistill as cd
 from codistill.cli import commands, main
@@ -302,6 +303,68 @@ def test_peers_divide_images_by_class(monkeypatch, tmp_path):
             2,
         ]
         assert len(part["test_labels"]) == 1
+
+
+@pytest.fixture
+def scaling(monkeypatch) -> ModuleType:
+    return script("scaling", monkeypatch)
+
+
+@pytest.mark.parametrize("drawn", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_scaling_fits_and_draws_what_it_measured(scaling, tmp_path, monkeypatch, capsys, drawn):
+    asked = []
+
+    def measured(point: Any, loop: str, options: Any) -> dict[str, Any]:
+        asked.append((point, loop))
+        work = point.batch * point.width**2 / 100
+        memory = {"peak_mib": 500.0, "step_mib": point.batch + (10.0 if loop == "plain" else 0.0)}
+        if loop == "plain":
+            return memory
+        return memory | {"ms": {"codistill": 2 * work, "plain": 3 * work**2}, "ratio_to_plain": 1.5, "gflop": work}
+
+    monkeypatch.setattr(scaling, "in_a_process", measured)
+    if not drawn:
+        monkeypatch.setattr(scaling, "draw", lambda *_: None)
+    options = scaling.Options(
+        out=tmp_path, students=(2,), depth=(8,), width=(8, 16), batch=(64, 128), size=(32,), images=(1024, 2048)
+    )
+    scaling.main(options)
+    assert len(asked) == 8  # four points, each with both loops: where axes meet is one point
+    *tables, slopes, _ = (tmp_path / "table.md").read_text().strip().split("\n\n")
+    assert [cells(table.splitlines()[0])[0] for table in tables] == [
+        "students",
+        "depth",
+        "width",
+        "batch",
+        "size",
+        "images",
+    ]
+    assert cells(tables[3].splitlines()[2]) == ["64", "163.84", "327.7", "80530.6", "1.50", "64", "74", "0.86"]
+    head, _, *rows = slopes.splitlines()
+    fitted = {cells(row)[0]: dict(zip(cells(head)[1:], cells(row)[1:], strict=True)) for row in rows}
+    assert list(fitted) == ["width", "batch", "images"]
+    assert fitted["batch"] == {
+        "work": "1.00",
+        "time, codistill": "1.00",
+        "memory, codistill": "1.00",
+        "time of work, codistill": "1.00",
+        "time, plain": "2.00",
+        "memory, plain": "0.90",
+        "time of work, plain": "2.00",
+    }
+    assert fitted["width"]["work"] == "2.00" and fitted["images"]["time of work, codistill"] == "nan"
+    assert not drawn or (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    # Another start measures what is missing.
+    scaling.main(dataclasses.replace(options, batch=(64, 128, 256)))
+    assert [point.batch for point, _ in asked[8:]] == [256, 256]
+
+
+def test_scaling_measures_both_loops_of_a_point(scaling, monkeypatch):
+    point = scaling.Point(students=1, width=2, batch=4, size=8, images=8)
+    found = scaling.measure(point, "codistill", 0.01, torch.get_num_threads())
+    assert set(found["ms"]) == {"codistill", "plain"} and all(each > 0 for each in found["ms"].values())
+    assert found["peak_mib"] > found["step_mib"] >= 0 and found["gflop"] > 0
+    assert set(scaling.measure(point, "plain", 0.01, torch.get_num_threads())) == {"peak_mib", "step_mib"}
 
 
 def test_cpu_keeps_cores_busy_only_as_long_as_needed(monkeypatch):
