@@ -94,10 +94,10 @@ def test_a_run_that_did_not_finish_is_named(all_methods, tiny_registered, tmp_pa
     assert cells(row)[:2] == ["mfef", "diverged: ce/student0 became NaN"] and len(cells(row)) == len(cells(head))
 
 
-def in_this_process(written: list[str], environment: dict[str, str], limit: float) -> str:
-    """Run `codistill` here: a process of its own takes seconds to start."""
+def in_this_process(written: list[str], limit: float) -> str:
+    """Run `python -m codistill` here: a process of its own takes seconds to start."""
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        assert main(written) == 0
+        assert written[:2] == ["-m", "codistill"] and main(written[2:]) == 0
     return output.getvalue()
 
 
@@ -106,80 +106,100 @@ def speed(monkeypatch) -> ModuleType:
     return script("speed", monkeypatch)
 
 
+def tiny_speed(speed: ModuleType, out: Path, **changes: Any) -> Any:
+    """Describe a rehearsal of the script on a CPU."""
+    chosen = {"networks": ("tiny",), "runs": (2,), "students": (1, 3), "batch_size": 8, "seconds": 0.01}
+    chosen |= {"precision": "float32", "modes": ("off",), "tests": "", "device": "cpu"}
+    return speed.Options(out=out, **(chosen | changes))
+
+
 def test_speed_measures_each_case_once(speed, tiny_registered, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(speed, "run", in_this_process)
-    options = speed.Options(
-        out=tmp_path,
-        networks=("tiny",),
-        runs=(2,),
-        students=(1, 3),
-        batch_size=8,
-        precision="float32",
-        compile=False,
-        device="cpu",
-        seconds=0.01,
-    )
+    options = tiny_speed(speed, tmp_path)
     speed.main(options)
-    names = ["tiny", "tiny-x2", "tiny-float32", "tiny-students1", "tiny-students3"]
-    results = {name: json.loads((tmp_path / f"{name}.json").read_text())["result"] for name in names}
+    names = ["tiny-off", "tiny-x2-off", "tiny-compare", "tiny-float32", "tiny-students1", "tiny-students3"]
+    measured = json.loads((tmp_path / "measured.json").read_text())
+    assert list(measured) == names
+    results = {name: each["result"] for name, each in measured.items()}
     head, rule, *rows = (tmp_path / "table.md").read_text().split("\n\n")[0].splitlines()
     assert [cells(row)[0] for row in rows] == names
+    column = {name: index for index, name in enumerate(cells(head))}
     assert all(len(cells(row)) == len(cells(head)) == len(cells(rule)) for row in rows)
     for row, result in zip(rows, results.values(), strict=True):
-        assert cells(row)[1] == "-"
-        assert cells(row)[2] == f"{result['ms_per_step']:.2f}"
-        assert cells(row)[3] == f"{result['runs'] * result['images_per_second']:,.0f}"
-        assert cells(row)[7] == f"{result['operators_per_step']:,}"
-        assert (cells(row)[5] == "-") == ("ratio_to_plain" not in result)
-    assert results["tiny-x2"]["runs"] == 2 and len(results["tiny-students3"]["networks"]) == 3
+        assert cells(row)[column["computed with"]] == "-"
+        assert cells(row)[column["ms per step of a run"]] == f"{result['ms_per_step']:.2f}"
+        assert cells(row)[column["images/s in all"]] == f"{result['runs'] * result['images_per_second']:,.0f}"
+        assert cells(row)[column["launches per step"]] == f"{result['operators_per_step']:,}"
+        assert (cells(row)[column["ours / plain"]] == "-") == ("ratio_to_plain" not in result)
+    assert results["tiny-x2-off"]["runs"] == 2 and len(results["tiny-students3"]["networks"]) == 3
     assert results["tiny-students1"]["operators_per_step"] < results["tiny-students3"]["operators_per_step"]
-    assert "aten::" in (tmp_path / "tiny.txt").read_text()
+    assert "aten::" in (tmp_path / "tiny-off.txt").read_text()
     # Another start measures what is missing, and nothing else.
-    (tmp_path / "tiny-float32.json").unlink()
+    (tmp_path / "measured.json").write_text(
+        json.dumps({name: each for name, each in measured.items() if name != "tiny-float32"})
+    )
     capsys.readouterr()
     monkeypatch.setattr(speed, "run", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory: use a smaller")))
     speed.main(options)
     assert capsys.readouterr().out.splitlines()[0].startswith("tiny-float32:")
     assert "| tiny-float32 | out of memory: use a smaller |" in (tmp_path / "table.md").read_text()
-    for name in set(names) - {"tiny-float32"}:
-        assert json.loads((tmp_path / f"{name}.json").read_text())["result"] == results[name]
+    again = json.loads((tmp_path / "measured.json").read_text())
+    assert {name: each["result"] for name, each in again.items() if "result" in each}.items() <= results.items()
+
+
+def test_speed_stops_where_its_budget_ends(speed, tmp_path, monkeypatch, capsys):
+    taken = []
+
+    def too_slow(written: list[str], limit: float) -> str:
+        taken.append(limit)
+        raise TimeoutError(f"not done after {limit:.0f} s")
+
+    monkeypatch.setattr(speed, "run", too_slow)
+    # A case that the budget cuts short is missing; one that takes longer than a case may has failed.
+    speed.main(tiny_speed(speed, tmp_path, budget=100.0, limit=200.0))
+    assert len(taken) == 1 and 30 < taken[0] <= 100 and not (tmp_path / "measured.json").exists()
+    assert "the budget ends before tiny-off: start this again" in capsys.readouterr().out
+    speed.main(tiny_speed(speed, tmp_path, limit=50.0, students=()))
+    assert taken[1:] == [50.0] * 4
+    assert "| tiny-x2-off | not done after 50 s |" in (tmp_path / "table.md").read_text()
+    speed.main(tiny_speed(speed, tmp_path, budget=20.0))
+    assert len(taken) == 5 and "the budget ends before tiny-students1" in capsys.readouterr().out
 
 
 def test_speed_says_why_a_case_failed(speed, tmp_path):
     with pytest.raises(RuntimeError, match="unknown method 'mfeff': did you mean mfef"):
-        speed.run(["bench", "mfeff"], {}, 100.0)
-    with pytest.raises(RuntimeError, match=r"not done after 0.01 s"):
-        speed.run(["list"], {}, 0.01)
+        speed.run(["-m", "codistill", "bench", "mfeff"], 100.0)
+    with pytest.raises(TimeoutError, match=r"not done after 0 s"):
+        speed.run(["-m", "codistill", "list"], 0.01)
 
 
 def test_speed_has_all_that_is_asked_for(speed, tmp_path, monkeypatch):
     options = speed.Options(out=tmp_path)
-    listed = {case.name: speed.arguments(case, options) for case in speed.cases(options)}
+    listed = {case.name: speed.command(case, options) for case in speed.cases(options)}
     assert len(listed) == len(speed.cases(options))
-    networks = ("resnet32", "wrn-16-2", "resnet110")
+    networks, ways = ("resnet32", "wrn-16-2", "resnet110"), ("off", "on")
     for network in networks:
-        assert {"--compare", "--profile", "bf16"} <= set(listed[network])
+        assert {"--compare", "bf16"} <= set(listed[f"{network}-compare"])
         assert {"--compare", "float32"} <= set(listed[f"{network}-float32"])
-        assert {f"{network}{kind}-x{runs}" for kind in ("", "-compiled") for runs in (2, 3, 6, 8)} <= set(listed)
-        first, again = (
-            next(case for case in speed.cases(options) if case.name == f"{network}-compiled-{which}")
-            for which in ("first", "again")
-        )
-        assert first.environment == again.environment and (first.empties_cache, again.empties_cache) == (True, False)
-    for case in speed.cases(options):
-        assert list(case.environment) == ["TORCHINDUCTOR_CACHE_DIR"] * ("compiled" in case.name)
-    # What is most worth knowing comes first.
-    assert list(listed)[:6] == [*networks, *(f"{network}-x6" for network in networks)]
+        assert {f"{network}-x{runs}-{way}" for runs in (2, 3, 6, 8) for way in ways} <= set(listed)
+        assert "--profile" in listed[f"{network}-on"]
+    targets = {case.name: case.target for case in speed.cases(options) if case.target}
+    assert targets["resnet110-on"] == 7.5 and targets["resnet110-x6-off"] == 3.0 and len(targets) == 12
+    # What is most worth knowing comes first, and few files come back from a machine that is lent.
+    telling = [f"{network}{fleet}-{way}" for fleet in ("", "-x6") for way in ways for network in networks]
+    assert list(listed)[:13] == [*telling, "tests"]
+    assert sum("--profile" in written for written in listed.values()) == 3
     assert [len(case.networks) for case in speed.cases(options) if "students" in case.name] == [1, 2, 3, 4, 5]
+    assert listed.pop("tests")[:5] == ["-m", "pytest", "tests", "-m", "gpu"]
     # `codistill bench` takes each of the commands.
     asked = []
     monkeypatch.setattr(commands, "bench", lambda config, runs, *_: asked.append((config, runs)) or {})
     monkeypatch.setattr(commands, "lines", lambda result: [])
     for name, written in listed.items():
-        assert main(written) == 0
+        assert main(written[2:]) == 0
         config, runs = asked[-1]
-        assert config.execution.compile == ("on" if "compiled" in name else "auto"), name
-        assert runs == int(name.rpartition("-x")[2] if "-x" in name else 1) and config.train.batch_size == 128
+        assert config.execution.compile == ("on" if name.endswith("-on") else "off"), name
+        assert runs == int(name.split("-x")[1][0] if "-x" in name else 1) and config.train.batch_size == 128
 
 
 def test_cpu_measures_layouts_and_waiting(tiny_registered, tmp_path, monkeypatch, capsys):
@@ -231,7 +251,7 @@ def peers(monkeypatch) -> ModuleType:
             if str(peers.PROGRAM) in written:
                 program.main(program.parsed(written[2:]))
             else:
-                in_this_process(written[3:], {}, 0)
+                in_this_process(written[1:], 0)
         return {"seconds": 4.0, "cpu_seconds": 2.0, "peak_rss_mib": 1000.0}
 
     monkeypatch.setattr(peers, "run", whole)
