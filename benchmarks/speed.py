@@ -123,8 +123,9 @@ def run(written: list[str], limit: float) -> str:
     except subprocess.CalledProcessError as error:
         last = (error.stderr.strip() or error.stdout.strip()).splitlines()[-LINES_OF_A_FAILURE:]
         raise RuntimeError("\n".join(last or [f"it ended with {error.returncode} and no message"])) from None
-    except subprocess.TimeoutExpired:
-        raise TimeoutError(f"not done after {limit:.0f} s") from None
+    except subprocess.TimeoutExpired as error:
+        last = (error.stdout or b"").decode(errors="replace").strip().splitlines()[-1:]
+        raise TimeoutError("; its last line: ".join([f"not done after {limit:.0f} s", *last])) from None
     return done.stdout
 
 
