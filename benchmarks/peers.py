@@ -158,9 +158,9 @@ def table(records: list[dict[str, Any]], options: Options) -> str:
         "peak RSS, MiB",
         "training loss, last epoch",
         "test errors, %: students; fused",
-        "training / peer",
-        "whole / peer",
-        "training / peer in float32",
+        "times the peer, training",
+        "times the peer, whole",
+        "times the float32 peer, training",
     )
     rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     images = options.epochs * options.images
