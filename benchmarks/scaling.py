@@ -4,11 +4,11 @@
 
 MFEF, float32, on a CPU; one axis at a time from two ResNet-8 at batch 64 on 1,024 images of 32x32 pixels: students,
 depth, width, batch, image size, number of images. A point is two processes: one trains with codistill until its memory
-is known and then both loops in turn, for the time; the other one the plain loop alone, for its memory, with the C
-library's usual habits. Peak memory of the step is the most that a process has held (resource.getrusage) beyond what it
-held when network, images and optimiser were made. Points are kept in OUT/measured.json; another start measures those
-that are missing. OUT/scaling.png draws them, OUT/table.md has slopes: the power of x with which time and memory grow,
-and the power of the work, in floating-point operations, with which time does: at most 1, or it grows faster than its
+is known, and then both loops in turn for the processor's time; the other one the plain loop alone, for its memory, with
+the C library's usual habits. Peak memory of the step is the most that a process has held (resource.getrusage) beyond
+what it held when network, images and optimiser were made. Points are kept in OUT/measured.json; another start measures
+those that are missing. OUT/scaling.png draws them, OUT/table.md has slopes: the power of x with which time and memory
+grow, and the power of the work, in floating-point operations, with which time does: above 1, it grows faster than its
 work.
 """
 
@@ -19,7 +19,8 @@ import resource
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ import tyro
 
 from codistill.bench.bench import forward_flop
 from codistill.bench.loops import plain_loop, resident_loop
-from codistill.bench.measurement import Contestant, ratio, rounds_in_turn, timed
+from codistill.bench.measurement import ratio
 from codistill.core.host import set_up_cpu
 from codistill.data.dataset import Dataset, Split
 from codistill.methods import Method
@@ -46,6 +47,7 @@ from codistill.settings.config import TrainSettings, default_config
 CPU, CLASSES = torch.device("cpu"), 100
 OURS, PLAIN = "codistill", "plain"
 STEPS_FOR_MEMORY = 6
+LEAST_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Options:
     seconds: float = 5.0
     """How long to measure the time of each point."""
     threads: int = 1
-    """One is the steadiest beside other work."""
+    """More than one wait for each other, and waiting costs the processor's time, too."""
 
     def axes(self) -> dict[str, list[Point]]:
         names = ("students", "depth", "width", "batch", "size", "images")
@@ -127,15 +129,24 @@ def measure(point: Point, loop: str, seconds: float, threads: int) -> dict[str, 
     found = {"peak_mib": peak_mib(), "step_mib": peak_mib() - before}
     if loop == PLAIN:
         return found
-    contestants = [
-        Contestant(OURS, train, False),
-        Contestant(PLAIN, plain_loop(method_of(point), config, CPU, data), False),
-    ]
-    pace = {each.name: timed(each, 1, CPU) for each in contestants}
-    rounds = rounds_in_turn(contestants, pace, seconds, CPU)
+    loops = {OURS: train, PLAIN: plain_loop(method_of(point), config, CPU, data)}
+    rounds = in_turn(loops, seconds)
     times = {name: 1000 * statistics.median(each) for name, each in rounds.items()}
     work = 3 * forward_flop(method, data.image_size) * point.batch / 1e9
     return found | {"ms": times, "ratio_to_plain": ratio(rounds, PLAIN, OURS), "gflop": work}
+
+
+def in_turn(loops: Mapping[str, Callable[[int], None]], seconds: float) -> dict[str, list[float]]:
+    """Return by round the processor's seconds that a step of each loop takes; they hardly depend on other work."""
+    rounds: dict[str, list[float]] = {name: [] for name in loops}
+    started = time.perf_counter()
+    loops[PLAIN](1)
+    while time.perf_counter() - started < seconds or len(rounds[OURS]) < LEAST_ROUNDS:
+        for name, train in loops.items():
+            before = time.process_time()
+            train(1)
+            rounds[name].append(time.process_time() - before)
+    return rounds
 
 
 def in_a_process(point: Point, loop: str, options: Options) -> dict[str, Any]:
