@@ -34,7 +34,7 @@ import tyro
 from codistill.bench.bench import forward_flop
 from codistill.bench.loops import plain_loop, resident_loop
 from codistill.bench.measurement import ratio
-from codistill.core.host import set_up_cpu
+from codistill.core.host import release_freed_memory, set_up_cpu
 from codistill.data.dataset import Dataset, Split
 from codistill.methods import Method
 from codistill.methods.mfef import MFEF
@@ -124,6 +124,9 @@ def measure(point: Point, loop: str, seconds: float, threads: int) -> dict[str, 
         train = resident_loop([method], config, CPU, data)
     else:
         train = plain_loop(method, config, CPU, data)
+    # What making the images has freed, and its peak, are not the step's.
+    release_freed_memory()
+    Path("/proc/self/clear_refs").write_text("5")
     before = held_mib()
     train(STEPS_FOR_MEMORY)
     found = {"peak_mib": peak_mib(), "step_mib": peak_mib() - before}
@@ -208,7 +211,7 @@ def table(options: Options, measured: Mapping[str, Any]) -> str:
     names = list(next(iter(fitted.values()), {}))
     rows += [f"| slopes: power of | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     rows += [f"| {axis} | {' | '.join(f'{each[name]:.2f}' for name in names)} |" for axis, each in fitted.items()]
-    return "\n".join([*rows, "", f"`{json.dumps(environment(CPU))}`", ""])
+    return "\n".join([*rows, "", f"`{json.dumps(environment(CPU) | {"threads": options.threads})}`", ""])
 
 
 def draw(options: Options, measured: Mapping[str, Any], path: Path) -> None:
