@@ -211,7 +211,7 @@ def table(options: Options, measured: Mapping[str, Any]) -> str:
     names = list(next(iter(fitted.values()), {}))
     rows += [f"| slopes: power of | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     rows += [f"| {axis} | {' | '.join(f'{each[name]:.2f}' for name in names)} |" for axis, each in fitted.items()]
-    return "\n".join([*rows, "", f"`{json.dumps(environment(CPU) | {"threads": options.threads})}`", ""])
+    return "\n".join([*rows, "", f"`{json.dumps(environment(CPU) | {'threads': options.threads})}`", ""])
 
 
 def draw(options: Options, measured: Mapping[str, Any], path: Path) -> None:
