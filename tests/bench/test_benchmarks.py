@@ -193,8 +193,8 @@ def test_speed_has_all_that_is_asked_for(speed, tmp_path, monkeypatch):
     assert listed.pop("tests")[:5] == ["-m", "pytest", "tests", "-m", "gpu"]
     # `codistill bench` takes each of the commands.
     asked = []
-    monkeypatch.setattr(commands, "bench", lambda config, runs, *_: asked.append((config, runs)) or {})
-    monkeypatch.setattr(commands, "lines", lambda result: [])
+    monkeypatch.setattr("codistill.bench.bench.bench", lambda config, runs, *_: asked.append((config, runs)) or {})
+    monkeypatch.setattr("codistill.bench.bench.lines", lambda result: [])
     for name, written in listed.items():
         assert main(written[2:]) == 0
         config, runs = asked[-1]

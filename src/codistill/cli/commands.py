@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from codistill.bench.bench import bench, lines
 from codistill.cli import options
 from codistill.cli.flags import parse, parse_with_settings
 from codistill.core.console import lasting_console, warn
@@ -50,6 +49,8 @@ def split_named(arguments: Sequence[str]) -> tuple[str | None, Sequence[str]]:
 
 def bench_command(arguments: Sequence[str]) -> None:
     """Run `codistill bench`."""
+    from codistill.bench.bench import bench, lines  # counting operations takes long to import
+
     named, rest = split_named(arguments)
     default = default_config(named or "mfef")
     command = f"codistill bench {default.method_name}"

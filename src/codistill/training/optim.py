@@ -1,11 +1,20 @@
 """The optimiser with its parameter groups, and the learning rate as a function of the epoch."""
 
+import inspect
 from collections.abc import Sequence
 
 import torch
 
 from codistill.methods import Method
 from codistill.settings.config import TrainSettings
+
+
+class SGD(torch.optim.SGD):
+    """SGD that does not import the compiler, for which a first step would wait 2 s; nothing here compiles updates."""
+
+    add_param_group = inspect.unwrap(torch.optim.SGD.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.SGD.zero_grad)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
 
 
 def make_optimizer(method: Method, settings: TrainSettings) -> torch.optim.SGD:
@@ -24,7 +33,7 @@ def make_optimizer(method: Method, settings: TrainSettings) -> torch.optim.SGD:
         for group in method.parameter_groups()
     ]
     device = next(method.parameters()).device
-    optimizer = torch.optim.SGD(
+    optimizer = SGD(
         groups,
         lr=torch.tensor(settings.learning_rate, device=device),
         momentum=settings.momentum,
