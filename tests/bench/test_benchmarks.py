@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import codistill as cd
-from codistill.cli import commands, main
+from codistill.cli import main
 from codistill.methods import METHODS
 from codistill.training import trainer as loop
 

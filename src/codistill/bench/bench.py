@@ -14,7 +14,7 @@ from codistill.bench.limit import products_loop
 from codistill.bench.loops import plain_loop, random_images, resident_loop
 from codistill.bench.measurement import Contestant, count_launches, ratio, rounds_in_turn, timed
 from codistill.core.console import warn
-from codistill.core.device import choose_device, set_up_gpu
+from codistill.core.device import choose_device, choose_precision, set_up_gpu
 from codistill.core.errors import UsageError
 from codistill.core.host import set_up_cpu
 from codistill.methods import Method
@@ -48,6 +48,7 @@ def bench(
         deterministic setting over ours.
     """
     device = choose_device(config.execution.device, config.execution.precision)
+    config = config.in_precision(choose_precision(config.execution.precision, device))
     set_up_gpu(device, config.execution.deterministic)
     set_up_cpu(config.execution.threads, device)
     data, on_gpu = load_named_data(config) if config.data else random_images(), device.type == "cuda"

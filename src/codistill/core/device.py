@@ -3,6 +3,7 @@
 import os
 import re
 import time
+from typing import Literal
 
 import torch
 
@@ -12,6 +13,22 @@ from codistill.core.errors import UsageError
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Make the context that forward passes run in: bf16 autocast, or nothing for float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+
+
+def fast_bf16(device: torch.device) -> Literal["Ampere", "AMX", "avx512_bf16", ""]:
+    """Return what a device has that computes fast in bf16, an NVIDIA GPU of its generation or later; empty: nothing."""
+    if device.type == "cuda":
+        return "Ampere" if torch.cuda.get_device_capability(device) >= (8, 0) else ""
+    if torch.cpu._is_amx_tile_supported():
+        return "AMX"
+    return "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else ""
+
+
+def choose_precision(asked: Literal["float32", "bf16", "auto"], device: torch.device) -> Literal["float32", "bf16"]:
+    """Return the precision that a setting means on a device."""
+    if asked == "auto":
+        return "bf16" if fast_bf16(device) else "float32"
+    return asked
 
 
 def choose_device(name: str, precision: str) -> torch.device:

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from codistill.runs.choice import evaluated
+
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> str:
     """Draw errors of each split and loss terms over the epochs, from the lines of metrics.jsonl, as an SVG element."""
@@ -31,14 +33,16 @@ def _draw(rows: Sequence[Mapping[str, Any]]) -> str:
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     errors, losses = figure.subplots(1, 2)
-    epochs = [row["epoch"] + 1 for row in rows]
-    marker = "o" if len(rows) == 1 else None
-    held_out = "validation" in rows[0]
-    for index, name in enumerate(rows[0]["test"]):
-        errors.plot(epochs, [row["test"][name]["top1_error"] for row in rows], f"C{index}", label=name, marker=marker)
+    epochs, scored = [row["epoch"] + 1 for row in rows], evaluated(rows)
+    evaluations = [row["epoch"] + 1 for row in scored]
+    marker = "o" if len(scored) == 1 else None
+    held_out = "validation" in scored[0]
+    for index, name in enumerate(scored[0]["test"]):
+        found = [row["test"][name]["top1_error"] for row in scored]
+        errors.plot(evaluations, found, f"C{index}", label=name, marker=marker)
         if held_out:
-            held = [row["validation"][name]["top1_error"] for row in rows]
-            errors.plot(epochs, held, f"C{index}--", label=f"{name} (validation)", marker=marker and "x")
+            held = [row["validation"][name]["top1_error"] for row in scored]
+            errors.plot(evaluations, held, f"C{index}--", label=f"{name} (validation)", marker=marker and "x")
     for name in rows[0]["train"]:
         losses.plot(epochs, [row["train"][name] for row in rows], label=name.replace("->", " → "), marker=marker)
     what = "top-1 error, %: test solid, validation dashed" if held_out else "top-1 error on the test set, %"

@@ -115,7 +115,8 @@ class CheckpointStore:
             for reason in reasons:
                 warn(f"{reason}; using {entry['file']}, the one before")
             return state
-        none = f"{self.folder}: no {which} checkpoint; the run did not complete an epoch"
+        what = "evaluate an epoch so far" if which == "best" and self.entries() else "complete an epoch"
+        none = f"{self.folder}: no {which} checkpoint; the run did not {what}"
         raise CheckpointError("; ".join(reasons) or none)
 
     def _read(self, entry: dict[str, Any]) -> TrainingState:

@@ -1,11 +1,16 @@
 """Which student of a run is the best: by validation errors where training images are held out, else by test errors."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 ERRORS = {"validation": "validation_top1_error", "test": "top1_error"}
 """Split to the key of its errors in summary.json; those of the best epoch have the prefix `best_epoch_`."""
+
+
+def evaluated(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the lines of metrics.jsonl of epochs that ended with an evaluation, as the last one does."""
+    return [row for row in rows if "test" in row]
 
 
 def chosen_by(row: Mapping[str, Any]) -> str:

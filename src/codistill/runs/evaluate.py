@@ -12,7 +12,7 @@ from codistill.runs.metadata import split_digests
 def evaluate_run(
     run: RunFolder, which: str = "last", data_dir: str | None = None, device: str = "auto", skip_bad: bool = False
 ) -> dict[str, Scores]:
-    """Score a checkpoint of a run on the test set of its data set, in the precision of its training.
+    """Score a checkpoint of a run on the test set of its data set, in the precision in which its training did.
 
     A test set with other images or labels than in training is scored, and a warning says that it is another one.
 
@@ -39,4 +39,4 @@ def evaluate_run(
     method = run.load_method(which)
     method.choose_memory_format(images.batch(0, 1)[0])
     method.to(where, memory_format=method.memory_format)  # type: ignore[call-overload]
-    return evaluate(method, images, config.execution.precision, seed=config.train.seed)
+    return evaluate(method, images, config.execution.scored_in, seed=config.train.seed)

@@ -74,10 +74,12 @@ def run_metadata(
     method: Method,
     digests: Mapping[str, str],
     initial: Mapping[str, Any],
+    asked: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the contents of config.json: settings, environment, and the facts of the data set that networks need.
 
-    `digests` are those of the data; `initial` tells of the initial weights.
+    `digests` are those of the data; `initial` tells of the initial weights; `asked` are values of settings, by key, in
+    place of which others were chosen: auto.
     """
     (mean, std), images = data.statistics, {"train_images": len(data.train), "test_images": len(data.test)}
     classes = {"class_names": list(data.class_names), "image_size": list(data.image_size)}
@@ -87,7 +89,7 @@ def run_metadata(
     own: dict[str, Any] = {} if METHODS.get(method.name) is type(method) else {"own_method": type(method).__name__}
     teacher = {"teacher_sha256": weights_digest(method.taught_by.network)} if method.taught_by else {}
     own |= {"imports": imported()} if imported() else {}
-    began = {"initial_weights": dict(initial)}
+    began = {"initial_weights": dict(initial)} | ({"asked": dict(asked)} if asked else {})
     return {**config.as_mapping(), **own, **teacher, **began, "dataset": facts, "environment": environment(device)}
 
 

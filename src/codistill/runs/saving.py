@@ -160,7 +160,8 @@ class Saver:
         board = self._board = self._board or SummaryWriter(str(self.run.path / "tensorboard"), purge_step=step)
         scalars = {f"train/{name.replace('->', '_to_')}": value for name, value in row["train"].items()}
         scalars |= {f"train/{name}": row[name] for name in ("learning_rate", "images_per_second")}
-        scalars |= {f"diversity/{name}": row["diversity"][name] for name in ("disagreement", "kl")}
+        if "diversity" in row:
+            scalars |= {f"diversity/{name}": row["diversity"][name] for name in ("disagreement", "kl")}
         for split in ("validation", "test"):
             for predictor, scores in row.get(split, {}).items():
                 scalars |= {f"{split}/{predictor}/{name}": value for name, value in scores.items()}

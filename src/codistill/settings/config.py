@@ -14,7 +14,6 @@ from codistill.data.dataset import Dataset
 from codistill.methods import METHODS, MethodSettings
 from codistill.settings.kinds import take_kinds
 
-Precision = Literal["float32", "bf16"]
 # For counts without a bound of their own.
 LARGEST = 2**31 - 1
 # Metadata of settings: results do not depend on a place, runs that train side by side have common ones in common, and
@@ -55,6 +54,8 @@ class TrainSettings:
     validation: int | str = field(default=0, metadata=COMMON | {"metavar": "N|P%"})
     """Hold out N training images, or a part of all of them as 20%, the last of the seeded order, to choose epoch and
     student; each seed has others."""
+    evaluate_every: int = 1
+    """Epochs from one evaluation to the next; the last epoch is always evaluated, and the best is one of these."""
     seed: int = 0
     """Seed of initial weights, order of images, crops, flips and splits."""
 
@@ -68,6 +69,7 @@ class TrainSettings:
             ("padding", 0, LARGEST),
             ("train_limit", 1, LARGEST),
             ("validation", 0, LARGEST),
+            ("evaluate_every", 1, LARGEST),
             ("seed", 0, 2**32 - 1),
         ):
             value = getattr(self, name)
@@ -99,6 +101,10 @@ class TrainSettings:
             return self.validation
         return max(1, round(images * float(self.validation[:-1]) / 100))
 
+    def evaluates(self, epoch: int) -> bool:
+        """Whether an epoch, counted from 0, ends with an evaluation."""
+        return (epoch + 1) % self.evaluate_every == 0 or epoch + 1 == self.epochs
+
     def augmentation(self, data: Dataset) -> Augmentation:
         """Decide on crops and flips for a data set; raise UsageError if its images are smaller than the padding."""
         smallest = min(data.image_size)
@@ -116,8 +122,11 @@ class ExecutionSettings:
 
     device: str = field(default="auto", metadata=PLACE | COMMON)
     """cpu, cuda, cuda:1, or auto: cuda where there is one."""
-    precision: Precision = field(default="float32", metadata=COMMON)
-    """float32, or bf16: autocast with float32 weights, batch statistics and losses."""
+    precision: Literal["float32", "bf16", "auto"] = field(default="float32", metadata=COMMON)
+    """float32, or bf16: autocast with float32 weights, batch statistics and losses. auto: bf16 where the device is fast
+    in it (GPUs from Ampere on, CPUs with AMX or avx512_bf16), else float32."""
+    evaluation_precision: Literal["same", "float32", "bf16"] = field(default="same", metadata=COMMON)
+    """Precision of the evaluation; same: that of the training."""
     deterministic: bool = field(default=False, metadata=COMMON)
     """On CUDA, use only algorithms that repeat bit for bit, which costs speed; a CPU always does."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -131,10 +140,15 @@ class ExecutionSettings:
         take_kinds(self)
         if self.threads is not None and not 1 <= self.threads <= 1024:
             raise UsageError(f"threads is {self.threads}; it must be from 1 to 1024")
-        for name in ("precision", "compile"):
+        for name in ("precision", "evaluation_precision", "compile"):
             value, choices = getattr(self, name), get_args(get_type_hints(type(self))[name])
             if value not in choices:
                 raise UsageError(f"{name} is {value!r}: {near_matches(str(value), choices)}")
+
+    @property
+    def scored_in(self) -> str:
+        """The precision of the evaluation."""
+        return self.precision if self.evaluation_precision == "same" else self.evaluation_precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +193,10 @@ class RunConfig:
     teaching: TeacherSettings = field(default_factory=TeacherSettings)
     method: MethodSettings = field(default_factory=MethodSettings)
     """Settings of the method."""
+
+    def in_precision(self, precision: Literal["float32", "bf16"]) -> "RunConfig":
+        """Return the run with the precision that was chosen for it."""
+        return dataclasses.replace(self, execution=dataclasses.replace(self.execution, precision=precision))
 
     def values(self) -> dict[str, Any]:
         """Return all settings by key, flat but for the method's."""

@@ -55,7 +55,7 @@ def memory_of_a_run(plan: Plan, splits: DeviceSplits) -> int:
         kept = torch.cuda.memory_allocated(device)
         within_step = torch.cuda.max_memory_allocated(device) - kept
         torch.cuda.reset_peak_memory_stats(device)
-        evaluate(probe, few, precision)
+        evaluate(probe, few, plan.config.execution.scored_in)
         within_evaluation = torch.cuda.max_memory_allocated(device) - kept
     del probe, step
     torch.cuda.empty_cache()
@@ -125,7 +125,7 @@ def train_fleet(configs: Sequence[RunConfig], outs: Sequence[Path], show: bool =
     sizes = side_by_side(plans, splits)
     # The runs of later groups have a folder from the beginning, so that `resume` finds them.
     for plan, out in list(zip(plans, outs, strict=True))[sizes[0] :]:
-        metadata = run_metadata(plan.config, data, device, plan.method, splits.digests, plan.initial)
+        metadata = run_metadata(plan.config, data, device, plan.method, splits.digests, plan.initial, plan.asked)
         with Run.opened(out, metadata, plan.method, data):
             pass
     openings = [

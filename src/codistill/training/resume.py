@@ -97,7 +97,7 @@ def resume_together(
             checked = functools.partial(check, data=loaded, device=device, alone=len(group) == 1, ranks=ranks)
             plans = [checked(method, config=config) for method, config in zip(methods, configs, strict=True)]
             if ranks.leads:
-                announce(plans)
+                announce(plans, resumed=True)
             for plan, each in zip(plans, group, strict=True):
                 each.check_weights(plan.initial)
             names = [each.run.path.name if several else "" for each in group]
@@ -139,7 +139,7 @@ class InterruptedRun:
         self.state = run.checkpoints.load() if run.checkpoints.entries() else None
         if self.state is not None:
             began, now = self.state.config, config.as_mapping()
-            changed = [key for key in now if key not in MOVABLE and now[key] != began.get(key)]
+            changed = [key for key in now if key not in MOVABLE and now[key] != began.get(key, now[key])]
             if changed:
                 listed = "; ".join(f"{key}: {began.get(key)!r} -> {now[key]!r}" for key in changed)
                 raise UsageError(

@@ -17,7 +17,7 @@ from codistill.evaluation.diversity import health_warnings
 from codistill.evaluation.evaluation import Evaluation
 from codistill.evaluation.metrics import read_together
 from codistill.report.page import write_report
-from codistill.runs.choice import ERRORS, choice, lowest_student
+from codistill.runs.choice import ERRORS, choice, evaluated, lowest_student
 from codistill.runs.saving import Saver
 from codistill.runs.state import TrainingState, load_weights, tensors_once
 from codistill.runs.summary import summarise
@@ -51,7 +51,7 @@ class Trainer:
         self.evaluation = Evaluation(
             self.method,
             held,
-            config.execution.precision,
+            config.execution.scored_in,
             captured=step.ranks.count == 1 and self.method.capturable,
             seed=config.train.seed,
         )
@@ -62,6 +62,7 @@ class Trainer:
         self.display = TrainingDisplay(config.train.epochs, len(self.steps), self.used, show, label)
         self.stopwatch = Stopwatch(step.device)
         self.rate = config.train.learning_rate
+        self.evaluates = True  # at the end of the current epoch
         self.position = (0, 0)
         self.best: Mapping[str, Any] | None = None
         self.rows: list[Mapping[str, Any]] = []
@@ -81,7 +82,7 @@ class Trainer:
                 self.step.finite.load(state.finite)
             if state.step > len(self.steps):
                 raise ValueError(f"it is at step {state.step}, but an epoch has {len(self.steps)}")
-            self.best = min(state.rows, key=self.selection_error, default=None)
+            self.best = min(evaluated(state.rows), key=self.selection_error, default=None)
             if self.step.ranks.leads:
                 self.run.write_metrics(state.rows)
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
@@ -97,6 +98,7 @@ class Trainer:
         steps, decay = settings.learning_rate_steps, settings.learning_rate_decay
         self.rate = learning_rate_at(epoch, settings.learning_rate, steps, decay)
         set_learning_rate(self.step.optimizer, self.rate)
+        self.evaluates = settings.evaluates(epoch)
         self.display.begin_epoch(epoch)
         step, images = self.step, self.step.images
         used = len(images) if images.positions is None else images.positions
@@ -118,7 +120,12 @@ class Trainer:
             self.display.step(epoch, number, self.step.sums.means() if readable else {})
 
     def evaluate(self, between: Callable[[], None]) -> None:
-        """Score all predictors on the held splits; of several ranks rank 0 does, and the others wait in `between`."""
+        """Score all predictors on the held splits, in an epoch that ends so.
+
+        Of several ranks rank 0 does, and the others wait in `between`.
+        """
+        if not self.evaluates:
+            return
         if self.step.ranks.count == 1:
             self.evaluation.run(between)
             return
@@ -136,7 +143,8 @@ class Trainer:
     def tensors(self) -> dict[str, Any]:
         """Return the numbers of the epoch on the device, for `read_together`: terms, health, scores."""
         checked = health(self.method, self.step.finite)
-        return {"terms": self.step.sums.tensors(), "health": checked, "scores": self.evaluation.tensors()}
+        scores = self.evaluation.tensors() if self.evaluates else {}
+        return {"terms": self.step.sums.tensors(), "health": checked, "scores": scores}
 
     def save_inside(self, epoch: int, step: int) -> None:
         """Save after some steps of an epoch, and wait for it; a diverged state is not saved."""
@@ -173,14 +181,15 @@ class Trainer:
         self.refuse(divergence(numbers["health"], self.method.cohort.shared_stages, epoch))
         train = self.step.sums.means(numbers["terms"])
         row: dict[str, Any] = {"epoch": epoch, "learning_rate": self.rate, "train": train}
-        row |= self.scored(numbers["scores"])
-        for split in self.evaluation.splits:
+        row |= self.scored(numbers["scores"]) if self.evaluates else {}
+        for split in numbers["scores"]:
             self.refuse(bad_scores(row, split))
-        row["warnings"] = health_warnings(row, self.rows, self.config.train.epochs)
+        before, epochs = evaluated(self.rows), self.config.train.epochs
+        row["warnings"] = health_warnings(row, before, epochs) if self.evaluates else []
         seconds = self.stopwatch.seconds()
         trained = self.used - sum(stop - start for start, stop in self.steps[: self.first_step(epoch)])
         row |= {"seconds": seconds, "images_per_second": trained / seconds}
-        best = self.best is None or self.selection_error(row) < self.selection_error(self.best)
+        best = self.evaluates and (self.best is None or self.selection_error(row) < self.selection_error(self.best))
         if best:
             self.best = row
         self.rows.append(row)
