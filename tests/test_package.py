@@ -80,3 +80,14 @@ def test_threads_spin_for_a_short_time_unless_the_user_says_otherwise(given: dic
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     program = "import codistill, os; print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'))"
     assert loaded(program, environment=environment | given).stdout.strip() == wanted
+
+
+@pytest.mark.slow  # it imports torch
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_run_does_not_wait_for_the_compiler_to_be_imported(tmp_path, precision):
+    command = (
+        f"train mfef --networks resnet20 resnet20 --data digits --train-limit 16 -b 16 --epochs 1 --out {tmp_path}/run"
+    )
+    program = "import sys; from codistill.cli import main; main(sys.argv[1:]); print('torch._dynamo' in sys.modules)"
+    done = loaded(program, *command.split(), "--precision", precision)
+    assert done.stdout.endswith("False\n")

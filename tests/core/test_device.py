@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from codistill.core.device import autocast, choose_device, set_up_gpu
+from codistill.core.device import autocast, choose_device, choose_precision, fast_bf16, set_up_gpu
 from codistill.core.errors import UsageError
 
 
@@ -79,3 +79,21 @@ def test_autocast_is_off_for_float32():
     for precision, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
         with autocast(torch.device("cpu"), precision):
             assert convolution(images).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx", "has", "precision"),
+    [(True, True, "AMX", "bf16"), (False, True, "avx512_bf16", "bf16"), (False, False, "", "float32")],
+)
+def test_auto_is_the_precision_that_a_cpu_computes_fast(monkeypatch, amx, avx, has, precision):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
+    cpu = torch.device("cpu")
+    assert (fast_bf16(cpu), choose_precision("auto", cpu)) == (has, precision)
+    assert [choose_precision(asked, cpu) for asked in ("float32", "bf16")] == ["float32", "bf16"]
+
+
+@pytest.mark.parametrize(("generation", "precision"), [((7, 5), "float32"), ((8, 0), "bf16"), ((9, 0), "bf16")])
+def test_auto_is_bf16_from_ampere_on(monkeypatch, generation, precision):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: generation)
+    assert choose_precision("auto", torch.device("cuda")) == precision

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import codistill as cd
 from codistill.core.errors import DataError, UsageError
@@ -57,6 +58,22 @@ def test_uses_running_statistics_and_leaves_everything_as_it_was(trained, images
     assert trained.training is training and all(module.training is training for module in trained.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in trained.state_dict().items())
     assert all(parameter.grad is None for parameter in trained.parameters())
+
+
+class Convolutions(TorchDispatchMode):
+    """Count convolutions."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.convolution.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_all_predictors_are_scored_from_one_pass_of_the_trunk_and_of_each_branch(trained, images):
+    with Convolutions() as convolutions:
+        evaluate(trained, images)
+    assert convolutions.count == sum(isinstance(module, torch.nn.Conv2d) for module in trained.modules())
 
 
 def test_the_host_reads_once(trained, images):

@@ -130,7 +130,9 @@ def test_it_can_be_written_again_from_the_folder_alone(run, tmp_path):
 
 def test_terms_that_are_zero_or_huge_can_be_drawn():
     scores = {"student0": {"top1_error": 100.0}}
-    rows = [{"epoch": epoch, "test": scores, "train": {"loss": 0.0, "ce/student0": 10.0**epoch}} for epoch in range(30)]
+    rows = [{"epoch": epoch, "train": {"loss": 0.0, "ce/student0": 10.0**epoch}} for epoch in range(30)]
+    for row in rows[6::7]:  # the others were not evaluated
+        row["test"] = scores
     assert curves(rows).startswith("<svg")
 
 

@@ -94,7 +94,7 @@ def test_a_network_that_draws_in_evaluation_scores_as_in_training(colours, tmp_p
 
 def test_with_a_teacher_and_validation_images(colours, tmp_path):
     assert run_here(arguments(colours, tmp_path / "teacher", method="independent")) == 0
-    more = ("--teacher", str(tmp_path / "teacher"), "--validation", "4")
+    more = ("--teacher", str(tmp_path / "teacher"), "--validation", "4", "--evaluate-every", "2")
     assert run_here(arguments(colours, tmp_path / "whole", *more, method="kd")) == 0
     resume(stopped(colours, tmp_path / "broken", 3, *more, method="kd"), show=False)
     assert end_state(tmp_path / "broken") == end_state(tmp_path / "whole")

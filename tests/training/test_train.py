@@ -9,8 +9,13 @@ import pytest
 import torch
 
 import codistill as cd
+from codistill.core import device
 from codistill.core.errors import CheckpointError, DivergedError, UsageError
-from codistill.data.augment import seeded_order
+from codistill.data.augment import DeviceImages, seeded_order
+from codistill.evaluation.evaluation import Evaluation, evaluate
+from codistill.settings.config import RunConfig
+from codistill.sweeps.naming import digest
+from codistill.training import prepare
 from codistill.training import trainer as loop
 from codistill.training.step import TrainStep
 from codistill.training.trial import try_method
@@ -411,3 +416,78 @@ def test_a_run_that_is_broken_off_says_so(train, tmp_path, monkeypatch, error, s
     assert [entry["epoch"] for entry in run.checkpoints.entries()] == [1] and len(run.metrics()) == 1
     with pytest.raises(UsageError, match="is not empty"):
         cd.train(tiny.method(), tiny.data(), out=run.path, settings=tiny.settings(), show=False)
+
+
+def test_some_epochs_are_not_evaluated(train, monkeypatch, capsys):
+    settings = {"data": tiny.data(train=96, test=30), "epochs": 5, "learning_rate": 0.02, "validation": 12}
+    each, passes = train(**settings), []
+    run_pass = Evaluation.run
+    monkeypatch.setattr(Evaluation, "run", lambda self, between: passes.append(run_pass(self, between)))
+    some = train(evaluate_every=2, **settings)
+    assert len(passes) == 3 and state(some) == state(each)
+    rows, all_rows = some.metrics(), each.metrics()
+    for epoch, (row, other) in enumerate(zip(rows, all_rows, strict=True)):
+        assert row["train"] == other["train"]
+        if epoch in (1, 3, 4):
+            assert tiny.untimed(row) | {"warnings": []} == tiny.untimed(other) | {"warnings": []}
+        else:
+            assert not {"test", "validation", "diversity"} & row.keys() and row["warnings"] == []
+    scored = [row for row in all_rows if row["epoch"] in (1, 3, 4)]
+    best = min(scored, key=lambda row: student_error(row["validation"]))
+    assert some.summary["best_epoch"] == best["epoch"] + 1
+    assert some.summary["top1_error"] == each.summary["top1_error"]
+    assert [entry["epoch"] for entry in some.checkpoints.entries() if entry["best"]] == [best["epoch"] + 1]
+    assert capsys.readouterr().err == ""  # the events were written, too
+
+
+@pytest.mark.parametrize("fast", ["avx512_bf16", ""])
+def test_auto_is_bf16_where_the_cpu_is_fast_in_it_and_config_json_says_both(train, monkeypatch, fast):
+    monkeypatch.setattr(device, "fast_bf16", lambda device: fast)
+    run = train(precision="auto", epochs=1)
+    wanted = "bf16" if fast else "float32"
+    assert (run.config.execution.precision, run.asked.execution.precision) == (wanted, "auto")
+    assert run.metadata["precision"] == wanted and run.metadata["asked"] == {"precision": "auto"}
+    same = train(precision=wanted, epochs=1)
+    assert state(run) == state(same) and "asked" not in same.metadata
+    # A sweep knows its run again.
+    config = dataclasses.replace(run.config, execution=cd.ExecutionSettings(precision="auto", threads=1))
+    assert digest(run.asked) == digest(config) != digest(run.config)
+
+
+def test_what_bf16_would_gain_is_said_once_of_a_long_run(train, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "fast_bf16", lambda device: "AMX")
+    monkeypatch.setattr(prepare, "LONG_RUN", 3)
+    train(epochs=1)
+    line = "codistill: this CPU has AMX: with --precision bf16 a step is about 1.5 times as fast as in float32"
+    assert capsys.readouterr().err.splitlines() == [line]
+    config = RunConfig(networks=("tiny", "tiny"), train=tiny.settings(epochs=1))
+    plan = prepare.check(tiny.method(), tiny.data(), config, torch.device("cpu"))
+    prepare.announce([plan] * 4)
+    assert capsys.readouterr().err.splitlines() == [line]
+    prepare.announce([plan], resumed=True)
+    monkeypatch.setattr(prepare, "LONG_RUN", 4)
+    prepare.announce([plan])
+    train(epochs=1, precision="bf16")
+    assert capsys.readouterr().err == ""
+
+
+def test_bf16_on_a_cpu_that_is_slow_in_it_is_said(train, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "fast_bf16", lambda device: "")
+    run = train(epochs=1, precision="bf16")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("codistill: warning: precision bf16: this CPU has no AMX or avx512_bf16, so a step may take")
+    assert run.finished
+
+
+def test_a_run_in_bf16_can_be_evaluated_in_float32(train):
+    usual, wide = (train(precision="bf16", evaluation_precision=each) for each in ("same", "float32"))
+    assert state(usual) == state(wide)
+    images = DeviceImages(tiny.data().test, tiny.data().statistics, torch.device("cpu"))
+    for run, precision in ((usual, "bf16"), (wide, "float32")):
+        scores = {
+            name: dataclasses.asdict(each) for name, each in evaluate(run.load_method(), images, precision).items()
+        }
+        found = {name: dataclasses.asdict(each) for name, each in run.evaluate(device="cpu").items()}
+        for name, row in run.metrics()[-1]["test"].items():
+            assert row == pytest.approx(scores[name], rel=1e-4) and found[name] == pytest.approx(row, rel=1e-4)
+    assert usual.metrics()[-1]["test"] != wide.metrics()[-1]["test"]

@@ -99,6 +99,12 @@ class RunFolder:
             raise CheckpointError(f"{self.path}/config.json: {words}: {error}") from None
 
     @property
+    def asked(self) -> RunConfig:
+        """The settings as they were given, before others were chosen in place of auto."""
+        asked = self.metadata.get("asked", {})
+        return run_from_mapping(asked, lambda key: f"{self.path}/config.json", base=self.config)
+
+    @property
     def unbuildable(self) -> str:
         """Why this program cannot build the method by names alone; empty: it can."""
         return self._unknown_method or unbuildable(self.config.method_name, self.config.networks)

@@ -104,8 +104,10 @@ def checked_metadata(metadata: Any, path: Path) -> dict[str, Any]:
         missing = [f"{part} {key}" for key in keys if key not in given] if isinstance(given, dict) else [part]
         if missing:
             raise CheckpointError(f"{path}/config.json: damaged: {missing[0]} is missing")
-    if not isinstance(metadata["dataset"].get("sha256", {}), dict):
-        raise CheckpointError(f"{path}/config.json: damaged: sha256 of the dataset is no table")
+    tables = {"sha256 of the dataset": metadata["dataset"].get("sha256", {}), "asked": metadata.get("asked", {})}
+    for what, table in tables.items():
+        if not isinstance(table, dict):
+            raise CheckpointError(f"{path}/config.json: damaged: {what} is no table")
     began = metadata.get("initial_weights", {"sha256": "", "from_recipe": True})
     if not isinstance(began, dict) or not {"sha256", "from_recipe"} <= began.keys():
         raise CheckpointError(f"{path}/config.json: damaged: initial_weights is {shown(began)}")

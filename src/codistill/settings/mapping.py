@@ -16,16 +16,8 @@ T = TypeVar("T")
 Where = Callable[[str], str]
 """The place of a key, for error lines: `recipe FILE:3`."""
 # What config.json holds beside the run itself.
-RECORDED_KEYS = (
-    "codistill",
-    "environment",
-    "dataset",
-    "teacher_sha256",
-    "own_method",
-    "imports",
-    "initial_weights",
-    "asked",
-)
+RECORDED_KEYS: tuple[str, ...] = ("codistill", "environment", "dataset", "teacher_sha256", "own_method", "imports")
+RECORDED_KEYS += ("initial_weights", "asked")
 
 
 def run_from_mapping(

@@ -110,7 +110,7 @@ def find_folders(folder: Path, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
     found: dict[str, RunConfig] = {}
     for path in sorted(folder.glob("*/config.json")):
         with contextlib.suppress(CodistillError):  # a damaged one keeps its name, and its process reports the damage
-            found[path.parent.name] = RunFolder(path.parent).config
+            found[path.parent.name] = RunFolder(path.parent).asked
     digests = {name: digest(config) for name, config in found.items()}
     names: dict[str | None, str] = {key: name for name, key in reversed(digests.items())}
     named: dict[str, PlannedRun] = {}

@@ -95,10 +95,10 @@ def check(
             less = f"there are {images} training images, less than a batch of {settings.batch_size}"
             notices.append(f"{less}: each step trains on all of them")
         if config.execution.precision == "bf16" and not fast_bf16(device):
-            slow = (
-                "this CPU has neither AMX nor avx512_bf16" if device.type == "cpu" else "this GPU is older than Ampere"
+            lack = "this CPU has no AMX or avx512_bf16" if device.type == "cpu" else "this GPU is older than Ampere"
+            notices.append(
+                f"precision bf16: {lack}, so a step may take far longer than in float32: see --precision auto"
             )
-            notices.append(f"precision bf16: {slow}, so steps may take longer than in float32: see --precision auto")
         check_parts(config, images, ranks)
         try:
             try_method(method, data, settings, config.execution.precision, device)
