@@ -286,3 +286,18 @@ def test_the_digest_of_an_end_sees_each_part(colours, tmp_path):
     rows[0]["seconds"] += 1
     run.write_metrics(rows)
     assert end_digest(run) in found
+
+
+def test_a_checkpoint_may_lack_settings_that_are_newer_than_it(colours, tmp_path):
+    assert run_here(arguments(colours, tmp_path / "whole")) == 0
+    old = stopped(colours, tmp_path / "old", 2)
+    metadata = json.loads((old / "config.json").read_text())
+    checkpoints = cd.Run(old).checkpoints
+    state = checkpoints.load()
+    config = dict(state.config)
+    for key in ("evaluate_every", "evaluation_precision"):
+        del metadata[key], config[key]
+    (old / "config.json").write_text(json.dumps(metadata))
+    checkpoints.save(dataclasses.replace(state, config=config))
+    resume(old, show=False)
+    assert end_state(old) == end_state(tmp_path / "whole")

@@ -127,11 +127,19 @@ class Dataset:
         values = np.arange(256) / 255
         mean, std = [], []
         for channel in self.train.images.reshape(-1, 3).T:
-            counts = np.bincount(channel, minlength=256) / channel.size
+            counts = _histogram(np.ascontiguousarray(channel)) / channel.size
             centre = float(counts @ values)
             mean.append(centre)
             std.append(float(counts @ (values - centre) ** 2) ** 0.5)
         return tuple(mean), tuple(std)
+
+
+def _histogram(values: Pixels) -> npt.NDArray[np.int64]:
+    """Count each of the values 0 to 255, two at a time, which takes half the time and memory."""
+    even = len(values) // 2 * 2
+    pairs = np.bincount(values[:even].view(np.uint16), minlength=1 << 16).reshape(256, 256)
+    counts: npt.NDArray[np.int64] = pairs.sum(0) + pairs.sum(1) + np.bincount(values[even:], minlength=256)
+    return counts
 
 
 def _converted(name: str, values: Any, wanted: type[np.integer[Any]]) -> npt.NDArray[Any]:
