@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import codistill as cd
+from codistill.cli import main
 from codistill.core import device
 from codistill.core.errors import CheckpointError, DivergedError, UsageError
 from codistill.data.augment import DeviceImages, seeded_order
 from codistill.evaluation.evaluation import Evaluation, evaluate
-from codistill.settings.config import RunConfig
 from codistill.sweeps.naming import digest
 from codistill.training import prepare
 from codistill.training import trainer as loop
@@ -454,21 +454,23 @@ def test_auto_is_bf16_where_the_cpu_is_fast_in_it_and_config_json_says_both(trai
     assert digest(run.asked) == digest(config) != digest(run.config)
 
 
-def test_what_bf16_would_gain_is_said_once_of_a_long_run(train, monkeypatch, capsys):
-    monkeypatch.setattr(prepare, "fast_bf16", lambda device: "AMX")
-    monkeypatch.setattr(prepare, "LONG_RUN", 3)
-    train(epochs=1)
-    line = "codistill: this CPU has AMX: with --precision bf16 a step is about 1.5 times as fast as in float32"
-    assert capsys.readouterr().err.splitlines() == [line]
-    config = RunConfig(networks=("tiny", "tiny"), train=tiny.settings(epochs=1))
-    plan = prepare.check(tiny.method(), tiny.data(), config, torch.device("cpu"))
-    prepare.announce([plan] * 4)
-    assert capsys.readouterr().err.splitlines() == [line]
-    prepare.announce([plan], resumed=True)
-    monkeypatch.setattr(prepare, "LONG_RUN", 4)
-    prepare.announce([plan])
-    train(epochs=1, precision="bf16")
-    assert capsys.readouterr().err == ""
+@pytest.mark.usefixtures("train")
+def test_what_bf16_would_gain_is_said_once_of_a_long_run(tmp_path, monkeypatch, capsys, tiny_registered):
+    for module in (loop, prepare):
+        monkeypatch.setattr(module, "fast_bf16", lambda device: "AMX")
+    monkeypatch.setattr(loop, "LONG_RUN", 0)
+    path = str(tiny.write_npz(tmp_path / "colours.npz", tiny.data()))
+
+    def said(*flags: str) -> int:
+        flags = ("--data", "packed", "--data-dir", path, "--epochs", "2", "-b", "8", "--threads", "1", *flags)
+        assert main(["train", "independent", "--networks", "tiny", *flags]) == 0
+        out, error = capsys.readouterr()
+        assert error == ""
+        return out.count("this CPU has AMX: with --precision bf16 a step is about 1.5 times as fast as in float32\n")
+
+    assert [said(), said("--seeds", "0", "1"), said("--precision", "bf16")] == [1, 1, 0]
+    monkeypatch.setattr(loop, "LONG_RUN", 600)
+    assert said() == 0
 
 
 def test_bf16_on_a_cpu_that_is_slow_in_it_is_said(train, monkeypatch, capsys):

@@ -55,6 +55,8 @@ def train_loop(
                     steps = None
             if not active:
                 return
+            if epoch == 0 and active[0].step.ranks.leads:
+                active[0].suggest()
     for trainer in active:
         with trainer.step.ranks.together():
             if trainer.step.ranks.leads:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from codistill.core.console import note, warn, warn_once
+from codistill.core.console import warn, warn_once
 from codistill.core.device import choose_precision, fast_bf16, set_up_gpu
 from codistill.core.errors import ResourceError, UsageError
 from codistill.core.files import system_error
@@ -37,8 +37,6 @@ from codistill.training.teacher import load_teacher, top1_error
 from codistill.training.trainer import Trainer
 from codistill.training.trial import try_method
 
-LONG_RUN = 2_000  # steps, several minutes on a CPU
-BF16_GAIN = 1.5  # as fast as float32, of MFEF's steps on two CPUs, one with AMX and one with avx512_bf16
 Positions = Int[Tensor, " image"] | None  # of the images that are used, on the host; None: all of them, in order
 
 
@@ -58,21 +56,11 @@ class Plan:
     initial: Mapping[str, Any]  # of the initial weights, see `draw_weights`
     asked: Mapping[str, Any]  # settings in place of which others were chosen
 
-    @property
-    def steps(self) -> int:
-        """Number of steps of the whole run, a last, smaller one of each epoch included."""
-        images, settings = len(self.data.train if self.training is None else self.training), self.config.train
-        return settings.epochs * math.ceil(images / settings.batch_size)
 
-
-def announce(plans: Sequence[Plan], resumed: bool = False) -> None:
-    """Print the notices of runs that start together, each once, and once whether bf16 would be faster."""
+def announce(plans: Sequence[Plan]) -> None:
+    """Print the notices of runs that start together, each once."""
     for line in dict.fromkeys(line for plan in plans for line in plan.notices):
         warn(line)
-    plan = plans[0]
-    fast = fast_bf16(plan.device) if plan.device.type == "cpu" else ""
-    if fast and plan.config.execution.precision == "float32" and plan.steps >= LONG_RUN and not (resumed or plan.asked):
-        note(f"this CPU has {fast}: with --precision bf16 a step is about {BF16_GAIN} times as fast as in float32")
 
 
 def check(

@@ -97,7 +97,7 @@ def resume_together(
             checked = functools.partial(check, data=loaded, device=device, alone=len(group) == 1, ranks=ranks)
             plans = [checked(method, config=config) for method, config in zip(methods, configs, strict=True)]
             if ranks.leads:
-                announce(plans, resumed=True)
+                announce(plans)
             for plan, each in zip(plans, group, strict=True):
                 each.check_weights(plan.initial)
             names = [each.run.path.name if several else "" for each in group]
