@@ -106,3 +106,54 @@ def test_memory_that_a_step_frees_stays_with_the_process_until_it_is_released(gi
     # Blocks of 40 MiB, which by default are always given back: two of them are 20,480 pages of 4 KiB.
     assert int(before) > 10_000 and int(released) > 10_000
     assert (int(after) < 100, kept) == ((True, "True") if not given else (False, "False"))
+
+
+def test_torchs_own_number_of_threads_comes_back(chosen, monkeypatch):
+    now = [8]
+    monkeypatch.setattr(host, "_in_place_of", None)
+    monkeypatch.setattr(host, "processor_quota", lambda: None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: now[-1])
+    monkeypatch.setattr(torch, "set_num_threads", now.append)
+    host.set_up_cpu(2, CPU)
+    host.set_threads(1)
+    host.set_up_cpu(None, CPU)
+    assert now == [8, 2, 1, 8]
+    now.append(3)  # by the user
+    host.set_up_cpu(None, CPU)
+    assert now[-1] == 3
+
+
+@pytest.mark.parametrize(
+    ("entries", "files", "free"),
+    [
+        ("0::/a\n", {}, 4096 * 1024),
+        ("0::/a\n", {"a/memory.max": "max\n", "a/memory.current": "1\n"}, 4096 * 1024),
+        ("0::/a\n", {"a/memory.max": "9000\n", "a/memory.current": "5000\n", "a/memory.stat": "file 1\n"}, 4000),
+        (
+            "4:memory:/b\n",
+            {
+                "memory/b/memory.limit_in_bytes": "9000\n",
+                "memory/b/memory.usage_in_bytes": "5000\n",
+                "memory/b/memory.stat": "inactive_file 9\ntotal_inactive_file 50\n",
+            },
+            4009,
+        ),
+        ("0::/a\n", {"a/memory.max": "10\n", "a/memory.current": "50\n", "a/memory.stat": ""}, 0),
+    ],
+)
+def test_free_memory_is_that_of_the_machine_or_of_the_container(tmp_path, entries, files, free):
+    root = groups(tmp_path, entries, files)
+    (root / "proc/meminfo").write_text("MemTotal: 9999 kB\nMemAvailable:    4096 kB\n")
+    assert host.free_memory(root) == free
+    assert host.free_memory(tmp_path / "none") > 1e300
+
+
+def test_cores_are_those_of_this_process(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3, 5}, raising=False)
+    for quota, count in ((None, 3), (1.5, 2), (0.1, 1), (64.0, 3)):
+        monkeypatch.setattr(host, "processor_quota", lambda quota=quota: quota)
+        assert host.cores() == count
+    monkeypatch.setattr(host, "processor_quota", lambda: None)
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    monkeypatch.setenv("OMP_PROC_BIND", "close")  # which narrows the affinity of this thread
+    assert host.cores() == 7

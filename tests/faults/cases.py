@@ -412,4 +412,10 @@ CASES |= {
         "brackets, spaces, quotes, dashes, bytes that are no UTF-8, in data, runs, exports and pictures",
         "trained, resumed bitwise, evaluated, exported and predicted; shown as they are, or escaped",
     ),
+    103: Case(
+        "cores that are too few, or busy",
+        "more threads than cores; other programs; several runs on a CPU of which one is killed, fails or diverges; "
+        "signals to all",
+        "one line each; threads by a short measurement, recorded and kept on resume; a loss costs no other run",
+    ),
 }

@@ -21,7 +21,7 @@ from codistill.core.errors import UsageError
 from codistill.runs.lock import lock_folder
 from codistill.settings.build import build_method
 from codistill.sweeps import driver as sweep_module
-from codistill.sweeps.driver import assign, own_program, sweep
+from codistill.sweeps.driver import assign, measured_slots, own_program, sweep
 from codistill.sweeps.spec import read_spec
 from codistill.sweeps.table import Row, grouped, write_tables
 
@@ -71,6 +71,7 @@ def bench(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("codistill.sweeps.driver.POLL_SECONDS", 0.01)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("codistill.sweeps.driver.measured_slots", lambda runs: 1)
     made = Bench(tmp_path)
     monkeypatch.setattr("codistill.cli.commands.own_program", lambda arguments: made.program)
     return made
@@ -590,3 +591,25 @@ def test_specs_of_the_repository_are_sweeps(path):
     assert len(runs) > 1 and path.read_text().startswith("# ")
     for run in {run.config.method_name: run for run in runs}.values():
         build_method(run.config, {"digits": 10, "cifar100": 100}[run.config.data.partition(":")[0]], (32, 32))
+
+
+def test_on_a_cpu_slots_are_measured(bench, monkeypatch, tmp_path):
+    seen = []
+
+    def share(plans, splits):
+        seen.append((len(plans), plans[0].config.train.seed))
+        return 3, 1
+
+    (tmp_path / "few.toml").write_text(f"{SHARED}train_limit = 20\n[grid]\nseed = [4, 5, 6]\n")
+    runs = read_spec(tmp_path / "few.toml")
+    monkeypatch.setattr(sweep_module, "share_cores", share)
+    assert measured_slots(runs) == 3 and seen == [(3, 4)]
+    assert measured_slots(runs[:1]) == 1  # alone
+    (tmp_path / "none.toml").write_text(
+        'networks = ["resnet20"]\ndata = "folder"\ndata_dir = "none"\n[grid]\nseed = [1, 2]\n'
+    )
+    assert measured_slots(read_spec(tmp_path / "none.toml")) == 1  # its processes say why
+    monkeypatch.setattr(sweep_module, "measured_slots", lambda runs: 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    bench.sweep()
+    assert [line[3] for line in bench.words()] == ["threads=2"] * 3

@@ -49,7 +49,8 @@ class TrainOptions(SourceOptions):
     out: Path | None = None
     """The run folder. None: a new one in runs/."""
     seeds: tuple[int, ...] = ()
-    """Train one run for each of these seeds, side by side on one device, in OUT/seed0, OUT/seed1, .."""
+    """Train one run for each of these seeds, side by side, in OUT/seed0, OUT/seed1, ..; on a CPU in as many processes
+    as a short measurement finds fastest."""
     verify_resume: bool = False
     """First train some steps of this run twice, once with interruptions, and compare the two bit for bit."""
 
@@ -124,7 +125,7 @@ class SweepOptions(DataOptions):
     executor: Literal["local"] = "local"
     """Where the processes run: local, on this machine."""
     slots: int | None = None
-    """Number of processes at a time. None: one for each GPU, or one."""
+    """Number of processes at a time. None: one for each GPU; on a CPU by a short measurement of the first run."""
     side_by_side: bool | None = None
     """Whether runs that can train side by side share a process. None: on CUDA, where one graph holds them all."""
 

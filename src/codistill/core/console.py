@@ -107,6 +107,10 @@ class TrainingDisplay:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
+    def show_lines(self) -> None:
+        """Print lines in place of the bar, where several processes share the terminal."""
+        self._bar.disable, self._cell = True, None
+
     def resume(self, epochs: int, steps: int = 0) -> None:
         """Estimate the time left from the speed after this point, given in epochs and steps of the next one."""
         self._steps_before = epochs * self.steps + steps

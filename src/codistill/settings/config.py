@@ -133,8 +133,8 @@ class ExecutionSettings:
     """Whether chains of small operations are compiled for training (docs/speed.md); auto: on a CPU, in runs that are
     long enough to pay for it."""
     threads: int | None = field(default=None, metadata=PLACE | COMMON)
-    """CPU threads. None: torch's choice, one for each core, or fewer in a container that may use less. Results repeat
-    bit for bit with the same number of threads."""
+    """CPU threads. None: one for each core, fewer in a container that may use less or where a short measurement finds
+    them distinctly faster. Results repeat bit for bit with the same number of threads."""
 
     def __post_init__(self) -> None:
         take_kinds(self)

@@ -24,12 +24,15 @@ from codistill.core.signals import Interrupted, Terminated
 from codistill.methods import METHODS
 from codistill.runs.folder import ANOTHER, RunFolder
 from codistill.runs.lock import lock_folder
+from codistill.settings.build import load_named_data
 from codistill.settings.config import RunConfig
 from codistill.sweeps.engines import local
 from codistill.sweeps.naming import differences, digest
 from codistill.sweeps.spec import PlannedRun, read_spec
 from codistill.sweeps.table import Row, write_tables
 from codistill.training.fleet import shared
+from codistill.training.prepare import DeviceSplits, build_taught, check
+from codistill.training.sharing import share_cores
 
 EXECUTORS = ("local",)
 POLL_SECONDS = 0.1
@@ -64,7 +67,7 @@ def sweep(
         spec: A TOML file: settings of all runs, `[grid]` and `[[runs]]`; see docs/sweep.md.
         out: The folder of the sweep; made where it does not exist.
         executor: What runs the processes: local.
-        slots: How many processes at a time. None: one for each GPU, or one.
+        slots: How many processes at a time. None: one for each GPU; on a CPU by a short measurement of the first run.
         side_by_side: Whether runs that can train side by side share a process. None: on CUDA, in one graph.
         skip_bad: Whether the runs leave out images of a folder that cannot be read.
         program: What is put before `train ..` and `resume ..` to make a command.
@@ -78,8 +81,7 @@ def sweep(
     """
     if executor not in EXECUTORS:
         raise UsageError(f"unknown executor {executor!r}: {near_matches(executor, EXECUTORS)}")
-    slots = max(1, torch.cuda.device_count()) if slots is None else slots
-    if slots < 1:
+    if slots is not None and slots < 1:
         raise UsageError(f"slots is {slots}; it must be at least 1")
     runs, folder = read_spec(Path(spec), skip_bad), Path(out)
     lock = locked_folder(folder)
@@ -152,9 +154,10 @@ class Sweep:
         self.waiting: deque[list[PlannedRun]] = deque()
         self.attempts = Counter[str]()
 
-    def train(self, slots: int, side_by_side: bool | None) -> list[Row]:
+    def train(self, slots: int | None, side_by_side: bool | None) -> list[Row]:
         """Train the runs without an end: start as many as there is room for, poll, act on each exit."""
         left = [run for run in self.runs if self.rows[run.name].status == "unfinished"]
+        slots = slots or torch.cuda.device_count() or measured_slots(left)
         self.say(f"{len(self.runs)} runs in {self.folder}: {len(left)} to do, {slots} at a time")
         self.note(*(row for row in self.rows.values() if row.status != "unfinished"))
         self.waiting.extend(assign(left, slots, side_by_side))
@@ -291,6 +294,19 @@ def classify_exit(status: int, log: Path) -> tuple[bool, str]:
     if status == 0:
         reason = f"no summary.json shows how it ended: see {log}"
     return status == WorkerError.exit_status, reason
+
+
+def measured_slots(runs: Sequence[PlannedRun]) -> int:
+    """Choose by a short measurement of the first run how many train at a time on a CPU; 1 where it cannot be built."""
+    configs = [run.config for run in runs if run.config]
+    if len(configs) < 2:
+        return 1
+    try:
+        data = load_named_data(configs[0])
+        plan = check(build_taught(configs[0], data), data, configs[0], torch.device("cpu"))
+        return share_cores([plan] * len(runs), DeviceSplits(data, plan.device))[0]
+    except CodistillError:  # its process reports it
+        return 1
 
 
 def assign(runs: Sequence[PlannedRun], slots: int, side_by_side: bool | None) -> list[list[PlannedRun]]:

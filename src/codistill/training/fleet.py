@@ -1,4 +1,4 @@
-"""Runs that train side by side on one device: how many at a time its memory holds, and their training."""
+"""Runs that train side by side: on CUDA in one process, as many at a time as memory holds; on a CPU in several."""
 
 import contextlib
 import dataclasses
@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from codistill.core.console import warn
+from codistill.core.console import note, warn
 from codistill.core.device import choose_device
-from codistill.core.errors import DivergedError, UsageError
+from codistill.core.errors import DivergedError, UsageError, WorkerError
+from codistill.core.host import set_threads
 from codistill.core.torchrun import refuse_ranks
 from codistill.data.augment import epoch_indices
 from codistill.deploy.run import Run
@@ -26,6 +27,8 @@ from codistill.settings.build import load_named_data
 from codistill.settings.config import SHARED, RunConfig
 from codistill.training.loop import train_loop
 from codistill.training.prepare import DeviceSplits, Plan, announce, build_taught, check, out_of_memory, set_up
+from codistill.training.processes import run_in_processes
+from codistill.training.sharing import share_cores
 from codistill.training.step import make_step
 from codistill.training.train import kept_if_used
 from codistill.training.trainer import Trainer
@@ -65,7 +68,7 @@ def memory_of_a_run(plan: Plan, splits: DeviceSplits) -> int:
 def side_by_side(plans: Sequence[Plan], splits: DeviceSplits) -> list[int]:
     """Choose from free memory and a short measurement how many runs train at a time; return the sizes of the groups.
 
-    The data set is placed first, so that free memory is free for the runs. On a CPU all runs fit.
+    The data set is placed first, so that free memory is free for the runs. On a CPU all fit in one process.
     """
     count, device = len(plans), plans[0].device
     if device.type != "cuda" or count == 1:
@@ -122,21 +125,64 @@ def train_fleet(configs: Sequence[RunConfig], outs: Sequence[Path], show: bool =
         refuse_occupied(out)
     announce(plans)
     splits = DeviceSplits(data, device)
+    processes, threads = share_cores(plans, splits)
+    set_threads(threads)  # which config.json records
     sizes = side_by_side(plans, splits)
+    at_once = 0 if processes > 1 else sizes[0]
     # The runs of later groups have a folder from the beginning, so that `resume` finds them.
-    for plan, out in list(zip(plans, outs, strict=True))[sizes[0] :]:
+    for plan, out in list(zip(plans, outs, strict=True))[at_once:]:
         metadata = run_metadata(plan.config, data, device, plan.method, splits.digests, plan.initial, plan.asked)
         with Run.opened(out, metadata, plan.method, data):
             pass
     openings = [
-        functools.partial(set_up, plan, out, show, out.name, begun=number >= sizes[0], splits=splits)
+        functools.partial(set_up, plan, out, show, out.name, begun=number >= at_once, splits=splits)
         for number, (plan, out) in enumerate(zip(plans, outs, strict=True))
     ]
+    if processes > 1:
+        train_in_processes(openings, outs, processes, threads)
+        return [Run(out) for out in outs]
     return train_in_groups(openings, sizes, mark_diverged)
 
 
+Opening = Callable[[], contextlib.AbstractContextManager[Trainer]]
+
+
+def train_in_processes(openings: Sequence[Opening], outs: Sequence[Path], processes: int, threads: int) -> None:
+    """Train runs whose folders are there, each in a process of its own, so many at a time with so many threads each.
+
+    One that diverges is marked, and one that fails is named at once; the others continue.
+
+    Raises:
+        Exception: What the first of those that failed has raised; a `WorkerError` where a process was killed.
+    """
+
+    def train_one(opening: Opening, out: Path) -> None:
+        set_threads(threads)
+        try:
+            with opening() as trainer:
+                trainer.display.show_lines()
+                train_loop([trainer], mark_diverged)
+        except Exception as error:
+            warn(f"{out.name} is dropped: {error}")
+            raise
+
+    note(f"{len(outs)} runs, {processes} at a time, each in a process with {threads} thread{'s' * (threads > 1)}")
+    works = [functools.partial(train_one, opening, out) for opening, out in zip(openings, outs, strict=True)]
+
+    def kept() -> str:
+        left = [str(out) for out in outs if Run(out).status not in ("finished", "diverged")]
+        return f"and saved: codistill resume {' '.join(left)}" if left else ""
+
+    outcomes = run_in_processes(works, processes, kept)
+    for out, outcome in zip(outs, outcomes, strict=True):
+        if isinstance(outcome, WorkerError):
+            raise WorkerError(f"{out}: {outcome}; what it saved is kept: codistill resume {out}")
+        if outcome is not None:
+            raise outcome
+
+
 def train_in_groups(
-    openings: Sequence[Callable[[], contextlib.AbstractContextManager[Trainer]]],
+    openings: Sequence[Opening],
     sizes: Sequence[int],
     diverged: Callable[[Trainer, DivergedError], None],
 ) -> list[Run]:

@@ -1,6 +1,7 @@
 """Resume interrupted runs, alone or side by side."""
 
 import functools
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,9 +15,10 @@ from codistill.runs.folder import hand_in
 from codistill.runs.metadata import weights_digest
 from codistill.settings.config import MOVABLE
 from codistill.settings.mapping import run_from_mapping
-from codistill.training.fleet import mark_diverged, shared, side_by_side, train_in_groups
+from codistill.training.fleet import mark_diverged, shared, side_by_side, train_in_groups, train_in_processes
 from codistill.training.prepare import DeviceSplits, announce, build_taught, check, set_up
 from codistill.training.ranks import ALONE, Ranks
+from codistill.training.sharing import share_cores
 from codistill.training.train import fail
 
 
@@ -83,7 +85,9 @@ def resume_together(
         interrupted = ranks.from_leader(read)
         groups: dict[str, list[InterruptedRun]] = {}
         for each in interrupted:
-            groups.setdefault(json.dumps([each.position, shared(each.config)]), []).append(each)
+            # On a CPU each may have a process of its own, at its own step.
+            together = ranks.choose_device(each.config.execution).type == "cpu" or each.position
+            groups.setdefault(json.dumps([together, shared(each.config)]), []).append(each)
         several = len(interrupted) > 1
         for group in groups.values():
             configs = [each.config for each in group]
@@ -105,7 +109,13 @@ def resume_together(
                 functools.partial(set_up, plan, each.run.path, show, name, True, each.state, ranks, splits)
                 for plan, each, name in zip(plans, group, names, strict=True)
             ]
+            processes, threads = share_cores(plans, splits)
+            if processes > 1:
+                train_in_processes(openings, [each.run.path for each in group], processes, threads)
+                continue
             sizes = side_by_side(plans, splits)
+            if device.type == "cpu":
+                sizes = [len(list(same)) for _, same in itertools.groupby(group, key=lambda each: each.position)]
             train_in_groups(openings, sizes, mark_diverged if several else fail)
         return [each.run for each in interrupted]
 
@@ -150,6 +160,11 @@ class InterruptedRun:
                 raise UsageError(
                     f"override of {key}: it belongs to the experiment; only {', '.join(MOVABLE)} can change"
                 )
+        # Bits depend on the number of threads.
+        on_cpu = str(run.metadata["environment"].get("device")).endswith(" CPU")
+        recorded = run.metadata["environment"].get("threads")
+        if config.execution.threads is None and on_cpu and ranks.count == 1 and type(recorded) is int:
+            config = run_from_mapping({"threads": recorded}, lambda key: f"{run.path}/config.json", base=config)
         self.config = run_from_mapping(override, lambda key: "codistill resume --override", base=config)
 
     @property

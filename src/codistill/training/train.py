@@ -22,8 +22,9 @@ from codistill.runs.state import TrainingState
 from codistill.settings.build import load_named_data
 from codistill.settings.config import PLACES, ExecutionSettings, RunConfig, TeacherSettings, TrainSettings
 from codistill.training.loop import train_loop
-from codistill.training.prepare import announce, build_taught, check, check_teacher, set_up
+from codistill.training.prepare import DeviceSplits, announce, build_taught, check, check_teacher, set_up
 from codistill.training.ranks import Ranks
+from codistill.training.sharing import choose_threads
 from codistill.training.trainer import Trainer
 
 
@@ -142,7 +143,11 @@ def _train(
     folder = run.path if run is not None else ranks.from_leader(lambda: out or free_folder(config))
     if ranks.count > 1 and state is None:
         method.load_state_dict(ranks.from_leader(method.state_dict))
-    with set_up(plan, folder, show, begun=run is not None, state=state, ranks=ranks) as trainer:
+    splits = DeviceSplits(data, device)
+    if ranks.count == 1:
+        choose_threads(plan, splits)
+    begun = run is not None
+    with set_up(plan, folder, show, begun=begun, state=state, ranks=ranks, splits=splits) as trainer:
         try:
             train_loop([trainer], fail)
         finally:

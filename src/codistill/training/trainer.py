@@ -25,6 +25,7 @@ from codistill.settings.config import RunConfig
 from codistill.training.compiling import Execution
 from codistill.training.finite import bad_scores, divergence, health
 from codistill.training.optim import learning_rate_at, momentum_buffers, set_learning_rate
+from codistill.training.pace import Pace
 from codistill.training.step import TrainStep
 
 LONG_RUN = 600.0  # seconds
@@ -64,6 +65,7 @@ class Trainer:
         self.steps = [(start, min(start + size, self.used)) for start in range(0, self.used, size)]
         self.display = TrainingDisplay(config.train.epochs, len(self.steps), self.used, show, label)
         self.stopwatch = Stopwatch(step.device)
+        self.pace = Pace()
         self.rate = config.train.learning_rate
         self.evaluates = True  # at the end of the current epoch
         self.position = (0, 0)
@@ -103,6 +105,7 @@ class Trainer:
         set_learning_rate(self.step.optimizer, self.rate)
         self.evaluates = settings.evaluates(epoch)
         self.display.begin_epoch(epoch)
+        self.pace.pause()
         step, images = self.step, self.step.images
         used = len(images) if images.positions is None else images.positions
         return epoch_indices(used, settings.seed, epoch, step.augmentation, step.device, self.method.views)
@@ -117,6 +120,9 @@ class Trainer:
 
     def after_step(self, epoch: int, number: int) -> None:
         """Show the progress now and then; steps are counted from 1."""
+        # The host does not wait for a GPU.
+        if self.step.device.type == "cpu" and (line := self.pace.step()):
+            warn(line.replace("RUN", str(self.run.path)))
         if self.display.due():
             # On a GPU a read would wait for all work in the queue; there terms are shown once an epoch.
             readable = self.step.device.type == "cpu"
