@@ -55,14 +55,22 @@ def inductor(function: Code, arguments: Sequence[Tensor], options: dict[str, Any
     """Compile a function of tensors for their very shapes, strides and types, with Inductor."""
     # They take seconds to import, which runs without them need not wait for.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses a GPU on machines without one
+    from torch._guards import TracingContext, tracing
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    examples = [each.detach() for each in arguments]
-    with torch.no_grad(), config.patch(options):
-        traced = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="fake")(*examples)
+    # Without a shape environment Inductor's cache is passed over: a second run would generate all code again.
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    examples = [mode.from_tensor(each.detach(), static_shapes=True) for each in arguments]
+    with torch.no_grad(), config.patch(options), tracing(TracingContext(mode)):
+        with mode:
+            traced = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="fake")(*examples)
+        for node in traced.graph.nodes:
+            node.type = None  # annotations of ours, which the cache cannot pickle
         code = compile_fx_inner(traced, examples)
     return lambda *given: code(list(given))
 
