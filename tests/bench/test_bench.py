@@ -1,6 +1,8 @@
 """`codistill bench`: its keys, its text, its refusals; not the speed."""
 
 import json
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from codistill.bench import bench
 from codistill.bench import measurement as bench_measurement
 from codistill.bench.bench import lines
 from codistill.bench.limit import products_loop
@@ -15,6 +18,8 @@ from codistill.bench.loops import PlainImages, random_images
 from codistill.bench.measurement import Contestant, rounds_in_turn
 from codistill.cli import main
 from codistill.data.augment import Augmentation
+from codistill.networks.chains import Compiler
+from codistill.training import compiling
 
 from .. import tiny
 
@@ -51,6 +56,33 @@ def test_json(tiny_registered, capsys):
     # Only a GPU has kernels and memory to count, and pays for repeating bit for bit.
     absent = ("kernels_per_step", "peak_memory_mib", "deterministic_ratio")
     assert not [key for key in absent if key in result]
+
+
+def test_the_plain_loop_runs_stock_pytorch_beside_compiled_chains(tiny_registered, monkeypatch, capsys):
+    monkeypatch.setattr(compiling, "compiler", lambda *given: Compiler(None))
+    monkeypatch.setattr(compiling, "missing_compiler", lambda device: None)
+    monkeypatch.setattr(compiling, "_keep_compiled_code", lambda: None)
+    plain, ours = [], []
+    monkeypatch.setattr(bench, "plain_loop", watched(bench.plain_loop, plain))
+    monkeypatch.setattr(bench, "resident_loop", watched(bench.resident_loop, ours))
+    assert main([*ARGUMENTS, "--compare", "--compile", "on", "--seconds", "0.01"]) == 0
+    assert any("norm" in name for name in plain) and not any("norm" in name for name in ours)
+
+
+def watched(make: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
+    """Note the operators that a loop's steps dispatch."""
+
+    def made(*given: Any) -> Callable[[int], None]:
+        train = make(*given)
+
+        def watch(steps: int) -> None:
+            with OperatorLog() as log:
+                train(steps)
+            names.extend(name for name, _ in log.calls if "batch_norm" in name)
+
+        return watch
+
+    return made
 
 
 def test_operators_of_one_run(tiny_registered, capsys):

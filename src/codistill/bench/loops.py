@@ -15,6 +15,7 @@ from codistill.core.device import autocast
 from codistill.data.augment import Augmentation, DeviceImages, epoch_indices
 from codistill.data.dataset import Dataset, Split
 from codistill.methods import Method
+from codistill.networks.chains import compiled_chains
 from codistill.settings.config import RunConfig
 from codistill.training.capture import make_fleet
 from codistill.training.step import make_step
@@ -79,6 +80,7 @@ def plain_loop(method: Method, config: RunConfig, device: torch.device, data: Da
     )
     progress, batches = torch.tensor(0.5, device=device), chain.from_iterable(repeat(loader))
 
+    @compiled_chains(None)
     def train(steps: int) -> None:
         for _ in range(steps):
             batch, labels = (each.to(device, non_blocking=True) for each in next(batches))

@@ -79,8 +79,8 @@ _compiler: Compiler | None = None
 
 
 @contextlib.contextmanager
-def compiled_chains(compiler: Compiler) -> Iterator[None]:
-    """Have chains run compiled in training until the context ends."""
+def compiled_chains(compiler: Compiler | None) -> Iterator[None]:
+    """Have chains run compiled in training until the context ends; None: have stock PyTorch run."""
     global _compiler
     before, _compiler = _compiler, compiler
     try:
