@@ -18,10 +18,10 @@ from codistill.bench.loops import PlainImages, random_images
 from codistill.bench.measurement import Contestant, rounds_in_turn
 from codistill.cli import main
 from codistill.data.augment import Augmentation
-from codistill.networks.chains import Compiler
 from codistill.training import compiling
 
 from .. import tiny
+from ..networks.test_chains import Uncompiled
 
 PRODUCTS = ("aten::convolution", "aten::convolution_backward", "aten::mm", "aten::addmm", "aten::bmm")
 
@@ -59,7 +59,7 @@ def test_json(tiny_registered, capsys):
 
 
 def test_the_plain_loop_runs_stock_pytorch_beside_compiled_chains(tiny_registered, monkeypatch, capsys):
-    monkeypatch.setattr(compiling, "compiler", lambda *given: Compiler(None))
+    monkeypatch.setattr(compiling, "compiler", lambda *given: Uncompiled())
     monkeypatch.setattr(compiling, "missing_compiler", lambda device: None)
     monkeypatch.setattr(compiling, "_keep_compiled_code", lambda: None)
     plain, ours = [], []

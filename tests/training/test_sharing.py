@@ -355,7 +355,7 @@ def test_steps_that_become_slow_are_said_once(monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(pace.time, "monotonic", lambda: clock[-1])
     torch.set_num_threads(2)
-    watch = pace.Pace()
+    watch = pace.Pace(Path("runs/a"))
     assert steps(*[0.1] * 40, 0.5, 0.7, 0.1, 1.0, 1.0, 0.1) == []
     assert steps(3600.0, 0.1) == []  # the computer has slept
     watch.pause()
@@ -363,14 +363,14 @@ def test_steps_that_become_slow_are_said_once(monkeypatch):
     (line,) = steps(*[1.0] * 40)
     assert line == (
         "a step takes 1 s, 10 times as long as the first ones: other programs may keep the cores busy: stop them, "
-        "or go on with fewer threads: Ctrl-C, then codistill resume RUN --override threads=1"
+        "or go on with fewer threads: Ctrl-C, then codistill resume runs/a --override threads=1"
     )
     assert watch.step() is None
 
 
 @pytest.mark.fault(103)
 def test_the_warning_names_the_run(config, monkeypatch, capsys):
-    monkeypatch.setattr(pace.Pace, "step", lambda self: "slow: resume RUN")
+    monkeypatch.setattr(pace.Pace, "step", lambda self: f"slow: resume {self._run}")
     train_from_config(config(epochs=1, batch_size=20), Path("run"), show=False)
     assert capsys.readouterr().err == "codistill: warning: slow: resume run\n"
 

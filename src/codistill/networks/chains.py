@@ -29,18 +29,18 @@ Code = Callable[..., Any]
 
 
 class Compiler:
-    """What turns the function of a chain into code; `None` for its options leaves functions as they are.
+    """What turns the functions of chains into code, with options of Inductor.
 
     Attributes:
         failed: Whether a compilation has failed; from then on stock PyTorch runs.
     """
 
-    def __init__(self, options: dict[str, Any] | None) -> None:
+    def __init__(self, options: dict[str, Any]) -> None:
         self.options, self.failed = options, False
 
     def compile(self, function: Code, arguments: Sequence[Tensor]) -> Code:
         """Compile a function for the shapes of arguments."""
-        if self.options is None or self.failed:
+        if self.failed:
             return function
         try:
             return inductor(function, arguments, self.options)

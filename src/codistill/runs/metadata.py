@@ -37,7 +37,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "openmp": {name: value for name, value in sorted(os.environ.items()) if name.startswith(("OMP_", "GOMP_"))},
-        "memory_format": "channels_last",
         "keeps_freed_memory": device.type == "cpu" and keep_freed_memory(),
         **launch(),
     }
@@ -90,7 +89,8 @@ def run_metadata(
     teacher = {"teacher_sha256": weights_digest(method.taught_by.network)} if method.taught_by else {}
     own |= {"imports": imported()} if imported() else {}
     began = {"initial_weights": dict(initial)} | ({"asked": dict(asked)} if asked else {})
-    return {**config.as_mapping(), **own, **teacher, **began, "dataset": facts, "environment": environment(device)}
+    here = environment(device) | {"memory_format": str(method.memory_format).removeprefix("torch.")}
+    return {**config.as_mapping(), **own, **teacher, **began, "dataset": facts, "environment": here}
 
 
 def checked_metadata(metadata: Any, path: Path) -> dict[str, Any]:

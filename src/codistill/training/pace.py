@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from pathlib import Path
 
 import torch
 
@@ -11,9 +12,10 @@ SECONDS = 5.0
 
 
 class Pace:
-    """Watches the time from the end of one step to that of the next, on a CPU."""
+    """Watches the time from the end of one step of a run to that of the next, on a CPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: Path) -> None:
+        self._run = run
         self._first: list[float] = []
         self._last: float | None = None
         self._slow: list[float] = []  # the last steps, while they are slow
@@ -39,7 +41,8 @@ class Pace:
             return None
         self._said = True
         slow, threads = statistics.median(self._slow), torch.get_num_threads()
-        fewer = f", or go on with fewer threads: Ctrl-C, then codistill resume RUN --override threads={threads // 2}"
+        again = f"codistill resume {self._run} --override threads={threads // 2}"
+        fewer = f", or go on with fewer threads: Ctrl-C, then {again}"
         return (
             f"a step takes {slow:.2g} s, {slow / usual:.0f} times as long as the first ones: other programs may keep "
             f"the cores busy: stop them{fewer if threads > 1 else ''}"

@@ -131,14 +131,14 @@ def measure(plans: Sequence[Plan], splits: DeviceSplits, threads: int, runs: int
 
     Both are 0 where one of them fails. Where `runs` such runs take too little time to be worth it, one step is timed.
     """
-    works = [functools.partial(pace, plan, splits, threads, runs) for plan in plans]
+    works = [functools.partial(measure_here, plan, splits, threads, runs) for plan in plans]
     found = [each for each in run_in_processes(works, len(works)) if not isinstance(each, Exception)]
     if len(found) < len(plans):
         return 0.0, 0.0
     return sum(steps for steps, _ in found), max(memory for _, memory in found)
 
 
-def pace(plan: Plan, splits: DeviceSplits, threads: int, runs: int | None) -> tuple[float, float]:
+def measure_here(plan: Plan, splits: DeviceSplits, threads: int, runs: int | None) -> tuple[float, float]:
     """Return steps a second of a run in this process, and the memory that it takes beside what was there, bytes."""
     before, times = peak_memory(), list[float]()
     with timed_steps(plan, splits) as seconds:

@@ -29,7 +29,7 @@ from codistill.training.pace import Pace
 from codistill.training.step import TrainStep
 
 LONG_RUN = 600.0  # seconds
-BF16_GAIN = 1.5  # of MFEF's steps on two CPUs, one with AMX and one with avx512_bf16
+BF16_GAIN = 1.5  # of a step of MFEF without compiled chains: the table of docs/speed.md
 
 
 class Trainer:
@@ -65,7 +65,7 @@ class Trainer:
         self.steps = [(start, min(start + size, self.used)) for start in range(0, self.used, size)]
         self.display = TrainingDisplay(config.train.epochs, len(self.steps), self.used, show, label)
         self.stopwatch = Stopwatch(step.device)
-        self.pace = Pace()
+        self.pace = Pace(run.path)
         self.rate = config.train.learning_rate
         self.evaluates = True  # at the end of the current epoch
         self.position = (0, 0)
@@ -122,7 +122,7 @@ class Trainer:
         """Show the progress now and then; steps are counted from 1."""
         # The host does not wait for a GPU.
         if self.step.device.type == "cpu" and (line := self.pace.step()):
-            warn(line.replace("RUN", str(self.run.path)))
+            warn(line)
         if self.display.due():
             # On a GPU a read would wait for all work in the queue; there terms are shown once an epoch.
             readable = self.step.device.type == "cpu"
