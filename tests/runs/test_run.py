@@ -106,6 +106,16 @@ def test_tensorboard_can_read_the_events(folder):
         assert [scalar.value for scalar in scalars] == pytest.approx(values)
 
 
+def test_the_metadata_hold_the_memory_format_that_was_chosen(tmp_path):
+    for chosen in ("channels_last", "contiguous_format"):
+        method = tiny.method(cd.DML)
+        method.memory_format = getattr(torch, chosen)
+        settings, execution = tiny.both_settings(epochs=1)
+        out = tmp_path / chosen
+        run = cd.train(method, tiny.data(), out=out, settings=settings, execution=execution, show=False)
+        assert run.metadata["environment"]["memory_format"] == chosen
+
+
 def test_the_metadata_hold_settings_data_and_environment(folder):
     metadata = json.loads((folder / "config.json").read_text())
     assert metadata["method"]["name"] == "mfef" and metadata["method"]["temperature"] == 3.0
