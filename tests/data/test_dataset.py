@@ -38,6 +38,7 @@ def labels(*values: int) -> np.ndarray:
         (Split(images(), labels(0, 1, 2)), r"labels are int64 \[3\]; they must be int64 \[4\]"),
         (Split(images(), labels(0, 1, 2, 0)[:, None]), r"labels are int64 \[4, 1\]"),
         (Split(images(0), labels()), "no images"),
+        (Split(images(), labels(0, 1, 2, 0), ("a.png",)), "1 files for 4 images"),
         (Split(images(), labels(0, 1, 3, 7)), r"image 2 has label 3, but there are 3 classes \(labels 0 to 2\)"),
         (Split(images(), labels(0, -1, 2, 0)), "image 1 has label -1"),
     ],

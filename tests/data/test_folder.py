@@ -24,6 +24,8 @@ def test_images_of_one_size_stay_as_they_are(root):
         split = getattr(data, part)
         np.testing.assert_array_equal(split.images, getattr(expected, f"{part}_images"))
         np.testing.assert_array_equal(split.labels, getattr(expected, f"{part}_labels"))
+        places = [[part, data.class_names[each]] for each in split.labels]
+        assert [file.split("/")[:2] for file in split.files] == places
 
 
 def test_resize_brings_any_image_to_a_square(root):

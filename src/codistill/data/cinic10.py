@@ -88,8 +88,9 @@ def _decode(place: Path, check: bool) -> Arrays:
 
 
 def _join(arrays: Arrays, parts: list[str]) -> Split:
-    images, labels = ([arrays[f"{part}_{kind}"] for part in parts] for kind in ("images", "labels"))
-    return Split(*(one[0] if len(one) == 1 else np.concatenate(one) for one in (images, labels)))
+    several = ([arrays[f"{part}_{kind}"] for part in parts] for kind in ("images", "labels"))
+    images, labels = (one[0] if len(one) == 1 else np.concatenate(one) for one in several)
+    return Split(images, labels)
 
 
 def _find(root: Path) -> Path:

@@ -31,6 +31,7 @@ class Split:
     Attributes:
         images: uint8 [images, height, width, 3], RGB.
         labels: int64 [images], class indices from 0.
+        files: Path of each image relative to the root of its data set, with forward slashes; empty: no files.
 
     Raises:
         DataError: Something that is no array, such as images of several sizes.
@@ -38,6 +39,7 @@ class Split:
 
     images: Pixels
     labels: Labels
+    files: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, wanted in (("images", np.uint8), ("labels", np.int64)):
@@ -184,6 +186,8 @@ def check_split(split: Split, num_classes: int, where: str) -> None:
     if labels.dtype != np.int64 or labels.shape != images.shape[:1]:
         found = f"{labels.dtype} {list(labels.shape)}"
         raise DataError(f"{where}: labels are {found}; they must be int64 [{len(images)}], one an image")
+    if split.files and len(split.files) != len(images):
+        raise DataError(f"{where}: {len(split.files)} files for {len(images)} images: name one file an image, or none")
     if len(images) == 0:
         raise DataError(f"{where}: no images")
     bad = np.flatnonzero((labels < 0) | (labels >= num_classes))

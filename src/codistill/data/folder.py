@@ -139,4 +139,5 @@ def _read_split(
                 images[len(kept)] = image
                 kept.append(index)
     labels = np.repeat(np.arange(len(files)), [len(class_files) for class_files in files.values()])
-    return Split(images[: len(kept)], labels[np.array(kept, np.int64)])
+    names = tuple(paths[index].relative_to(root).as_posix() for index in kept)
+    return Split(images[: len(kept)], labels[np.array(kept, np.int64)], names)
