@@ -1,19 +1,18 @@
 """A folder of images: train/<class>/* and test/<class>/*."""
 
-import os
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from codistill.core.console import track, warn
-from codistill.core.errors import DataError, ResourceError, UsageError
+from codistill.core.console import warn
+from codistill.core.errors import DataError, UsageError
 from codistill.core.torchrun import leads
-from codistill.data.dataset import DATASETS, Dataset, Pixels, Split, size_of
+from codistill.data.dataset import DATASETS, Dataset, Pixels, Split
 from codistill.data.images import SUFFIXES, open_image
+from codistill.data.store import decoded
 from codistill.data.untrusted import visible
 
 LAYOUT = "images belong in train/<class>/ and test/<class>/"
@@ -120,24 +119,10 @@ def _read_split(
 ) -> Split:
     """Read the images that can be read; lines about the others go to `bad`, about those of other sizes to `unlike`."""
     paths = [path for class_files in files.values() for path in class_files]
-    try:
-        images = np.empty((len(paths), *size, 3), np.uint8)
-    except MemoryError as error:
-        found = f"{len(paths)} images of {size[0]}x{size[1]} pixels"
-        raise ResourceError(f"{root}: {found} do not fit into memory: give a smaller resize") from error
-    kept: list[int] = []
-    # Pillow decodes outside Python's global lock.
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        found_images = pool.map(lambda path: _read(path, size if resize else None), paths)
-        for index, image in enumerate(track(found_images, "folder: reading images", len(paths))):
-            if isinstance(image, str):
-                bad[paths[index]] = image
-            elif image.shape[:2] != size:
-                found = f"is {size_of(image[None])} pixels, but most images are {size[0]}x{size[1]}"
-                unlike[paths[index]] = f"{paths[index]}: {found}: bring all to one size with --data folder:resize=64"
-            else:
-                images[len(kept)] = image
-                kept.append(index)
+    names = [path.relative_to(root).as_posix() for path in paths]
+    read = decoded(root, names, size, resize=resize, title="folder: reading images")
+    bad |= {paths[position]: line for position, line in read.bad.items()}
+    fix = "bring all to one size with --data folder:resize=64"
+    unlike |= {paths[position]: f"{line}: {fix}" for position, line in read.unlike.items()}
     labels = np.repeat(np.arange(len(files)), [len(class_files) for class_files in files.values()])
-    names = tuple(paths[index].relative_to(root).as_posix() for index in kept)
-    return Split(images[: len(kept)], labels[np.array(kept, np.int64)], names)
+    return Split(read.images, labels[read.kept], tuple(names[position] for position in read.kept))

@@ -7,6 +7,7 @@ import sys
 import threading
 import warnings
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -25,6 +26,9 @@ MAX_PIXELS = 64 << 20  # a bomb of a few kB can claim billions
 FIX = "repair or remove it"
 HEIC = {b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")}
 
+Interpolation = Literal["bilinear", "bicubic", "lanczos"]
+"""How images are scaled, as Pillow names it; all of them smooth an image that shrinks (antialias)."""
+
 TURNS = {  # to undo each EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -39,9 +43,11 @@ _opening = threading.Lock()
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it would print of a bad file is in the error
 
 
-def open_image(path: Path, size: tuple[int, int] | None = None) -> Pixels:
+def open_image(
+    path: Path, size: tuple[int, int] | None = None, interpolation: Interpolation = "bilinear"
+) -> Pixels:
     """Read an image file of one of `FORMATS`, or HEIC (the first frame), whatever its name; see `decode_image`."""
-    return decode_image(read_file(path, MAX_FILE, FIX), str(path), size)
+    return decode_image(read_file(path, MAX_FILE, FIX), str(path), size, interpolation=interpolation)
 
 
 def decode_image(
@@ -49,6 +55,7 @@ def decode_image(
     where: str,
     size: tuple[int, int] | None = None,
     *,
+    interpolation: Interpolation = "bilinear",
     formats: tuple[str, ...] = FORMATS,
     exact: tuple[int, int] | None = None,
 ) -> Pixels:
@@ -57,6 +64,7 @@ def decode_image(
     Args:
         size: Height and width wanted, pixels: the image is scaled until it covers them, keeping its aspect ratio, and
             its centre is cropped. None: as it is.
+        interpolation: How it is scaled.
         formats: Formats to accept, as Pillow names them.
         exact: Height and width that it must have, pixels; checked before anything is decoded.
 
@@ -85,7 +93,7 @@ def decode_image(
             if orientation in TURNS:
                 rgb = rgb.transpose(TURNS[orientation])
             if size is not None:
-                rgb = ImageOps.fit(rgb, (size[1], size[0]), Image.Resampling.BILINEAR)
+                rgb = ImageOps.fit(rgb, (size[1], size[0]), Image.Resampling[interpolation.upper()])
             return np.array(rgb)
 
 
