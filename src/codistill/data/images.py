@@ -43,9 +43,7 @@ _opening = threading.Lock()
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it would print of a bad file is in the error
 
 
-def open_image(
-    path: Path, size: tuple[int, int] | None = None, interpolation: Interpolation = "bilinear"
-) -> Pixels:
+def open_image(path: Path, size: tuple[int, int] | None = None, interpolation: Interpolation = "bilinear") -> Pixels:
     """Read an image file of one of `FORMATS`, or HEIC (the first frame), whatever its name; see `decode_image`."""
     return decode_image(read_file(path, MAX_FILE, FIX), str(path), size, interpolation=interpolation)
 
