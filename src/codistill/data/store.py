@@ -75,8 +75,8 @@ def decoded(
     try:
         images = np.empty((len(names), *size, 3), np.uint8)
     except MemoryError as error:
-        found = f"{len(names)} images of {size[0]}x{size[1]} pixels"
-        raise ResourceError(f"{root}: {found} do not fit into memory: give a smaller resize") from error
+        wanted = f"{len(names)} images of {size[0]}x{size[1]} pixels"
+        raise ResourceError(f"{root}: {wanted} do not fit into memory: give a smaller resize") from error
     kept: list[int] = []
     bad: dict[int, str] = {}
     unlike: dict[int, str] = {}
