@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def scored(logits: Tensor, labels: Tensor, parts: list[int] | None = None) -> Scores:
-    sums = ClassificationSums(CPU)
+    sums = ClassificationSums(logits.shape[1], CPU)
     sizes = parts or [len(labels)]
     for some, of_them in zip(logits.split(sizes), labels.split(sizes), strict=True):
         sums.update(some, of_them)
@@ -31,11 +31,13 @@ def reference(logits: Tensor, labels: Tensor) -> Scores:
         for k in (1, 5)
     ]
     ece = 100 * multiclass_calibration_error(logits.softmax(dim=1), labels, classes, n_bins=15, norm="l1").item()
-    return Scores(*error, F.cross_entropy(logits.double(), labels).item(), ece)
+    wrong = (logits.argmax(dim=1) != labels).double()
+    balanced = 100 * torch.stack([wrong[labels == each].mean() for each in labels.unique()]).mean().item()
+    return Scores(*error, F.cross_entropy(logits.double(), labels).item(), ece, balanced)
 
 
 def assert_alike(one: Scores, other: Scores, tolerance: float) -> None:
-    for name in ("top1_error", "top5_error", "nll", "ece"):
+    for name in ("top1_error", "top5_error", "nll", "ece", "balanced_error"):
         assert getattr(one, name) == pytest.approx(getattr(other, name), rel=tolerance, abs=tolerance), name
 
 
@@ -72,7 +74,7 @@ def test_numbers_by_hand():
 
 def test_certainty_has_a_bin_and_is_finite():
     logits = 1000.0 * F.one_hot(torch.tensor([0, 1]), 3)
-    assert scored(logits, torch.tensor([0, 1])) == Scores(0.0, 0.0, 0.0, 0.0)
+    assert scored(logits, torch.tensor([0, 1])) == Scores(0.0, 0.0, 0.0, 0.0, 0.0)
     found = scored(logits, torch.tensor([0, 2]))
     assert (found.top1_error, found.top5_error, found.nll, found.ece) == (50, 0, 500, pytest.approx(50))
 
@@ -85,7 +87,7 @@ def test_half_precision_logits_are_widened(dtype):
 
 def test_many_updates_do_not_lose_the_small_ones():
     # 2^24 + 1 images are not a float32.
-    sums = ClassificationSums(CPU)
+    sums = ClassificationSums(2, CPU)
     sums._counts += 2**24
     sums.update(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64))
     assert sums.tensors()["images"].item() == 2**24 + 1
@@ -93,7 +95,7 @@ def test_many_updates_do_not_lose_the_small_ones():
 
 def test_updates_read_nothing_back():
     logits, labels = torch.randn(10, 4), torch.randint(4, (10,))
-    sums, terms = ClassificationSums(CPU), TermSums(CPU)
+    sums, terms = ClassificationSums(4, CPU), TermSums(CPU)
     with tiny.HostReads() as reads:
         for _ in range(2):
             sums.update(logits, labels)

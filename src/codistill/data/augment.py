@@ -107,6 +107,7 @@ class DeviceImages:
         self.device = device
         self.images: UInt8[Tensor, "image height width 3"] = torch.from_numpy(split.images).to(device)
         self.labels: Int[Tensor, " image"] = torch.from_numpy(split.labels).to(device)
+        self.files = split.files  # of all images of the split; empty where they are no files
         self.affine = Affine.normalise(statistics).to(device)
         self.positions: Int[Tensor, " used"] | None = None  # of the images used, on the host; None: all, in order
         self._places: Int[Tensor, " used"] | None = None  # the same, on the device

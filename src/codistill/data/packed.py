@@ -41,7 +41,7 @@ def packed(root: Path) -> Dataset:
         present = {name.removesuffix(".npy") for name in archive.namelist()}
         if missing := [name for name in NEEDED if name not in present]:
             raise DataError(f"{path}: has no array {missing[0]} (it has {', '.join(sorted(present))}): {FIX}")
-        arrays = {name: _read_array(archive, path, name) for name in (*NEEDED, "class_names") if name in present}
+        arrays = {name: read_array(archive, path, name, FIX) for name in (*NEEDED, "class_names") if name in present}
     train, test = (_split(path, part, arrays) for part in ("train", "test"))
     class_names = _class_names(path, arrays, train, test)
     check_split(train, len(class_names), f"{path}, train")
@@ -53,22 +53,26 @@ def packed(root: Path) -> Dataset:
     return Dataset("packed", train, test, class_names)
 
 
-def _read_array(archive: zipfile.ZipFile, path: Path, name: str) -> npt.NDArray[Any]:
-    """Read one array after its header was checked: nothing is unpickled, and no more allocated than the file holds."""
+def read_array(archive: zipfile.ZipFile, path: Path, name: str, fix: str) -> npt.NDArray[Any]:
+    """Read one array after its header was checked: nothing is unpickled, and no more allocated than the file holds.
+
+    Raises:
+        DataError: Its header lies, or it is of Python objects; other damage raises what zipfile and NumPy raise.
+    """
     member = f"{name}.npy"
     about = archive.getinfo(member)
     if about.file_size > SMALL and about.file_size > MOST_COMPRESSED * about.compress_size:
         found = f"unpacks to {about.file_size} bytes from {about.compress_size}"
-        raise DataError(f"{path}: {name} {found}, more than images can: {FIX}")
+        raise DataError(f"{path}: {name} {found}, more than images can: {fix}")
     with archive.open(member) as file:
         read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(file)]
         shape, _, dtype = read_header(file)
         found = f"{path}: {name} is {dtype} {list(shape)}"
         if dtype.hasobject or dtype.itemsize == 0:
-            raise DataError(f"{found}; it must be an array of numbers or texts: {FIX}")
+            raise DataError(f"{found}; it must be an array of numbers or texts: {fix}")
         size = about.file_size - file.tell()
         if size != math.prod(shape) * dtype.itemsize:
-            raise DataError(f"{found} but has {size} bytes: {FIX}")
+            raise DataError(f"{found} but has {size} bytes: {fix}")
     with archive.open(member) as file:
         return np.asarray(npy.read_array(file, allow_pickle=False))
 

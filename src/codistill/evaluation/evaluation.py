@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from codistill.core.device import autocast
@@ -10,6 +11,7 @@ from codistill.core.randomness import EVALUATION_STREAM, draws_kept, seed_draws,
 from codistill.data.augment import DeviceImages
 from codistill.evaluation.diversity import Diversity, DiversitySums, diversity
 from codistill.evaluation.metrics import ClassificationSums, Scores, read_together, scores
+from codistill.evaluation.predictions import Predictions, RankingStore
 from codistill.methods import Method
 
 EVALUATION_BATCH = 500
@@ -18,7 +20,7 @@ EVALUATION_BATCH = 500
 class Evaluation:
     """Score every predictor on some splits, with batch normalisation's running statistics, once an epoch.
 
-    Everything is summed on the device. On CUDA the first pass runs eagerly, and where passes are `captured` those after
+    Everything is summed on the device, and what each predictor answered for each image is kept there. On CUDA the first pass runs eagerly, and where passes are `captured` those after
     it are one graph. The method is left in the mode, training or evaluation, that it was in. A network that draws
     numbers even in evaluation draws the same ones in each pass, those of the run's `seed`.
     """
@@ -36,6 +38,7 @@ class Evaluation:
         self.method, self.splits, self.precision, self.batch_size = method, dict(splits), precision, batch_size
         self.device = next(iter(self.splits.values())).device
         self._sums: dict[str, dict[str, ClassificationSums]] = {name: {} for name in self.splits}
+        self._rankings: dict[str, dict[str, RankingStore]] = {name: {} for name in self.splits}
         students, classes = len(method.cohort), method.num_classes
         self._diversity = {name: DiversitySums(students, classes, self.device) for name in self.splits}
         self._captured, self._passes = captured, 0
@@ -67,7 +70,7 @@ class Evaluation:
 
     def _pass(self, between: Callable[[], None]) -> None:
         for name, images in self.splits.items():
-            sums = self._sums[name]
+            sums, rankings = self._sums[name], self._rankings[name]
             for start in range(0, len(images), self.batch_size):
                 pixels, labels = images.batch(start, start + self.batch_size)
                 with autocast(self.device, self.precision):
@@ -76,9 +79,22 @@ class Evaluation:
                 self._diversity[name].update(outputs.logits)
                 for predictor, logits in predictions.items():
                     if predictor not in sums:
-                        sums[predictor] = ClassificationSums(self.device)
-                    sums[predictor].update(logits, labels)
+                        sums[predictor] = ClassificationSums(self.method.num_classes, self.device)
+                        rankings[predictor] = RankingStore(len(images))
+                    rankings[predictor].write(start, sums[predictor].update(logits, labels))
                 between()
+
+    def predictions(self) -> dict[str, Predictions]:
+        """Return what each predictor answered in the last pass, by split; the host waits for the device."""
+        found = {}
+        for name, images in self.splits.items():
+            labels, positions = images.labels.cpu().numpy(), np.arange(len(images.labels))
+            if images.positions is not None:
+                positions = images.positions.numpy()
+            files = tuple(images.files[place] for place in positions) if images.files else ()
+            ranked = {predictor: each.read() for predictor, each in self._rankings[name].items()}
+            found[name] = Predictions(labels[positions], positions, files, ranked)
+        return found
 
     def tensors(self) -> dict[str, Any]:
         """Return all sums by split and predictor, for `metrics.read_together`."""

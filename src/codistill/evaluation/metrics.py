@@ -9,6 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from codistill.evaluation.predictions import Ranking, ranking
+
 CALIBRATION_BINS = 15
 
 
@@ -21,42 +23,50 @@ class Scores:
         top5_error: Images whose label is not among the five highest logits, percent (0 with five classes or fewer).
         nll: Negative log-likelihood, mean over images, nats.
         ece: Expected calibration error with 15 bins of equal width, percent (Guo et al., arXiv 1706.04599).
+        balanced_error: Top-1 error of each class, mean over the classes that have images, percent.
     """
 
     top1_error: float
     top5_error: float
     nll: float
     ece: float
+    balanced_error: float
 
 
 class ClassificationSums:
     """Sums from which `scores` are computed, on the device."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, num_classes: int, device: torch.device) -> None:
         self._counts = torch.zeros(4, dtype=torch.float64, device=device)
         self._bins = torch.zeros(2, CALIBRATION_BINS, dtype=torch.float64, device=device)
+        self._classes = torch.zeros(2, num_classes, dtype=torch.float64, device=device)
 
-    def update(self, logits: Float[Tensor, "batch class"], labels: Int[Tensor, " batch"]) -> None:
-        """Add a batch."""
-        log_probabilities = torch.log_softmax(logits.float(), dim=1)
-        ranked = log_probabilities.topk(min(5, logits.shape[1]), dim=1).indices
-        hits = ranked == labels[:, None]
+    def update(self, logits: Float[Tensor, "batch class"], labels: Int[Tensor, " batch"]) -> Ranking:
+        """Add a batch, and return its ranking."""
+        ranked = ranking(logits, labels)
+        hits = ranked.classes == labels[:, None]
         correct = hits[:, 0]
-        nll = -log_probabilities.gather(1, labels[:, None]).sum(dtype=torch.float64)
+        nll = -ranked.label.sum(dtype=torch.float64)
         self._counts += torch.stack([torch.ones_like(correct).sum(), correct.sum(), hits.any(dim=1).sum(), nll])
-        confidence = log_probabilities.amax(dim=1).exp()
+        confidence = ranked.log_probabilities[:, 0].exp()
         bins = (confidence * CALIBRATION_BINS).ceil().long().sub(1).clamp(0, CALIBRATION_BINS - 1)
         self._bins[0].index_add_(0, bins, confidence.double())
         self._bins[1].index_add_(0, bins, correct.double())
+        self._classes[0].index_add_(0, labels, torch.ones_like(correct, dtype=torch.float64))
+        self._classes[1].index_add_(0, labels, correct.double())
+        return ranked
 
     def reset(self) -> None:
         """Set all sums to 0."""
         self._counts.zero_()
         self._bins.zero_()
+        self._classes.zero_()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the sums by name, for `read_together`."""
         counts = dict(zip(("images", "top1", "top5", "nll"), self._counts, strict=True))
+        images, correct = self._classes
+        counts |= {"recall": (correct / images.clamp(min=1)).sum(), "classes": (images > 0).sum()}
         return counts | {"confidence": self._bins[0], "accuracy": self._bins[1]}
 
 
@@ -65,7 +75,8 @@ def scores(sums: Mapping[str, Any]) -> Scores:
     images = sums["images"]
     gap = sum(abs(a - b) for a, b in zip(sums["confidence"], sums["accuracy"], strict=True))
     top1_error, top5_error = (100 * (images - sums[hits]) / images for hits in ("top1", "top5"))
-    return Scores(top1_error, top5_error, sums["nll"] / images, 100 * gap / images)
+    balanced_error = 100 * (1 - sums["recall"] / sums["classes"])
+    return Scores(top1_error, top5_error, sums["nll"] / images, 100 * gap / images, balanced_error)
 
 
 class TermSums:

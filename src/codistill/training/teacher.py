@@ -69,11 +69,14 @@ def load_teacher(settings: TeacherSettings, class_names: tuple[str, ...], statis
 @torch.no_grad()
 def top1_error(teacher: nn.Module, images: DeviceImages, precision: str) -> tuple[float, str]:
     """Return the top-1 error of a teacher on a test set, percent, and why it teaches nothing; empty: it can teach."""
-    sums = ClassificationSums(images.device)
+    sums: ClassificationSums | None = None
     with draws_kept(images.device), autocast(images.device, precision):
         for start in range(0, len(images), EVALUATION_BATCH):
             pixels, labels = images.batch(start, start + EVALUATION_BATCH)
-            sums.update(teacher(pixels), labels)
+            logits = teacher(pixels)
+            sums = sums or ClassificationSums(logits.shape[1], images.device)
+            sums.update(logits, labels)
+    assert sums is not None  # a split has images
     found = scores(read_together(sums.tensors()))
     if not math.isfinite(found.nll):
         return found.top1_error, "its logits are NaN or infinite"

@@ -18,6 +18,7 @@ from codistill.evaluation.evaluation import Evaluation
 from codistill.evaluation.metrics import read_together
 from codistill.report.page import write_report
 from codistill.runs.choice import ERRORS, choice, evaluated, lowest_student
+from codistill.runs.predictions import NAME, write_predictions
 from codistill.runs.saving import Saver
 from codistill.runs.state import TrainingState, load_weights, tensors_once
 from codistill.runs.summary import summarise
@@ -67,6 +68,7 @@ class Trainer:
         self.stopwatch = Stopwatch(step.device)
         self.pace = Pace(run.path)
         self.rate = config.train.learning_rate
+        self.evaluated = False  # whether this process did
         self.evaluates = True  # at the end of the current epoch
         self.position = (0, 0)
         self.best: Mapping[str, Any] | None = None
@@ -135,6 +137,7 @@ class Trainer:
         """
         if not self.evaluates:
             return
+        self.evaluated = True
         if self.step.ranks.count == 1:
             self.evaluation.run(between)
             return
@@ -226,9 +229,19 @@ class Trainer:
             }
         return row
 
+    def keep_predictions(self) -> None:
+        """Write what the last evaluation answered for each image; a run is worth more than that."""
+        if not self.evaluated:  # a run that was interrupted after its last epoch
+            self.evaluation.run()
+        try:
+            write_predictions(self.run.path, self.evaluation.predictions())
+        except OSError as error:
+            warn(f"{self.run.path / NAME} is not written: {error.strerror}; codistill evaluate makes it")
+
     def finish(self, seconds: float) -> None:
         """Write report and summary, and show the table; `seconds` are those since the first step."""
         lost = self.saver.finish()
+        self.keep_predictions()
         if self.step.device.type == "cpu":  # the report needs memory, and so may the program that has trained
             release_freed_memory()
         best = self.best or self.rows[-1]
