@@ -22,11 +22,12 @@ Floats = npt.NDArray[np.float64]
 
 
 def wilson_interval(count: int, images: int, level: float = LEVEL) -> tuple[float, float]:
-    """Compute the Wilson score interval of a share, percent: it covers the true share in about `level` of all test sets.
+    """Compute the Wilson score interval of a share, percent.
 
     With z the normal quantile of (1 + level) / 2, k = count and n = images:
     (k + z^2 / 2 +- z sqrt(k (n - k) / n + z^2 / 4)) / (n + z^2). Unlike the interval of a normal distribution around
-    k / n it stays within 0 to 100 and has a width where k is 0 or n. It is about the choice of the test images, drawn
+    k / n it stays within 0 to 100 and has a width where k is 0 or n. It covers the true share for about `level` of all
+    test sets: it is about the choice of the test images, drawn
     independently; what other seeds of the training would change is not in it.
 
     Args:
@@ -50,7 +51,7 @@ def confusion_matrix(labels: npt.NDArray[np.integer], named: npt.NDArray[np.inte
 
 
 def balanced_error(matrix: Counts) -> float:
-    """Return the mean over classes of their top-1 error, percent, from a confusion matrix; those without images are out.
+    """Return the mean top-1 error of the classes that have images, percent, from a confusion matrix.
 
     100 - 100 * `balanced_accuracy_score` of scikit-learn.
     """
@@ -130,7 +131,9 @@ def reliability(confidence: Floats, correct: npt.NDArray[np.bool_], bins: int = 
     sure, right = (np.bincount(places, weights=each, minlength=bins) for each in (confidence, correct.astype(float)))
     with np.errstate(invalid="ignore"):
         mean, accuracy = sure / images, right / images
-    return Reliability(np.arange(bins + 1) / bins, images, mean, accuracy, float(100 * abs(sure - right).sum() / len(places)))
+    return Reliability(
+        np.arange(bins + 1) / bins, images, mean, accuracy, float(100 * abs(sure - right).sum() / len(places))
+    )
 
 
 @dataclass(frozen=True)
@@ -197,8 +200,9 @@ def disagreement(
     confident = places[np.argsort(-lower, kind="stable")[:count]]
     by_class = np.bincount(predictions.labels[places], minlength=num_classes)
     images = len(places)
-    outcome = (*right, images - sum(right), by_class, tuple(map(int, confident)))
-    return Disagreement((first, second), images, 100 * images / len(predictions), *outcome)
+    share, wrong = 100 * images / len(predictions), images - sum(right)
+    listed = tuple(int(each) for each in confident)
+    return Disagreement((first, second), images, share, right[0], right[1], wrong, by_class, listed)
 
 
 def disagreements(predictions: Predictions, num_classes: int, count: int = LISTED) -> list[Disagreement]:

@@ -20,9 +20,10 @@ EVALUATION_BATCH = 500
 class Evaluation:
     """Score every predictor on some splits, with batch normalisation's running statistics, once an epoch.
 
-    Everything is summed on the device, and what each predictor answered for each image is kept there. On CUDA the first pass runs eagerly, and where passes are `captured` those after
-    it are one graph. The method is left in the mode, training or evaluation, that it was in. A network that draws
-    numbers even in evaluation draws the same ones in each pass, those of the run's `seed`.
+    Everything is summed on the device, and what each predictor answered for each image is kept there. On CUDA the first
+    pass runs eagerly, and where passes are `captured` those after it are one graph. The method is left in the mode,
+    training or evaluation, that it was in. A network that draws numbers even in evaluation draws the same ones in each
+    pass, those of the run's `seed`.
     """
 
     def __init__(

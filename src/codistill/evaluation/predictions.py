@@ -111,7 +111,7 @@ class Predictions:
         return self.files[image] if self.files else str(self.positions[image])
 
     def correct(self, predictor: str) -> npt.NDArray[np.bool_]:
-        """bool [image]: whether a predictor names the label."""
+        """Return whether a predictor names the label: bool [image]."""
         right: npt.NDArray[np.bool_] = self.predictors[predictor].named == self.labels
         return right
 

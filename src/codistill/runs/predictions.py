@@ -21,9 +21,11 @@ def write_predictions(folder: Path, predictions: Mapping[str, Predictions]) -> N
     Raises:
         OSError: What the system answers.
     """
-    arrays = {f"{split}/{name}": array for split, each in predictions.items() for name, array in each.as_arrays().items()}
+    arrays = {
+        f"{split}/{name}": array for split, each in predictions.items() for name, array in each.as_arrays().items()
+    }
     with replaced(folder / NAME) as temporary, open(temporary, "wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+        np.savez(file, allow_pickle=False, **arrays)
 
 
 def read_predictions(run: RunFolder) -> dict[str, Predictions]:
@@ -42,7 +44,9 @@ def read_predictions(run: RunFolder) -> dict[str, Predictions]:
         splits = dict.fromkeys(name.partition("/")[0] for name in names)
         found = {}
         for split in splits:
-            own = {name.removeprefix(f"{split}/"): each for name, each in arrays.items() if name.startswith(f"{split}/")}
+            own = {
+                name.removeprefix(f"{split}/"): each for name, each in arrays.items() if name.startswith(f"{split}/")
+            }
             found[split] = Predictions.from_arrays(own, len(run.class_names))
         if "test" not in found:
             raise ValueError("no test images")

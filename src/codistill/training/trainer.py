@@ -10,7 +10,7 @@ from codistill.core.errors import CheckpointError, DivergedError
 from codistill.core.extras import missing_package
 from codistill.core.files import write_json
 from codistill.core.host import release_freed_memory
-from codistill.core.randomness import STEP_STREAM, stream_seed
+from codistill.core.randomness import STEP_STREAM, draws_kept, stream_seed
 from codistill.data.augment import BatchIndices, DeviceImages, epoch_indices
 from codistill.deploy.run import Run
 from codistill.evaluation.diversity import health_warnings
@@ -232,7 +232,8 @@ class Trainer:
     def keep_predictions(self) -> None:
         """Write what the last evaluation answered for each image; a run is worth more than that."""
         if not self.evaluated:  # a run that was interrupted after its last epoch
-            self.evaluation.run()
+            with draws_kept(self.step.device):
+                self.evaluation.run()
         try:
             write_predictions(self.run.path, self.evaluation.predictions())
         except OSError as error:
