@@ -34,6 +34,22 @@ def test_class_names_may_be_absent_or_bytes(path):
     assert dataset("packed", root=path).class_names == ("a", "b", "c")
 
 
+def test_grey_images_have_three_equal_channels(path):
+    for grey in (IMAGES[..., 0], IMAGES[..., :1]):
+        data = dataset(
+            "packed", root=write_npz(path, ARRAYS, train_images=grey, test_images=ARRAYS.test_images[..., 0])
+        )
+        np.testing.assert_array_equal(data.train.images, IMAGES[..., [0, 0, 0]])
+        np.testing.assert_array_equal(data.test.images, ARRAYS.test_images[..., [0, 0, 0]])
+
+
+def test_it_may_have_a_validation_split(path):
+    data = dataset("packed", root=write_npz(path, ARRAYS, validation_images=IMAGES[:2], validation_labels=LABELS[:2]))
+    np.testing.assert_array_equal(data.validation.images, IMAGES[:2])
+    np.testing.assert_array_equal(data.validation.labels, LABELS[:2])
+    assert list(data.splits) == ["train", "validation", "test"]
+
+
 def test_compressed_files_and_fortran_order(path):
     content = {**vars(ARRAYS), "train_images": np.asfortranarray(IMAGES)}
     np.savez_compressed(path, **content)
@@ -52,7 +68,16 @@ def test_a_folder_with_one_file_will_do(path):
     ("changes", "complaint"),
     [
         ({"test_labels": None}, r"has no array test_labels \(it has class_names, test_images, train_images"),
-        ({"train_images": IMAGES[:, :, :, 0]}, r"train_images is uint8 \[6, 6, 5\]"),
+        (
+            {"train_images": IMAGES[:, :, 0, 0]},
+            r"train_images is uint8 \[6, 6\]; it must be uint8 .*or without the 3 for",
+        ),
+        ({"train_images": IMAGES[:, :, :, :2]}, r"train_images is uint8 \[6, 6, 5, 2\]"),
+        ({"validation_images": IMAGES}, r"has no array validation_labels"),
+        (
+            {"validation_images": IMAGES[:, :4], "validation_labels": LABELS},
+            "train images are 6x5 but validation images",
+        ),
         ({"train_images": IMAGES[:5]}, r"train_labels is int64 \[6\]; it must be whole numbers \[5\]"),
         ({"train_labels": LABELS[:, None]}, r"train_labels is int64 \[6, 1\]"),
         ({"test_labels": np.array([0, 9, 2]), "class_names": None}, "a label is 9, more than there are images"),

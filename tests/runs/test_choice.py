@@ -10,7 +10,8 @@ import torch
 
 import codistill as cd
 from codistill.cli import main
-from codistill.data.augment import DeviceImages, seeded_order
+from codistill.data.augment import DeviceImages
+from codistill.data.splitting import divided
 from codistill.deploy.classifier import load_classifier
 from codistill.evaluation.evaluation import evaluate
 from codistill.runs.choice import lowest_student
@@ -79,8 +80,8 @@ def test_runs_of_older_versions_are_chosen_by_their_metrics(folder, tmp_path):
 def test_validation_scores_are_of_the_images_as_they_are_and_not_trained_on(folder):
     run = cd.Run(folder / "held_out")
     data = run.load_data()
-    places = seeded_order(96, 0)[-HELD_OUT:]
-    held_out = cd.Split(data.train.images[places.numpy()], data.train.labels[places.numpy()])
+    places = divided(data.train.labels, HELD_OUT, 0)[1]
+    held_out = cd.Split(data.train.images[places], data.train.labels[places])
     images = DeviceImages(held_out, data.statistics, torch.device("cpu"))
     for name, scores in evaluate(run.load_method(), images).items():
         assert scores.top1_error == run.summary["validation_top1_error"][name]

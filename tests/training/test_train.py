@@ -13,6 +13,7 @@ from codistill.cli import main
 from codistill.core import device
 from codistill.core.errors import CheckpointError, DivergedError, UsageError
 from codistill.data.augment import DeviceImages, seeded_order
+from codistill.data.splitting import divided
 from codistill.evaluation.evaluation import Evaluation, evaluate
 from codistill.sweeps.naming import digest
 from codistill.training import prepare
@@ -139,10 +140,10 @@ def test_validation_images_are_held_out_of_the_training(train, steps, monkeypatc
     monkeypatch.setattr(loop, "Evaluation", Watched)
     data = tiny.data(train=30)
     train(data=data, validation=10, seed=3, epochs=1)
-    order = seeded_order(30, 3).numpy()
+    kept, held_out = divided(data.train.labels, 10, 3)
     validation, test = held
-    assert sorted(image for step in steps for image in step[0]) == sorted(order[:20])
-    np.testing.assert_array_equal(validation.positions.numpy(), order[20:])
+    assert sorted(image for step in steps for image in step[0]) == sorted(kept)
+    np.testing.assert_array_equal(validation.positions.numpy(), held_out)
     np.testing.assert_array_equal(validation.images.numpy(), data.train.images)
     assert test.positions is None
     np.testing.assert_array_equal(test.images.numpy(), data.test.images)

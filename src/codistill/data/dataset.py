@@ -58,6 +58,7 @@ class Dataset:
         train: Training images and labels.
         test: Test images and labels.
         class_names: One per label, in order; numbers become texts.
+        validation: Images that choose epoch and student, where the data set has a split of its own for it.
         flip: Whether a mirrored image keeps its label; the default of the augmentation.
         spec: Name and options given to `dataset`, so that a run can be repeated; empty for arrays of your own.
         root: Path of the files; empty for an embedded data set.
@@ -75,18 +76,25 @@ class Dataset:
     spec: str = ""
     root: str = ""
     left_out: tuple[str, ...] = ()
+    validation: Split | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", _class_names(self.class_names, f"data set {self.name}"))
-        for part, split in (("train", self.train), ("test", self.test)):
+        for part, split in self.splits.items():
             check_split(split, len(self.class_names), f"data set {self.name}, {part}")
-        if self.train.images.shape[1:] != self.test.images.shape[1:]:
-            sizes = f"train images are {size_of(self.train.images)} but test images are {size_of(self.test.images)}"
-            raise DataError(f"data set {self.name}: {sizes}: give both one size")
+            if self.train.images.shape[1:] != split.images.shape[1:]:
+                sizes = f"train images are {size_of(self.train.images)} but {part} images are {size_of(split.images)}"
+                raise DataError(f"data set {self.name}: {sizes}: give both one size")
 
     def __repr__(self) -> str:
         images = f"{len(self.train)} training and {len(self.test)} test images of {size_of(self.train.images)}"
         return f"Dataset({self.name!r}: {images}, {self.num_classes} classes)"
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """The splits by name: train, validation where there is one, test."""
+        validation = {} if self.validation is None else {"validation": self.validation}
+        return {"train": self.train, **validation, "test": self.test}
 
     @property
     def num_classes(self) -> int:

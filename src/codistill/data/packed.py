@@ -14,9 +14,10 @@ from codistill.data.dataset import DATASETS, Dataset, Split, check_split
 from codistill.data.untrusted import reading
 
 NEEDED = ("train_images", "train_labels", "test_images", "test_labels")
+VALIDATION = ("validation_images", "validation_labels")
 SMALL = 64 << 20  # bytes that any array may unpack to
 MOST_COMPRESSED = 200  # times; a file of zeros is a thousand times its compressed size
-LAYOUT = "uint8 [images, height, width, 3]"
+LAYOUT = "uint8 [images, height, width, 3], or without the 3 for grey ones"
 FIX = f"make it with numpy.savez(path, {'=, '.join(NEEDED)}=, class_names=), images {LAYOUT}"
 
 
@@ -24,10 +25,12 @@ FIX = f"make it with numpy.savez(path, {'=, '.join(NEEDED)}=, class_names=), ima
 def packed(root: Path) -> Dataset:
     """Load a .npz file of train_images, train_labels, test_images, test_labels and, optionally, class_names.
 
+    It may also have validation_images and validation_labels, which choose epoch and student.
+
     Args:
-        root: The file, or a folder that holds no other .npz file. Images are uint8 [images, height, width, 3], RGB;
-            labels are of any integer type [images]; class_names are texts, by default "0", "1" and so on. It may be
-            compressed.
+        root: The file, or a folder that holds no other .npz file. Images are uint8 [images, height, width, 3], RGB, or
+            grey: [images, height, width], also with a last axis of 1; labels are of any integer type [images];
+            class_names are texts, by default "0", "1" and so on. It may be compressed.
 
     Raises:
         DataError: File missing or damaged, an array missing or of a wrong type or shape, a label out of range.
@@ -39,18 +42,21 @@ def packed(root: Path) -> Dataset:
     path = found[0]
     with reading(path, FIX), zipfile.ZipFile(path) as archive:
         present = {name.removesuffix(".npy") for name in archive.namelist()}
-        if missing := [name for name in NEEDED if name not in present]:
+        needed = NEEDED + (VALIDATION if present & set(VALIDATION) else ())
+        if missing := [name for name in needed if name not in present]:
             raise DataError(f"{path}: has no array {missing[0]} (it has {', '.join(sorted(present))}): {FIX}")
-        arrays = {name: read_array(archive, path, name, FIX) for name in (*NEEDED, "class_names") if name in present}
-    train, test = (_split(path, part, arrays) for part in ("train", "test"))
-    class_names = _class_names(path, arrays, train, test)
-    check_split(train, len(class_names), f"{path}, train")
-    check_split(test, len(class_names), f"{path}, test")
+        arrays = {name: read_array(archive, path, name, FIX) for name in (*needed, "class_names") if name in present}
+    parts = ("train", "validation", "test") if len(needed) > len(NEEDED) else ("train", "test")
+    splits = {part: _split(path, part, arrays) for part in parts}
+    class_names = _class_names(path, arrays, list(splits.values()))
+    for part, split in splits.items():
+        check_split(split, len(class_names), f"{path}, {part}")
+    train = splits["train"]
     absent = np.flatnonzero(np.bincount(train.labels, minlength=len(class_names)) == 0)
     if len(absent):
         missed = f"no image has label {absent[0]} (class {class_names[absent[0]]})"
         raise DataError(f"{path}, train: {missed}: give every class training images, and number the classes from 0")
-    return Dataset("packed", train, test, class_names)
+    return Dataset("packed", train, splits["test"], class_names, validation=splits.get("validation"))
 
 
 def read_array(archive: zipfile.ZipFile, path: Path, name: str, fix: str) -> npt.NDArray[Any]:
@@ -79,6 +85,8 @@ def read_array(archive: zipfile.ZipFile, path: Path, name: str, fix: str) -> npt
 
 def _split(path: Path, part: str, arrays: dict[str, npt.NDArray[Any]]) -> Split:
     images, labels = (arrays[f"{part}_{kind}"] for kind in ("images", "labels"))
+    if images.ndim == 3 or images.shape[3:] == (1,):
+        images = np.repeat(images.reshape(*images.shape[:3], 1), 3, axis=3)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         found = f"{part}_images is {images.dtype} {list(images.shape)}"
         raise DataError(f"{path}: {found}; it must be {LAYOUT}")
@@ -88,10 +96,10 @@ def _split(path: Path, part: str, arrays: dict[str, npt.NDArray[Any]]) -> Split:
     return Split(np.ascontiguousarray(images), labels.astype(np.int64))
 
 
-def _class_names(path: Path, arrays: dict[str, npt.NDArray[Any]], train: Split, test: Split) -> tuple[str, ...]:
+def _class_names(path: Path, arrays: dict[str, npt.NDArray[Any]], splits: list[Split]) -> tuple[str, ...]:
     if "class_names" not in arrays:
-        highest = int(max(train.labels.max(initial=0), test.labels.max(initial=0)))
-        if highest >= len(train) + len(test):
+        highest = int(max(split.labels.max(initial=0) for split in splits))
+        if highest >= sum(map(len, splits)):
             raise DataError(f"{path}: a label is {highest}, more than there are images: number the classes from 0")
         return tuple(str(index) for index in range(highest + 1))
     names = arrays["class_names"]

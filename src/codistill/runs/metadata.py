@@ -43,8 +43,11 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def data_digests(data: Dataset) -> dict[str, str]:
-    """Return the SHA-256 of shape and contents of images and labels of both splits."""
-    return split_digests("training", data.train) | split_digests("test", data.test)
+    """Return the SHA-256 of shape and contents of images and labels of all splits."""
+    digests: dict[str, str] = {}
+    for name, split in data.splits.items():
+        digests |= split_digests("training" if name == "train" else name, split)
+    return digests
 
 
 def split_digests(name: str, split: Split) -> dict[str, str]:
@@ -80,7 +83,7 @@ def run_metadata(
     `digests` are those of the data; `initial` tells of the initial weights; `asked` are values of settings, by key, in
     place of which others were chosen: auto.
     """
-    (mean, std), images = data.statistics, {"train_images": len(data.train), "test_images": len(data.test)}
+    (mean, std), images = data.statistics, {f"{name}_images": len(split) for name, split in data.splits.items()}
     classes = {"class_names": list(data.class_names), "image_size": list(data.image_size)}
     facts = {"name": data.name, **classes, "mean": list(mean), "std": list(std), **images}
     facts |= {"left_out": list(data.left_out)} if data.left_out else {}

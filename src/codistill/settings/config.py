@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -11,6 +10,7 @@ from codistill.core.errors import UsageError
 from codistill.core.registry import near_matches
 from codistill.data.augment import Augmentation, PaddingMode
 from codistill.data.dataset import Dataset
+from codistill.data.splitting import checked_part, part_of
 from codistill.methods import METHODS, MethodSettings
 from codistill.settings.kinds import take_kinds
 
@@ -52,7 +52,7 @@ class TrainSettings:
     train_limit: int | None = field(default=None, metadata=COMMON)
     """Train only on the first N images of the seeded order."""
     validation: int | str = field(default=0, metadata=COMMON | {"metavar": "N|P%"})
-    """Hold out N training images, or a part of all of them as 20%, the last of the seeded order, to choose epoch and
+    """Hold out N training images, or a part of all of them as 20%, of each class its share, to choose epoch and
     student; each seed has others."""
     evaluate_every: int = 1
     """Epochs from one evaluation to the next; the last epoch is always evaluated, and the best is one of these."""
@@ -73,10 +73,8 @@ class TrainSettings:
             ("seed", 0, 2**32 - 1),
         ):
             value = getattr(self, name)
-            if name == "validation" and not isinstance(value, int):
-                if not re.fullmatch(r"\d{1,2}(\.\d{1,9})?%", str(value), re.ASCII) or not float(value[:-1]):
-                    either = "a whole number, or a percentage between 0 and 100 as 20%"
-                    raise UsageError(f"{name} is {value!r}; it must be {either}")
+            if isinstance(value, str):
+                checked_part(name, value)
                 continue
             if value is not None and not low <= value <= high:
                 bound = f"at least {low}" if high == LARGEST and value < low else f"from {low} to {high}"
@@ -97,9 +95,7 @@ class TrainSettings:
 
     def held_out(self, images: int) -> int:
         """Return how many of so many training images are held out for validation, with a percentage at least one."""
-        if isinstance(self.validation, int):
-            return self.validation
-        return max(1, round(images * float(self.validation[:-1]) / 100))
+        return part_of(images, self.validation)
 
     def evaluates(self, epoch: int) -> bool:
         """Whether an epoch, counted from 0, ends with an evaluation."""

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +21,11 @@ from codistill.core.files import system_error
 from codistill.core.host import set_up_cpu
 from codistill.data.augment import Augmentation, DeviceImages, seeded_order
 from codistill.data.dataset import Dataset
+from codistill.data.splitting import divided
 from codistill.deploy.run import Run
 from codistill.methods import METHODS, Method
 from codistill.methods.kd import WithTeacher
+from codistill.networks.origin import contents
 from codistill.runs.metadata import data_digests, run_metadata, weights_digest
 from codistill.runs.saving import Saver
 from codistill.runs.state import TrainingState
@@ -37,6 +40,7 @@ from codistill.training.teacher import load_teacher, top1_error
 from codistill.training.trainer import Trainer
 from codistill.training.trial import try_method
 
+HELD_OUT = "positions of held-out images"
 Positions = Int[Tensor, " image"] | None  # of the images that are used, on the host; None: all of them, in order
 
 
@@ -50,11 +54,16 @@ class Plan:
     device: torch.device
     augmentation: Augmentation
     training: Positions
-    validation: Positions  # None: no training images are held out
+    validation: Positions  # of training images that are held out; None: there are none
     execution: Execution
     notices: tuple[str, ...]  # lines about what is other than one may expect
     initial: Mapping[str, Any]  # of the initial weights, see `draw_weights`
     asked: Mapping[str, Any]  # settings in place of which others were chosen
+
+    @property
+    def held_out(self) -> dict[str, str]:
+        """SHA-256 of the positions of the images that are held out; empty: there are none."""
+        return {} if self.validation is None else {HELD_OUT: hashlib.sha256(contents(self.validation)).hexdigest()}
 
 
 def announce(plans: Sequence[Plan]) -> None:
@@ -107,8 +116,11 @@ def check(
 
 
 def split_training(data: Dataset, settings: TrainSettings) -> tuple[Positions, Positions]:
-    """Return the positions of the training images that are used, and of the validation images, in the seeded order."""
+    """Return the positions of the training images that are used, and of those held out, both in the seeded order."""
     count, held_out = len(data.train), settings.held_out(len(data.train))
+    if held_out and data.validation is not None:
+        own = f"data set {data.name} has {len(data.validation)} validation images of its own"
+        raise UsageError(f"validation is {settings.validation}, but {own}: leave --validation out")
     if held_out >= count:
         raise UsageError(
             f"validation is {held_out}, but data set {data.name} has {count} training images: hold less out"
@@ -126,8 +138,10 @@ def split_training(data: Dataset, settings: TrainSettings) -> tuple[Positions, P
             f"the last batch of {wanted} images would be a single image, which batch normalisation cannot use: "
             f"set drop_last or another batch_size than {size}"
         )
-    order = seeded_order(count, settings.seed)
-    return None if wanted == count else order[:wanted], order[count - held_out :] if held_out else None
+    if not held_out:
+        return None if wanted == count else seeded_order(count, settings.seed)[:wanted], None
+    training, validation = map(torch.from_numpy, divided(data.train.labels, held_out, settings.seed))
+    return training[:wanted], validation
 
 
 def check_parts(config: RunConfig, images: int, ranks: Ranks) -> None:
@@ -189,6 +203,17 @@ class DeviceSplits:
         return DeviceImages(self._data.test, self._data.statistics, self._device)
 
     @functools.cached_property
+    def validation(self) -> DeviceImages | None:
+        """The validation images that the data set has of its own."""
+        own = self._data.validation
+        return None if own is None else DeviceImages(own, self._data.statistics, self._device)
+
+    def evaluated(self, held_out: Positions) -> dict[str, DeviceImages]:
+        """Return the splits that are evaluated by name, `held_out` being the training images that validate, if any."""
+        validation = self.validation if held_out is None else self.subset(held_out)
+        return ({} if validation is None else {"validation": validation}) | {"test": self.test}
+
+    @functools.cached_property
     def digests(self) -> dict[str, str]:
         """SHA-256 of images and labels."""
         return data_digests(self._data)
@@ -236,7 +261,7 @@ def set_up(
     """
     method, config, splits = plan.method, plan.config, splits or DeviceSplits(plan.data, plan.device)
     made = functools.partial(run_metadata, config, plan.data, plan.device, method)
-    metadata = None if begun or not ranks.leads else made(splits.digests, plan.initial, plan.asked)
+    metadata = None if begun or not ranks.leads else made(splits.digests | plan.held_out, plan.initial, plan.asked)
     with contextlib.ExitStack() as folder:
         with ranks.together():
             held_run = folder.enter_context(Run.opened(out, metadata, method, plan.data)) if ranks.leads else None
@@ -250,8 +275,7 @@ def set_up(
             ):
                 images, precision = splits.subset(plan.training), config.execution.precision
                 step = make_step(method, images, plan.augmentation, config.train, precision, ranks)
-                held = {} if plan.validation is None else {"validation": splits.subset(plan.validation)}
-                held["test"] = splits.test
+                held = splits.evaluated(plan.validation)
                 trainer = Trainer(run, config, step, plan.execution, held, saver, show and ranks.leads, label)
                 with ranks.together():
                     if ranks.leads:

@@ -103,6 +103,7 @@ def resume_together(
             if ranks.leads:
                 announce(plans)
             for plan, each in zip(plans, group, strict=True):
+                each.check_held_out(plan.held_out)
                 each.check_weights(plan.initial)
             names = [each.run.path.name if several else "" for each in group]
             openings = [
@@ -180,14 +181,21 @@ class InterruptedRun:
         """Raise `DataError` where data are not those that the run began with; say what differs."""
         self.run.check_classes(data)
         facts, where = self.run.metadata["dataset"], f"but {self.run.path} began with"
-        for split, found in (("train", len(data.train)), ("test", len(data.test))):
-            if found != facts.get(f"{split}_images"):
-                began = facts.get(f"{split}_images")
+        for split in ("train", "validation", "test"):
+            found, began = len(data.splits.get(split, ())), facts.get(f"{split}_images", 0)
+            if found != began:
                 raise DataError(f"data set {self.config.data}: {found} {split} images, {where} {began}")
         differ = [name for name, digest in digests.items() if facts.get("sha256", {}).get(name, digest) != digest]
         if differ:
             words = f"{' and '.join(differ)} have other contents (SHA-256) than those that {self.run.path} began with"
             raise DataError(f"data set {self.config.data}: {words}: restore them, or start a new run")
+
+    def check_held_out(self, found: Mapping[str, str]) -> None:
+        """Raise `DataError` where other training images are held out than when the run began, as in older versions."""
+        began = self.run.metadata["dataset"].get("sha256", {})
+        if any(began.get(name) != digest for name, digest in found.items()):
+            words = "holds out other validation images than this version: resume it with its own, or start a new run"
+            raise DataError(f"{self.run.path}: {words}")
 
     def check_weights(self, initial: Mapping[str, Any]) -> None:
         """Raise `CheckpointError` where a run without a checkpoint would start from others than it began with."""

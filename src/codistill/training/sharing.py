@@ -107,7 +107,7 @@ def share_cores(plans: Sequence[Plan], splits: DeviceSplits) -> tuple[int, int]:
     largest = min(len(plans), cores() // most if fixed else most)
     if largest < 2 or plans[0].device.type != "cpu" or BINDING & os.environ.keys() or not can_fork():
         return 1, most
-    _ = splits.train, splits.test  # once, for all processes
+    _ = splits.train, splits.validation, splits.test  # once, for all processes
     kinds = {(plan.config.method_name, plan.config.networks): plan for plan in plans}
     runs = len(plans)
     alone = {name: measure([plan], splits, most, runs) for name, plan in kinds.items()}
