@@ -294,8 +294,8 @@ CASES |= {
     ),
     53: Case(
         "a drawing that fails",
-        "MPLBACKEND of a notebook, usetex, fonts; an error in matplotlib",
-        "the user's settings do not matter; else the report says so, and the run finishes",
+        "an error while curves are drawn or pictures made; damaged predictions.npz, report-images.npz, latency.json",
+        "that part is left out, the report says so, and the run finishes",
     ),
     54: Case(
         "commands at once without --out",

@@ -2,18 +2,18 @@
 
 import html.parser
 import json
-import os
 import re
-import subprocess
-import sys
 
+import numpy as np
 import pytest
 
 import codistill as cd
-from codistill.report.figures import curves
-from codistill.report.page import write_report
+from codistill.report.page import run_page, write_report
+from codistill.report.pictures import NAME, read_pictures
 
 from .. import tiny
+
+PREDICTORS = ["student0", "student1", "ensemble", "fused"]
 
 
 @pytest.fixture(scope="module", params=["plain", "validation, one epoch"])
@@ -55,114 +55,202 @@ class Parser(html.parser.HTMLParser):
         self.text.append(data)
 
 
-@pytest.fixture(scope="module")
-def parsed(page):
+def parse(page: str) -> Parser:
     parser = Parser()
     parser.feed(page)
     assert parser.open == []
     return parser
 
 
-def test_every_predictor_has_its_row(run, page, parsed):
-    cells = re.findall(r"<td>(.*?)</td>", page)
-    summary, predictors = run.summary, ["student0", "student1", "ensemble", "fused"]
-    expected = []
-    for name in predictors:
+def words(parsed: Parser) -> str:
+    return " ".join("".join(parsed.text).split())
+
+
+@pytest.fixture(scope="module")
+def parsed(page):
+    return parse(page)
+
+
+def headings(page: str) -> list[str]:
+    return re.findall(r'<h2 id="(\w+)"', page)
+
+
+def test_every_predictor_has_its_row(run, page):
+    table = page[page.index('<h2 id="predictors"') : page.index('<h2 id="curves"')]
+    summary, last = run.summary, run.metrics()[-1]
+    for name in PREDICTORS:
         for split, key in (("validation", "validation_top1_error"), ("test", "top1_error")):
             if split == "validation" and not run.config.train.validation:
                 continue
-            scores = summary[split][name]
-            named = [name, split] if run.config.train.validation else [name]
-            errors = [f"{summary[each][name]:.2f}" for each in (key, f"best_epoch_{key}")]
-            numbers = [f"{scores['top5_error']:.2f}", f"{scores['nll']:.4f}", f"{scores['ece']:.2f}"]
-            expected += [*named, *errors, *numbers, f"{summary['parameters'][name]:,}"]
-    assert cells == expected
+            row = next(
+                each for each in table.split("<tr>") if f"{name}</th>" in each and f"{summary[key][name]:.2f}" in each
+            )
+            scores = last[split][name]
+            assert (
+                f'data-label="NLL">{scores["nll"]:.4f}<' in row and f'data-label="ECE\xa0%">{scores["ece"]:.2f}<' in row
+            )
+            assert f'data-label="parameters">{summary["parameters"][name]:,}<' in row
 
 
-def test_the_curves_are_drawn_and_named(run, parsed, page):
-    assert sum(tag == "svg" for tag, _ in parsed.elements) == 1
-    drawing = page[page.index("<svg") : page.index("</svg>")]
-    for name in ("student0", "student1", "ensemble", "fused", "loss", "ce/student0", "kl/fused → student1"):
-        assert f"<!-- {name} -->" in drawing, name
-    held_out = run.config.train.validation
-    what = "top-1 error, %: test solid, validation dashed" if held_out else "top-1 error on the test set, %"
-    for label in (what, "training loss and its terms, nats", *(["fused (validation)"] if held_out else [])):
-        assert f"<!-- {label} -->" in drawing, label
+def test_the_sections_are_there_and_linked(page):
+    expected = [
+        "next",
+        "predictors",
+        "curves",
+        "wrong",
+        "calibration",
+        "disagreement",
+        "attention",
+        "missing",
+        "settings",
+    ]
+    assert headings(page) == expected
+    assert re.findall(r'<a href="#(\w+)"', page) == [each for each in expected if each != "missing"]
+
+
+def test_every_plot_has_a_title_a_description_and_a_table(run, page):
+    plots = re.findall(r"<figure.*?</figure>", page, re.DOTALL)
+    plots = [each for each in plots if 'class="plot"' in each]
+    assert len(plots) == 5
+    for each in plots:
+        assert re.search(r'role="img".*?<title>.+?</title><desc>.+?</desc>', each)
+        assert "<details>" in each and "<table>" in each
+    errors = plots[0]
+    for name in PREDICTORS:
+        assert f"<title>{name}</title>" in errors and f"</svg>{name}</li>" in errors
+    assert ("student0, validation" in errors) == bool(run.config.train.validation)
+    for name in ("sum", "ce/student0", "kl/fused → student1"):
+        assert f"<title>{name}</title>" in plots[1]
+
+
+def test_images_have_a_text_in_their_place(parsed):
+    images = [attributes for tag, attributes in parsed.elements if tag == "img"]
+    assert images and all("alt" in each for each in images)
+    assert any(each["alt"].startswith("Test image of") for each in images)
 
 
 def test_nothing_is_loaded_from_elsewhere(parsed, page):
     for tag, attributes in parsed.elements:
-        assert tag not in ("script", "link", "img", "iframe", "image", "object", "embed"), tag
+        assert tag not in ("script", "iframe", "image", "object", "embed"), tag
         for name, value in attributes.items():
             if name in ("src", "href", "xlink:href", "data", "srcset"):
-                assert value.startswith("#"), (tag, name, value)
-    assert "@import" not in page and not re.search(r"url\((?!#)", page)
+                assert value.startswith(("#", "data:")), (tag, name, value)
+    assert "@import" not in page and "url(" not in page
+    assert len(page) < 200_000
+
+
+def test_a_small_screen_and_a_dark_one_are_thought_of(page):
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    assert "@media (prefers-color-scheme: dark)" in page
 
 
 def test_the_settings_are_whole_and_names_are_escaped(run, parsed, page):
     assert "<colours>" not in page
-    text = "".join(parsed.text)
-    assert "mfef on <colours> & more" in text
-    shown = json.loads(text[text.index("{\n") : text.rindex("}") + 1])
-    assert shown == {key: value for key, value in run.metadata.items() if key != "dataset"}
+    assert "MFEF on <colours> & more" in words(parsed)
+    listed = dict(re.findall(r'<th scope="row">([\w. ]+)</th><td>(.*?)</td>', page[page.index('<h2 id="settings"') :]))
+    for key, value in run.metadata.items():
+        for each in value if isinstance(value, dict) else ():
+            assert f"{key}.{each}" in listed or isinstance(value[each], dict) or key == "method"
+    assert (
+        listed["method.temperature"] == "3"
+        and listed["batch_size"] == "8"
+        and listed["epochs"] == str(run.config.train.epochs)
+    )
+    assert "epochs" in words(parsed).partition("Other than by default")[2]
+    assert "{&#34;" not in page  # no dump
 
 
 @pytest.mark.fault(100)
 def test_it_says_what_epoch_and_student_were_chosen_on(run, parsed):
-    text = " ".join("".join(parsed.text).split())
+    text = words(parsed)
     if run.config.train.validation:
         assert "chosen on 8 validation images held out of the training set" in text
-        assert re.search(r"best student: student\d, chosen by validation error \(\S+ % of 8 images\); its test", text)
+        assert re.search(r"Best student: student\d, chosen by validation error \(\S+ % of 8 images\); its test", text)
     else:
-        assert re.search(r"best student: student\d, chosen by test error, so its \S+ % is too optimistic", text)
+        assert re.search(r"Best student: student\d, chosen by test error, so its \S+ % is too optimistic", text)
         assert "on this test set, which flatters it" in text
 
 
-def test_it_can_be_written_again_from_the_folder_alone(run, tmp_path):
-    before = (run.path / "report.html").read_text()
+def test_it_can_be_written_again_from_the_folder_alone(run, page):
     write_report(cd.Run(run.path), cd.Run(run.path).summary)
-
-    def without_ids(text: str) -> str:
-        return re.sub(r"(#|id=\"|<dc:date>)[^\")<]*", "", text)
-
-    assert without_ids((run.path / "report.html").read_text()) == without_ids(before)
+    assert (run.path / "report.html").read_text() == page
 
 
-def test_terms_that_are_zero_or_huge_can_be_drawn():
-    scores = {"student0": {"top1_error": 100.0}}
-    rows = [{"epoch": epoch, "train": {"loss": 0.0, "ce/student0": 10.0**epoch}} for epoch in range(30)]
-    for row in rows[6::7]:  # the others were not evaluated
-        row["test"] = scores
-    assert curves(rows).startswith("<svg")
+def test_pictures_are_those_of_the_test_set(run):
+    pictures, test = read_pictures(run.path), tiny.data().test
+    assert pictures is not None and 0 < len(pictures.positions) <= len(test)
+    assert (pictures.images == test.images[pictures.positions]).all()
+    assert set(pictures.places) == {"student0", "student1", "fused"}
+    student = pictures.places["student0"]
+    assert student.shape == (len(pictures.attended), 4, 4) and ((student > 0) & (student < 1)).all()
+    assert pictures.channels["fused"].shape == (len(pictures.attended), 16)
+    mean = (student.astype(float) + pictures.places["student1"]) / 2
+    assert np.allclose(pictures.places["fused"], mean, atol=1e-3)
+
+
+def test_a_method_without_attention_has_no_section_of_it(tmp_path):
+    run = cd.train(tiny.method(cd.DML), tiny.data(), out=tmp_path / "run", settings=tiny.settings(epochs=1), show=False)
+    page = (run.path / "report.html").read_text()
+    assert "attention" not in headings(page) and "disagreement" in headings(page)
+    assert read_pictures(run.path).places == {}
+
+
+def copied_without(run, folder, *names):
+    for each in run.path.iterdir():
+        if each.is_file() and each.name not in (*names, ".lock"):
+            (folder / each.name).write_bytes(each.read_bytes())
+    return cd.Run(folder)
 
 
 @pytest.mark.fault(53)
-def test_drawing_ignores_the_settings_of_matplotlibs_user(run):
-    import matplotlib
-
-    with matplotlib.rc_context({"text.usetex": True, "font.family": "no such font", "axes.facecolor": "red"}):
-        assert curves(run.metrics()).startswith("<svg")
-        assert matplotlib.rcParams["text.usetex"]
+@pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 no archive", b"\0" * 1000])
+def test_a_run_without_predictions_or_pictures_still_has_a_page(run, tmp_path, content):
+    old = copied_without(run, tmp_path, "predictions.npz", NAME)
+    for name in ("predictions.npz", NAME) if content is not None else ():
+        (tmp_path / name).write_bytes(content)
+    page = run_page(old)
+    assert headings(page) == ["next", "predictors", "curves", "missing", "settings"]
+    assert f"codistill evaluate {tmp_path} makes it again" in page
+    parse(page)
 
 
 @pytest.mark.fault(53)
-def test_a_backend_that_is_not_there_is_no_matter():
-    program = "import os; from codistill.report.figures import curves; " + (
-        "row = {'epoch': 0, 'test': {'student0': {'top1_error': 1.0}}, 'train': {'loss': 1.0}}; "
-        "assert curves([row]).startswith('<svg') and os.environ['MPLBACKEND'] == 'module://none.backend'"
-    )
-    environment = {**os.environ, "MPLBACKEND": "module://none.backend"}
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=60)
+def test_a_run_that_did_not_finish_says_so(run, tmp_path):
+    old = copied_without(run, tmp_path, "summary.json")
+    page = run_page(old)
+    assert f"This run is not finished. codistill resume {tmp_path} continues it." in page
+    (tmp_path / "summary.json").write_text(json.dumps({"status": "diverged", "error": "the loss is NaN"}))
+    assert "This run is diverged: the loss is NaN." in run_page(cd.Run(tmp_path))
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(cd.CodistillError, match="no epoch has been finished"):
+        run_page(cd.Run(tmp_path))
 
 
 @pytest.mark.fault(53)
 def test_a_drawing_that_fails_costs_a_warning_and_no_more(tmp_path, monkeypatch, capsys):
-    def fail(rows):
+    def fail(*_):
         raise RuntimeError("no <fonts>\nfound")
 
-    monkeypatch.setattr("codistill.report.page.curves", fail)
+    monkeypatch.setattr("codistill.report.page.charts", fail)
+    monkeypatch.setattr("codistill.training.trainer.keep_pictures", fail)
     run = cd.train(tiny.method(), tiny.data(), out=tmp_path / "run", settings=tiny.settings(epochs=1), show=False)
     assert run.finished and cd.Run(run.path).summary["status"] == "finished"
-    assert "The drawing failed (RuntimeError: no &lt;fonts&gt; found)" in (run.path / "report.html").read_text()
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("codistill: warning: ") and "RuntimeError: no <fonts> found" in line
+    page = (run.path / "report.html").read_text()
+    assert "Curves: making it failed (RuntimeError: no &lt;fonts&gt; found)" in page
+    assert "curves" not in headings(page) and "attention" not in headings(page)
+    pictures, drawing = capsys.readouterr().err.splitlines()
+    assert all(
+        each.startswith("codistill: warning: ") and "RuntimeError: no <fonts> found" in each
+        for each in (pictures, drawing)
+    )
+    assert "codistill report makes them" in pictures
+
+
+def test_terms_that_are_zero_or_huge_can_be_drawn(run, tmp_path):
+    old = copied_without(run, tmp_path, "metrics.jsonl")
+    (row, *_) = run.metrics()
+    rows = [{**row, "epoch": epoch, "train": {"loss": 0.0, "ce/student0": 10.0**epoch}} for epoch in range(30)]
+    for each in rows[1::7]:  # these were not evaluated
+        del each["test"]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    assert "curves" in headings(run_page(old))

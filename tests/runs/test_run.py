@@ -79,7 +79,7 @@ def test_metrics_are_a_line_an_epoch(folder):
 def test_the_folder_holds_nothing_else(folder):
     names = {name for name in tiny.listing(folder) if "/" not in name}
     expected = {"config.json", "metrics.jsonl", "summary.json", "report.html", "checkpoints", "tensorboard", ".lock"}
-    assert names == expected
+    assert names == expected | {"predictions.npz", "report-images.npz"}
     checkpoints = {path.name for path in (folder / "checkpoints").iterdir()}
     assert (
         {"index.json", "epoch-000002.pt", "epoch-000003.pt"}

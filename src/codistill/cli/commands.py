@@ -28,6 +28,8 @@ from codistill.deploy.predict import answers
 from codistill.deploy.run import Run
 from codistill.methods import METHODS
 from codistill.networks import NETWORKS
+from codistill.report.comparison import run_folders, write_pages
+from codistill.report.pictures import complete_pictures
 from codistill.runs.choice import choice
 from codistill.runs.evaluate import evaluate_run
 from codistill.settings.config import RunConfig, default_config
@@ -174,6 +176,17 @@ def evaluate_command(arguments: Sequence[str]) -> None:
     with contextlib.suppress(CodistillError):  # a damaged summary.json; the scores do not depend on it
         if run.finished and (how := choice(run.summary, chosen.checkpoint)):
             console.print(how, soft_wrap=True)
+
+
+def report_command(arguments: Sequence[str]) -> None:
+    """Run `codistill report`."""
+    chosen = parse(options.ReportOptions, arguments, "codistill report")
+    if not chosen.runs:
+        raise UsageError("codistill report: no run: name at least one run folder")
+    runs = [Run(path) for path in run_folders(chosen.runs)]
+    if len(runs) == 1:
+        complete_pictures(runs[0], chosen.data_dir, chosen.skip_bad)
+    print(f"ok: {write_pages(runs, chosen.out)}")
 
 
 def predict_command(arguments: Sequence[str]) -> None:

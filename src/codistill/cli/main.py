@@ -27,6 +27,7 @@ usage: codistill COMMAND ...
   resume RUN                                     resume an interrupted run
   sweep SPEC.toml --out DIR                      train many runs in processes of their own; resumes if interrupted
   evaluate RUN                                   score every predictor of a run on its test set
+  report RUN ..                                  write the page of a run again, or one that compares runs
   predict FILE_OR_RUN IMAGE ..                   classify images
   export RUN --predictor student0 --format onnx  write one predictor as one file, and check it
   bench [METHOD] --networks A B .. [--compare]   time training steps here, also against a plain PyTorch loop

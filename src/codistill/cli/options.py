@@ -80,6 +80,16 @@ class EvaluateOptions(MovedDataOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportOptions(MovedDataOptions):
+    """Write the page of a run again, or one page that compares several runs; runs of other seeds are one group."""
+
+    runs: tuple[Path, ...] = field(metadata={"positional": "RUN .."})
+    """Run folders, or folders of them as of --seeds and sweeps."""
+    out: Path | None = None
+    """The file. None: RUN/report.html of one run, comparison.html here of several."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PredictOptions(DataOptions):
     """Classify images."""
 
@@ -159,6 +169,7 @@ OPTIONS: dict[str, type] = {
     "train": TrainOptions,
     "resume": ResumeOptions,
     "evaluate": EvaluateOptions,
+    "report": ReportOptions,
     "predict": PredictOptions,
     "export": ExportOptions,
     "bench": BenchOptions,

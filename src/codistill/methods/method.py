@@ -16,6 +16,7 @@ from codistill.methods.cohort import Cohort, EnsembleNetwork, Images, Outputs
 from codistill.methods.losses import Labels, Logits, Scalar, Terms
 from codistill.methods.mistakes import checked_terms, title
 from codistill.methods.teacher import TEACHER_TERM, Teacher
+from codistill.modules.attention import AttentionMaps
 from codistill.networks import Network
 from codistill.networks.origin import DRAWN, Marked, mark
 from codistill.networks.probe import probing
@@ -276,6 +277,14 @@ class Method(Marked):
         if len(students) > 1:
             named["ensemble"] = EnsembleNetwork(self.cohort, heads=[student.head for student in students])
         return named
+
+    def attention_maps(self, images: Images) -> dict[str, AttentionMaps]:
+        """Compute, for a report, how each predictor weights its last map; by default there is no attention.
+
+        Args:
+            images: Normalised, one view, on the method's device; the method is in evaluation mode.
+        """
+        return {}
 
     def deployed_student(self, index: int) -> Network:
         """Return a student as a plain network without peers, fusion and teacher."""

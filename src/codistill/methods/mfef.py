@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -13,6 +15,7 @@ from codistill.methods.losses import Labels, Scalar, Terms, ensemble
 from codistill.methods.method import METHODS, Method, ParameterGroup
 from codistill.methods.terms import cross_entropy_terms, kl_pairs, ramped_kl
 from codistill.modules import DualAttention, FeatureFusion, MultiScaleExtraction
+from codistill.modules.attention import AttentionMaps
 from codistill.modules.multiscale import Half
 from codistill.networks import Network
 from codistill.networks.probe import probe_shapes
@@ -181,6 +184,26 @@ class MFEF(Method):
         enhancement = self.enhancements[index]
         assert isinstance(enhancement, Enhancement)
         return [step for step in enhancement.steps[:point] if not isinstance(step, nn.Identity)]
+
+    def attention_maps(self, images: Images) -> dict[str, AttentionMaps]:
+        """Compute the weights of each student's dual attention and, for the fused classifier, of all that it sees.
+
+        Those of the fused classifier are the students' channels side by side, and the mean of their places.
+        """
+        found = {}
+        for index, feature_map in enumerate(self(images).feature_maps):
+            enhancement = self.enhancements[index]
+            assert isinstance(enhancement, Enhancement)
+            extraction, attention = enhancement.steps
+            if isinstance(attention, DualAttention):
+                found[f"student{index}"] = attention.maps(extraction(feature_map))
+        if found and self.fusion is not None and POINTS[self.fusion_point] == "msfe_da":
+            places = [each.places[:, None] for each in found.values()]
+            size = [max(each.shape[axis] for each in places) for axis in (2, 3)]
+            alike = [F.interpolate(each, size, mode="bilinear", align_corners=False) for each in places]
+            channels = torch.cat([each.channels for each in found.values()], dim=1)
+            found["fused"] = AttentionMaps(channels, torch.cat(alike, dim=1).mean(dim=1))
+        return found
 
     def predictors(self) -> dict[str, nn.Module]:
         """Return the students, their ensemble and, where there is one, the fused classifier."""

@@ -1,11 +1,20 @@
 """Dual attention: channel attention, then spatial attention; MFEF's second component."""
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from codistill.core.errors import UsageError
 from codistill.networks import chains
+
+
+class AttentionMaps(NamedTuple):
+    """What dual attention weights with, for some images; all in (0, 1)."""
+
+    channels: Float[Tensor, "batch channel"]
+    places: Float[Tensor, "batch height width"]
 
 
 class DualAttention(nn.Module):
@@ -70,6 +79,11 @@ class DualAttention(nn.Module):
         average = feature_map.mean(dim=1, keepdim=True)
         maximum = feature_map.max(dim=1, keepdim=True).values
         return self._of_places(torch.cat([average, maximum], dim=1))
+
+    def maps(self, feature_map: Float[Tensor, "batch channel height width"]) -> AttentionMaps:
+        """Compute the weights of channels and places, w_c and w_s, without their axes of length 1."""
+        channels = self.channel_weights(feature_map)
+        return AttentionMaps(channels[:, :, 0, 0], self.spatial_weights(channels * feature_map)[:, 0])
 
     def forward(
         self, feature_map: Float[Tensor, "batch channel height width"]

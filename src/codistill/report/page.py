@@ -1,43 +1,313 @@
 """The page of a run, made from the files of its folder alone."""
 
-import html
-import json
-from collections.abc import Mapping
-from typing import Any
+import importlib.metadata
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 from codistill.core.console import duration, warn
-from codistill.core.extras import missing_package
+from codistill.core.errors import CheckpointError
 from codistill.core.files import write_atomically
-from codistill.report.figures import curves
-from codistill.runs.choice import ERRORS, choice
+from codistill.evaluation.analysis import Analysis, analyse, wilson_interval
+from codistill.evaluation.predictions import Predictions
+from codistill.report.advice import advice
+from codistill.report.curves import charts, colour_of
+from codistill.report.failures import (
+    attention_section,
+    disagreement_section,
+    reliability_chart,
+    wrong_section,
+)
+from codistill.report.groups import FACTS, Group, Seen, settings_of, text_of
+from codistill.report.pictures import read_pictures
+from codistill.runs.choice import choice, chosen_by, lowest_student, top1_errors
 from codistill.runs.folder import RunFolder
+from codistill.runs.predictions import read_predictions
+from codistill.settings.config import default_config
+
+T = TypeVar("T")
+
+REPORT = "report.html"
+NAMES = {
+    "mfef": "MFEF",
+    "dml": "DML",
+    "kdcl": "KDCL",
+    "one": "ONE",
+    "okddip": "OKDDip",
+    "ffl": "FFL",
+    "pcl": "PCL",
+    "kd": "KD",
+}
 
 
 def write_report(run: RunFolder, summary: Mapping[str, Any]) -> None:
-    """Write `report.html` of a finished run: scores, curves and settings in one file that loads nothing else.
+    """Write `report.html` of a run: what its files hold, in one page that loads nothing else.
 
-    Curves that cannot be drawn cost a warning, and the page says so.
+    What predictions.npz, report-images.npz and latency.json would add is left out where they are absent or damaged, and
+    the page says so.
+
+    Raises:
+        CheckpointError: No epoch has been finished.
     """
-    import jinja2
+    page = run_page(run, summary)
+    write_atomically(run.path / REPORT, page.encode(errors="backslashreplace"))
 
-    try:
-        drawing = curves(run.metrics())
-    except Exception as error:
-        # A run is worth more than its picture.
-        failed = missing_package(error) or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        warn(f"{run.path / 'report.html'} has no curves, for drawing them failed ({failed}); metrics.jsonl holds them")
-        drawing = f"<p>The drawing failed ({html.escape(failed)}); metrics.jsonl holds the numbers.</p>"
+
+def render(template: str, **content: Any) -> str:
+    """Return a page made from a template of this package."""
+    import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("codistill.report", ""), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    page = environment.get_template("report.html").render(
-        title=f"{summary['method']} on {summary['data']}, {summary['epochs']} epochs, seed {summary['seed']}",
-        summary=summary,
-        keys={split: key for split, key in ERRORS.items() if split in summary},
-        choice=choice(summary),
-        duration=duration(summary["wall_seconds"]),
-        curves=drawing,
-        settings=json.dumps({key: value for key, value in run.metadata.items() if key != "dataset"}, indent=2),
+    page = environment.get_template(template).render(version=importlib.metadata.version("codistill"), **content)
+    return page.replace(" %", "\N{NO-BREAK SPACE}%")
+
+
+def seen_run(run: RunFolder, summary: Mapping[str, Any] | None = None) -> Seen:
+    """Return what a folder tells; `summary`: that of a run whose file is not written yet."""
+    if summary is None:
+        summary = run.summary if run.status is not None else {}
+    rows = run.metrics()
+    if not rows:
+        raise CheckpointError(f"{run.path}/metrics.jsonl: no epoch has been finished: there is nothing to report yet")
+    return Seen(run, summary, rows)
+
+
+def run_page(run: RunFolder, summary: Mapping[str, Any] | None = None) -> str:
+    """Return the page of a run as HTML; see `write_report`."""
+    seen = seen_run(run, summary)
+    missing: list[str] = []
+
+    def section(name: str, make: Callable[[], T]) -> T | None:
+        try:
+            return make()
+        except Exception as error:  # a run is worth more than a part of its page
+            words = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            missing.append(f"{name}: making it failed ({words}); the other files of the run hold the numbers.")
+            warn(f"{run.path / REPORT} lacks a part: {missing[-1]}")
+        return None
+
+    classes = run.class_names
+    found = _predictions(run, missing) if seen.last else None
+    analyses = {name: analyse(found, name, len(classes)) for name in found.predictors} if found else {}
+    pictures = read_pictures(run.path) if found else None
+    if found and pictures is None:
+        missing.append(f"Pictures: codistill report {run.path} makes them where the data set is there.")
+    latency = None
+    if latency is None:
+        missing.append(f"Latency against error: codistill report {run.path} --latency measures it on this machine.")
+    content: dict[str, Any] = {
+        "title": page_title(seen),
+        "folder": run.path.name,
+        "facts": _facts(seen),
+        "alert": _alert(seen),
+        "charts": section("Curves", lambda: charts([Group("", "c0", [seen])])),
+        "latency": latency,
+        "choice": choice(seen.summary) if seen.finished else "",
+        "warnings": [f"epoch {row['epoch'] + 1}: {each}" for row in seen.rows for each in row.get("warnings", ())],
+        **dict.fromkeys(("tiles", "advice", "predictors", "wrong", "reliability", "disagreement", "attention")),
+        **_settings(run),
+    }
+    if seen.last:
+        content["tiles"] = section("Key numbers", lambda: _tiles(seen))
+        content["advice"] = section("What to try next", lambda: advice(seen, analyses, latency is not None))
+        content["predictors"] = section("Predictors", lambda: _predictors(seen, analyses))
+    if seen.last and found:
+        student = lowest_student(seen.last)[0]
+        content["wrong"] = section("Mistakes", lambda: wrong_section(found, analyses, student, classes, pictures))
+        content["reliability"] = section("Calibration", lambda: reliability_chart(analyses))
+        if len(found.students) > 1:
+            content["disagreement"] = section("Disagreement", lambda: disagreement_section(found, classes, pictures))
+        if pictures:
+            content["attention"] = section("Attention", lambda: attention_section(found, pictures, classes))
+    content["missing"] = missing
+    anchors = {
+        "next": ("advice", "What to try next"),
+        "predictors": ("predictors", "Predictors"),
+        "curves": ("charts", "Curves"),
+        "wrong": ("wrong", "Where it is wrong"),
+        "calibration": ("reliability", "Calibration"),
+        "disagreement": ("disagreement", "Disagreement"),
+        "attention": ("attention", "Attention"),
+        "latency": ("latency", "Latency"),
+        "settings": ("settings", "Settings"),
+    }
+    sections = [(anchor, name) for anchor, (key, name) in anchors.items() if content[key]]
+    return render("report.html", sections=sections, **content)
+
+
+def _predictions(run: RunFolder, missing: list[str]) -> Predictions | None:
+    """Return what was answered on the test set, of the last checkpoint; None: why is added to what is missing."""
+    try:
+        return read_predictions(run)["test"]
+    except CheckpointError as error:
+        missing.append(f"Confusions, calibration, mistakes and disagreement: {error}.")
+    return None
+
+
+def page_title(seen: Seen) -> str:
+    """Return what a run is, in a few words."""
+    metadata = seen.run.metadata
+    method = str(metadata["method"]["name"])
+    return f"{NAMES.get(method, method)} on {metadata['dataset']['name']}"
+
+
+def _facts(seen: Seen) -> list[str]:
+    metadata, summary = seen.run.metadata, seen.summary
+    facts = metadata["dataset"]
+    height, width = seen.run.image_size
+    words = [
+        " + ".join(seen.networks),
+        f"{len(seen.rows)} epochs" if seen.finished else f"{len(seen.rows)} of {metadata.get('epochs')} epochs",
+    ]
+    words.append(f"seed {metadata.get('seed')}")
+    images = [
+        f"{facts[key]:,} {split}"
+        for key, split in (("train_images", "training"), ("test_images", "test"))
+        if key in facts
+    ]
+    words.append(f"{' and '.join(images)} images of {height} x {width}, {len(seen.run.class_names)} classes")
+    environment = summary.get("environment") or metadata["environment"]
+    words.append(f"{environment.get('device')}, torch {environment.get('torch')}")
+    return words
+
+
+def _alert(seen: Seen) -> str:
+    if seen.finished:
+        return ""
+    status = seen.summary.get("status", "not finished")
+    error = seen.summary.get("error")
+    words = f"This run is {status}{': ' + str(error) if error else ''}."
+    return words if status == "diverged" else f"{words} codistill resume {seen.run.path} continues it."
+
+
+def interval_of(seen: Seen, predictor: str, error: float) -> tuple[float, float] | None:
+    """Return the 95 % interval of an error on the test set, percent; None: the number of its images is unknown."""
+    images = seen.images("test")
+    return wilson_interval(round(error / 100 * images), images) if images else None
+
+
+def _tiles(seen: Seen) -> list[tuple[str, str, str, str]]:
+    last = seen.last
+    assert last is not None
+    student, _ = lowest_student(last)
+    errors = top1_errors(last, "test")
+    tiles = []
+    for name in (student, *(each for each in ("fused", "ensemble") if each in errors)):
+        interval = interval_of(seen, name, errors[name])
+        words = f"95 %: {interval[0]:.1f} to {interval[1]:.1f}" if interval else "after the last epoch"
+        best = name == student and len(seen.students) > 1
+        title = "Error of the best student" if best else f"Error of {name}"
+        tiles.append((title, f"{errors[name]:.2f}", "%", f"{name}, {words}" if best else words))
+    differ = last.get("diversity", {}).get("disagreement")
+    if len(seen.students) > 1 and differ is not None:
+        tiles.append(("Students disagree on", f"{differ:.1f}", "%", "of the test images"))
+    if (seconds := seen.summary.get("wall_seconds")) is not None:
+        tiles.append(
+            ("Time in all", duration(seconds), "", f"{seen.summary['images_per_second']:,.0f} images/s in training")
+        )
+    return tiles
+
+
+def _predictors(seen: Seen, analyses: Mapping[str, Analysis]) -> dict[str, Any]:
+    last, best = seen.last, seen.best
+    assert last is not None and best is not None
+    several = len(seen.splits) > 1
+    headings = ["predictor", *(["images"] if several else []), "top-1 error %", "95 % interval"]
+    headings += [
+        f"best epoch ({best['epoch'] + 1}) %",
+        *(["balanced %"] if analyses else []),
+        "top-5 %",
+        "NLL",
+        "ECE %",
+        "parameters",
+    ]
+    bounds = {name: interval_of(seen, name, error) for name, error in top1_errors(last, "test").items()}
+    widest = max((each[1] for each in bounds.values() if each), default=100.0)
+    rows = []
+    for name in seen.predictors:
+        for split in seen.splits:
+            scores, at_best, images = last[split][name], top1_errors(best, split)[name], seen.images(split)
+            interval = wilson_interval(round(scores["top1_error"] / 100 * images), images) if images else None
+            cells = [split] if several else []
+            cells += [
+                f"{scores['top1_error']:.2f}",
+                f"{interval[0]:.1f} to {interval[1]:.1f}" if interval else "",
+                f"{at_best:.2f}",
+            ]
+            if analyses:
+                cells.append(f"{analyses[name].balanced_error:.2f}" if split == "test" and name in analyses else "")
+            cells += [f"{scores['top5_error']:.2f}", f"{scores['nll']:.4f}", f"{scores['ece']:.2f}"]
+            parameters = seen.summary.get("parameters", {}).get(name)
+            cells.append(f"{parameters:,}" if parameters is not None else "")
+            drawn = _range(interval, scores["top1_error"], widest, colour_of(name)) if split == "test" else ""
+            rows.append(
+                {
+                    "name": name,
+                    "colour": colour_of(name),
+                    "cells": list(zip(headings[1:], cells, strict=True)),
+                    "range": drawn,
+                }
+            )
+    return {
+        "headings": [*headings, ""],
+        "rows": rows,
+        "caption": "After the last epoch, on the test set" + (" and on validation images" if several else ""),
+        "note": _chosen_on(seen),
+    }
+
+
+def _range(interval: tuple[float, float] | None, error: float, widest: float, colour: str) -> str:
+    """Draw an interval as a bar with a point, on a scale from 0 to the widest; empty without one."""
+    if interval is None:
+        return ""
+    low, high, at = (f"{100 * min(1.0, each / widest):.1f}%" for each in (*interval, error))
+    return (
+        f'<svg class="range {colour}" aria-hidden="true"><line class="axis" x1="0" x2="100%" y1="50%" y2="50%"/>'
+        f'<line x1="{low}" x2="{high}" y1="50%" y2="50%"/><circle cx="{at}" cy="50%" r="4"/></svg>'
     )
-    write_atomically(run.path / "report.html", page.encode(errors="backslashreplace"))
+
+
+def _chosen_on(seen: Seen) -> str:
+    assert seen.last is not None
+    if chosen_by(seen.last) == "test":
+        return (
+            "The best epoch is the one with the lowest student error on this test set, which flatters it; quote the "
+            "last epoch, or choose on held-out training images with --validation."
+        )
+    return f"The best epoch was chosen on {seen.images('validation')} validation images held out of the training set."
+
+
+def _settings(run: RunFolder) -> dict[str, Any]:
+    """Return the settings of a run beside their defaults, and the rest of its config.json, flat."""
+    settings = settings_of(run)
+    try:
+        plain = default_config(str(run.metadata["method"]["name"])).as_mapping()
+        defaults = {**plain, **{f"method.{key}": value for key, value in plain["method"].items()}}
+    except KeyError:  # a method of the user's own
+        defaults = {}
+    rows, changed = [], []
+    for key, value in settings.items():
+        differs = key in defaults and defaults[key] != value
+        rows.append((key, text_of(value), text_of(defaults[key]) if differs else ""))
+        if differs and key not in ("networks", "data", "method.name", "seed"):
+            changed.append(f"{key} {text_of(value)} ({text_of(defaults[key])})")
+    words = (
+        f"Other than by default, which stands in brackets: {', '.join(changed)}."
+        if changed
+        else "All settings are the defaults."
+    )
+    others = {
+        key: run.metadata[key]
+        for key in run.metadata
+        if key in FACTS or key not in {each.partition(".")[0] for each in settings}
+    }
+    return {"settings": rows, "changed": words if defaults else "", "environment": list(_flat("", others))}
+
+
+def _flat(prefix: str, value: Any) -> Iterable[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from _flat(f"{prefix}.{key}" if prefix else str(key), each)
+    else:
+        yield prefix, text_of(value)

@@ -17,6 +17,7 @@ from codistill.evaluation.diversity import health_warnings
 from codistill.evaluation.evaluation import Evaluation
 from codistill.evaluation.metrics import read_together
 from codistill.report.page import write_report
+from codistill.report.pictures import keep_pictures
 from codistill.runs.choice import ERRORS, choice, evaluated, lowest_student
 from codistill.runs.predictions import NAME, write_predictions
 from codistill.runs.saving import Saver
@@ -239,6 +240,15 @@ class Trainer:
         except OSError as error:
             warn(f"{self.run.path / NAME} is not written: {error.strerror}; codistill evaluate makes it")
 
+    def keep_pictures(self) -> None:
+        """Write the test images that the report shows, and attention on them; a run is worth more than that."""
+        test, student = self.evaluation.predictions()["test"], lowest_student(self.rows[-1])[0]
+        try:
+            keep_pictures(self.run, self.method, test, student, self.run.load_data().test)
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            warn(f"{self.run.path}: the pictures of its report are not written: {reason}; codistill report makes them")
+
     def finish(self, seconds: float) -> None:
         """Write report and summary, and show the table; `seconds` are those since the first step."""
         lost = self.saver.finish()
@@ -251,6 +261,7 @@ class Trainer:
         summary = summarise(self.run, self.config, self.method, self.rows, best, seconds, execution, images)
         try:
             if lost is None:
+                self.keep_pictures()
                 write_report(self.run, summary)
         except Exception as error:  # a run is worth more than its page
             reason = missing_package(error) or " ".join(f"{type(error).__name__}: {error}".split())[:300]
