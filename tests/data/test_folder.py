@@ -145,3 +145,99 @@ def test_class_names_of_two_unicode_forms_are_one_class(root):
     data = dataset("folder", root=root)
     assert data.class_names == ("ant", "bee", "caf\u00e9", "cat")
     assert (data.train.labels == 2).sum() == 2 and (data.test.labels == 2).sum() == 1
+
+
+def flat(root, counts, size=(12, 10)):
+    rng = np.random.default_rng(1)
+    return write_folder(
+        root,
+        {
+            f"{name}/{index:03}.png": encode(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+            for name, count in counts.items()
+            for index in range(count)
+        },
+    )
+
+
+def names(split):
+    return [file.split("/")[0] for file in split.files]
+
+
+@pytest.mark.parametrize("below", ["", "train/"])
+def test_without_test_images_each_class_sets_its_share_apart(tmp_path, below):
+    root = flat(tmp_path, {f"{below}{name}": count for name, count in (("ant", 20), ("bee", 10), ("cat", 2))})
+    (root / "README.txt").write_text("beside the classes there may be others")
+    data = dataset("folder", root=root)
+    assert data.class_names == ("ant", "bee", "cat") and data.validation is None
+    counts = [np.bincount(split.labels).tolist() for split in (data.train, data.test)]
+    assert counts == [[17, 8, 1], [3, 2, 1]] and len({*data.train.files, *data.test.files}) == 32
+    assert list(data.train.files) == sorted(data.train.files)
+    assert data.drawn == "6 of 32 images, of each class its share, drawn with seed 0"
+    for split in (data.train, data.test):
+        for image, file in zip(split.images, split.files, strict=True):
+            np.testing.assert_array_equal(image, open_image(root / file))
+    again, other = (dataset(f"folder:split_seed={seed}", root=root) for seed in (0, 1))
+    assert again.test.files == data.test.files != other.test.files
+    assert len(dataset("folder:test=50%", root=root).test) == 16 == len(dataset("folder:test=16", root=root).test)
+
+
+def test_val_chooses_epoch_and_student_or_is_the_test_set(root):
+    write_folder(root, {name.replace("test/", "Val/"): content for name, content in image_folder_files()[0].items()})
+    data = dataset("folder", root=root)
+    assert len(data.validation) == 3 and {file.split("/")[0] for file in data.validation.files} == {"Val"}
+    shutil.rmtree(root / "test")
+    data = dataset("folder", root=root)
+    assert data.validation is None and names(data.test) == ["Val"] * 3 and data.drawn == ""
+
+
+def test_a_class_may_be_called_as_a_split(tmp_path):
+    data = dataset("folder", root=flat(tmp_path, {"train": 5, "plane": 5, "test": 5}))
+    assert data.class_names == ("plane", "test", "train")
+
+
+@pytest.mark.fault(130)
+@pytest.mark.parametrize(
+    ("spec", "places", "complaint"),
+    [
+        ("folder", ("ant",), "holds one class folder, 'ant': images belong in"),
+        ("folder", ("test/ant", "test/bee"), "has test, but no train: images belong in"),
+        ("folder", ("train/ant", "valid/ant", "val/ant"), "val and valid are both there: leave one of them"),
+        ("folder", ("train/ant", "val/bee"), "class 'ant' is in train but not in val: .*make an empty folder val/ant"),
+        ("folder:test=9", ("ant", "bee"), "9 test images cannot be drawn of 10 images, one of each class left"),
+        ("folder:test=3", ("train/ant", "test/ant"), "test is 3, but .* has 5 test images of its own: leave test out"),
+        ("folder:test=0", ("ant", "bee"), "test is 0: a run needs test images"),
+        ("folder:test=20", ("ant", "bee"), "20 test images cannot be drawn"),
+        ("folder:test=x", ("ant", "bee"), "data set folder: test is 'x'; it must be a whole number, or a percentage"),
+        ("folder:split_seed=-1", ("ant", "bee"), "split_seed is -1; it must be from 0"),
+        ("folder:resize=5x", ("ant", "bee"), "resize is 5x: give the side of a square in pixels, or HEIGHTxWIDTH"),
+        ("folder:resize=0x9", ("ant", "bee"), "resize is 0x9: "),
+        ("folder:interpolation=best", ("ant", "bee"), "option interpolation is 'best': choose from bicubic, bilinear"),
+    ],
+)
+def test_layouts_and_options_that_cannot_be(tmp_path, spec, places, complaint):
+    flat(tmp_path, dict.fromkeys(places, 5))
+    with pytest.raises((DataError, UsageError), match=complaint) as error:
+        dataset(spec, root=tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_loose_images_beside_class_folders_are_named(tmp_path):
+    write_folder(flat(tmp_path, {"ant": 5, "bee": 5}), {"loose.png": b"x"})
+    with pytest.raises(DataError, match=r"loose\.png: is not a folder: images belong in"):
+        dataset("folder", root=tmp_path)
+    shutil.rmtree(tmp_path / "ant")
+    shutil.rmtree(tmp_path / "bee")
+    with pytest.raises(DataError, match=r"holds no class folders: .* with a table of labels, name it: --data table"):
+        dataset("folder", root=tmp_path)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
+def test_images_become_any_size(root, interpolation):
+    odd = root / "train" / "bee" / "odd.png"
+    odd.write_bytes(encode(np.random.default_rng(0).integers(0, 256, (40, 90), dtype=np.uint8)))  # a grey one
+    data = dataset(f"folder:resize=6x9,interpolation={interpolation}", root=root)
+    assert data.image_size == (6, 9) and data.interpolation == interpolation
+    found = data.train.images[data.train.files.index("train/bee/odd.png")]
+    np.testing.assert_array_equal(found, open_image(odd, (6, 9), interpolation))
+    assert (found == found[..., :1]).all()
+    assert dataset(data.spec, root=root).image_size == (6, 9)

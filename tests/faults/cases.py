@@ -419,3 +419,16 @@ CASES |= {
         "one line each; threads by a short measurement, recorded and kept on resume; a loss costs no other run",
     ),
 }
+
+CASES |= {
+    130: Case(
+        "a folder without test images, or with splits that do not fit",
+        "train/ alone, class folders alone, val/ for test/, a split twice, one class, too few images to set some apart",
+        "test images are drawn, of each class their share, said and recorded; else status 2 or 3 with what to do",
+    ),
+    133: Case(
+        "images that are added after test images were drawn",
+        "a folder without test images, evaluated and exported after the training with two images more",
+        "status 3: no image that was trained on is scored as a test image",
+    ),
+}

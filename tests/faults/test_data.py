@@ -516,7 +516,7 @@ class Evil:
 SHAPE = list(SMALL.train_images.shape)
 NO_ARRAYS = {
     "NaN": ({"train_images": np.full(SHAPE, np.nan)}, f"train_images is float64 {SHAPE}; it must be uint8"),
-    "one channel": ({"train_images": SMALL.train_images[..., :1]}, f"train_images is uint8 {[*SHAPE[:3], 1]}"),
+    "two channels": ({"train_images": SMALL.train_images[..., :2]}, f"train_images is uint8 {[*SHAPE[:3], 2]}"),
     "none": (
         {"train_images": SMALL.train_images[:0], "train_labels": SMALL.train_labels[:0]},
         "train: no images",

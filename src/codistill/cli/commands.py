@@ -21,7 +21,7 @@ from codistill.core.console import lasting_console, warn
 from codistill.core.errors import CodistillError, DataError, DivergedError, UsageError, WorkerError
 from codistill.core.registry import with_options
 from codistill.data import DATASETS
-from codistill.data.folder import LISTED
+from codistill.data.listing import LISTED
 from codistill.deploy.classifier import load_classifier
 from codistill.deploy.export import export_predictor
 from codistill.deploy.predict import answers

@@ -21,6 +21,9 @@ Labels = npt.NDArray[np.int64]
 LEAST_DEVIATION = 0.05
 """Of a channel, in units of the full range: photos have 0.1 to 0.35, faint ones 0.05, and padding is 20 of it away."""
 
+UNEVEN = 2.0
+"""Ratio of the numbers of images of two classes from which on it is said."""
+
 
 @dataclass(frozen=True, eq=False)
 class Split:
@@ -63,6 +66,10 @@ class Dataset:
         spec: Name and options given to `dataset`, so that a run can be repeated; empty for arrays of your own.
         root: Path of the files; empty for an embedded data set.
         left_out: Files in root that could not be used, where leaving them out was asked for.
+        drawn: How test images were drawn where none are set apart; empty: they are.
+        interpolation: How images were scaled to their size, as Pillow names it.
+        own: Whether these are files of the user, whose classes and splits nobody has looked at: when a run begins, it
+            says where classes are uneven, and which images of different splits are alike.
 
     Raises:
         DataError: Wrong array shapes or types, no images, a label out of range, or a class name that is no text.
@@ -77,6 +84,9 @@ class Dataset:
     root: str = ""
     left_out: tuple[str, ...] = ()
     validation: Split | None = None
+    drawn: str = ""
+    interpolation: str = "bilinear"
+    own: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", _class_names(self.class_names, f"data set {self.name}"))
@@ -127,6 +137,23 @@ class Dataset:
         ]
         words = f"normalisation divides by {255 * LEAST_DEVIATION:g} of 255 instead"
         return f"data set {self.name}: hardly any spread in {', '.join(few)}: {words}" if few else ""
+
+    @property
+    def class_counts(self) -> dict[str, list[int]]:
+        """Number of images of each class, in the order of the class names, by split."""
+        return {
+            name: np.bincount(split.labels, minlength=self.num_classes).tolist() for name, split in self.splits.items()
+        }
+
+    @property
+    def uneven(self) -> str:
+        """A line about classes of which there are far more training images than of others; empty: there are none."""
+        counts = self.class_counts["train"]
+        few, many = min(counts), max(counts)
+        if many < UNEVEN * few:
+            return ""
+        least, most = (f"{count} of {self.class_names[counts.index(count)]}" for count in (few, many))
+        return f"data set {self.name}: classes are uneven, from {least} to {most} training images"
 
     @cached_property
     def spread(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

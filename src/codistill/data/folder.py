@@ -1,30 +1,35 @@
-"""A folder of images: train/<class>/* and test/<class>/*."""
+"""A folder of images: train/<class>/*, test/<class>/* and val/<class>/*, train/ alone, or <class>/* alone."""
 
 import unicodedata
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from codistill.core.console import warn
-from codistill.core.errors import DataError, UsageError
-from codistill.core.torchrun import leads
-from codistill.data.dataset import DATASETS, Dataset, Pixels, Split
-from codistill.data.images import SUFFIXES, open_image
-from codistill.data.store import decoded
+from codistill.core.errors import DataError
+from codistill.data.dataset import DATASETS, Dataset
+from codistill.data.images import SUFFIXES, Interpolation
+from codistill.data.listing import Listed, Part, Reading, Resize, part_called, read_listed
 from codistill.data.untrusted import visible
 
-LAYOUT = "images belong in train/<class>/ and test/<class>/"
-LISTED = 20  # bad files that a line names
-PROBED = 50  # images that are looked at to find the size of most
+LAYOUT = "images belong in train/<class>/ and test/<class>/, or in <class>/ alone"
 
 Files = Mapping[str, list[Path]]
 
 
 @DATASETS.register("folder")
-def folder(root: Path, resize: int = 0, skip_bad: bool = False) -> Dataset:
-    """Load images in one folder per class: train/<class>/* and test/<class>/*.
+def folder(
+    root: Path,
+    resize: Resize = 0,
+    interpolation: Interpolation = "bilinear",
+    skip_bad: bool = False,
+    test: Part = None,
+    split_seed: int = 0,
+) -> Dataset:
+    """Load images in one folder per class: train/<class>/* and test/<class>/*, or <class>/* alone.
+
+    There may be val/<class>/*, too, which chooses epoch and student; without test/ it is the test set. Without both, or
+    without any of the three, a part of the images is drawn for testing: of each class its share.
 
     The names of the folders in train, sorted, are the classes; names that differ only in their Unicode form are one.
     Images are PNG, JPEG, BMP, WEBP, GIF, TIFF, PPM, JPEG 2000, AVIF or (with pillow-heif) HEIC; grey, palette and
@@ -32,10 +37,13 @@ def folder(root: Path, resize: int = 0, skip_bad: bool = False) -> Dataset:
     skipped. A class may have no test images if its folder in test is there, and empty.
 
     Args:
-        root: The folder that holds train and test.
-        resize: Side of the square that every image becomes, pixels: its shorter side is scaled to that length and
-            the centre is cropped. 0: all images must have one size, and keep it.
+        root: The folder that holds train and test, or the classes.
+        resize: Height and width that every image becomes, as 48x64 or the side of a square, pixels: it is scaled until
+            it covers them, and its centre is cropped. 0: all images must have one size, and keep it.
+        interpolation: How images are scaled.
         skip_bad: Whether to leave out damaged images and files of other kinds, with a line that counts and names them.
+        test: Number of images to draw for testing, or a percentage of all, where none are set apart. None: 20%.
+        split_seed: Seed of that draw.
 
     Returns:
         The data set, its images in the order of the sorted class and file names.
@@ -44,45 +52,59 @@ def folder(root: Path, resize: int = 0, skip_bad: bool = False) -> Dataset:
         DataError: Folders missing or empty, other classes in test than in train, or, all in one line, files that are
             no images, damaged images, and images of another size where resize is 0.
         ResourceError: The images do not fit into memory.
-        UsageError: resize is negative.
+        UsageError: An option has no meaning, or test is set where there are test images.
     """
-    if resize < 0:
-        raise UsageError(f"data set folder: resize is {resize}: give a number of pixels, or 0 to keep the images' size")
-    bad: dict[Path, str] = {}
-    train, test = (_class_files(root / part, bad) for part in ("train", "test"))
-    for name in sorted(train.keys() ^ test.keys()):
-        here, there = ("train", "test") if name in train else ("test", "train")
-        fix = "give both the same classes" + (f", or make an empty folder test/{name}" if name in train else "")
-        raise DataError(f"{root}: class {name!r} is in {here} but not in {there}: {fix}")
-    size = (resize, resize) if resize else _usual_size(train)
-    unlike: dict[Path, str] = {}
-    splits = [_read_split(root, files, size, resize > 0, bad, unlike) for files in (train, test)]
-    if problems := list((unlike if skip_bad else bad | unlike).values()):
-        more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
-        count = f"{root}: {len(problems)} files cannot be used: " if len(problems) > 1 else ""
-        skip = "" if skip_bad or not bad else " (to leave out bad files: --skip-bad, or --data folder:skip_bad=true)"
-        raise DataError(f"{count}{'; '.join(problems[:LISTED])}{more}{skip}")
-    for part, split in zip(("train", "test"), splits, strict=True):
-        counts = np.bincount(split.labels, minlength=len(train))
-        empty = [name for name, count in zip(train, counts, strict=True) if count == 0]
-        if empty and (part == "train" or len(empty) == len(train)):
-            raise DataError(f"{root / part / empty[0]}: holds no images: {LAYOUT}")
-        if empty and leads():
-            warn(f"{root}: no test images of {', '.join(map(repr, empty[:LISTED]))} ({len(empty)} classes)")
-    left_out = tuple(sorted(str(path.relative_to(root)) for path in bad))
-    if bad and leads():
-        more = f" and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
-        count = f"{len(bad)} bad files are" if len(bad) > 1 else "1 bad file is"
-        warn(f"{root}: {count} left out: {', '.join(left_out[:LISTED])}{more}")
-    return Dataset("folder", splits[0], splits[1], tuple(train), left_out=left_out)
+    reading = Reading(
+        name="folder", resize=resize, interpolation=interpolation, skip_bad=skip_bad, test=test, split_seed=split_seed
+    )
+    bad: dict[str, str] = {}
+    places = _places(root)
+    files = {part: _class_files(root, place, bad) for part, place in places.items()}
+    train = files["train"]
+    for part, found in files.items():
+        for name in sorted(train.keys() ^ found.keys()):
+            here, there = (places[each].name for each in (("train", part) if name in train else (part, "train")))
+            fix = "give both the same classes" + (f", or make an empty folder {there}/{name}" if name in train else "")
+            raise DataError(f"{root}: class {name!r} is in {here} but not in {there}: {fix}")
+    if len(train) == 1 and len(places) == 1:
+        raise DataError(f"{places['train']}: holds one class folder, {next(iter(train))!r}: {LAYOUT}")
+    parts = {part: _listed(root, found) for part, found in files.items()}
+
+    def called(part: str, name: str) -> str:
+        return str(places.get(part, places["train"]) / name)
+
+    return read_listed(root, parts, tuple(train), bad, reading, called, LAYOUT)
 
 
-def _class_files(part: Path, bad: dict[Path, str]) -> Files:
+def _places(root: Path) -> dict[str, Path]:
+    """Return the folder of each split; where there are none, that of the classes, for training."""
+    found: dict[str, Path] = {}
+    split = False
+    for place in visible(root, LAYOUT):
+        part = part_called(place.name)
+        if part is None or not place.is_dir():
+            continue
+        if part in found:
+            raise DataError(f"{root}: {found[part].name} and {place.name} are both there: leave one of them")
+        found[part] = place
+        inside = visible(place, LAYOUT)
+        split = split or not inside or any(each.is_dir() for each in inside)  # else it is a class of that name
+    if not split:
+        return {"train": root}
+    if "train" not in found:
+        there = " and ".join(sorted(place.name for place in found.values()))
+        raise DataError(f"{root}: has {there}, but no train: {LAYOUT}")
+    return {part: found[part] for part in ("train", "validation", "test") if part in found}
+
+
+def _class_files(root: Path, place: Path, bad: dict[str, str]) -> Files:
     """Return the image files of each class, classes and files sorted; lines about other files go to `bad`."""
     files: dict[str, list[Path]] = {}
-    for class_folder in visible(part, LAYOUT):
+    for class_folder in visible(place, LAYOUT):
         if not class_folder.is_dir():
-            bad[class_folder] = f"{class_folder}: is not a folder: {LAYOUT}"
+            # Beside class folders there may be a licence or a table.
+            if place != root or class_folder.suffix.lower() in SUFFIXES:
+                bad[_name(root, class_folder)] = f"{class_folder}: is not a folder: {LAYOUT}"
             continue
         images = files.setdefault(unicodedata.normalize("NFC", class_folder.name), [])
         for file in visible(class_folder, LAYOUT):
@@ -91,38 +113,17 @@ def _class_files(part: Path, bad: dict[Path, str]) -> Files:
             else:
                 what = "is a folder in a class" if file.is_dir() else "is not an image file by its name"
                 broken = file.is_symlink() and not file.exists()
-                bad[file] = f"{file}: {'is a broken link' if broken else what}: remove it"
+                bad[_name(root, file)] = f"{file}: {'is a broken link' if broken else what}: remove it"
     if not files:
-        raise DataError(f"{part}: holds no class folders: {LAYOUT}")
+        raise DataError(f"{place}: holds no class folders: {LAYOUT}; with a table of labels, name it: --data table")
     return dict(sorted(files.items()))
 
 
-def _usual_size(files: Files) -> tuple[int, int]:
-    """Return the size of most images, found from some; of equally frequent ones the first."""
-    paths = [path for class_files in files.values() for path in class_files]
-    images = map(_read, paths[:: len(paths) // PROBED + 1])
-    sizes = Counter(image.shape[:2] for image in images if not isinstance(image, str))
-    height, width = sizes.most_common(1)[0][0] if sizes else (1, 1)
-    return height, width
-
-
-def _read(path: Path, size: tuple[int, int] | None = None) -> Pixels | str:
-    """Return an image, or a line about what is wrong with it."""
-    try:
-        return open_image(path, size)
-    except DataError as error:
-        return str(error)
-
-
-def _read_split(
-    root: Path, files: Files, size: tuple[int, int], resize: bool, bad: dict[Path, str], unlike: dict[Path, str]
-) -> Split:
-    """Read the images that can be read; lines about the others go to `bad`, about those of other sizes to `unlike`."""
-    paths = [path for class_files in files.values() for path in class_files]
-    names = [path.relative_to(root).as_posix() for path in paths]
-    read = decoded(root, names, size, resize=resize, title="folder: reading images")
-    bad |= {paths[position]: line for position, line in read.bad.items()}
-    fix = "bring all to one size with --data folder:resize=64"
-    unlike |= {paths[position]: f"{line}: {fix}" for position, line in read.unlike.items()}
+def _listed(root: Path, files: Files) -> Listed:
+    names = tuple(_name(root, path) for class_files in files.values() for path in class_files)
     labels = np.repeat(np.arange(len(files)), [len(class_files) for class_files in files.values()])
-    return Split(read.images, labels[read.kept], tuple(names[position] for position in read.kept))
+    return Listed(names, labels)
+
+
+def _name(root: Path, path: Path) -> str:
+    return path.relative_to(root).as_posix()

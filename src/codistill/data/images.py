@@ -7,9 +7,10 @@ import sys
 import threading
 import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from codistill.core.errors import DataError
@@ -41,6 +42,19 @@ TURNS = {  # to undo each EXIF orientation
 
 _opening = threading.Lock()
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it would print of a bad file is in the error
+
+
+def preprocessing(interpolation: str) -> dict[str, Any]:
+    """Return what `decode_image` does to an image file, for records and model cards."""
+    return {
+        "orientation": "EXIF",
+        "colour": "RGB, transparent parts on white",
+        "resize": "cover",  # scaled, its aspect ratio kept, until it covers the size
+        "crop": "centre",
+        "interpolation": interpolation,
+        "antialias": True,
+        "library": f"Pillow {PIL.__version__}",
+    }
 
 
 def open_image(path: Path, size: tuple[int, int] | None = None, interpolation: Interpolation = "bilinear") -> Pixels:

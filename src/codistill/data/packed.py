@@ -56,7 +56,7 @@ def packed(root: Path) -> Dataset:
     if len(absent):
         missed = f"no image has label {absent[0]} (class {class_names[absent[0]]})"
         raise DataError(f"{path}, train: {missed}: give every class training images, and number the classes from 0")
-    return Dataset("packed", train, splits["test"], class_names, validation=splits.get("validation"))
+    return Dataset("packed", train, splits["test"], class_names, validation=splits.get("validation"), own=True)
 
 
 def read_array(archive: zipfile.ZipFile, path: Path, name: str, fix: str) -> npt.NDArray[Any]:

@@ -21,7 +21,7 @@ from codistill.networks.probe import copied
 from codistill.runs.checkpoint import CheckpointStore
 from codistill.runs.choice import lowest_student
 from codistill.runs.lock import lock_folder, remove_strays
-from codistill.runs.metadata import checked_metadata
+from codistill.runs.metadata import checked_metadata, drawn_digest
 from codistill.runs.state import load_weights
 from codistill.settings.build import build_method, unbuildable
 from codistill.settings.config import RunConfig
@@ -226,7 +226,7 @@ class RunFolder:
         return data
 
     def check_classes(self, data: Dataset) -> None:
-        """Raise `DataError` where a data set has other classes or images of another size."""
+        """Raise `DataError` where a data set has other classes, images of another size, or another drawn test set."""
         for what, found, began in (
             ("classes", list(data.class_names), self.class_names),
             ("image size", data.image_size, self.image_size),
@@ -234,6 +234,10 @@ class RunFolder:
             if found != began:
                 fix = f"{shown(found)}, but {self.path} was trained on {shown(began)}"
                 raise DataError(f"data set {data.name}: other {what} than those of the run: {fix}")
+        began = self.metadata["dataset"].get("drawn_sha256")
+        if began is not None and began != drawn_digest(data):
+            words = "other files than in training, of which other ones would be drawn for testing"
+            raise DataError(f"data set {data.name}: {words}: restore them as {self.path}/images.csv lists them")
 
     def best_student(self, which: str = "last") -> str:
         """Name the student with the lowest top-1 error at a checkpoint: on validation images if any, else on test ones.

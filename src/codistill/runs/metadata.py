@@ -18,6 +18,7 @@ from codistill.core.imports import imported
 from codistill.core.torchrun import launch
 from codistill.data.affine import usable
 from codistill.data.dataset import Dataset, Split
+from codistill.data.images import preprocessing
 from codistill.methods import METHODS, Method
 from codistill.networks.origin import contents
 from codistill.runs.state import tensors_once
@@ -60,6 +61,11 @@ def split_digests(name: str, split: Split) -> dict[str, str]:
     return digests
 
 
+def drawn_digest(data: Dataset) -> str:
+    """Return the SHA-256 of the names of the files that are drawn for testing; a data set that changes draws others."""
+    return hashlib.sha256("\0".join(data.test.files).encode("utf-8", "surrogateescape")).hexdigest()
+
+
 def weights_digest(module: nn.Module) -> str:
     """Return the SHA-256 of the parameters and buffers of a network, with their names and shapes."""
     digest = hashlib.sha256()
@@ -86,6 +92,8 @@ def run_metadata(
     (mean, std), images = data.statistics, {f"{name}_images": len(split) for name, split in data.splits.items()}
     classes = {"class_names": list(data.class_names), "image_size": list(data.image_size)}
     facts = {"name": data.name, **classes, "mean": list(mean), "std": list(std), **images}
+    facts |= {"class_counts": data.class_counts, "preprocessing": preprocessing(data.interpolation)}
+    facts |= {"drawn": data.drawn, "drawn_sha256": drawn_digest(data)} if data.drawn else {}
     facts |= {"left_out": list(data.left_out)} if data.left_out else {}
     facts["sha256"] = dict(digests)
     own: dict[str, Any] = {} if METHODS.get(method.name) is type(method) else {"own_method": type(method).__name__}

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from codistill.core.console import warn, warn_once
+from codistill.core.console import note, warn, warn_once
 from codistill.core.device import choose_precision, fast_bf16, set_up_gpu
 from codistill.core.errors import ResourceError, UsageError
 from codistill.core.files import system_error
@@ -26,6 +26,7 @@ from codistill.deploy.run import Run
 from codistill.methods import METHODS, Method
 from codistill.methods.kd import WithTeacher
 from codistill.networks.origin import contents
+from codistill.runs.images import write_images
 from codistill.runs.metadata import data_digests, run_metadata, weights_digest
 from codistill.runs.saving import Saver
 from codistill.runs.state import TrainingState
@@ -67,7 +68,10 @@ class Plan:
 
 
 def announce(plans: Sequence[Plan]) -> None:
-    """Print the notices of runs that start together, each once."""
+    """Print the notices of runs that start together on one data set, each once."""
+    data = plans[0].data
+    if data.drawn:
+        note(f"{data.root} has no test images: {data.drawn}, are the test set; images.csv in the run folder lists them")
     for line in dict.fromkeys(line for plan in plans for line in plan.notices):
         warn(line)
 
@@ -87,7 +91,7 @@ def check(
         augmentation = settings.augmentation(data)
         training, validation = split_training(data, settings)
         images = len(data.train) if training is None else len(training)
-        notices = [data.bounded] if data.bounded else []
+        notices = [line for line in (data.bounded, data.own and data.uneven) if line]
         if images < settings.batch_size:
             less = f"there are {images} training images, less than a batch of {settings.batch_size}"
             notices.append(f"{less}: each step trains on all of them")
@@ -269,6 +273,8 @@ def set_up(
         known = ranks.from_leader(lambda: Run(out))
         run = held_run or known
         try:
+            if ranks.leads:
+                write_images(run.path, plan.data, plan.training, plan.validation)
             with (
                 plan.execution.on(method, plan.device, config.execution.deterministic),
                 contextlib.closing(Saver(run)) as saver,

@@ -1,0 +1,42 @@
+"""images.csv of a run: the file of each image that it uses, with class and split; `--data table` reads it."""
+
+import csv
+import io
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from codistill.core.files import write_atomically
+from codistill.data.dataset import Dataset, Split
+
+NAME = "images.csv"
+
+
+def write_images(folder: Path, data: Dataset, training: Iterable[int] | None, held_out: Iterable[int] | None) -> None:
+    """Write images.csv into a run folder that has none yet, if the images are files.
+
+    Args:
+        folder: The run folder.
+        data: The data set.
+        training: Positions of the training images that are used; None: all.
+        held_out: Positions of those that are held out for validation; None: none.
+    """
+    if not data.train.files or (folder / NAME).exists():
+        return
+    used = [("train", data.train, training)]
+    if held_out is not None:
+        used.append(("validation", data.train, held_out))
+    used += [(name, split, None) for name, split in data.splits.items() if name != "train"]
+    rows = [row for name, split, positions in used for row in _rows(data, name, split, positions)]
+    write_table(folder / NAME, ("file", "class", "split"), rows)
+
+
+def write_table(path: Path, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+    """Write a CSV file, whole or not at all; names that are no UTF-8 keep their bytes."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    write_atomically(path, text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def _rows(data: Dataset, name: str, split: Split, positions: Iterable[int] | None) -> Iterator[tuple[str, ...]]:
+    for position in sorted(range(len(split)) if positions is None else map(int, positions)):
+        yield split.files[position], data.class_names[split.labels[position]], name

@@ -1,0 +1,87 @@
+"""What a run on files of one's own says and records of them."""
+
+import csv
+
+import numpy as np
+import pytest
+
+import codistill as cd
+from codistill.cli import main
+
+from ..data.writers import encode, write_folder
+
+pytestmark = pytest.mark.usefixtures("tiny_registered", "no_pages")
+
+
+def photos(root, counts, size=(8, 8)):
+    """Write images below <class>/ into a folder."""
+    rng = np.random.default_rng(0)
+    return write_folder(
+        root,
+        {
+            f"{name}/{index:02}.png": encode(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+            for name, count in counts.items()
+            for index in range(count)
+        },
+    )
+
+
+def train(root, out, *more, data="folder"):
+    options = ("--epochs", "1", "--batch-size", "8", "--padding", "1", "--device", "cpu", "--threads", "1")
+    networks = ("--networks", "tiny", "tiny")
+    return main(
+        ["train", "independent", *networks, "--data", data, "--data-dir", str(root), "--out", str(out), *options, *more]
+    )
+
+
+def rows(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_drawn_split_is_said_and_recorded(tmp_path, capsys):
+    root = photos(tmp_path / "photos", {"ant": 25, "bee": 15})
+    assert train(root, tmp_path / "run", "--validation", "25%") == 0
+    drawn = "8 of 40 images, of each class its share, drawn with seed 0"
+    assert f"codistill: {root} has no test images: {drawn}, are the test set; images.csv" in capsys.readouterr().err
+    run, listed = cd.Run(tmp_path / "run"), rows(tmp_path / "run" / "images.csv")
+    data = run.load_data()
+    assert [each["file"] for each in listed if each["split"] == "test"] == list(data.test.files)
+    assert all(each["file"].startswith(f"{each['class']}/") for each in listed) and len(listed) == 40
+    count = {split: sum(each["split"] == split for each in listed) for split in ("train", "validation", "test")}
+    assert count == {"train": 24, "validation": 8, "test": 8}
+    facts = run.metadata["dataset"]
+    assert facts["drawn"] == drawn and facts["class_counts"] == {"train": [20, 12], "test": [5, 3]}
+    assert facts["preprocessing"] | {"library": ""} == {
+        "orientation": "EXIF",
+        "colour": "RGB, transparent parts on white",
+        "resize": "cover",
+        "crop": "centre",
+        "interpolation": "bilinear",
+        "antialias": True,
+        "library": "",
+    }
+
+
+@pytest.mark.fault(133)
+def test_files_that_came_later_do_not_make_trained_images_test_images(tmp_path, capsys):
+    root = photos(tmp_path / "photos", {"ant": 20, "bee": 20})
+    assert train(root, tmp_path / "run") == 0
+    photos(root, {"ant": 22})
+    for command in (["evaluate"], ["export", "--format", "safetensors"]):
+        assert main([command[0], str(tmp_path / "run"), *command[1:]]) == 3
+        said = capsys.readouterr().err
+        assert "other files than in training, of which other ones would be drawn for testing: restore them" in said
+    (root / "ant" / "20.png").unlink()
+    (root / "ant" / "21.png").unlink()
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+
+
+def test_uneven_classes_are_said(tmp_path, capsys):
+    root = photos(tmp_path / "photos", {"train/ant": 24, "train/bee": 12, "test/ant": 3, "test/bee": 3})
+    assert train(root, tmp_path / "run") == 0
+    said = capsys.readouterr().err
+    assert "warning: data set folder: classes are uneven, from 12 of bee to 24 of ant training images" in said
+    photos(root, {"train/bee": 13})
+    assert train(root, tmp_path / "other") == 0
+    assert "uneven" not in capsys.readouterr().err
