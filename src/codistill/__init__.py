@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from codistill.methods.one import ONE
     from codistill.methods.pcl import PCL
     from codistill.methods.rocket import Rocket
-    from codistill.networks import NETWORKS, Network, network
+    from codistill.networks import NETWORKS, Network, network, network_from
     from codistill.runs.evaluate import evaluate_run as evaluate
     from codistill.settings.config import ExecutionSettings, RunConfig, TeacherSettings, TrainSettings
     from codistill.sweeps.driver import sweep
@@ -63,7 +63,7 @@ _HOMES = {
     "methods.kd": "WithTeacher",
     "methods.losses": "losses",
     "modules": "modules",
-    "networks": "NETWORKS Network network",
+    "networks": "NETWORKS Network network network_from",
     "runs.evaluate": "evaluate",
     "settings.config": "ExecutionSettings RunConfig TeacherSettings TrainSettings",
     "sweeps.driver": "sweep",
@@ -111,6 +111,7 @@ __all__ = [
     "losses",
     "modules",
     "network",
+    "network_from",
     "predict",
     "resume",
     "sweep",

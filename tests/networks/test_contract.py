@@ -10,7 +10,7 @@ from codistill.networks.layers import initialise
 from codistill.networks.network import parameter_count
 from codistill.networks.probe import probe_shapes
 
-NAMES = list(NETWORKS)
+NAMES = [name for name in NETWORKS if "*" not in name]
 OPTIONS = ["resnet20:shortcut=A", "densenet-40-12-plain:initial_channels=24", "mobilenetv2:feature_point=last-block"]
 # One network for each kind of block: what computes runs on these, shapes of all are checked on the meta device.
 KINDS = ["resnet20:shortcut=A", "resnet20:shortcut=B", "wrn-16-2", "densenet-40-12", "vgg8", *OPTIONS[1:]]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from codistill.cli.flags import Flag, declared_fields, lineage, option_flags, unknown_option
 from codistill.cli.options import FIRST, OPTIONS
 from codistill.core.errors import UsageError
-from codistill.core.registry import registered_names, unknown_name
+from codistill.core.registry import entry_of, registered_names, unknown_name
 
 NAMED = {"--networks": ("network", "codistill.networks"), "--data": ("data set", "codistill.data")}
 PARTS = ("RunConfig", "TrainSettings", "ExecutionSettings", "TeacherSettings")
@@ -41,7 +41,7 @@ def refuse_early(command: str, arguments: Sequence[str]) -> None:
 
 def _registered(kind: str, package: str, name: str) -> str:
     known = registered_names(package)
-    if name not in known:
+    if entry_of(name, known) is None:
         raise UsageError(unknown_name(kind, name, known))
     return name
 

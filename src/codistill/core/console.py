@@ -207,3 +207,7 @@ warn_once = functools.cache(warn)
 def note(line: str) -> None:
     """Print a line about something that takes a while."""
     print(f"codistill: {line}", file=sys.stderr)
+
+
+note_once = functools.cache(note)
+"""Print a line, once in a process."""

@@ -8,9 +8,9 @@ import inspect
 import pkgutil
 import re
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Generic, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from codistill.core.errors import UsageError
 
@@ -46,6 +46,12 @@ def registered_names(package: str) -> dict[str, Path]:
     return {name: path for path in files for name in pattern.findall(path.read_text("utf-8"))}
 
 
+def entry_of(name: str, known: Container[str]) -> str | None:
+    """Return the known name that stands for one: itself or, for `timm/resnet18`, `timm/*`; None: there is none."""
+    family = re.sub("/.+", "/*", name, count=1, flags=re.DOTALL)
+    return name if name in known else family if family in known else None
+
+
 def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
     """Split `resnet20:shortcut=A,x=y` into a registered name and its options.
 
@@ -76,6 +82,9 @@ def with_options(spec: str, **options: str) -> str:
 def checked_options(where: str, build: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Check options against those parameters of a plug-in that have a default, and turn text into their types.
 
+    Where a plug-in takes any option (`**options`), text that is none of its parameters becomes what it looks like: a
+    number, true, false or none.
+
     Raises:
         UsageError: An option that does not exist, or text that is not a value of it.
     """
@@ -84,16 +93,18 @@ def checked_options(where: str, build: Callable[..., Any], options: Mapping[str,
     except Exception:  # an annotation that only a type checker can evaluate
         parameters = inspect.signature(build).parameters.values()
     known = {each.name: each.annotation for each in parameters if each.default is not each.empty}
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters)
     for each in parameters:
         if each.name in known and (each.annotation is each.empty or isinstance(each.annotation, str)):
             known[each.name] = Any if each.default is None else type(each.default)
     for key in options:
-        if key not in known:
+        if key not in known and not takes_any:
             hint = near_matches(key, known) if known else "it has no options"
             raise UsageError(f"{where}: unknown option {key!r}: {hint}")
-    return {key: _typed(f"{where}: option {key}", value, known[key]) for key, value in options.items()}
+    return {key: _typed(f"{where}: option {key}", value, known.get(key, _ANY)) for key, value in options.items()}
 
 
+_ANY = int | float | bool | None | str  # in the order in which they are tried
 _FORMS = {bool: "true or false", int: "a whole number", float: "a number", types.NoneType: "none"}
 
 
@@ -139,6 +150,8 @@ def _typed(where: str, value: Any, annotation: Any) -> Any:
 class Registry(Mapping[str, T], Generic[T]):
     """A mapping from public names to plug-ins, filled by a decorator when their modules are imported.
 
+    An entry `timm/*` stands for all names that begin with `timm/`; it is called with the rest of the name first.
+
     Args:
         kind: The kind of the entries, for error lines: `method`, `network` or `data set`.
         package: The package whose modules are imported at the first look-up.
@@ -172,16 +185,20 @@ class Registry(Mapping[str, T], Generic[T]):
         return self._registered
 
     def __getitem__(self, name: str) -> T:
-        if name not in self._entries:
+        entry = entry_of(name, self._entries)
+        if entry is None:
             raise UsageError(unknown_name(self.kind, name, self._entries))
-        return self._entries[name]
+        if entry == name:
+            return self._entries[name]
+        found: Any = functools.partial(cast(Any, self._entries[entry]), name.removeprefix(entry[:-1]))
+        return cast(T, found)
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return an entry, or the default where there is none of this name."""
-        return self._entries.get(name, default)
+        return default if entry_of(name, self._entries) is None else self[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return entry_of(str(name), self._entries) is not None
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._entries))

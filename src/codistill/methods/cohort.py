@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from codistill.core.device import critical_stream
@@ -204,7 +204,11 @@ def check_student(index: int, student: nn.Module) -> None:
 
 def layout(stages: nn.ModuleList) -> tuple[object, ...]:
     """Return structure, constants and tensors' forms of stages: equal ones are interchangeable."""
-    modules = [(type(module), constants(module)) for module in stages.modules()]
+    # Each trace has a type of its own.
+    modules = [
+        (fx.GraphModule if isinstance(module, fx.GraphModule) else type(module), constants(module))
+        for module in stages.modules()
+    ]
     tensors = [
         (tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in stages.state_dict(keep_vars=True).values()
     ]

@@ -62,7 +62,10 @@ def drawn_like(method: Method, seed: int, own: bool = True) -> Method | None:
             seed_draws(stream_seed(seed, INIT_STREAM), CPU)
             students: list[Network] = []
             for index, student in enumerate(method.cohort):
-                students.append(student if index in mine else network(student.spec, method.num_classes))
+                size = method.image_size
+                students.append(
+                    student if index in mine else network(student.spec, method.num_classes, image_size=size)
+                )
                 if own and index not in mine:
                     take_own(students[-1], student)
             return type(method)(students, method.num_classes, method.settings, method.image_size)

@@ -31,7 +31,7 @@ from codistill.runs.metadata import data_digests, run_metadata, weights_digest
 from codistill.runs.saving import Saver
 from codistill.runs.state import TrainingState
 from codistill.runs.summary import network_names, write_summary_of_failure
-from codistill.settings.build import build_method
+from codistill.settings.build import build_method, weights_of
 from codistill.settings.config import RunConfig, TrainSettings
 from codistill.training.compiling import Execution, choose_execution
 from codistill.training.initial import draw_weights
@@ -113,7 +113,8 @@ def check(
     teaching = config.teaching
     if teaching.teacher is not None:
         teaching = dataclasses.replace(teaching, teacher=str(Path(teaching.teacher).absolute()))
-    config = dataclasses.replace(config, data_dir=data.root or None, teaching=teaching)
+    files = tuple(f"student{index}={Path(file).absolute()}" for index, file in weights_of(config).items())
+    config = dataclasses.replace(config, data_dir=data.root or None, teaching=teaching, weights=files)
     chosen = {"precision": asked} if asked == "auto" else {}
     places, warnings = (training, validation), tuple(notices)
     return Plan(method, data, config, device, augmentation, *places, execution, warnings, initial, chosen)
@@ -172,10 +173,10 @@ def build_taught(config: RunConfig, data: Dataset, own: Method | None = None) ->
     check_teacher(
         type(own) if own is not None else METHODS[config.method_name], taught or bool(config.teaching.teacher)
     )
-    method = own if own is not None else build_method(config, data.num_classes, data.image_size)
+    method = own if own is not None else build_method(config, data.num_classes, data.image_size, fresh=True)
     if config.teaching.teacher is None or taught:
         return method
-    teacher = load_teacher(config.teaching, data.class_names, data.statistics)
+    teacher = load_teacher(config.teaching, data.class_names, data.statistics, data.image_size)
     return WithTeacher(method, teacher, config.teaching.teacher_weight, config.teaching.teacher_temperature)
 
 
