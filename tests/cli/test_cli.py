@@ -134,10 +134,12 @@ def test_evaluate(made, capsys, checkpoint):
     scores = json.loads(capsys.readouterr().out)
     assert list(scores) == PREDICTORS
     for name, each in scores.items():
-        assert each == pytest.approx(row["test"][name], rel=1e-4)
-        line = next(line for line in table.splitlines() if name in line)
-        numbers = [f"{each['top1_error']:.2f}", f"{each['top5_error']:.2f}", f"{each['nll']:.4f}", f"{each['ece']:.2f}"]
-        assert [cell.strip() for cell in line.strip("│ ").split("│")] == [name, *numbers]
+        assert {key: each[key] for key in row["test"][name]} == pytest.approx(row["test"][name], rel=1e-4)
+        line = next(line for line in table.splitlines() if line.startswith(name))
+        low, high = each["top1_error_interval"]
+        numbers = [f"{each[key]:.2f}" for key in ("top1_accuracy", "top1_error")] + [f"{low:.2f}-{high:.2f}"]
+        numbers += [f"{each[key]:.2f}" for key in ("balanced_error", "top5_error")]
+        assert line.split() == [name, *numbers, f"{each['nll']:.4f}", f"{each['ece']:.2f}"]
 
 
 @pytest.mark.parametrize("predictor", [None, "ensemble"])

@@ -26,12 +26,13 @@ from codistill.deploy.classifier import load_classifier
 from codistill.deploy.export import export_predictor
 from codistill.deploy.predict import answers
 from codistill.deploy.run import Run
+from codistill.evaluation.presentation import as_json, scores_table, where_wrong, write_csv
 from codistill.methods import METHODS
 from codistill.networks import NETWORKS
 from codistill.report.comparison import run_folders, write_pages
 from codistill.report.pictures import complete_pictures
 from codistill.runs.choice import choice
-from codistill.runs.evaluate import evaluate_run
+from codistill.runs.evaluate import evaluate_images
 from codistill.settings.config import RunConfig, default_config
 from codistill.settings.mapping import run_from_mapping, typed_mapping
 from codistill.settings.presets import PRESETS, completed, find_preset, preset_config
@@ -161,21 +162,32 @@ def resume_command(arguments: Sequence[str]) -> None:
 def evaluate_command(arguments: Sequence[str]) -> None:
     """Run `codistill evaluate`."""
     chosen = parse(options.EvaluateOptions, arguments, "codistill evaluate")
+    if (table := chosen.predictions) and (table.is_dir() or not table.parent.is_dir()):
+        why = "is a folder: name a file in it" if table.is_dir() else f"there is no folder {table.parent}: make it"
+        raise UsageError(f"--predictions {table}: {why}")
     run = Run(chosen.run)
-    scores = evaluate_run(run, chosen.checkpoint, chosen.data_dir, chosen.device, chosen.skip_bad)
+    where = (chosen.checkpoint, chosen.data_dir, chosen.device, chosen.skip_bad, chosen.split)
+    scores, predictions = evaluate_images(run, *where)
+    if chosen.predictor not in (None, *scores):
+        raise UsageError(f"{run.path} has no predictor {chosen.predictor!r}: choose from {', '.join(scores)}")
+    if chosen.predictions:
+        write_csv(chosen.predictions, predictions, run.class_names)
     if chosen.json:
-        print(json.dumps({name: dataclasses.asdict(each) for name, each in scores.items()}, indent=2))
+        print(as_json(scores, predictions, run.class_names))
         return
-    table = Table("predictor", title=f"{chosen.run}, {chosen.checkpoint} checkpoint: test set")
-    for heading in ("top-1 error %", "top-5 error %", "NLL", "ECE %"):
-        table.add_column(heading, justify="right")
-    for name, each in scores.items():
-        table.add_row(name, f"{each.top1_error:.2f}", f"{each.top5_error:.2f}", f"{each.nll:.4f}", f"{each.ece:.2f}")
-    console = lasting_console(True)
-    console.print(table)
+    console, shown, how = lasting_console(True), chosen.predictor or next(iter(scores)), ""
     with contextlib.suppress(CodistillError):  # a damaged summary.json; the scores do not depend on it
-        if run.finished and (how := choice(run.summary, chosen.checkpoint)):
-            console.print(how, soft_wrap=True)
+        if run.finished:
+            how = choice(run.summary, chosen.checkpoint)
+            shown = chosen.predictor or run.best_student(chosen.checkpoint)
+    title = f"{chosen.run}, {chosen.checkpoint} checkpoint: {len(predictions)} {chosen.split} images"
+    console.print(title, soft_wrap=True)
+    console.print(scores_table(scores, predictions))
+    if how:
+        console.print(how, soft_wrap=True)
+    for each in where_wrong(predictions, shown, run.class_names):
+        console.print()
+        console.print(each)
 
 
 def report_command(arguments: Sequence[str]) -> None:

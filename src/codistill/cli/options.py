@@ -73,10 +73,17 @@ class EvaluateOptions(MovedDataOptions):
     """The run folder."""
     checkpoint: Checkpoint = "last"
     """Weights of the last epoch or of the best one."""
+    split: Literal["test", "validation"] = "test"
+    """The images: the test set, or those of the training that were held out."""
+    predictor: str | None = None
+    """The predictor whose mistakes are shown. None: the student with the lowest validation error; without --validation,
+    test error."""
+    predictions: Path | None = field(default=None, metadata={"metavar": "FILE.csv"})
+    """Also write a row for each image: file (or position), label, and of each predictor class and confidence."""
     device: str = "auto"
     """cpu, cuda, cuda:1 or auto."""
     json: bool = False
-    """Print JSON instead of a table."""
+    """Print JSON instead of tables: with confusion matrix, all classes, calibration and disagreement."""
 
 
 @dataclass(frozen=True, kw_only=True)

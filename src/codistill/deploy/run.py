@@ -4,8 +4,10 @@ from pathlib import Path
 
 from codistill.deploy.export import export_predictor
 from codistill.evaluation.metrics import Scores
-from codistill.runs.evaluate import evaluate_run
+from codistill.evaluation.predictions import Predictions
+from codistill.runs.evaluate import EvaluatedSplit, evaluate_run
 from codistill.runs.folder import RunFolder
+from codistill.runs.predictions import read_predictions
 
 
 class Run(RunFolder):
@@ -29,9 +31,19 @@ class Run(RunFolder):
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
 
-    def evaluate(self, which: str = "last", data_dir: str | None = None, device: str = "auto") -> dict[str, Scores]:
-        """Return the scores of all predictors on the test set; see `evaluate_run`."""
-        return evaluate_run(self, which, data_dir, device)
+    def evaluate(
+        self,
+        which: str = "last",
+        data_dir: str | None = None,
+        device: str = "auto",
+        split: EvaluatedSplit = "test",
+    ) -> dict[str, Scores]:
+        """Return the scores of all predictors on the test set, or on validation images; see `evaluate_run`."""
+        return evaluate_run(self, which, data_dir, device, split=split)
+
+    def predictions(self) -> dict[str, Predictions]:
+        """Return what all predictors answered for each image after the last epoch, by split; see `read_predictions`."""
+        return read_predictions(self)
 
     def export(self, predictor: str, file: str | Path, format: str | None = None, data_dir: str | None = None) -> Path:
         """Write one predictor as a file that needs nothing of the rest; see `export_predictor`."""

@@ -41,7 +41,8 @@ def wilson_interval(count: int, images: int, level: float = LEVEL) -> tuple[floa
     z = NormalDist().inv_cdf((1 + level) / 2)
     half = z * math.sqrt(count * (images - count) / images + z * z / 4)
     low, high = ((count + z * z / 2 + sign * half) / (images + z * z) for sign in (-1, 1))
-    return 100 * max(0.0, low), 100 * min(1.0, high)
+    # Exactly so at the ends, where rounding may miss them.
+    return 100 * low if count else 0.0, 100 * high if count < images else 100.0
 
 
 def confusion_matrix(labels: npt.NDArray[np.integer], named: npt.NDArray[np.integer], num_classes: int) -> Counts:

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 
 from codistill.core.errors import CheckpointError
 from codistill.core.host import keep_freed_memory
@@ -64,6 +65,11 @@ def split_digests(name: str, split: Split) -> dict[str, str]:
 def drawn_digest(data: Dataset) -> str:
     """Return the SHA-256 of the names of the files that are drawn for testing; a data set that changes draws others."""
     return hashlib.sha256("\0".join(data.test.files).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def held_out_digest(positions: Int[Tensor, " image"]) -> dict[str, str]:
+    """Return the SHA-256 of the positions of training images that are held out for validation."""
+    return {"positions of held-out images": hashlib.sha256(contents(positions)).hexdigest()}
 
 
 def weights_digest(module: nn.Module) -> str:

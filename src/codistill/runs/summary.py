@@ -6,6 +6,7 @@ from typing import Any
 
 from codistill.core.errors import DivergedError
 from codistill.core.files import write_json
+from codistill.evaluation.analysis import wilson_interval
 from codistill.methods import Method
 from codistill.methods.cohort import Cohort
 from codistill.networks.network import parameter_count
@@ -50,7 +51,15 @@ def summarise(
     # Keys without a split are of the test set.
     errors: dict[str, Any] = {}
     for split in ("test", by):
-        errors |= {ERRORS[split]: top1_errors(rows[-1], split), f"best_epoch_{ERRORS[split]}": top1_errors(best, split)}
+        last, key = top1_errors(rows[-1], split), ERRORS[split]
+        errors |= {key: last, f"best_epoch_{key}": top1_errors(best, split)}
+        errors[f"{key}_interval"] = {
+            name: list(wilson_interval(round(error / 100 * images[split]), images[split]))
+            for name, error in last.items()
+        }
+        # A last epoch of an older version has none.
+        balanced = {name: each.get("balanced_error") for name, each in rows[-1][split].items()}
+        errors[key.replace("top1", "balanced")] = balanced
     return {
         "status": "finished",
         **run_facts(config, method),

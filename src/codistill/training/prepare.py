@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,9 +24,8 @@ from codistill.data.splitting import divided
 from codistill.deploy.run import Run
 from codistill.methods import METHODS, Method
 from codistill.methods.kd import WithTeacher
-from codistill.networks.origin import contents
 from codistill.runs.images import write_images
-from codistill.runs.metadata import data_digests, run_metadata, weights_digest
+from codistill.runs.metadata import data_digests, held_out_digest, run_metadata, weights_digest
 from codistill.runs.saving import Saver
 from codistill.runs.state import TrainingState
 from codistill.runs.summary import network_names, write_summary_of_failure
@@ -41,7 +39,6 @@ from codistill.training.teacher import load_teacher, top1_error
 from codistill.training.trainer import Trainer
 from codistill.training.trial import try_method
 
-HELD_OUT = "positions of held-out images"
 Positions = Int[Tensor, " image"] | None  # of the images that are used, on the host; None: all of them, in order
 
 
@@ -64,7 +61,7 @@ class Plan:
     @property
     def held_out(self) -> dict[str, str]:
         """SHA-256 of the positions of the images that are held out; empty: there are none."""
-        return {} if self.validation is None else {HELD_OUT: hashlib.sha256(contents(self.validation)).hexdigest()}
+        return {} if self.validation is None else held_out_digest(self.validation)
 
 
 def announce(plans: Sequence[Plan]) -> None:
