@@ -26,13 +26,14 @@ from codistill.deploy.classifier import load_classifier
 from codistill.deploy.export import export_predictor
 from codistill.deploy.predict import answers
 from codistill.deploy.run import Run
-from codistill.evaluation.presentation import as_json, scores_table, where_wrong, write_csv
+from codistill.evaluation.presentation import as_json, scores_table, where_wrong
 from codistill.methods import METHODS
 from codistill.networks import NETWORKS
 from codistill.report.comparison import run_folders, write_pages
 from codistill.report.pictures import complete_pictures
 from codistill.runs.choice import choice
 from codistill.runs.evaluate import evaluate_images
+from codistill.runs.predictions import write_predictions_csv
 from codistill.settings.config import RunConfig, default_config
 from codistill.settings.mapping import run_from_mapping, typed_mapping
 from codistill.settings.presets import PRESETS, completed, find_preset, preset_config
@@ -171,7 +172,7 @@ def evaluate_command(arguments: Sequence[str]) -> None:
     if chosen.predictor not in (None, *scores):
         raise UsageError(f"{run.path} has no predictor {chosen.predictor!r}: choose from {', '.join(scores)}")
     if chosen.predictions:
-        write_csv(chosen.predictions, predictions, run.class_names)
+        write_predictions_csv(chosen.predictions, predictions, run.class_names)
     if chosen.json:
         print(as_json(scores, predictions, run.class_names))
         return

@@ -1,14 +1,11 @@
-"""What predictors answered, and its analysis, as JSON, as CSV and on a terminal."""
+"""What predictors answered, and its analysis, as JSON and on a terminal."""
 
-import csv
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from codistill.core.files import replaced
 from codistill.evaluation.analysis import (
     Analysis,
     Disagreement,
@@ -124,27 +121,6 @@ def _as_seen_by(name: str, pair: Disagreement, predictions: Predictions, class_n
             for image in pair.confident
         ],
     }
-
-
-def write_csv(path: Path, predictions: Predictions, class_names: Sequence[str]) -> None:
-    """Write a row for each image: its file or its position, the label, and the class and confidence of each predictor.
-
-    Raises:
-        OSError: What the system answers; what was there before is kept.
-    """
-    columns = [
-        column
-        for each in predictions.predictors.values()
-        for column in ([class_names[index] for index in each.named], [f"{share:.6f}" for share in each.confidence])
-    ]
-    images = map(predictions.place, range(len(predictions)))
-    labels = [class_names[label] for label in predictions.labels]
-    headings = [f"{name}_{kind}" for name in predictions.predictors for kind in ("class", "confidence")]
-    options: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
-    with replaced(path) as temporary, open(temporary, "w", **options) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["image", "label", *headings])
-        writer.writerows(zip(images, labels, *columns, strict=True))
 
 
 def scores_table(scores: Mapping[str, Scores], predictions: Predictions) -> "Table":

@@ -1,7 +1,7 @@
 """predictions.npz of a run: what each predictor answered for each image of the splits that are evaluated."""
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from codistill.core.files import replaced, system_error
 from codistill.data.packed import read_array
 from codistill.evaluation.predictions import Predictions
 from codistill.runs.folder import RunFolder
+from codistill.runs.images import write_table
 
 NAME = "predictions.npz"
 
@@ -26,6 +27,23 @@ def write_predictions(folder: Path, predictions: Mapping[str, Predictions]) -> N
     }
     with replaced(folder / NAME) as temporary, open(temporary, "wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
+
+
+def write_predictions_csv(path: Path, predictions: Predictions, class_names: Sequence[str]) -> None:
+    """Write a row for each image: its file or its position, the label, and the class and confidence of each predictor.
+
+    Raises:
+        OSError: What the system answers; what was there before is kept.
+    """
+    columns = [
+        column
+        for each in predictions.predictors.values()
+        for column in ([class_names[index] for index in each.named], [f"{share:.6f}" for share in each.confidence])
+    ]
+    images = map(predictions.place, range(len(predictions)))
+    labels = [class_names[label] for label in predictions.labels]
+    headings = [f"{name}_{kind}" for name in predictions.predictors for kind in ("class", "confidence")]
+    write_table(path, ("image", "label", *headings), zip(images, labels, *columns, strict=True))
 
 
 def read_predictions(run: RunFolder) -> dict[str, Predictions]:
