@@ -33,7 +33,7 @@ def slowly(split: Split, batch: BatchIndices, augmentation: Augmentation) -> np.
     mode = {"zeros": "constant", "reflect": "reflect"}[augmentation.padding_mode]
     mean, std = map(np.array, STATISTICS)
     done = []
-    for image, top, left, mirror in zip(*(table.tolist() for table in batch), strict=True):
+    for image, top, left, mirror in zip(*(table.tolist() for table in batch.tables()), strict=True):
         padded = np.pad(split.images[image], (border, border, (0, 0)), mode=mode)
         crop = padded[top : top + height, left : left + width]
         crop = crop[:, ::-1] if mirror else crop
@@ -149,7 +149,7 @@ def test_a_read_would_be_found(read):
 
 
 def same(one: BatchIndices, other: BatchIndices) -> bool:
-    return all(map(torch.equal, one, other))
+    return all(map(torch.equal, one.tables(), other.tables()))
 
 
 def test_a_plan_is_a_pure_function_of_seed_and_epoch():
@@ -176,7 +176,7 @@ def test_each_seed_and_each_epoch_has_a_plan_of_its_own():
         (seed, epoch): epoch_indices(500, seed, epoch, augmentation, CPU) for seed in (0, 1, 2) for epoch in range(3)
     }
     for one, other in itertools.combinations(plans, 2):
-        for first, second in zip(plans[one], plans[other], strict=True):
+        for first, second in zip(plans[one].tables(), plans[other].tables(), strict=True):
             assert not torch.equal(first, second), (one, other)
 
 
@@ -200,7 +200,9 @@ def test_parts_of_a_plan_are_its_steps():
     plan = epoch_indices(10, 0, 0, Augmentation(), CPU)
     parts = [plan.part(start, start + 4) for start in (0, 4, 8)]
     assert [len(part.image) for part in parts] == [4, 4, 2]
-    assert same(BatchIndices(*(torch.cat(column) for column in zip(*parts, strict=True))), plan)
+    assert same(
+        BatchIndices(*(torch.cat(column) for column in zip(*(part.tables() for part in parts), strict=True))), plan
+    )
 
 
 @hypothesis_settings(deadline=None, max_examples=30, derandomize=True)
@@ -230,7 +232,7 @@ def test_a_gpu_gives_the_same_images(mode):
     split = random_split(50, 9, 7)
     augmentation = Augmentation(padding=3, padding_mode=mode)
     plans = [epoch_indices(50, 1, 2, augmentation, device) for device in (CPU, torch.device("cuda"))]
-    assert same(plans[0], BatchIndices(*(table.cpu() for table in plans[1])))
+    assert same(plans[0], BatchIndices(*(table.cpu() for table in plans[1].tables())))
     images = [
         DeviceImages(split, STATISTICS, plan.image.device).augmented(plan, augmentation)[0].cpu() for plan in plans
     ]

@@ -147,7 +147,7 @@ def test_a_plain_step_on_a_gpu_equals_the_cpu():
         method = tiny.method()
         step_there = make_step(method, device=device)
         for batch in batches(3):
-            step_there(BatchIndices(*(table.to(device) for table in batch)), torch.tensor(0.5, device=device))
+            step_there(BatchIndices(*(table.to(device) for table in batch.tables())), torch.tensor(0.5, device=device))
         states.append({name: tensor.cpu() for name, tensor in method.state_dict().items()})
     torch.testing.assert_close(states[1], states[0], rtol=1e-2, atol=1e-3)
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from codistill.core.device import autocast
-from codistill.data.augment import Augmentation, DeviceImages, epoch_indices
+from codistill.data.augment import Augmentation, DeviceImages
 from codistill.data.dataset import Dataset, Split
 from codistill.methods import Method
 from codistill.networks.chains import compiled_chains
@@ -106,13 +106,13 @@ def resident_loop(
 ) -> Callable[[int], None]:
     """Make codistill's own loop, which moves methods to a device: resident images, captured steps on CUDA."""
     resident, precision = DeviceImages(data.train, data.statistics, device), config.execution.precision
-    augmentation = config.train.augmentation(data)
+    augmentation = config.augmentation(data)
     members = [
         make_step(method, resident, augmentation, config.train, precision, memory_format=memory_format)
         for method in methods
     ]
     fleet = make_fleet(members)
-    plan = epoch_indices(len(resident), 0, 0, augmentation, device, methods[0].views)
+    plan = resident.epoch(0, 0, augmentation, methods[0].views)
     progress = torch.tensor(0.5, device=device)
     size = min(config.train.batch_size, len(resident))
     batches = len(resident) // size

@@ -11,7 +11,7 @@ from codistill.core.errors import UsageError
 from codistill.core.registry import entry_of, registered_names, unknown_name
 
 NAMED = {"--networks": ("network", "codistill.networks"), "--data": ("data set", "codistill.data")}
-PARTS = ("RunConfig", "TrainSettings", "ExecutionSettings", "TeacherSettings")
+PARTS = ("RunConfig", "TrainSettings", "AugmentSettings", "ExecutionSettings", "TeacherSettings")
 
 
 def refuse_early(command: str, arguments: Sequence[str]) -> None:

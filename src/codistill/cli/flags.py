@@ -23,7 +23,13 @@ from codistill.settings.removed import instead
 
 T = TypeVar("T")
 # The parts of a run's settings, and the groups of their flags in the help.
-TITLES = {"": "run", "train": "optimisation", "execution": "execution", "teaching": "teacher"}
+TITLES = {
+    "": "run",
+    "train": "optimisation",
+    "augment": "data and augmentation",
+    "execution": "execution",
+    "teaching": "teacher",
+}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 CPU = torch.device("cpu")
-ORDER_STREAM, EPOCH_STREAM, INIT_STREAM, STEP_STREAM, EVALUATION_STREAM = range(5)
+ORDER_STREAM, EPOCH_STREAM, INIT_STREAM, STEP_STREAM, EVALUATION_STREAM, AUGMENT_STREAM = range(6)
 
 
 def stream_seed(seed: int, *stream: int) -> int:

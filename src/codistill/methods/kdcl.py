@@ -11,7 +11,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from codistill.methods.cohort import Outputs
-from codistill.methods.losses import Labels, Logits, Scalar, Terms, at_least_float32, mixture_logits, students_kl
+from codistill.methods.losses import (
+    Labels,
+    Logits,
+    Scalar,
+    Terms,
+    at_least_float32,
+    label_shares,
+    mixture_logits,
+    students_kl,
+)
 from codistill.methods.method import METHODS, Method, MethodSettings
 from codistill.methods.terms import cross_entropy_terms
 
@@ -50,7 +59,9 @@ class KDCLSettings(MethodSettings):
 
 
 def true_class_logit(values: StudentLogits, labels: Labels) -> Float[Tensor, "student batch 1"]:
-    """Return the logit of the true class of each image."""
+    """Return the logit of the true class of each image; where its label has shares of several, their mean by share."""
+    if labels.is_floating_point():
+        return (values * label_shares(labels, values)).sum(dim=2, keepdim=True)
     return values.gather(2, labels[None, :, None].expand(len(values), -1, 1))
 
 
@@ -111,7 +122,8 @@ class ErrorWeights(nn.Module):
 
     w_k = sum_j C^-1_kj / sum_ij C^-1_ij,   C_ij = mean over images of sum_c (p_i^c - t^c)(p_j^c - t^c),
 
-    t the one-hot label. Of all weights of sum 1 these give sum_k w_k p_k the smallest squared error.
+    t the one-hot label, or its shares of the classes. Of all weights of sum 1 these give sum_k w_k p_k the smallest
+    squared error.
 
     Source: KDCL (CVPR 2020), the variant General.
     Differs: a small ridge keeps C invertible, and negative weights, which would make no distribution, become 0 before
@@ -130,9 +142,7 @@ class ErrorWeights(nn.Module):
 
     def gather(self, probabilities: StudentLogits, labels: Labels) -> None:
         """Add the errors of a batch, in place."""
-        # Not one_hot, which looks at the labels from the host.
-        is_true = labels[:, None] == torch.arange(probabilities.shape[2], device=labels.device)
-        errors = probabilities - is_true.to(probabilities.dtype)
+        errors = probabilities - label_shares(labels, probabilities)
         # Not as a matrix product, which autocast would round to bfloat16.
         products = torch.stack([(each * errors).sum(dim=(1, 2)) for each in errors])
         self.products += products.to(self.products.dtype)

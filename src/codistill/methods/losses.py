@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 EnsembleOf = Literal["logits", "probabilities"]
-Labels = Int[Tensor, " batch"]
-"""Class indices."""
+Labels = Int[Tensor, " batch"] | Float[Tensor, "batch class"]
+"""Class indices; or, where labels are mixed, smoothed or weighted, the share of each class."""
 Logits = Float[Tensor, "batch class"]
 Scalar = Float[Tensor, ""]
 Terms = dict[str, Scalar]
@@ -45,7 +45,9 @@ def ramp_up(progress: Scalar, length: float) -> Scalar:
 
 
 def cross_entropy(logits: Float[Tensor, "*head batch class"], labels: Labels) -> Float[Tensor, " *head"]:
-    """Compute the cross-entropy with integer labels: mean over the batch of -log softmax(logits)[label].
+    """Compute the cross-entropy: mean over the batch of -log softmax(logits)[label].
+
+    With shares t of the classes it is the mean of -sum_c t_c log softmax(logits)_c, as in torch's `cross_entropy`.
 
     Returns:
         One loss per head, in nats.
@@ -53,7 +55,17 @@ def cross_entropy(logits: Float[Tensor, "*head batch class"], labels: Labels) ->
     Source: MFEF (ICANN 2022), Eq. (2). The paper sums over the batch; like all published code we average.
     """
     log_probabilities = F.log_softmax(at_least_float32(logits), dim=-1)
+    if labels.is_floating_point():
+        return -(labels * log_probabilities).sum(dim=-1).mean(dim=-1)
     return -log_probabilities.gather(-1, labels.expand(logits.shape[:-1]).unsqueeze(-1)).squeeze(-1).mean(dim=-1)
+
+
+def label_shares(labels: Labels, like: Float[Tensor, "*head batch class"]) -> Float[Tensor, "batch class"]:
+    """Return the share of each class in each label, which add up to 1: of class indices the one-hot vectors."""
+    if labels.is_floating_point():
+        return (labels / labels.sum(dim=1, keepdim=True).clamp(min=torch.finfo(labels.dtype).tiny)).to(like.dtype)
+    # Not one_hot, which looks at the labels from the host.
+    return (labels[:, None] == torch.arange(like.shape[-1], device=labels.device)).to(like.dtype)
 
 
 def soft_target_kl(

@@ -6,12 +6,16 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
+from jaxtyping import Int
+from torch import Tensor
+
 from codistill.core.errors import UsageError
 from codistill.core.registry import near_matches
 from codistill.data.augment import Augmentation, PaddingMode
 from codistill.data.dataset import Dataset
 from codistill.data.splitting import checked_part, part_of
 from codistill.methods import METHODS, MethodSettings
+from codistill.settings.augment import AugmentSettings
 from codistill.settings.kinds import take_kinds
 
 # For counts without a bound of their own.
@@ -188,10 +192,15 @@ class RunConfig:
     data_dir: str | None = field(default=None, metadata=PLACE | COMMON | {"metavar": "PATH"})
     """Folder, archive or file that holds the data set."""
     train: TrainSettings = field(default_factory=TrainSettings)
+    augment: AugmentSettings = field(default_factory=AugmentSettings)
     execution: ExecutionSettings = field(default_factory=ExecutionSettings)
     teaching: TeacherSettings = field(default_factory=TeacherSettings)
     method: MethodSettings = field(default_factory=MethodSettings)
     """Settings of the method."""
+
+    def augmentation(self, data: Dataset, training: Int[Tensor, " image"] | None = None) -> Augmentation:
+        """Decide on the augmentation for a data set, of which the training images at positions are used; None: all."""
+        return dataclasses.replace(self.train.augmentation(data), transforms=self.augment.transforms(data, training))
 
     def in_precision(self, precision: Literal["float32", "bf16"]) -> "RunConfig":
         """Return the run with the precision that was chosen for it."""
@@ -209,7 +218,13 @@ class RunConfig:
         return plain
 
 
-_PARTS = {"": RunConfig, "train": TrainSettings, "execution": ExecutionSettings, "teaching": TeacherSettings}
+_PARTS = {
+    "": RunConfig,
+    "train": TrainSettings,
+    "augment": AugmentSettings,
+    "execution": ExecutionSettings,
+    "teaching": TeacherSettings,
+}
 SETTINGS = {
     each.name: (part, each)
     for part, kind in _PARTS.items()

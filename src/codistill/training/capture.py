@@ -55,7 +55,9 @@ class GraphedSteps:
                 for index, (graph, static) in enumerate(self._graphs[size]):
                     sources = [batches[index]] if alone else batches
                     for targets, tables in zip(zip(*static, strict=True), zip(*sources, strict=True), strict=True):
-                        torch._foreach_copy_(targets, tables)
+                        kept, new = ([each for each in side if each is not None] for side in (targets, tables))
+                        if kept:
+                            torch._foreach_copy_(kept, new)
                     seed_draws(seeds[index], self.device)
                     graph.replay()
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
@@ -91,7 +93,7 @@ class GraphedSteps:
     def _capture(
         self, work: Sequence[tuple[torch.cuda.Stream, TrainStep, BatchIndices]]
     ) -> tuple[torch.cuda.CUDAGraph, list[BatchIndices]]:
-        static = [BatchIndices(*(table.clone() for table in batch)) for _, _, batch in work]
+        static = [BatchIndices(*(table.clone() for table in batch.tables())) for _, _, batch in work]
         graph = torch.cuda.CUDAGraph()
         cause: BaseException | None = None
         try:

@@ -85,8 +85,8 @@ def check(
     set_up_cpu(config.execution.threads, device)
     set_up_gpu(device, config.execution.deterministic)
     with ranks.together():
-        augmentation = settings.augmentation(data)
         training, validation = split_training(data, settings)
+        augmentation = config.augmentation(data, training)
         images = len(data.train) if training is None else len(training)
         notices = [line for line in (data.bounded, data.own and data.uneven) if line]
         if images < settings.batch_size:
@@ -99,7 +99,7 @@ def check(
             )
         check_parts(config, images, ranks)
         try:
-            try_method(method, data, settings, config.execution.precision, device)
+            try_method(method, data, settings, config.execution.precision, device, augmentation)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise out_of_memory(config, method, error) from error
         pixels = settings.epochs * images * math.prod(data.image_size)

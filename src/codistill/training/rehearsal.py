@@ -2,21 +2,25 @@
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from codistill.core.errors import UsageError
 from codistill.data.augment import DeviceImages
 from codistill.data.dataset import Dataset, Split
+from codistill.data.mixing import soft_labels
 from codistill.methods import Method
+from codistill.methods.cohort import Outputs
 from codistill.methods.mistakes import blamed, in_order, is_own, refuse_dead_terms, title
 from codistill.networks.probe import probing
 
 IMAGES = 16
 
 
-def rehearse(method: Method, data: Dataset, epochs: int, device: torch.device) -> None:
+def rehearse(method: Method, data: Dataset, epochs: int, device: torch.device, softened: bool = False) -> None:
     """Call everything that a user's own method defines, on a copy, with the progress of the first and the last epoch.
 
-    The method, its statistics and all random numbers stay as they are. Methods of this package are not rehearsed.
+    `softened` says whether labels will be shares of classes. The method, its statistics and all random numbers stay as
+    they are. Methods of this package are not rehearsed.
 
     Raises:
         UsageError: What it raises, returns, or names otherwise in another epoch; terms that teach nothing.
@@ -40,8 +44,11 @@ def rehearse(method: Method, data: Dataset, epochs: int, device: torch.device) -
                 if (kind.forward, kind.branches) == (Method.forward, Method.branches):
                     return  # a network's fault, for which the trial has better words
                 raise
+            now = torch.tensor(progress, device=device)
             with blamed(kind, "losses"):
-                terms = in_order(kind, probe.losses(outputs, labels, torch.tensor(progress, device=device)), names)
+                terms = in_order(kind, probe.losses(outputs, labels, now), names)
+            if softened:
+                terms = soft_terms(probe, outputs, soft_labels(labels, data.num_classes), now)
             refuse_dead_terms(probe, terms)
             with blamed(kind, "the backward pass of its losses"):
                 torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
@@ -58,3 +65,16 @@ def rehearse(method: Method, data: Dataset, epochs: int, device: torch.device) -
     if odd := sorted(named ^ deployed):
         where = "predictions" if odd[0] in named else "predictors"
         raise UsageError(f"{title(kind)}: only {where} names {odd[0]!r}: predictions and predictors name the same")
+
+
+def soft_terms(method: Method, outputs: Outputs, labels: Tensor, progress: Tensor) -> dict[str, Tensor]:
+    """Return the terms of an own method's loss where labels are shares of classes, or refuse it."""
+    try:
+        with blamed(type(method), "losses"):
+            return method.losses(outputs, labels, progress)
+    except UsageError as error:
+        raise UsageError(
+            f"{title(type(method))}: its losses need class indices, but mixup, cutmix, label_smoothing and "
+            "class_weights make labels shares of classes: use cross_entropy of codistill.methods.losses or of torch, "
+            f"which take both ({error})"
+        ) from error

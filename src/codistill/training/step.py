@@ -38,7 +38,7 @@ class TrainStep:
         self.images = images
         self.device = images.device
         self.augmentation = augmentation
-        images.crops(augmentation)  # here and not on the stream of whichever run comes first
+        images.tables(augmentation)  # here and not on the stream of whichever run comes first
         self.optimizer = optimizer
         self.forward = forward
         self.ranks = ranks
@@ -51,7 +51,9 @@ class TrainStep:
 
     def __call__(self, indices: BatchIndices, progress: Float[Tensor, ""]) -> None:
         """Train on a batch, add its loss terms to `sums`, and have `finite` look at them and at all gradients."""
-        images, labels = self.images.augmented(self.ranks.part(indices), self.augmentation)
+        # The partner of an image may be in another rank's part.
+        partners = self.ranks.part(indices.partners()) if self.augmentation.mixes and self.ranks.count > 1 else None
+        images, labels = self.images.augmented(self.ranks.part(indices), self.augmentation, partners)
         size = indices.image.shape[-1]
         terms, gradients = self.update(images, labels, progress, len(labels) / size)
         with blamed(type(self.method), "after_step"):

@@ -11,7 +11,7 @@ from codistill.core.extras import missing_package
 from codistill.core.files import write_json
 from codistill.core.host import release_freed_memory
 from codistill.core.randomness import STEP_STREAM, draws_kept, stream_seed
-from codistill.data.augment import BatchIndices, DeviceImages, epoch_indices
+from codistill.data.augment import BatchIndices, DeviceImages
 from codistill.deploy.run import Run
 from codistill.evaluation.diversity import health_warnings
 from codistill.evaluation.evaluation import Evaluation
@@ -101,7 +101,7 @@ class Trainer:
         self.display.resume(*self.position)
 
     def begin_epoch(self, epoch: int) -> BatchIndices:
-        """Set the learning rate and draw the order, crops and flips of an epoch."""
+        """Set the learning rate and draw the order and the augmentation of an epoch."""
         settings = self.config.train
         steps, decay = settings.learning_rate_steps, settings.learning_rate_decay
         self.rate = learning_rate_at(epoch, settings.learning_rate, steps, decay)
@@ -109,9 +109,7 @@ class Trainer:
         self.evaluates = settings.evaluates(epoch)
         self.display.begin_epoch(epoch)
         self.pace.pause()
-        step, images = self.step, self.step.images
-        used = len(images) if images.positions is None else images.positions
-        return epoch_indices(used, settings.seed, epoch, step.augmentation, step.device, self.method.views)
+        return self.step.images.epoch(settings.seed, epoch, self.step.augmentation, self.method.views)
 
     def first_step(self, epoch: int) -> int:
         """Return how many steps of an epoch the process before has done."""

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from codistill.core.device import autocast
 from codistill.core.errors import CodistillError, UsageError
-from codistill.data.augment import DeviceImages, epoch_indices
+from codistill.data.augment import Augmentation, DeviceImages, epoch_indices
 from codistill.data.dataset import Dataset, Split
 from codistill.methods import Method
 from codistill.networks.probe import count_classes, in_words, label, odd_types, probing, stage_maps
@@ -23,7 +23,14 @@ READS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.is_non
 MASKS = (torch.bool, torch.uint8)
 
 
-def try_method(method: Method, data: Dataset, settings: TrainSettings, precision: str, device: torch.device) -> None:
+def try_method(
+    method: Method,
+    data: Dataset,
+    settings: TrainSettings,
+    precision: str,
+    device: torch.device,
+    augmentation: Augmentation | None = None,
+) -> None:
     """Train and evaluate a copy of a method on two images, as the run will, and choose the method's memory format.
 
     The method itself, its statistics and all random numbers stay as they are. On CUDA a method that reads values on the
@@ -32,19 +39,21 @@ def try_method(method: Method, data: Dataset, settings: TrainSettings, precision
     Raises:
         UsageError: Students, method and data do not go together.
     """
+    augmentation = augmentation or settings.augmentation(data)
+    transforms = augmentation.transforms
     few = DeviceImages(Split(data.train.images[:IMAGES], data.train.labels[:IMAGES]), data.statistics, device)
     names = " + ".join(map(label, method.cohort))
     height, width = data.image_size
     try:
         check_networks(method, data, few)
-        rehearse(method, data, settings.epochs, device)
+        rehearse(method, data, settings.epochs, device, transforms is not None and transforms.softens)
         try:
-            reads = train_and_evaluate(method, few, settings, precision, data)
+            reads = train_and_evaluate(method, few, settings, precision, augmentation)
         except RuntimeError:
             method.choose_memory_format(few.normalised(few.images))
             if method.memory_format == torch.channels_last:
                 raise
-            reads = train_and_evaluate(method, few, settings, precision, data)
+            reads = train_and_evaluate(method, few, settings, precision, augmentation)
     except (CodistillError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
@@ -86,10 +95,10 @@ def check_networks(method: Method, data: Dataset, few: DeviceImages, training: b
 
 
 def train_and_evaluate(
-    method: Method, few: DeviceImages, settings: TrainSettings, precision: str, data: Dataset
+    method: Method, few: DeviceImages, settings: TrainSettings, precision: str, augmentation: Augmentation
 ) -> list[str]:
     """Train a copy of a method for a step, evaluate it, and return the operators that read on the host."""
-    augmentation, reads = settings.augmentation(data), HostReads()
+    reads = HostReads()
     with probing(method, few.device) as probe, torch.enable_grad():
         step = make_step(probe, few, augmentation, settings, precision)
         indices = epoch_indices(len(few), 0, 0, augmentation, few.device, probe.views)
