@@ -60,7 +60,7 @@ def candidates(image: torch.Tensor, wide: bool, level: int) -> dict[tuple[str, f
 @pytest.mark.parametrize("level", [9, 30])
 def test_randaugment_does_what_torchvision_does_to_one_image(level):
     data = split(1)
-    data.images[:] = data.images // 2 + 40
+    data.images[:] = data.images * 0.6 + 60
     many = Split(data.images.repeat(400, axis=0), np.zeros(400, np.int64))
     chosen = augmentation(auto_augment="randaugment", randaugment_operations=1, randaugment_magnitude=level)
     _, images, _ = augmented(many, chosen)
@@ -80,7 +80,7 @@ def test_randaugment_does_what_torchvision_does_to_one_image(level):
 
 def test_trivialaugment_uses_all_levels_of_the_wide_space():
     data = split(1)
-    data.images[:] = data.images // 2 + 40
+    data.images[:] = data.images * 0.6 + 60
     many = Split(data.images.repeat(150, axis=0), np.zeros(150, np.int64))
     _, images, _ = augmented(many, augmentation(auto_augment="trivialaugment"))
     image = torch.from_numpy(data.images[0]).permute(2, 0, 1)

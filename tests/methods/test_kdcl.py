@@ -359,7 +359,7 @@ def test_an_epoch_equals_one_written_by_hand(variant, views):
     for batch in taken:
         logits = []
         for index, student in enumerate(other.cohort):
-            own = type(batch)(*(table[index] for table in batch)) if views else batch
+            own = type(batch)(*(table[index] for table in batch.tables())) if views else batch
             pixels, labels = images.augmented(own, AUGMENTATION)
             logits.append(student(pixels))
         softened = torch.stack([slow.probabilities(each.detach(), temperature) for each in logits])
