@@ -212,7 +212,7 @@ def rectangles(
     rows, columns = (np.take_along_axis(each, first, -1)[..., 0] for each in (rows, columns))
     place = source.random((2, *shape))
     top, left = np.floor(place[0] * (height - rows + 1)), np.floor(place[1] * (width - columns + 1))
-    return np.stack([top, left, rows, columns]).astype(np.float32), fits.any(axis=-1)
+    return np.stack([top, left, rows, columns]).astype(np.float32), np.asarray(fits.any(axis=-1))
 
 
 def crops(source: np.random.Generator, shape: tuple[int, ...], size: tuple[int, int], smallest: float) -> Numbers:
