@@ -21,8 +21,15 @@ FIXTURES = {
     "cifar100": ("cifar100:check=false", lambda root: write_folder(root, cifar_binary("cifar100", random_arrays(100)))),
     "cinic10": ("cinic10:check=false", lambda root: write_folder(root, cinic_files()[0])),
     "folder": ("folder:resize=8", lambda root: write_folder(root, image_folder_files()[0])),
+    "table": ("table", lambda root: write_table(root, image_folder_files()[0])),
     "packed": ("packed", lambda root: write_npz(root / "x.npz", random_arrays(3))),
 }
+
+
+def write_table(root, files):
+    """Write images, and a table of them."""
+    rows = [f"{name},{name.split('/')[1]},{name.split('/')[0]}" for name in files]
+    return write_folder(root, {**files, "labels.csv": "\n".join(["path,label,split", *rows]).encode()})
 
 
 @pytest.fixture(params=DATASETS)

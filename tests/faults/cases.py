@@ -426,6 +426,12 @@ CASES |= {
         "train/ alone, class folders alone, val/ for test/, a split twice, one class, too few images to set some apart",
         "test images are drawn, of each class their share, said and recorded; else status 2 or 3 with what to do",
     ),
+    131: Case(
+        "a table of images that cannot be used, as a whole or in rows",
+        "columns missing, twice or doubtful; rows without path or label, twice, of unknown splits and classes, of paths "
+        "that lead out; files missing and cut; no UTF-8, open quotes, no JSON, no table",
+        "status 3; one line with file and line, all bad rows and files at once; --skip-bad leaves them out",
+    ),
     133: Case(
         "images that are added after test images were drawn",
         "a folder without test images, evaluated and exported after the training with two images more",
