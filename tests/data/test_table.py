@@ -155,7 +155,7 @@ def test_all_bad_rows_are_named_at_once_or_left_out(root, capsys):
         ("x.csv", b"path,label\ncaf\xe9.png,ant\n", r"x\.csv: cannot be read \('utf-8' codec .*: save it as UTF-8"),
         ("x.csv", b'path,label\n"photos/ant0.png,ant\n', r"x\.csv:\d: cannot be read"),
         ("x.csv", b"path,label\n" + b"a" * 200_000, r"x\.csv:2: cannot be read \(field larger"),
-        ("x.csv", b"path,label\na\0.png,ant\n", r"x\.csv:2: a\0\.png is not an image file by its name"),
+        ("x.csv", b"path,label\na\0.png,ant\n", r"x\.csv:2: a.*\.png is not an image file by its name"),
         ("x.jsonl", b'{"path": "photos/ant0.png", "label"', r"x\.jsonl:1: cannot be read"),
         ("x.jsonl", b'["photos/ant0.png", "ant"]\n', r"x\.jsonl:1: is no JSON object"),
         ("x.jsonl", b'{"path": ["photos/ant0.png"], "label": 1}', "has no column of the path"),

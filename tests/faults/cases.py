@@ -428,7 +428,7 @@ CASES |= {
     ),
     131: Case(
         "a table of images that cannot be used, as a whole or in rows",
-        "columns missing, twice or doubtful; rows without path or label, twice, of unknown splits and classes, of paths "
+        "columns missing, twice, doubtful; rows without path or label, twice, of unknown splits and classes, of paths "
         "that lead out; files missing and cut; no UTF-8, open quotes, no JSON, no table",
         "status 3; one line with file and line, all bad rows and files at once; --skip-bad leaves them out",
     ),
