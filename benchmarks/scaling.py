@@ -31,7 +31,6 @@ import numpy as np
 import torch
 import tyro
 
-from codistill.bench.bench import forward_flop
 from codistill.bench.loops import plain_loop, resident_loop
 from codistill.bench.measurement import ratio
 from codistill.core.host import release_freed_memory, set_up_cpu
@@ -40,6 +39,7 @@ from codistill.methods import Method
 from codistill.methods.mfef import MFEF
 from codistill.networks import Network
 from codistill.networks.layers import initialise
+from codistill.networks.probe import forward_flop
 from codistill.networks.resnet import basic_resnet
 from codistill.runs.metadata import environment
 from codistill.settings.config import TrainSettings, default_config
@@ -135,7 +135,7 @@ def measure(point: Point, loop: str, seconds: float, threads: int) -> dict[str, 
     loops = {OURS: train, PLAIN: plain_loop(method_of(point), config, CPU, data)}
     rounds = in_turn(loops, seconds)
     times = {name: 1000 * statistics.median(each) for name, each in rounds.items()}
-    work = 3 * forward_flop(method, data.image_size) * point.batch / 1e9
+    work = 3 * forward_flop(method, data.image_size, method.views) * point.batch / 1e9
     return found | {"ms": times, "ratio_to_plain": ratio(rounds, PLAIN, OURS), "gflop": work}
 
 

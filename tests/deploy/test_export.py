@@ -18,14 +18,14 @@ from torch import nn
 import codistill as cd
 from codistill.core.errors import CheckpointError, CodistillError, DataError, ResourceError, UsageError
 from codistill.deploy import export
-from codistill.deploy.classifier import CARD_KEY, load_classifier
+from codistill.deploy.classifier import CARD_KEY, Classifier, load_classifier
 from codistill.deploy.export import Exported, choose_format, export_predictor
 from codistill.networks import NETWORKS
 
 from .. import tiny
 
 PREDICTORS = ("student0", "ensemble", "fused")
-FORMATS = tuple(export.SUFFIXES)
+FORMATS = tuple(export.WRITERS)
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +133,11 @@ def test_a_predictor_is_one_file_that_others_may_read(exported):
     assert {each.name for each in path.parent.iterdir()} <= known
 
 
+def test_an_onnx_file_tells_nothing_of_the_machine_that_wrote_it(exported):
+    content = exported("student0", "onnx").path.read_bytes()
+    assert b"/site-packages/" not in content and str(Path(export.__file__).parent).encode() not in content
+
+
 @pytest.mark.parametrize("batch", [1, 3, 300])
 def test_onnx_takes_pixels_in_batches_of_any_size(exported, pixels, expected, batch):
     session = onnxruntime.InferenceSession(exported("student0", "onnx").path, providers=["CPUExecutionProvider"])
@@ -184,18 +189,20 @@ def test_the_best_student_is_the_default(tiny_run, tmp_path):
         ("x.onnx", None, "onnx"),
         ("x.safetensors", None, "safetensors"),
         ("x.pt2", None, "torch-export"),
+        ("x.int8.onnx", None, "onnx-int8"),
+        ("x.onnx", "onnx-int8", "onnx-int8"),
         (None, "onnx", "onnx"),
         ("a.b.onnx", "onnx", "onnx"),
-        (None, None, "no format: give --format safetensors or onnx or torch-export"),
+        (None, None, "no format: give --format safetensors or onnx or onnx-int8 or torch-export"),
         ("x.txt", None, "no format"),
         ("x", None, "no format"),
         ("x.onnx", "safetensors", "x.onnx: a safetensors file must end in .safetensors"),
-        ("x.onnx", "tflite", "unknown format 'tflite': choose from safetensors, onnx, torch-export"),
+        ("x.onnx", "tflite", "unknown format 'tflite': choose from safetensors, onnx, onnx-int8, torch-export"),
     ],
 )
 def test_the_format_follows_the_file(file, format, answer):
     file = None if file is None else Path(file)
-    if answer in FORMATS:
+    if answer in export.SUFFIXES:
         assert choose_format(file, format) == answer
     else:
         with pytest.raises(UsageError, match=answer):
@@ -233,9 +240,9 @@ def perturbing(write, amount: float):
 @pytest.mark.parametrize(
     ("writer", "suffix", "old"),
     [
-        ("_write_safetensors", ".safetensors", None),
-        ("_write_safetensors", ".safetensors", b"a good file"),
-        ("_write_torch_export", ".pt2", b"a good file"),
+        ("safetensors", ".safetensors", None),
+        ("safetensors", ".safetensors", b"a good file"),
+        ("torch-export", ".pt2", b"a good file"),
     ],
 )
 def test_a_file_that_answers_otherwise_is_not_kept(tiny_run, tmp_path, monkeypatch, writer, suffix, old):
@@ -243,13 +250,13 @@ def test_a_file_that_answers_otherwise_is_not_kept(tiny_run, tmp_path, monkeypat
     if old is not None:
         path.write_bytes(old)
     before = tiny.listing(tmp_path)
-    write = getattr(export, writer)
-    monkeypatch.setattr(export, writer, perturbing(write, 0.5))
+    write = export.WRITERS[writer]
+    monkeypatch.setitem(export.WRITERS, writer, perturbing(write, 0.5))
     with pytest.raises(CheckpointError, match=r"not kept, for it differs from the run by up to \d\S* in a logit"):
         export_predictor(tiny_run, "student0", path)
     assert tiny.listing(tmp_path) == before
     # A difference as of rounding is allowed.
-    monkeypatch.setattr(export, writer, perturbing(write, 1e-7))
+    monkeypatch.setitem(export.WRITERS, writer, perturbing(write, 1e-7))
     assert 0 < export_predictor(tiny_run, "student0", path).difference < 1e-4
     assert list(tiny.listing(tmp_path)) == [path.name] and path.read_bytes() != old
 
@@ -263,12 +270,22 @@ def test_what_is_not_alike_is_refused(tiny_run, tmp_path, monkeypatch, changed):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_takes_one_size_of_batch_is_not_kept(tiny_run, tmp_path, monkeypatch):
+    def fixed(path, predictor=None):
+        whole = load_classifier(tiny_run.path, "student0")
+        return Classifier(whole.card, lambda images: whole.compute(images) * (1 if len(images) > 1 else 1.1))
+
+    monkeypatch.setattr(export, "load_classifier", fixed)
+    with pytest.raises(CheckpointError, match="not kept"):
+        export_predictor(tiny_run, "student0", tmp_path / "x.safetensors")
+
+
 def test_a_writer_that_breaks_off_leaves_nothing(tiny_run, tmp_path, monkeypatch):
     def fail(module, card, path):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "_write_safetensors", fail)
+    monkeypatch.setitem(export.WRITERS, "safetensors", fail)
     (tmp_path / "x.safetensors").write_bytes(b"a good file")
     with pytest.raises(ResourceError, match=r"x\.safetensors: No space left"):
         export_predictor(tiny_run, "student0", tmp_path / "x.safetensors")

@@ -19,7 +19,7 @@ from codistill.core.errors import UsageError
 from codistill.core.host import set_up_cpu
 from codistill.methods import Method
 from codistill.networks.network import parameter_count
-from codistill.networks.probe import probing
+from codistill.networks.probe import forward_flop
 from codistill.runs.metadata import environment
 from codistill.settings.build import build_method, load_named_data
 from codistill.settings.config import RunConfig
@@ -116,7 +116,7 @@ def bench(
         "first_step_seconds": first_step,
         **measured,
         "parameters": parameter_count(method),
-        "forward_mflop_per_image": forward_flop(method, data.image_size) / 1e6,
+        "forward_mflop_per_image": forward_flop(method, data.image_size, method.views) / 1e6,
         "environment": environment(device),
     }
     if PLAIN in step:
@@ -125,17 +125,6 @@ def bench(
     if DETERMINISTIC in step:
         result["deterministic_ratio"] = ratio(rounds, OWN, DETERMINISTIC)
     return result
-
-
-def forward_flop(method: Method, image_size: tuple[int, int]) -> int:
-    """Count the floating-point operations of one image's forward pass; a multiplication and an addition are two."""
-    # It imports Triton, which takes a second and 75 MiB.
-    from torch.utils.flop_counter import FlopCounterMode
-
-    images = torch.zeros(*([method.views] if method.views > 1 else []), 2, 3, *image_size)
-    with probing(method, images.device) as probe, FlopCounterMode(display=False) as counter:
-        probe(images)
-    return int(counter.get_total_flops()) // 2
 
 
 def lines(result: Mapping[str, Any]) -> list[str]:

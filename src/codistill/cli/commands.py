@@ -21,9 +21,12 @@ from codistill.core.console import lasting_console, warn
 from codistill.core.errors import CodistillError, DataError, DivergedError, UsageError, WorkerError
 from codistill.core.registry import with_options
 from codistill.data import DATASETS
+from codistill.data.dataset import Pixels
 from codistill.data.listing import LISTED
+from codistill.deploy.budget import BEST, choose_predictor
+from codistill.deploy.card import export_folder, is_folder, refuse_taken
 from codistill.deploy.classifier import load_classifier
-from codistill.deploy.export import export_predictor
+from codistill.deploy.export import RUNTIMES, choose_format, export_predictor
 from codistill.deploy.predict import answers
 from codistill.deploy.run import Run
 from codistill.evaluation.presentation import as_json, scores_table, where_wrong
@@ -242,14 +245,30 @@ def predict_command(arguments: Sequence[str]) -> None:
 def export_command(arguments: Sequence[str]) -> None:
     """Run `codistill export`."""
     chosen = parse(options.ExportOptions, arguments, "codistill export")
-    where = (chosen.out, chosen.format, chosen.checkpoint, chosen.data_dir, chosen.skip_bad)
-    run = Run(chosen.run)
-    done = export_predictor(run, chosen.predictor, *where)
-    print(
-        f"ok: {done.path}: {done.predictor}, {done.parameters:,} parameters; loaded and compared on {done.images} test "
-        f"images: logits differ by at most {done.difference:.2g}, top-1 agrees on {100 * done.agreement:.2f} %"
-    )
-    if chosen.predictor is None and (how := choice(run.summary, chosen.checkpoint)):
+    out = chosen.out if chosen.out and not is_folder(chosen.out) else None
+    folder = Path(chosen.out) if chosen.out and not out else None
+    if folder:
+        refuse_taken(folder)
+    format = (chosen.format or "onnx") if folder else choose_format(Path(out) if out else None, chosen.format)
+    run, predictor, how = Run(chosen.run), chosen.predictor, ""
+    if predictor == BEST or chosen.max_latency_ms is not None:
+        budget = (chosen.checkpoint, chosen.max_latency_ms, RUNTIMES[format])
+
+        def training_images() -> Pixels:
+            return run.load_data(chosen.data_dir, chosen.skip_bad).train.images
+
+        predictor, how = choose_predictor(run, predictor or BEST, *budget, training_images)
+        print(how)
+    where = (format, chosen.checkpoint, chosen.data_dir, chosen.skip_bad, chosen.max_accuracy_loss)
+    if folder:
+        done = export_folder(run, folder, predictor, *where, licence=chosen.license)
+    else:
+        done = [export_predictor(run, predictor, Path(out) if out else None, *where)]
+    for each in done:
+        print(each.line)
+    if folder:
+        print(f"{folder}: python {folder / 'load.py'} IMAGE .. needs neither codistill nor torch")
+    if predictor is None and (how := choice(run.summary, chosen.checkpoint)):
         print(how)
 
 

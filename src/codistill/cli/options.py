@@ -116,19 +116,27 @@ class PredictOptions(DataOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(MovedDataOptions):
-    """Write one predictor as one file, then load it and compare it with the run on test images."""
+    """Write one predictor as one file, or as a folder with all that others need, and compare it with the run."""
 
     run: Path = field(metadata={"positional": "RUN"})
     """The run folder."""
     predictor: str | None = None
-    """student0, student1, .., ensemble or fused. None: the student with the lowest validation error; without
-    --validation, test error."""
-    format: Literal["safetensors", "onnx", "torch-export"] | None = None
-    """File format. None: by the suffix of --out."""
-    out: Path | None = None
-    """The file. None: RUN/exports/PREDICTOR with the format's suffix."""
+    """student0, student1, .., ensemble or fused; best: the one with the lowest validation error; without --validation,
+    test error. None: the best student, or with --max-latency-ms best."""
+    format: Literal["safetensors", "onnx", "onnx-int8", "torch-export"] | None = None
+    """File format. None: by the suffix of --out; in a folder onnx, which is there beside any other."""
+    out: str | None = field(default=None, metadata={"metavar": "FILE|FOLDER/"})
+    """The file; or a new folder for model, model card, load.py, picture of the confusion matrix and recipe. None:
+    RUN/exports/PREDICTOR with the format's suffix."""
     checkpoint: Checkpoint = "last"
     """Weights of the last epoch or of the best one."""
+    max_latency_ms: float | None = None
+    """The most milliseconds that one image may take on this CPU with one thread, in the format's runtime; measured
+    where RUN/latency.json does not have it. None: no budget."""
+    max_accuracy_loss: float = 1.0
+    """Points of top-1 accuracy that onnx-int8 may lose on the test images; else it is refused."""
+    license: str = "unknown"
+    """Of the model card of a folder: an identifier, such as apache-2.0."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 import safetensors.torch
@@ -19,13 +19,23 @@ from codistill.core.files import system_error
 from codistill.core.imports import trained_with
 from codistill.data.affine import Affine, usable
 from codistill.data.dataset import Pixels
+from codistill.data.images import Interpolation, preprocessing
 from codistill.runs.folder import RunFolder
 from codistill.runs.state import load_weights
 from codistill.settings.build import build_method, unbuildable
+from codistill.settings.kinds import shown
 from codistill.settings.mapping import run_from_mapping
 
 CARD_KEY = "codistill"
 CARD_FORMAT = 1
+
+
+def scaling(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how images become the size of a model, from its card or the facts of a data set in config.json.
+
+    Those of older versions record nothing: they are of the default.
+    """
+    return preprocessing("bilinear") | dict(facts.get("preprocessing", {}))
 
 
 def on_pixels(module: nn.Module, card: Mapping[str, Any]) -> nn.Module:
@@ -56,6 +66,11 @@ class Classifier:
         height, width = self.card["image_size"]
         return int(height), int(width)
 
+    @property
+    def interpolation(self) -> Interpolation:
+        """How images of other sizes are scaled."""
+        return cast(Interpolation, scaling(self.card)["interpolation"])
+
     def logits(self, images: Pixels, batch_size: int = 250) -> Float[Tensor, "images class"]:
         """Compute the logits of RGB images, uint8 [images, height, width, 3], `batch_size` at a time."""
         planes = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
@@ -71,6 +86,7 @@ def make_card(run: RunFolder, predictor: str) -> dict[str, Any]:
         "predictor": predictor,
         **{key: run.metadata[key] for key in ("method", "networks", "environment")},
         **{key: data[key] for key in ("class_names", "image_size", "mean", "std")},
+        "preprocessing": scaling(data),
         "trained_on": data["name"],
         **{key: run.metadata[key] for key in ("imports",) if key in run.metadata},
     }
@@ -108,17 +124,27 @@ def load_classifier(path: str | Path, predictor: str | None = None) -> Classifie
         reason = " (a .pt2 file can run code when it is loaded)" if path.suffix == ".pt2" else ""
         raise UsageError(f"{path}: not a kind of file that is read here{reason}: give .safetensors, .onnx or a run")
     try:
-        import onnxruntime
+        import onnxruntime  # noqa: F401
     except ImportError:
         raise UsageError(f"{path}: the package onnxruntime is not installed here: {install('onnxruntime')}") from None
     with _damage(path):
-        session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+        session = onnx_session(path.read_bytes())
         card = _card(session.get_modelmeta().custom_metadata_map.get(CARD_KEY), path)
 
     def compute(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
     return _of(path, predictor, Classifier(card, compute))
+
+
+def onnx_session(content: bytes, threads: int = 0, provider: str = "CPUExecutionProvider") -> Any:
+    """Return an ONNX file in ONNX Runtime, with so many CPU threads; 0: one for each core."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # errors
+    return onnxruntime.InferenceSession(content, options, providers=[provider])
 
 
 def _of(path: Path, predictor: str | None, classifier: Classifier) -> Classifier:
@@ -183,4 +209,6 @@ def _card(text: str | None, path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: of format {card['format']}, but this version reads format {CARD_FORMAT}")
     if not usable((card["mean"], card["std"])):
         raise CheckpointError(f"{path}: damaged: normalises by mean {card['mean']} and std {card['std']}")
+    if (found := scaling(card)["interpolation"]) not in get_args(Interpolation):
+        raise CheckpointError(f"{path}: scales images by {shown(found)}, which this version does not know")
     return card

@@ -58,7 +58,7 @@ def answers(classifier: Classifier, images: Sequence[Path], top: int = 3) -> Ite
     """Yield what `predict` returns, as soon as it is known; the error of an image that cannot be read in its place."""
     paths = [each for place in images for each in image_files(place)]
     for start in range(0, len(paths), BATCH):
-        part = [_pixels(each, classifier.image_size) for each in paths[start : start + BATCH]]
+        part = [_pixels(each, classifier) for each in paths[start : start + BATCH]]
         good = [each for each in part if not isinstance(each, DataError)]
         if good:
             logits = classifier.logits(np.stack(good))
@@ -74,9 +74,11 @@ def answers(classifier: Classifier, images: Sequence[Path], top: int = 3) -> Ite
                 yield Prediction(path, tuple(classifier.class_names[i] for i in indices[:top]), tuple(values[:top]))
 
 
-def _pixels(path: Path | DataError, size: tuple[int, int]) -> Pixels | DataError:
+def _pixels(path: Path | DataError, classifier: Classifier) -> Pixels | DataError:
+    if isinstance(path, DataError):
+        return path
     try:
-        return path if isinstance(path, DataError) else open_image(path, size)
+        return open_image(path, classifier.image_size, classifier.interpolation)
     except DataError as error:
         return error
 
