@@ -82,9 +82,10 @@ def write_onnx(module: nn.Module, card: Card, path: Path) -> None:
             verbose=False,
         )
     assert program is not None
-    graph = program.model.graph
-    for each in (graph, *graph.all_nodes()):
-        each.metadata_props.clear()  # lines of source code with this machine's paths, larger than a small network
+    # Lines of source code with this machine's paths, larger than a small network.
+    program.model.graph.metadata_props.clear()
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()
     program.model.metadata_props[CARD_KEY] = json.dumps(card)
     program.save(str(path), external_data=False)  # a second file beside it would be lost when the first is copied
 
