@@ -220,7 +220,7 @@ def test_bad_requests_are_one_line(run, tmp_path, capsys):
         ([here, "--predictions", str(tmp_path / "no" / "x.csv")], 2, f"there is no folder {tmp_path / 'no'}: make it"),
         ([here, "--predictions", str(tmp_path)], 2, "is a folder: name a file in it"),
         ([here, "--split", "train"], 2, "'train'"),
-        ([str(without), "--split", "validation"], 2, "has no validation images"),
+        ([str(without), "--split", "validation"], 2, "no validation images, for it was trained without --validation"),
     ):
         assert main(["evaluate", *arguments]) == status
         out, error = capsys.readouterr()
@@ -233,3 +233,59 @@ def test_a_file_that_unpacks_to_more_than_it_can_hold_is_refused(run, monkeypatc
         archive.writestr("test/labels.npy", bytes(2 << 20))
     with pytest.raises(CheckpointError, match="unpacks to"):
         run.predictions()
+
+
+@pytest.fixture
+def others(folder, tmp_path):
+    """A folder of class folders alone: the test images of two classes, larger, and under other names."""
+    root = tmp_path / "others"
+    for label in ("red", "blue"):
+        (root / label).mkdir(parents=True)
+        for path in (folder / "data" / "test" / label).iterdir():
+            Image.open(path).resize((16, 16), Image.Resampling.NEAREST).save(root / label / f"other{path.stem}.png")
+    return root
+
+
+def test_another_labelled_folder_is_scored_as_a_whole(folder, others, tmp_path, capsys):
+    place = tmp_path / "rows.csv"
+    assert (
+        main(["evaluate", str(folder / "run"), "--data-dir", str(others), "--predictions", str(place), "--json"]) == 0
+    )
+    out, error = capsys.readouterr()
+    assert error == ""
+    found, rows = json.loads(out), list(csv.DictReader(place.read_text().splitlines()))
+    assert found["student0"]["images"] == len(rows) == 14
+    assert [each["images"] for each in found["student0"]["classes"]] == [7, 0, 7]  # blue, green, red
+    assert all(row["image"].split("/")[0] == row["label"] for row in rows)
+    # Enlarged by whole pixels and scaled back, an image is itself.
+    known = cd.Run(folder / "run").predictions()["test"]
+    names = {name.split("/")[-1]: each for name, each in zip(known.files, known.predictors["fused"].named, strict=True)}
+    for row in rows:
+        named = ("blue", "green", "red")[names[row["image"].split("/")[-1].removeprefix("other")]]
+        assert row["fused_class"] == named
+    assert main(command) == 0
+    assert f"14 test images of {others}" in capsys.readouterr().out
+
+
+def test_a_folder_of_classes_that_is_the_training_s_is_not_scored_as_a_whole(tmp_path, capsys, others, no_pages):
+    flags = ["--networks", "tiny", "--data", "folder:test=4", "--data-dir", str(others), "--epochs", "1", "-b", "5"]
+    assert main(["train", "independent", *flags, "--out", str(tmp_path / "run")]) == 0
+    moved = others.rename(tmp_path / "moved")
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "run"), "--data-dir", str(moved), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["student0"]["images"] == 4
+
+
+def test_folders_that_do_not_fit_are_one_line(folder, others, capsys):
+    def refused(words, *more):
+        assert main(["evaluate", str(folder / "run"), "--data-dir", str(others), *more]) == (2 if more else 3)
+        out, error = capsys.readouterr()
+        assert out == "" and error.count("\n") == 1 and words in error, error
+
+    refused("no validation images", "--split", "validation")
+    (others / "red" / "bad.png").write_bytes(b"no picture")
+    refused("bad.png")
+    assert main(["evaluate", str(folder / "run"), "--data-dir", str(others), "--skip-bad", "--json"]) == 0
+    assert "1 bad files are left out" in capsys.readouterr().err
+    (others / "zebra").mkdir()
+    refused("folder 'zebra' is none of the 3 classes: 'blue', 'green', 'red'")

@@ -185,6 +185,7 @@ def evaluate_command(arguments: Sequence[str]) -> None:
             how = choice(run.summary, chosen.checkpoint)
             shown = chosen.predictor or run.best_student(chosen.checkpoint)
     title = f"{chosen.run}, {chosen.checkpoint} checkpoint: {len(predictions)} {chosen.split} images"
+    title += f" of {chosen.data_dir}" if chosen.data_dir else ""
     console.print(title, soft_wrap=True)
     console.print(scores_table(scores, predictions))
     if how:

@@ -73,6 +73,8 @@ class EvaluateOptions(MovedDataOptions):
     """The run folder."""
     checkpoint: Checkpoint = "last"
     """Weights of the last epoch or of the best one."""
+    data_dir: str | None = field(default=None, metadata={"metavar": "PATH"})
+    """Where the data set is now, if it has moved; or another folder of class folders, to score all images in it."""
     split: Literal["test", "validation"] = "test"
     """The images: the test set, or those of the training that were held out."""
     predictor: str | None = None

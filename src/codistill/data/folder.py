@@ -1,15 +1,17 @@
 """A folder of images: train/<class>/*, test/<class>/* and val/<class>/*, train/ alone, or <class>/* alone."""
 
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from codistill.core.console import warn
 from codistill.core.errors import DataError
-from codistill.data.dataset import DATASETS, Dataset
+from codistill.data.dataset import DATASETS, Dataset, Split
 from codistill.data.images import SUFFIXES, Interpolation
-from codistill.data.listing import Listed, Part, Reading, Resize, part_called, read_listed
+from codistill.data.listing import LISTED, Listed, Part, Reading, Resize, part_called, read_listed, refuse_bad
+from codistill.data.store import decoded
 from codistill.data.untrusted import visible
 
 LAYOUT = "images belong in train/<class>/ and test/<class>/, or in <class>/ alone"
@@ -74,6 +76,54 @@ def folder(
         return str(places.get(part, places["train"]) / name)
 
     return read_listed(root, parts, tuple(train), bad, reading, called, LAYOUT)
+
+
+def labelled_images(
+    root: Path,
+    class_names: Sequence[str],
+    size: tuple[int, int],
+    interpolation: Interpolation = "bilinear",
+    skip_bad: bool = False,
+) -> Split:
+    """Load all images of a folder of class folders, as images of a data set that has these classes already.
+
+    Args:
+        root: The folder of the class folders; there may be fewer than there are classes.
+        class_names: Names of the classes, in the order of the labels.
+        size: Height and width that every image becomes, as with resize in `folder`.
+        interpolation: How images are scaled.
+        skip_bad: Whether to leave out damaged images and files of other kinds.
+
+    Raises:
+        DataError: A folder that is none of the classes, no images, or, all in one line, files that cannot be used.
+    """
+    reading = Reading(name="folder", resize=0, interpolation=interpolation, skip_bad=skip_bad, test=None, split_seed=0)
+    bad: dict[str, str] = {}
+    files = _class_files(root, root, bad)
+    places = {unicodedata.normalize("NFC", name): index for index, name in enumerate(class_names)}
+    if strange := [name for name in files if name not in places]:
+        known = ", ".join(map(repr, class_names[:LISTED])) + (", .." if len(class_names) > LISTED else "")
+        raise DataError(f"{root}: folder {strange[0]!r} is none of the {len(class_names)} classes: {known}")
+    listed = _listed(root, files)
+    found = decoded(root, listed.names, size, resize=True, interpolation=interpolation, title="folder: reading images")
+    bad |= {listed.names[position]: line for position, line in found.bad.items()}
+    refuse_bad(root, () if skip_bad else bad.values(), reading, len(bad))
+    if len(found.kept) == 0:
+        raise DataError(f"{root}: holds no images: they belong in <class>/")
+    if bad:
+        warn(f"{root}: {len(bad)} bad files are left out: {', '.join(sorted(bad)[:LISTED])}")
+    labels = np.array([places[name] for name in files])[listed.labels]
+    return Split(found.images, labels[found.kept], tuple(listed.names[position] for position in found.kept))
+
+
+def class_folders(root: Path) -> tuple[str, ...] | None:
+    """Return the names of the image files of a folder of class folders alone, relative to it; None: it is no such."""
+    try:
+        if not root.is_dir() or _places(root) != {"train": root}:
+            return None
+        return _listed(root, _class_files(root, root, {})).names
+    except DataError:
+        return None
 
 
 def _places(root: Path) -> dict[str, Path]:

@@ -1,7 +1,8 @@
 """Evaluation of a finished run."""
 
 from collections.abc import Mapping
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Int
@@ -13,13 +14,17 @@ from codistill.core.errors import CheckpointError, UsageError
 from codistill.core.randomness import draws_kept
 from codistill.data.augment import DeviceImages
 from codistill.data.dataset import Dataset, Split
+from codistill.data.folder import class_folders, labelled_images
+from codistill.data.images import Interpolation
 from codistill.data.splitting import divided
 from codistill.evaluation.evaluation import Evaluation
 from codistill.evaluation.metrics import Scores, read_together
 from codistill.evaluation.predictions import Predictions
 from codistill.runs.folder import RunFolder
+from codistill.runs.images import read_names
 from codistill.runs.metadata import held_out_digest, split_digests
 from codistill.runs.predictions import NAME, read_predictions, write_predictions
+from codistill.settings.kinds import shown
 
 EvaluatedSplit = Literal["test", "validation"]
 
@@ -52,7 +57,8 @@ def evaluate_images(
     Args:
         run: The run.
         which: The `last` or the `best` checkpoint.
-        data_dir: Where the data set is now, if not where it was in training.
+        data_dir: Where the data set is now, if not where it was in training; or a folder of class folders, all of whose
+            images are scored in place of the test set.
         device: cpu, cuda, cuda:1 or auto.
         skip_bad: Whether a folder's images that cannot be read are left out, where the training had none.
         split: The test set, or the validation images.
@@ -64,15 +70,20 @@ def evaluate_images(
     """
     config = run.config
     where = choose_device(device, config.execution.precision)
-    data, facts = run.load_data(data_dir, skip_bad), run.metadata["dataset"]
-    held = evaluated_splits(run, data)
+    facts = run.metadata["dataset"]
+    other = _labelled_folder(run, Path(data_dir), skip_bad) if data_dir else None
+    held = evaluated_splits(run, run.load_data(data_dir, skip_bad)) if other is None else {"test": Images(other)}
     if split not in held:
-        raise UsageError(f"{run.path} has no validation images: it was trained without --validation: take --split test")
-    if differ := _other_contents(run, data, split):
+        why = (
+            "it was trained without --validation" if other is None else f"{data_dir} is a folder of class folders alone"
+        )
+        raise UsageError(f"{run.path}: no validation images, for {why}: take --split test")
+    if other is None and (differ := _other_contents(run, split, held[split])):
         words = f"{' and '.join(differ)} of {run.config.data} are other ones (SHA-256) than in training"
         warn(f"{run.path}: {words}: its scores in summary.json are not comparable with these")
+    remade = other is None and which == "last" and _lacks_predictions(run)
     # All splits once more, in the order of the training, for the file holds them all.
-    remade = which == "last" and _lacks_predictions(run) and not any(_other_contents(run, data, each) for each in held)
+    remade = remade and not any(_other_contents(run, name, each) for name, each in held.items())
     images = {}
     for name in held if remade else [split]:
         whole, positions = held[name]
@@ -91,30 +102,48 @@ def evaluate_images(
     return scores[split][0], predictions[split]
 
 
-def evaluated_splits(run: RunFolder, data: Dataset) -> dict[str, tuple[Split, Int[Tensor, " image"] | None]]:
-    """Return the images that a run is evaluated on, by split: `validation` (if any) and `test`.
+def _labelled_folder(run: RunFolder, place: Path, skip_bad: bool) -> Split | None:
+    """Return the images of a folder of class folders; None: it is none, or holds the images that the run was made with.
 
-    With them come the positions of those that are held out for validation; None: all of the split, in order.
+    Their size and scaling are those of the training.
     """
+    names = class_folders(place)
+    if names is None or ((used := read_names(run.path)) and used <= set(names)):
+        return None
+    scaled = run.metadata["dataset"].get("preprocessing", {"interpolation": "bilinear"})
+    interpolation: Any = scaled.get("interpolation") if isinstance(scaled, dict) else None
+    if interpolation not in get_args(Interpolation):
+        raise CheckpointError(f"{run.path}/config.json: damaged: preprocessing of the dataset is {shown(scaled)}")
+    return labelled_images(place, run.class_names, run.image_size, interpolation, skip_bad)
+
+
+class Images(NamedTuple):
+    """Images that are evaluated: a split of a data set, or those at some positions of it."""
+
+    split: Split
+    positions: Int[Tensor, " image"] | None = None
+
+
+def evaluated_splits(run: RunFolder, data: Dataset) -> dict[str, Images]:
+    """Return the images that a run is evaluated on: `validation` (if any), and `test`."""
     settings, validation = run.config.train, data.validation
     held_out = settings.held_out(len(data.train))
-    found: dict[str, tuple[Split, Int[Tensor, " image"] | None]] = {}
+    found: dict[str, Images] = {}
     if validation is not None:
-        found["validation"] = validation, None
+        found["validation"] = Images(validation)
     elif held_out:
         positions = divided(data.train.labels, held_out, settings.seed)[1]
-        found["validation"] = data.train, torch.from_numpy(positions)
-    return found | {"test": (data.test, None)}
+        found["validation"] = Images(data.train, torch.from_numpy(positions))
+    return found | {"test": Images(data.test)}
 
 
-def _other_contents(run: RunFolder, data: Dataset, split: str) -> list[str]:
+def _other_contents(run: RunFolder, name: str, images: Images) -> list[str]:
     """Name what of a split is other than in training."""
-    images, positions = evaluated_splits(run, data)[split]
-    found = split_digests(split if positions is None else "training", images)
-    if positions is not None:
-        found |= held_out_digest(positions)
+    found = split_digests(name if images.positions is None else "training", images.split)
+    if images.positions is not None:
+        found |= held_out_digest(images.positions)
     recorded = run.metadata["dataset"].get("sha256", {})
-    return [name for name, digest in found.items() if recorded.get(name, digest) != digest]
+    return [kind for kind, digest in found.items() if recorded.get(kind, digest) != digest]
 
 
 def _lacks_predictions(run: RunFolder) -> bool:

@@ -37,6 +37,15 @@ def write_table(path: Path, header: tuple[str, ...], rows: Iterable[tuple[str, .
     write_atomically(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
+def read_names(folder: Path) -> set[str]:
+    """Return the files that images.csv of a run names; none where it is absent or damaged."""
+    try:
+        with open(folder / NAME, encoding="utf-8", errors="surrogateescape", newline="") as file:
+            return {row[0] for row in list(csv.reader(file))[1:]}
+    except (OSError, csv.Error, IndexError):
+        return set()
+
+
 def _rows(data: Dataset, name: str, split: Split, positions: Iterable[int] | None) -> Iterator[tuple[str, ...]]:
     for position in sorted(range(len(split)) if positions is None else map(int, positions)):
         yield split.files[position], data.class_names[split.labels[position]], name
