@@ -79,17 +79,17 @@ def test_every_predictor_has_its_row(run, page):
     table = page[page.index('<h2 id="predictors"') : page.index('<h2 id="curves"')]
     summary, last = run.summary, run.metrics()[-1]
     for name in PREDICTORS:
-        for split, key in (("validation", "validation_top1_error"), ("test", "top1_error")):
-            if split == "validation" and not run.config.train.validation:
-                continue
-            row = next(
-                each for each in table.split("<tr>") if f"{name}</th>" in each and f"{summary[key][name]:.2f}" in each
-            )
-            scores = last[split][name]
-            assert (
-                f'data-label="NLL">{scores["nll"]:.4f}<' in row and f'data-label="ECE\xa0%">{scores["ece"]:.2f}<' in row
-            )
-            assert f'data-label="parameters">{summary["parameters"][name]:,}<' in row
+        row = next(each for each in table.split("<tr>") if f"{name}</th>" in each)
+        scores, cells = last["test"][name], dict(re.findall(r'<td data-label="([^"]+)">([^<]*)<', row))
+        assert cells["top-1 error\xa0%"] == f"{summary['top1_error'][name]:.2f}"
+        assert cells["NLL"] == f"{scores['nll']:.4f}" and cells["ECE\xa0%"] == f"{scores['ece']:.2f}"
+        assert cells["balanced\xa0%"] == f"{scores['balanced_error']:.2f}"
+        assert cells["parameters"] == f"{summary['parameters'][name]:,}"
+        low, high = map(float, cells["95\xa0% interval"].split(" to "))
+        assert low <= summary["top1_error"][name] <= high and high - low > 20  # of nine images
+        assert ("validation\xa0%" in cells) == bool(run.config.train.validation)
+        if run.config.train.validation:
+            assert cells["validation\xa0%"] == f"{summary['validation_top1_error'][name]:.2f}"
 
 
 def test_the_sections_are_there_and_linked(page):
@@ -218,7 +218,7 @@ def test_a_run_without_predictions_or_pictures_still_has_a_page(run, tmp_path, c
 def test_a_run_that_did_not_finish_says_so(run, tmp_path):
     old = copied_without(run, tmp_path, "summary.json")
     page = run_page(old)
-    assert f"This run is not finished. codistill resume {tmp_path} continues it." in page
+    assert f"This run is not finished. <code>codistill resume {tmp_path}</code> continues it." in page
     (tmp_path / "summary.json").write_text(json.dumps({"status": "diverged", "error": "the loss is NaN"}))
     assert "This run is diverged: the loss is NaN." in run_page(cd.Run(tmp_path))
     (tmp_path / "metrics.jsonl").write_text("")

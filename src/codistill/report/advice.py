@@ -37,7 +37,7 @@ class Advice:
 def _flags(*flags: str) -> str:
     """Return those of some flags that this version has, as text; each is `--key value`."""
     known = [flag for flag in flags if flag.split()[0].removeprefix("--").replace("-", "_") in SETTINGS]
-    return " or ".join(known)
+    return " or ".join(f"`{flag}`" for flag in known)
 
 
 def advice(seen: Seen, analyses: Mapping[str, Analysis], measured: bool) -> list[Advice]:
@@ -57,7 +57,7 @@ def _rules(seen: Seen, analyses: Mapping[str, Analysis], measured: bool) -> Iter
     student, _ = lowest_student(last)
     if any("collapsed" in each or "diverging" in each for row in seen.rows[-3:] for each in row.get("warnings", ())):
         yield Advice(
-            "A student collapsed or fell behind (see the warnings).", "Halve --learning-rate, or swap that network."
+            "A student collapsed or fell behind (see the warnings).", "Halve `--learning-rate`, or swap that network."
         )
     yield from _length(seen)
     yield from _fit(seen, student)
@@ -68,7 +68,7 @@ def _rules(seen: Seen, analyses: Mapping[str, Analysis], measured: bool) -> Iter
     if seen.finished and not measured:
         folder = seen.run.path
         yield Advice(
-            "Latencies are not measured.", f"codistill report {folder} --latency shows error against milliseconds."
+            "Latencies are not measured.", f"`codistill report {folder} --latency` shows error against milliseconds."
         )
 
 
@@ -98,10 +98,10 @@ def _length(seen: Seen) -> Iterator[Advice]:
     elif len(scored) > 3 and now < FALLING * before:
         yield Advice(
             f"The {split} error was still falling when training ended, from {before:.1f} to {now:.1f} % at the end.",
-            f"Train longer, for example --epochs {2 * epochs}.",
+            f"Train longer, for example `--epochs {2 * epochs}`.",
         )
     elif epochs < 30:
-        yield Advice(f"{epochs} epochs are few.", f"Try --epochs {max(60, 4 * epochs)}; the papers train 200 to 300.")
+        yield Advice(f"{epochs} epochs are few.", f"Try `--epochs {max(60, 4 * epochs)}`; the papers train 200 to 300.")
 
 
 def _fit(seen: Seen, student: str) -> Iterator[Advice]:
@@ -111,10 +111,9 @@ def _fit(seen: Seen, student: str) -> Iterator[Advice]:
         return
     tested = last["test"][student]["nll"]
     stronger = _flags(
-        "--augment trivial",
-        "--randaugment",
+        "--auto-augment trivialaugment",
         "--mixup 0.2",
-        "--erasing 0.25",
+        "--random-erasing 0.25",
         "--label-smoothing 0.1",
         "--weight-decay 5e-4",
     )
@@ -141,14 +140,14 @@ def _cohort(seen: Seen, student: str) -> Iterator[Advice]:
         yield Advice(
             f"The students are nearly copies: they disagree on {differ:.1f} % of the test images, with errors of "
             f"{min(students):.1f} to {max(students):.1f} %.",
-            "Unlike networks have more to teach each other: name two families in --networks, or share fewer stages.",
+            "Unlike networks have more to teach each other: name two families in `--networks`, or share fewer stages.",
         )
     for name in ("fused", "ensemble"):
         if name in errors and errors[student] - errors[name] > max(1.0, 0.1 * errors[student]):
             yield Advice(
                 f"{student} is {errors[student] - errors[name]:.1f} points behind {name}.",
-                f"Longer training may close the gap; if {name} is fast enough, deploy it: codistill export "
-                f"{seen.run.path} --predictor {name}.",
+                f"Longer training may close the gap; if {name} is fast enough, deploy it: "
+                f"`codistill export {seen.run.path} --predictor {name}`.",
             )
             return
 
@@ -168,7 +167,7 @@ def _classes(seen: Seen, student: str, found: Analysis) -> Iterator[Advice]:
                 f"Look at the labels of {names[weakest]} and {taken} below; more images of {names[weakest]} help most.",
             )
     if found.balanced_error > found.top1_error + 3:
-        weights = _flags("--class-weights balanced", "--balanced-sampling true", "--sampling balanced")
+        weights = _flags("--class-weights balanced", "--sampling balanced")
         yield Advice(
             f"Rare classes fare worse: the balanced error is {found.balanced_error:.1f} %, the plain one "
             f"{found.top1_error:.1f} %.",
@@ -206,10 +205,10 @@ def _trust(seen: Seen, student: str, analyses: Mapping[str, Analysis]) -> Iterat
         if (high - low) / 2 > FEW_IMAGES:
             yield Advice(
                 f"{seen.images('test'):,} test images leave the error of {student} between {low:.1f} and {high:.1f} %.",
-                "Differences within that are noise: test on more images, and train a few --seeds.",
+                "Differences within that are noise: test on more images, and train a few `--seeds`.",
             )
     if chosen_by(last) == "test":
         yield Advice(
             "Epoch and student were chosen on the test set, which flatters them.",
-            "Hold training images out: --validation 10%.",
+            "Hold training images out: `--validation 10%`.",
         )

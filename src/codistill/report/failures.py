@@ -17,6 +17,8 @@ MOST_CLASSES = 20
 """In a confusion matrix with names; one of more classes is a picture."""
 NUMBERED = 14
 """Most classes of a matrix whose cells have numbers."""
+FLAT = 0.05
+"""Difference of the weights of an image's places, below which attention does next to nothing."""
 PIXELATED = 64
 """Longest side of images that are shown as squares, in place of a blur, pixels."""
 
@@ -55,9 +57,9 @@ def wrong_section(
             card(
                 predictions,
                 each.image,
+                classes[each.label],
+                [f"taken for {classes[each.named]}, {100 * each.confidence:.0f} %"],
                 pictures,
-                f"{classes[each.label]}, taken for {classes[each.named]} with {100 * each.confidence:.0f} % confidence",
-                alt=f"Test image of {classes[each.label]}",
             )
             for each in found.mistakes[:MISTAKES]
         ],
@@ -68,16 +70,16 @@ def _share(value: float) -> str:
     return "" if np.isnan(value) else f"{value:.1f}"
 
 
-def card(predictions: Predictions, image: int, pictures: Pictures | None, text: str, alt: str) -> dict[str, Any]:
-    """Return an image of a gallery with its words."""
-    found = pictures.of(int(predictions.positions[image])) if pictures else None
-    pixels = pictures is not None and max(pictures.images.shape[1:3]) <= PIXELATED
+def card(
+    predictions: Predictions, image: int, label: str, words: Sequence[str], pictures: Pictures | None
+) -> dict[str, Any]:
+    """Return an image of a gallery: its label, and what is said of it, a line each."""
     place = predictions.place(image)
     return {
-        "image": found,
-        "alt": alt,
-        "pixels": pixels,
-        "text": text,
+        "image": pictures.of(int(predictions.positions[image])) if pictures else None,
+        "pixels": pictures is not None and max(pictures.images.shape[1:3]) <= PIXELATED,
+        "label": label,
+        "words": words,
         "file": place if predictions.files else f"test image {place}",
     }
 
@@ -114,8 +116,8 @@ def _heat(confusion: npt.NDArray[np.int64]) -> str:
     return png(pixels.round().astype(np.uint8))
 
 
-def reliability_chart(analyses: Mapping[str, Analysis]) -> Chart:
-    """Return the reliability diagram of all predictors, without bins of less than five images."""
+def reliability_section(analyses: Mapping[str, Analysis]) -> dict[str, Any]:
+    """Return the reliability diagram of all predictors, without bins of less than five images, and their means."""
     lines, legend, rows, said = [], [], [], []
     for name, each in analyses.items():
         bins = each.reliability
@@ -123,7 +125,7 @@ def reliability_chart(analyses: Mapping[str, Analysis]) -> Chart:
         lines.append(
             Line(name=name, x=bins.confidence[kept].tolist(), y=bins.accuracy[kept].tolist(), colour=colour_of(name))
         )
-        legend.append((f"{name}, ECE {bins.ece:.1f} %", colour_of(name), ""))
+        legend.append((name, colour_of(name), ""))
         said.append(f"{name} has an expected calibration error of {bins.ece:.1f} %")
         rows += [
             (
@@ -138,7 +140,13 @@ def reliability_chart(analyses: Mapping[str, Analysis]) -> Chart:
     title = "Share of right answers against confidence"
     svg = reliability_plot(title, "; ".join(said) + ".", lines)
     note = "15 bins of equal width; points of fewer than five images are left out."
-    return Chart(title, svg, legend, note, ["predictor", "confidence", "images", "mean confidence", "right"], rows)
+    means = []
+    for name, each in analyses.items():
+        bins = each.reliability
+        sure = float(np.nansum(bins.images * bins.confidence) / bins.images.sum())
+        means.append((name, f"{100 * sure:.1f} %", f"{each.top1_accuracy:.1f} %", f"{bins.ece:.1f} %"))
+    headings = ["predictor", "confidence", "images", "mean confidence", "right"]
+    return {"chart": Chart(title, svg, legend, note, headings, rows), "rows": means}
 
 
 def disagreement_section(predictions: Predictions, classes: Sequence[str], pictures: Pictures | None) -> dict[str, Any]:
@@ -171,10 +179,7 @@ def disagreement_section(predictions: Predictions, classes: Sequence[str], pictu
                 f"{each}: {classes[ranked.named[image]]} {100 * ranked.confidence[image]:.0f} %"
                 for each, ranked in ((name, predictions.predictors[name]) for name in pair.predictors)
             ]
-            label = classes[predictions.labels[image]]
-            cards.append(
-                card(predictions, image, pictures, f"{label}. {', '.join(says)}", alt=f"Test image of {label}")
-            )
+            cards.append(card(predictions, image, classes[predictions.labels[image]], says, pictures))
     return {
         "lead": lead,
         "matrix": _pairs(predictions),
@@ -241,7 +246,14 @@ def attention_section(predictions: Predictions, pictures: Pictures, classes: Seq
         return None
     fused = "The fused classifier sees the maps of all students: the mean of their weights, and all their channels."
     height, width = pictures.images.shape[1:3]
+    spans = [float((each.max(axis=(1, 2)) - each.min(axis=(1, 2))).max()) for each in pictures.places.values()]
+    flat = (
+        f"Within each of these images the weights of places differ by at most {max(spans):.3f}: the attention hardly "
+        "chooses between places, for its sigmoid is saturated. The pictures show the order of places, which has next "
+        "to no effect here; `--method.attention_norm true` starts at 1/2."
+    )
     return {
+        "flat": flat if max(spans) < FLAT else "",
         "images": images,
         "columns": 1 + len(pictures.places),
         "ratio": f"{width} / {height}",

@@ -1,8 +1,10 @@
 """The page of a run, made from the files of its folder alone."""
 
 import importlib.metadata
+import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from codistill.core.console import duration, warn
 from codistill.core.errors import CheckpointError
@@ -14,7 +16,7 @@ from codistill.report.curves import charts, colour_of
 from codistill.report.failures import (
     attention_section,
     disagreement_section,
-    reliability_chart,
+    reliability_section,
     wrong_section,
 )
 from codistill.report.groups import FACTS, Group, Seen, settings_of, text_of
@@ -23,6 +25,9 @@ from codistill.runs.choice import choice, chosen_by, lowest_student, top1_errors
 from codistill.runs.folder import RunFolder
 from codistill.runs.predictions import read_predictions
 from codistill.settings.config import default_config
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 T = TypeVar("T")
 
@@ -59,8 +64,20 @@ def render(template: str, **content: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("codistill.report", ""), autoescape=True, undefined=jinja2.StrictUndefined
     )
+    environment.filters["code"] = with_code
     page = environment.get_template(template).render(version=importlib.metadata.version("codistill"), **content)
     return page.replace(" %", "\N{NO-BREAK SPACE}%")
+
+
+def with_code(text: str) -> "Markup":
+    """Return a text, escaped, with what is between backticks, and flags, as code."""
+    from markupsafe import Markup, escape
+
+    def code(found: re.Match[str]) -> str:
+        words = found[1] or found[2]
+        return f'<code class="short">{words}</code>' if len(words) < 28 else f"<code>{words}</code>"
+
+    return Markup(re.sub(r"`([^`]+)`|(?<!\S)(--[a-z][\w-]*)", code, str(escape(text))))
 
 
 def seen_run(run: RunFolder, summary: Mapping[str, Any] | None = None) -> Seen:
@@ -92,10 +109,10 @@ def run_page(run: RunFolder, summary: Mapping[str, Any] | None = None) -> str:
     analyses = {name: analyse(found, name, len(classes)) for name in found.predictors} if found else {}
     pictures = read_pictures(run.path) if found else None
     if found and pictures is None:
-        missing.append(f"Pictures: codistill report {run.path} makes them where the data set is there.")
+        missing.append(f"Pictures: `codistill report {run.path}` makes them where the data set is there.")
     latency = None
     if latency is None:
-        missing.append(f"Latency against error: codistill report {run.path} --latency measures it on this machine.")
+        missing.append(f"Latency against error: `codistill report {run.path} --latency` measures it on this machine.")
     content: dict[str, Any] = {
         "title": page_title(seen),
         "folder": run.path.name,
@@ -115,7 +132,7 @@ def run_page(run: RunFolder, summary: Mapping[str, Any] | None = None) -> str:
     if seen.last and found:
         student = lowest_student(seen.last)[0]
         content["wrong"] = section("Mistakes", lambda: wrong_section(found, analyses, student, classes, pictures))
-        content["reliability"] = section("Calibration", lambda: reliability_chart(analyses))
+        content["reliability"] = section("Calibration", lambda: reliability_section(analyses))
         if len(found.students) > 1:
             content["disagreement"] = section("Disagreement", lambda: disagreement_section(found, classes, pictures))
         if pictures:
@@ -146,10 +163,12 @@ def _predictions(run: RunFolder, missing: list[str]) -> Predictions | None:
 
 
 def page_title(seen: Seen) -> str:
-    """Return what a run is, in a few words."""
+    """Return what a run is, in a few words: its method, and the data set or, of one's own, its folder or file."""
     metadata = seen.run.metadata
-    method = str(metadata["method"]["name"])
-    return f"{NAMES.get(method, method)} on {metadata['dataset']['name']}"
+    method, data = str(metadata["method"]["name"]), str(metadata["dataset"]["name"])
+    if data in ("folder", "packed", "listing", "arrow") and metadata.get("data_dir"):
+        data = Path(metadata["data_dir"]).name or data
+    return f"{NAMES.get(method, method)} on {data}"
 
 
 def _facts(seen: Seen) -> list[str]:
@@ -161,9 +180,11 @@ def _facts(seen: Seen) -> list[str]:
         f"{len(seen.rows)} epochs" if seen.finished else f"{len(seen.rows)} of {metadata.get('epochs')} epochs",
     ]
     words.append(f"seed {metadata.get('seed')}")
+    limit = metadata.get("train_limit")
+    limited = f"{limit:,} of " if limit and limit < facts.get("train_images", 0) else ""
     images = [
-        f"{facts[key]:,} {split}"
-        for key, split in (("train_images", "training"), ("test_images", "test"))
+        f"{some}{facts[key]:,} {split}"
+        for key, split, some in (("train_images", "training", limited), ("test_images", "test", ""))
         if key in facts
     ]
     words.append(f"{' and '.join(images)} images of {height} x {width}, {len(seen.run.class_names)} classes")
@@ -178,7 +199,7 @@ def _alert(seen: Seen) -> str:
     status = seen.summary.get("status", "not finished")
     error = seen.summary.get("error")
     words = f"This run is {status}{': ' + str(error) if error else ''}."
-    return words if status == "diverged" else f"{words} codistill resume {seen.run.path} continues it."
+    return words if status == "diverged" else f"{words} `codistill resume {seen.run.path}` continues it."
 
 
 def interval_of(seen: Seen, predictor: str, error: float) -> tuple[float, float] | None:
@@ -210,59 +231,48 @@ def _tiles(seen: Seen) -> list[tuple[str, str, str, str]]:
 
 
 def _predictors(seen: Seen, analyses: Mapping[str, Analysis]) -> dict[str, Any]:
+    """Return the table of predictors: a row each, on the test set; validation errors beside them if there are any."""
     last, best = seen.last, seen.best
     assert last is not None and best is not None
-    several = len(seen.splits) > 1
-    headings = ["predictor", *(["images"] if several else []), "top-1 error %", "95 % interval"]
-    headings += [
-        f"best epoch ({best['epoch'] + 1}) %",
-        *(["balanced %"] if analyses else []),
-        "top-5 %",
-        "NLL",
-        "ECE %",
-        "parameters",
-    ]
-    bounds = {name: interval_of(seen, name, error) for name, error in top1_errors(last, "test").items()}
-    widest = max((each[1] for each in bounds.values() if each), default=100.0)
+    errors, at_best = top1_errors(last, "test"), top1_errors(best, "test")
+    held = top1_errors(last, "validation") if "validation" in last else {}
+    bounds = {name: interval_of(seen, name, error) for name, error in errors.items()}
+    known = [each for each in bounds.values() if each]
+    scale = (min((each[0] for each in known), default=0.0), max((each[1] for each in known), default=100.0))
     rows = []
-    for name in seen.predictors:
-        for split in seen.splits:
-            scores, at_best, images = last[split][name], top1_errors(best, split)[name], seen.images(split)
-            interval = wilson_interval(round(scores["top1_error"] / 100 * images), images) if images else None
-            cells = [split] if several else []
-            cells += [
-                f"{scores['top1_error']:.2f}",
-                f"{interval[0]:.1f} to {interval[1]:.1f}" if interval else "",
-                f"{at_best:.2f}",
-            ]
-            if analyses:
-                cells.append(f"{analyses[name].balanced_error:.2f}" if split == "test" and name in analyses else "")
-            cells += [f"{scores['top5_error']:.2f}", f"{scores['nll']:.4f}", f"{scores['ece']:.2f}"]
-            parameters = seen.summary.get("parameters", {}).get(name)
-            cells.append(f"{parameters:,}" if parameters is not None else "")
-            drawn = _range(interval, scores["top1_error"], widest, colour_of(name)) if split == "test" else ""
-            rows.append(
-                {
-                    "name": name,
-                    "colour": colour_of(name),
-                    "cells": list(zip(headings[1:], cells, strict=True)),
-                    "range": drawn,
-                }
-            )
+    for name, error in errors.items():
+        scores, interval = last["test"][name], bounds[name]
+        parameters = seen.summary.get("parameters", {}).get(name)
+        cells = {
+            "top-1 error %": f"{error:.2f}",
+            "95 % interval": f"{interval[0]:.1f} to {interval[1]:.1f}" if interval else "",
+            "": _range(interval, error, scale, colour_of(name)),
+            **({"validation %": f"{held[name]:.2f}"} if held else {}),
+            f"best epoch ({best['epoch'] + 1}) %": f"{at_best[name]:.2f}",
+            **({"balanced %": f"{analyses[name].balanced_error:.2f}" if name in analyses else ""} if analyses else {}),
+            "top-5 %": f"{scores['top5_error']:.2f}",
+            "NLL": f"{scores['nll']:.4f}",
+            "ECE %": f"{scores['ece']:.2f}",
+            "parameters": f"{parameters:,}" if parameters is not None else "",
+        }
+        rows.append({"name": name, "colour": colour_of(name), "cells": list(cells.items())})
+    held_out = f"; validation: {seen.images('validation'):,} images held out of the training set" if held else ""
     return {
-        "headings": [*headings, ""],
+        "headings": ["predictor", *(heading for heading, _ in rows[0]["cells"])],
         "rows": rows,
-        "caption": "After the last epoch, on the test set" + (" and on validation images" if several else ""),
+        "caption": f"On the test set after the last epoch{held_out}",
         "note": _chosen_on(seen),
     }
 
 
-def _range(interval: tuple[float, float] | None, error: float, widest: float, colour: str) -> str:
-    """Draw an interval as a bar with a point, on a scale from 0 to the widest; empty without one."""
+def _range(interval: tuple[float, float] | None, error: float, scale: tuple[float, float], colour: str) -> "Markup":
+    """Draw an interval as a bar with a point on a scale, which all predictors have in common; empty without one."""
+    from markupsafe import Markup
+
     if interval is None:
-        return ""
-    low, high, at = (f"{100 * min(1.0, each / widest):.1f}%" for each in (*interval, error))
-    return (
+        return Markup("")
+    low, high, at = (f"{100 * (each - scale[0]) / (scale[1] - scale[0]):.1f}%" for each in (*interval, error))
+    return Markup(
         f'<svg class="range {colour}" aria-hidden="true"><line class="axis" x1="0" x2="100%" y1="50%" y2="50%"/>'
         f'<line x1="{low}" x2="{high}" y1="50%" y2="50%"/><circle cx="{at}" cy="50%" r="4"/></svg>'
     )

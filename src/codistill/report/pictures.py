@@ -31,7 +31,7 @@ from codistill.runs.predictions import read_predictions
 NAME = "report-images.npz"
 LONGEST = 96
 """Of a picture's sides, pixels; larger images are made smaller."""
-MISTAKES = 12
+MISTAKES = 16
 """Of each predictor."""
 DISPUTED = 8
 """Of each pair of students."""
@@ -39,7 +39,7 @@ ATTENDED = 8
 """Images that attention is laid over."""
 MOST = 96
 
-Floats = npt.NDArray[np.float16]
+Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +50,8 @@ class Pictures:
         positions: int64 [picture], of each one in the test split.
         images: uint8 [picture, height, width, 3].
         attended: int64 [attended], positions of those that attention was computed for.
-        channels: By predictor, float16 [attended, channel], weights of channels, 0 to 1.
-        places: By predictor, float16 [attended, height, width], weights of places, 0 to 1.
+        channels: By predictor, float32 [attended, channel], weights of channels, 0 to 1.
+        places: By predictor, float32 [attended, height, width], weights of places, 0 to 1.
     """
 
     positions: npt.NDArray[np.int64]
@@ -143,7 +143,7 @@ def keep_pictures(run: RunFolder, method: Method, predictions: Predictions, stud
         method.train(training)
     for name, maps in found.items():
         for kind, weights in maps._asdict().items():
-            arrays[f"{kind}/{name}"] = weights.float().cpu().numpy().astype(np.float16)
+            arrays[f"{kind}/{name}"] = weights.float().cpu().numpy().astype(np.float32)
     with replaced(run.path / NAME) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
 
@@ -193,19 +193,26 @@ def _check(pictures: Pictures) -> None:
     alike = pictures.channels.keys() == places.keys()
     shaped = all(each.ndim == 3 and len(each) == len(pictures.attended) and each.size for each in places.values())
     beside = all(each.ndim == 2 and len(each) == len(pictures.attended) for each in pictures.channels.values())
-    numbers = all(each.dtype == np.float16 for kind in (places, pictures.channels) for each in kind.values())
+    numbers = all(each.dtype == np.float32 for kind in (places, pictures.channels) for each in kind.values())
     if not (whole and listed and attended and alike and shaped and beside and numbers):
         raise ValueError("no pictures of a report")
 
 
-LOW, HIGH = np.array([16, 24, 64, 215]), np.array([255, 214, 64, 45])
-"""RGBA: a dark veil where little is seen, a faint warm light where most is."""
-LEAST_SPAN = 0.05
-"""Of weights: those that differ less are nearly one colour, as they are nearly one weight."""
+VEIL = (14, 20, 58)
+THICKEST = 215
+LEAST_SPAN = 0.5
+"""Of logits: a smaller difference is not stretched over the whole range."""
 
 
 def veil(weights: npt.NDArray[np.floating[Any]]) -> str:
-    """Return weights [height, width] as a picture to lay over an image, from the lowest (dark) to the highest."""
-    high, span = float(weights.max()), float(weights.max() - weights.min())
-    below = (high - weights.astype(np.float64)) / max(span, LEAST_SPAN)
-    return png((HIGH + below[..., None] * (LOW - HIGH)).round().astype(np.uint8))
+    """Return weights [height, width], 0 to 1, as a veil over an image: thick where they are lowest.
+
+    Between these by their logits, what the sigmoid was computed of, so that the order shows where it is saturated.
+    """
+    inside = np.clip(weights.astype(np.float64), 1e-7, 1 - 1e-7)
+    logits = np.log(inside / (1 - inside))
+    high, low = float(logits.max()), float(logits.min())
+    pixels = np.empty((*weights.shape, 4), np.uint8)
+    pixels[..., :3] = VEIL
+    pixels[..., 3] = (THICKEST * (high - logits) / max(high - low, LEAST_SPAN)).round()
+    return png(pixels)

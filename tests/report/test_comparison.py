@@ -1,0 +1,102 @@
+"""`codistill report`: the page of a run again, and one that compares several."""
+
+import re
+
+import pytest
+
+import codistill as cd
+from codistill.cli.main import main
+from codistill.report.comparison import run_folders
+from codistill.report.groups import grouped
+from codistill.report.page import seen_run
+from codistill.report.pictures import NAME
+
+from .. import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Runs of two methods, one of them with two seeds."""
+    folder = tmp_path_factory.mktemp("runs")
+    with tiny.registered():
+        data = cd.dataset("packed", tiny.write_npz(folder / "colours.npz", tiny.data()))
+        for kind, seed in ((cd.MFEF, 0), (cd.MFEF, 1), (cd.DML, 0)):
+            students = [cd.network("tiny", 3) for _ in range(2)]
+            method = kind(students, num_classes=3, image_size=(8, 8))
+            out = folder / "all" / f"{kind.name}-{seed}"
+            cd.train(method, data, out=out, settings=tiny.settings(seed=seed), show=False)
+    return folder / "all"
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path, tiny_registered):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_runs_that_differ_in_the_seed_are_one_group(folder):
+    runs = run_folders([folder, folder / "dml-0"])
+    assert [path.name for path in runs] == ["dml-0", "mfef-0", "mfef-1"]
+    groups = grouped([seen_run(cd.Run(path)) for path in runs])
+    assert [(group.name, len(group.runs)) for group in groups] == [("dml", 1), ("mfef", 2)]
+
+
+def test_several_runs_make_a_comparison(folder, here, capsys):
+    assert main(["report", str(folder)]) == 0
+    assert capsys.readouterr().out == "ok: comparison.html\n"
+    page = (here / "comparison.html").read_text(encoding="utf-8")
+    assert "<h1>2 ways to train on packed</h1>" in page and "fewer than three seeds" in page
+    errors = [cd.Run(folder / f"mfef-{seed}").summary["top1_error"]["fused"] for seed in (0, 1)]
+    assert f"{sum(errors) / 2:.2f} ± {abs(errors[0] - errors[1]) / 2**0.5:.2f}" in page
+    assert page.count('class="band') >= 4
+    assert (
+        '<tr><th scope="row">method.name</th><td data-label="dml">dml</td><td data-label="mfef">mfef</td></tr>' in page
+    )
+    for link in re.findall(r'href="([^"#]+)"', page):
+        assert link.startswith("data:") or (here / link).resolve().exists()
+    assert main(["report", str(folder)]) == 0  # in its own place
+
+
+def test_one_run_is_written_into_its_folder_and_its_pictures_are_made_again(folder, here, capsys):
+    run = folder / "mfef-0"
+    kept, page = (run / NAME).read_bytes(), (run / "report.html").read_bytes()
+    for name in (NAME, "report.html"):
+        (run / name).unlink()
+    assert main(["report", str(run)]) == 0
+    assert (run / "report.html").read_bytes() == page and (run / NAME).read_bytes() == kept
+    assert main(["report", str(run), "--out", "page.html"]) == 0
+    assert (here / "page.html").read_bytes() == page
+    assert capsys.readouterr().err == ""
+
+
+def test_data_that_has_gone_costs_the_pictures_alone(folder, here, capsys, tmp_path):
+    (folder / "dml-0" / NAME).unlink()
+    assert main(["report", str(folder / "dml-0"), "--data-dir", "gone.npz", "--out", "page.html"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"codistill: warning: {folder / 'dml-0'}: its page has no pictures: gone.npz")
+    assert "Pictures: <code>codistill report" in (here / "page.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "line"),
+    [
+        (["report"], 2, "codistill report: no run: name at least one run folder"),
+        (["report", "gone"], 4, "gone/config.json: no such file; there is no such folder"),
+        (
+            ["report", "RUN", "--out", "notes.txt"],
+            2,
+            "notes.txt: is there, and no page of codistill: choose another --out",
+        ),
+        (
+            ["report", "RUN", "--out", "gone/page.html"],
+            2,
+            "gone/page.html: No such file or directory: choose another --out",
+        ),
+        (["report", "RUN", "--out", "."], 2, ".: is there, and no page of codistill: choose another --out"),
+    ],
+)
+def test_what_cannot_be_is_one_line(folder, here, capsys, arguments, status, line):
+    (here / "notes.txt").write_text("mine")
+    assert main([str(folder / "mfef-1") if each == "RUN" else each for each in arguments]) == status
+    assert capsys.readouterr().err == f"codistill: error: {line}\n"
+    assert (here / "notes.txt").read_text() == "mine" and {each.name for each in here.iterdir()} == {"notes.txt"}
