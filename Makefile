@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEPENDENCIES := pyproject.toml constraints.txt
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: train test test-all check clean
+.PHONY: train test test-all check docs clean
 
 # Two ResNet-20, co-trained with MFEF on the embedded digits: 10 epochs.
 train: $(VENV)/.core
@@ -41,5 +41,9 @@ $(VENV)/.dev: $(DEPENDENCIES) | $(BIN)/python
 	$(PIP_INSTALL) '.[dev]'
 	@touch $(VENV)/.core $@
 
+# The docs as a site in site/.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
 clean:
-	rm -rf $(VENV) build *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build site *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,43 @@
+"""The docs site, whose links lead somewhere, and the notebook."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_site_builds_and_all_links_lead_somewhere(tmp_path):
+    pytest.importorskip("mkdocs")
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    pages = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*.html")}
+    assert {"index.html", "tutorial.html", "glossary.html", "results/index.html"} <= pages.keys()
+    assert "--batch-size" in pages["commands/train.html"] and "{{ options" not in "".join(pages.values())
+    assert 'id="codistill.deploy.run.Run' in pages["api.html"]
+    # No page asks another server for anything.
+    loaded = re.compile(r'<(?:script|img|iframe)[^>]* src="https?:|<link rel="(?:stylesheet|preconnect)" href="https?:')
+    assert not [name for name, text in pages.items() if loaded.search(text)]
+
+
+def test_each_command_has_a_page():
+    from codistill.cli.options import OPTIONS
+
+    pages = {path.stem for path in (ROOT / "docs/commands").glob("*.md")}
+    assert pages == OPTIONS.keys()
+
+
+def test_the_notebook_runs(tmp_path):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    notebook = nbformat.read(ROOT / "docs/first-steps.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert (tmp_path / "student.onnx").exists()
+    shown = "".join(str(cell.get("outputs", "")) for cell in notebook.cells)
+    assert "image/png" in shown and "student.onnx" in shown
