@@ -85,3 +85,16 @@ def test_uneven_classes_are_said(tmp_path, capsys):
     photos(root, {"train/bee": 13})
     assert train(root, tmp_path / "other") == 0
     assert "uneven" not in capsys.readouterr().err
+
+
+def test_images_of_two_splits_are_said_and_listed_and_no_error(tmp_path, capsys):
+    root = photos(tmp_path / "photos", {"train/ant": 12, "train/bee": 12, "test/ant": 3, "test/bee": 3})
+    for here, there in (("test/ant/00", "train/bee/07"), ("test/bee/02", "train/bee/08")):
+        (root / f"{here}.png").write_bytes((root / f"{there}.png").read_bytes())
+    assert train(root, tmp_path / "run") == 0
+    said = capsys.readouterr().err
+    pairs = "test/ant/00.png = train/bee/07.png, test/bee/02.png = train/bee/08.png"
+    assert f"warning: data set folder: 2 test images are in train, too (2 exactly: {pairs})" in said
+    first = rows(tmp_path / "run" / "duplicates.csv")[0]
+    assert first["kind"] == "exact" and (first["class"], first["other class"]) == ("ant", "bee")
+    assert (first["split"], first["file"], first["other file"]) == ("test", "test/ant/00.png", "train/bee/07.png")

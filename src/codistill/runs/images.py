@@ -1,14 +1,19 @@
-"""images.csv of a run: the file of each image that it uses, with class and split; `--data table` reads it."""
+"""Lists of images in a run folder.
+
+images.csv has the files with class and split, as `--data table` reads them; duplicates.csv has the images that are in
+two splits.
+"""
 
 import csv
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from codistill.core.files import write_atomically
 from codistill.data.dataset import Dataset, Split
+from codistill.data.duplicates import Duplicate, named
 
-NAME = "images.csv"
+NAME, DUPLICATES = "images.csv", "duplicates.csv"
 
 
 def write_images(folder: Path, data: Dataset, training: Iterable[int] | None, held_out: Iterable[int] | None) -> None:
@@ -28,6 +33,19 @@ def write_images(folder: Path, data: Dataset, training: Iterable[int] | None, he
     used += [(name, split, None) for name, split in data.splits.items() if name != "train"]
     rows = [row for name, split, positions in used for row in _rows(data, name, split, positions)]
     write_table(folder / NAME, ("file", "class", "split"), rows)
+
+
+def write_duplicates(folder: Path, data: Dataset, found: Sequence[Duplicate]) -> None:
+    """Write duplicates.csv into a run folder, if there are any: a row for each pair of images."""
+    header = ("kind", "split", "file", "class", "other split", "other file", "other class")
+    if found:
+        rows = ((each.kind, *_image(data, *each.split), *_image(data, *each.other)) for each in found)
+        write_table(folder / DUPLICATES, header, rows)
+
+
+def _image(data: Dataset, split: str, position: int) -> tuple[str, str, str]:
+    labels = (data.validation or data.train if split == "validation" else data.splits[split]).labels
+    return split, named(data, split, position), data.class_names[labels[position]]
 
 
 def write_table(path: Path, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:

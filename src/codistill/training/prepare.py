@@ -20,11 +20,12 @@ from codistill.core.files import system_error
 from codistill.core.host import set_up_cpu
 from codistill.data.augment import Augmentation, DeviceImages, seeded_order
 from codistill.data.dataset import Dataset
+from codistill.data.duplicates import Duplicate, duplicates, line_about
 from codistill.data.splitting import divided
 from codistill.deploy.run import Run
 from codistill.methods import METHODS, Method
 from codistill.methods.kd import WithTeacher
-from codistill.runs.images import write_images
+from codistill.runs.images import write_duplicates, write_images
 from codistill.runs.metadata import data_digests, held_out_digest, run_metadata, weights_digest
 from codistill.runs.saving import Saver
 from codistill.runs.state import TrainingState
@@ -57,6 +58,7 @@ class Plan:
     notices: tuple[str, ...]  # lines about what is other than one may expect
     initial: Mapping[str, Any]  # of the initial weights, see `draw_weights`
     asked: Mapping[str, Any]  # settings in place of which others were chosen
+    duplicates: Sequence[Duplicate]  # images that are in two splits, where they were looked for
 
     @property
     def held_out(self) -> dict[str, str]:
@@ -88,7 +90,8 @@ def check(
         training, validation = split_training(data, settings)
         augmentation = config.augmentation(data, training)
         images = len(data.train) if training is None else len(training)
-        notices = [line for line in (data.bounded, data.own and data.uneven) if line]
+        found = duplicates(data, training, validation) if data.own and ranks.leads else []
+        notices = [line for line in (data.bounded, data.own and data.uneven, line_about(data, found)) if line]
         if images < settings.batch_size:
             less = f"there are {images} training images, less than a batch of {settings.batch_size}"
             notices.append(f"{less}: each step trains on all of them")
@@ -114,7 +117,7 @@ def check(
     config = dataclasses.replace(config, data_dir=data.root or None, teaching=teaching, weights=files)
     chosen = {"precision": asked} if asked == "auto" else {}
     places, warnings = (training, validation), tuple(notices)
-    return Plan(method, data, config, device, augmentation, *places, execution, warnings, initial, chosen)
+    return Plan(method, data, config, device, augmentation, *places, execution, warnings, initial, chosen, found)
 
 
 def split_training(data: Dataset, settings: TrainSettings) -> tuple[Positions, Positions]:
@@ -273,6 +276,7 @@ def set_up(
         try:
             if ranks.leads:
                 write_images(run.path, plan.data, plan.training, plan.validation)
+                write_duplicates(run.path, plan.data, plan.duplicates)
             with (
                 plan.execution.on(method, plan.device, config.execution.deterministic),
                 contextlib.closing(Saver(run)) as saver,
