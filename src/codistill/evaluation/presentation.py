@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from codistill.evaluation.analysis import (
     Analysis,
     Disagreement,
@@ -196,8 +198,10 @@ def _classes(analysis: Analysis, predictor: str, class_names: Sequence[str]) -> 
 
 def _calibration(analysis: Analysis, predictor: str) -> "Table":
     bins = analysis.reliability
+    sure = np.nansum(bins.confidence * bins.images) / analysis.images
+    means = f"{100 * sure:.1f} % confident on average, right for {analysis.top1_accuracy:.1f} %"
     table = _list(
-        f"{predictor}: calibration",
+        f"{predictor}: calibration ({means})",
         {"confidence %": "right", "images": "right", "mean confidence %": "right", "accuracy %": "right"},
     )
     for index, images in enumerate(bins.images):
@@ -218,13 +222,14 @@ def _mistakes(analysis: Analysis, predictions: Predictions, predictor: str, clas
 
 
 def _disagreements(predictions: Predictions, class_names: Sequence[str]) -> "Table":
-    headings = {"students": "left", "differ for": "right", "first right": "right", "second right": "right"}
-    table = _list("students that name different classes", headings | {"none right": "right", "most in": "left"})
+    headings = {"one": "left", "other": "left", "images": "right", "%": "right"}
+    headings |= {"only one\nright": "right", "only other\nright": "right", "none\nright": "right", "most in": "left"}
+    table = _list("students that name different classes", headings)
     for pair in disagreements(predictions, len(class_names)):
         most = [index for index in (-pair.by_class).argsort(kind="stable")[:3] if pair.by_class[index]]
         where = ", ".join(f"{class_names[index]} ({pair.by_class[index]})" for index in most)
         counts = map(str, (pair.only_first_right, pair.only_second_right, pair.both_wrong))
-        table.add_row(" ".join(pair.predictors), f"{pair.images} ({pair.share:.1f} %)", *counts, where)
+        table.add_row(*pair.predictors, str(pair.images), f"{pair.share:.1f}", *counts, where)
     return table
 
 
