@@ -209,6 +209,22 @@ def test_validation_errors_have_columns_of_their_own(tmp_path):
     assert group["mean"] == test
 
 
+def test_balanced_errors_have_columns_where_they_are_others(tmp_path):
+    names = {"status": "finished", "folder": "", "top1_error": {"student0": 10.0, "fused": 8.0}}
+    intervals = {"student0": [8.0, 12.5], "fused": [6.0, 10.0]}
+    for balanced, columns in ((10.2, []), (30.0, ["student0 (balanced)", "fused (balanced)"])):
+        errors = {"balanced_error": {"student0": balanced, "fused": 8.1}, "top1_error_interval": intervals}
+        older = Row(name="older", group="older", **names)
+        write_tables(tmp_path, tmp_path / "spec.toml", [Row(name="new", group="new", **names, **errors), older])
+        page = table((tmp_path / "table.md").read_text())
+        assert ["run (folder)", "status", "student0", "fused", *columns, "reason"] in page
+        assert ["older", "finished", "10.00", "8.00", *[""] * len(columns), ""] in page
+        written = json.loads((tmp_path / "table.json").read_text())
+        assert written["runs"][0]["top1_error_interval"] == intervals
+        assert written["groups"][0]["mean"]["student0 (balanced)"] == balanced
+    assert ["new", "finished", "10.00", "8.00", "30.00", "8.10", ""] in page
+
+
 def test_a_group_with_a_failed_run_has_no_mean(bench, capsys):
     bench.act(**{"ffl-seed1": ["exit 5 student0 diverged | in epoch 3"]})
     rows = bench.sweep(f'{SHARED}[grid]\nmethod = ["ffl", "dml"]\nseed = [0, 1]')

@@ -30,7 +30,7 @@ def ranking(logits: Float[Tensor, "batch class"], labels: Int[Tensor, " batch"])
 
 
 class RankingStore:
-    """The rankings of all images of a split for one predictor, on the device; 64 bytes an image."""
+    """The rankings of all images of a split for one predictor, on the device; 44 bytes an image."""
 
     def __init__(self, images: int) -> None:
         self._images = images

@@ -58,7 +58,7 @@ def summarise(
             for name, error in last.items()
         }
         # A last epoch of an older version has none.
-        balanced = {name: each.get("balanced_error") for name, each in rows[-1][split].items()}
+        balanced = {name: each["balanced_error"] for name, each in rows[-1][split].items() if "balanced_error" in each}
         errors[key.replace("top1", "balanced")] = balanced
     return {
         "status": "finished",

@@ -42,7 +42,10 @@ ATTEMPTS = 3
 LARGEST_SHARE = 64
 RESUMES = "what the runs have saved is kept: the same command resumes them"
 # What a row has of summary.json; runs without validation images, and of older versions, lack some.
-RESULTS = ("top1_error", "best_epoch_top1_error", "validation_top1_error", "best_student", "chosen_by")
+RESULTS = (
+    *("top1_error", "best_epoch_top1_error", "balanced_error", "top1_error_interval", "validation_top1_error"),
+    *("best_student", "chosen_by"),
+)
 PROGRAM = (sys.executable, "-m", "codistill")
 
 

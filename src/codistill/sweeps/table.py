@@ -2,13 +2,16 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from codistill.core.files import write_atomically, write_json
 
 VALIDATION = " (validation)"  # ends the columns of errors on validation images
+BALANCED = " (balanced)"  # ends those of balanced errors on the test set
+UNLIKE = 0.5
+"""Points between an error and the balanced error from which `table.md` has both: the classes are of unequal size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +25,8 @@ class Row:
         status: `unfinished` where the sweep was stopped before.
         top1_error: Of each predictor on the test set after the last epoch, percent.
         best_epoch_top1_error: Of each predictor on the test set after the best epoch, percent.
+        balanced_error: Of each predictor on the test set after the last epoch, mean over classes, percent.
+        top1_error_interval: The 95 % interval of each top-1 error on the test set after the last epoch, percent.
         validation_top1_error: Of each predictor on its validation images, if any, after the last epoch, percent.
         best_student: The student with the lowest error after the last epoch.
         chosen_by: On which images: `validation` or `test`.
@@ -34,6 +39,8 @@ class Row:
     status: Literal["finished", "FAILED", "unfinished"]
     top1_error: dict[str, float] = field(default_factory=dict)
     best_epoch_top1_error: dict[str, float] = field(default_factory=dict)
+    balanced_error: dict[str, float] = field(default_factory=dict)
+    top1_error_interval: dict[str, list[float]] = field(default_factory=dict)
     validation_top1_error: dict[str, float] = field(default_factory=dict)
     best_student: str = ""
     chosen_by: str = ""
@@ -41,8 +48,10 @@ class Row:
 
     @property
     def errors(self) -> dict[str, float]:
-        """The errors after the last epoch by column of `table.md`: of each predictor, named if on validation images."""
-        return self.top1_error | {name + VALIDATION: each for name, each in self.validation_top1_error.items()}
+        """The errors after the last epoch by column of `table.md`, with names for balanced and validation errors."""
+        balanced = {name + BALANCED: each for name, each in self.balanced_error.items()}
+        validation = {name + VALIDATION: each for name, each in self.validation_top1_error.items()}
+        return self.top1_error | balanced | validation
 
 
 def grouped(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -66,8 +75,11 @@ def grouped(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def write_tables(folder: Path, spec: Path, rows: Sequence[Row]) -> None:
     """Write `table.json` and `table.md` of a sweep into its folder."""
+    written = {"spec": str(spec), "runs": [asdict(row) for row in rows], "groups": grouped(rows)}
+    write_json(folder / "table.json", written)
+    if all(abs(row.top1_error[name] - each) < UNLIKE for row in rows for name, each in row.balanced_error.items()):
+        rows = [replace(row, balanced_error={}) for row in rows]
     groups = grouped(rows)
-    write_json(folder / "table.json", {"spec": str(spec), "runs": [asdict(row) for row in rows], "groups": groups})
     held_out = " or, where named, on validation images" if any(row.validation_top1_error for row in rows) else ""
     title = f"# Top-1 errors on the test set{held_out} after the last epoch, %: {spec.name}"
     lines = [title, "", *markdown(run_cells(rows))]
@@ -76,11 +88,11 @@ def write_tables(folder: Path, spec: Path, rows: Sequence[Row]) -> None:
 
 
 def predictors_of(members: Sequence[Mapping[str, Any]]) -> list[str]:
-    """List predictors as columns: students by number, then the others; last those on validation images."""
+    """List predictors as columns: students by number, then others; then balanced errors, last those on validation."""
     names = dict.fromkeys(name for errors in members for name in errors)
     students = sorted((name for name in names if name.startswith("student")), key=lambda name: (len(name), name))
     ordered = students + [name for name in names if name not in students]
-    return sorted(ordered, key=lambda name: name.endswith(VALIDATION))
+    return sorted(ordered, key=lambda name: (name.endswith(VALIDATION), name.endswith(BALANCED)))
 
 
 def run_cells(rows: Sequence[Row]) -> list[list[str]]:
