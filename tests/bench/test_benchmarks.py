@@ -395,3 +395,16 @@ def test_cpu_keeps_cores_busy_only_as_long_as_needed(monkeypatch):
     with cpu.busy_processes(2):
         assert [each.poll() for each in started] == [None, None]
     assert [each.poll() is None for each in started] == [False, False]
+
+
+def test_augmentation_times_each_kind_and_draws(tmp_path, monkeypatch, capsys):
+    augmentation = script("augmentation", monkeypatch)
+    monkeypatch.setattr(augmentation, "KINDS", dict(list(augmentation.KINDS.items())[:3]))
+    augmentation.main(augmentation.Options(out=tmp_path, network="resnet8", batch_size=8, rounds=1))
+    found = json.loads((tmp_path / "measured.json").read_text())
+    assert list(found["kinds"]) == ["crops and flips", "randaugment", "randaugment and mixup"]
+    assert all(0 < each["of_it_images_ms"] < each["step_ms"] for each in found["kinds"].values())
+    assert found["kinds"]["crops and flips"]["step_over_step_without"] == 1
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    augmentation.main(augmentation.Options(picture=tmp_path / "rows.png"))
+    assert (tmp_path / "rows.png").read_bytes()[:4] == b"\x89PNG"

@@ -119,7 +119,9 @@ class Tables:
         columns = torch.cat([columns, columns.flip(1)])
         weights = None if augmentation.transforms is None else augmentation.transforms.class_weights
         places = *_source(rows, augmentation, device), *_source(columns, augmentation, device)
-        return cls(len(offsets), *places, None if weights is None else torch.tensor(weights).to(device))
+        return cls(
+            len(offsets), *places, None if weights is None else torch.tensor(weights, dtype=torch.float32).to(device)
+        )
 
 
 def _source(

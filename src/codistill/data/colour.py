@@ -111,12 +111,13 @@ def equalize(counts: Int[Tensor, "image 3 256"]) -> Float[Tensor, "image 3 256"]
 
     Source: Pillow 12, ImageOps.equalize, in whole numbers.
     """
-    pixels, values = counts.sum(dim=2, keepdim=True), torch.arange(256, device=counts.device)
-    last = torch.where(counts > 0, values, 0).amax(dim=2, keepdim=True)
-    step = torch.div(pixels - counts.gather(2, last), 255, rounding_mode="floor")
+    counts = counts.float()  # whole numbers below 2^24
+    pixels, values = counts.sum(dim=2, keepdim=True), torch.arange(256, dtype=torch.float32, device=counts.device)
+    last = torch.where(counts > 0, values, 0.0).amax(dim=2, keepdim=True)
+    step = torch.floor((pixels - counts.gather(2, last.long())) / 255)
     below = counts.cumsum(dim=2) - counts
-    spread = torch.div(below + torch.div(step, 2, rounding_mode="floor"), step.clamp(min=1), rounding_mode="floor")
-    return torch.where(step > 0, spread, values).float()
+    spread = torch.floor((below + torch.floor(step / 2)) / step.clamp(min=1))
+    return torch.where(step > 0, spread, values)
 
 
 def by_place(

@@ -288,5 +288,6 @@ def balanced_weights(labels: npt.NDArray[np.int64], classes: int) -> tuple[float
 
     A class without an image has the weight 0.
     """
-    counts = np.bincount(labels, minlength=classes)
-    return tuple(len(labels) / (np.count_nonzero(counts) * each) if each else 0.0 for each in counts.tolist())
+    counts = np.bincount(labels, minlength=classes).tolist()
+    present = sum(count > 0 for count in counts)
+    return tuple(len(labels) / (present * count) if count else 0.0 for count in counts)

@@ -207,7 +207,8 @@ class Method(Marked):
 
         Args:
             outputs: Those of a forward pass.
-            labels: Class indices.
+            labels: Class indices; where they are mixed, smoothed or weighted (docs/augmentation.md) rows of the shares
+                of all classes.
             progress: Share of the epochs that are done, epoch / epochs, constant within an epoch; also a number, which
                 reaches a subclass as a tensor.
 
