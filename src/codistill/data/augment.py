@@ -17,6 +17,8 @@ from codistill.data.policy import Transforms, balanced_order
 from codistill.data.warp import warped
 
 PaddingMode = Literal["zeros", "reflect"]
+CACHED = 1 << 16
+"""Values of pixels that a core works on at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,16 +199,12 @@ class DeviceImages:
         if transforms is None:
             images = self.normalised(self.cropped(indices, tables))
             return images.reshape(*axes, *images.shape[1:]), labels
+        count = len(indices.image)
+        # A CPU works on as many images at a time as stay in its cache, which also takes less memory.
+        some = max(1, CACHED // self.images[0].numel()) if self.device.type == "cpu" else count
+        parts = (indices.part(start, start + some) for start in range(0, count, some))
+        images = self.normalised(torch.cat([self.redrawn(part, augmentation, transforms) for part in parts]))
         drawn = transforms.named(indices.drawn)
-        if {"affine", "crop"} & drawn.keys():
-            shift = torch.stack([indices.top, indices.left]) - augmentation.padding
-            places = drawn.get("affine"), drawn.get("crop"), shift, augmentation.padding_mode == "reflect"
-            pixels = warped(self.images, indices.image, indices.mirror, *places)
-        else:
-            pixels = self.cropped(indices, tables)
-        for stage, kinds in enumerate(transforms.stages):
-            pixels = recolour(pixels, drawn[f"operation{stage}"][0], drawn[f"factor{stage}"][0], kinds)
-        images = self.normalised(pixels)
         if "erased" in drawn:
             images = erased(images, drawn["erased"])
         images = images.reshape(*axes, *images.shape[1:])
@@ -214,6 +212,21 @@ class DeviceImages:
             return images, labels
         smoothing = transforms.policy.label_smoothing
         return images, soft_labels(labels, transforms.classes, smoothing, tables.class_weights)
+
+    def redrawn(
+        self, indices: BatchIndices, augmentation: Augmentation, transforms: Transforms
+    ) -> UInt8[Tensor, "batch height width 3"]:
+        """Return the images of a batch after crops, flips and operations on places and colours."""
+        drawn = transforms.named(indices.drawn)
+        if {"affine", "crop"} & drawn.keys():
+            shift = torch.stack([indices.top, indices.left]) - augmentation.padding
+            places = drawn.get("affine"), drawn.get("crop"), shift, augmentation.padding_mode == "reflect"
+            pixels = warped(self.images, indices.image, indices.mirror, *places)
+        else:
+            pixels = self.cropped(indices, self.tables(augmentation))
+        for stage, kinds in enumerate(transforms.stages):
+            pixels = recolour(pixels, drawn[f"operation{stage}"][0], drawn[f"factor{stage}"][0], kinds)
+        return pixels
 
     def cropped(self, indices: BatchIndices, tables: Tables) -> UInt8[Tensor, "batch height width 3"]:
         """Return the cropped and flipped images of a batch.

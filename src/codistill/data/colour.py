@@ -12,8 +12,6 @@ Pixels = UInt8[Tensor, "image height width 3"]
 # What maps each value of a channel by itself, and what looks at other channels or pixels.
 BY_VALUE = ("brightness", "contrast", "posterize", "solarize", "autocontrast", "equalize")
 BY_PLACE = ("color", "sharpness")
-CACHED = 1 << 16
-"""Values of pixels that a core works on at a time."""
 
 
 def recolour(
@@ -31,7 +29,7 @@ def recolour(
         factor: Their factors.
         kinds: All operations that may be among them.
         dense: Whether all images go through all operations among `kinds`, so that no shape depends on what was drawn
-            and nothing is read by the host, or only those that have one, some at a time. None: on all but a CPU.
+            and nothing is read by the host, or only those that have one. None: on all but a CPU.
     """
     dense = pixels.device.type != "cpu" if dense is None else dense
     for names, function in ((BY_VALUE, by_value), (BY_PLACE, by_place)):
@@ -44,9 +42,8 @@ def recolour(
         here = torch.zeros_like(operation, dtype=torch.bool)
         for each in used:
             here |= is_one(operation, each)
-        chosen, at_a_time = here.nonzero()[:, 0], max(1, CACHED // pixels[0].numel())
-        for start in range(0, len(chosen), at_a_time):
-            some = chosen[start : start + at_a_time]
+        some = here.nonzero()[:, 0]
+        if len(some):
             pixels[some] = function(pixels[some], operation[some], factor[some], used)
     return pixels
 
