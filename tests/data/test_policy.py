@@ -78,6 +78,7 @@ def test_randaugment_does_what_torchvision_does_to_one_image(level):
     assert all(count >= 3 for (name, _), count in counts.items())
 
 
+@pytest.mark.slow
 def test_trivialaugment_uses_all_levels_of_the_wide_space():
     data = split(1)
     data.images[:] = data.images * 0.6 + 60

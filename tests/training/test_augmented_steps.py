@@ -94,6 +94,7 @@ def test_the_partner_of_an_image_is_the_same_on_several_ranks(tmp_path):
             assert end["terms"] == pytest.approx(alone["terms"], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
 def test_captured_steps_of_augmented_runs_beside_a_plain_one_equal_plain_steps():
     device, data = torch.device("cuda"), tiny.data()
