@@ -15,6 +15,7 @@ from codistill.core.errors import CheckpointError, DataError, UsageError
 from codistill.core.files import read_json, system_error, write_atomically, write_json
 from codistill.core.imports import trained_with
 from codistill.data import DATASETS, Dataset, dataset
+from codistill.data.store import stored_in
 from codistill.methods import Method
 from codistill.networks.origin import mark
 from codistill.networks.probe import copied
@@ -216,7 +217,8 @@ class RunFolder:
             raise DataError(f"{self.path}: {why}: {hand_in('data', self.metadata)}")
         skip = {"skip_bad": True} if skip_bad else {}
         try:
-            data = self._data if self._data is not None and handed else dataset(name, place, **skip)
+            with stored_in(self.config.execution.data_cache):
+                data = self._data if self._data is not None and handed else dataset(name, place, **skip)
         except DataError as error:
             if place is None or place != self.config.data_dir:
                 raise

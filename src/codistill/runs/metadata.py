@@ -20,6 +20,7 @@ from codistill.core.torchrun import launch
 from codistill.data.affine import usable
 from codistill.data.dataset import Dataset, Split
 from codistill.data.images import preprocessing
+from codistill.data.mapped import digest, facts_of
 from codistill.methods import METHODS, Method
 from codistill.networks.origin import contents
 from codistill.runs.state import tensors_once
@@ -56,9 +57,8 @@ def split_digests(name: str, split: Split) -> dict[str, str]:
     """Return the SHA-256 of shape and contents of images and labels of one split, which has that name."""
     digests = {}
     for kind, array in (("images", split.images), ("labels", split.labels)):
-        digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).data)
-        digests[f"{name} {kind}"] = digest.hexdigest()
+        facts = facts_of(array)
+        digests[f"{name} {kind}"] = digest(array) if facts is None else facts.sha256
     return digests
 
 
@@ -74,11 +74,11 @@ def held_out_digest(positions: Int[Tensor, " image"]) -> dict[str, str]:
 
 def weights_digest(module: nn.Module) -> str:
     """Return the SHA-256 of the parameters and buffers of a network, with their names and shapes."""
-    digest = hashlib.sha256()
+    weights = hashlib.sha256()
     for name, tensor in sorted(tensors_once(module).items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(contents(tensor))
-    return digest.hexdigest()
+        weights.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        weights.update(contents(tensor))
+    return weights.hexdigest()
 
 
 def run_metadata(

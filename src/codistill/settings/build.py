@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from codistill.core.errors import CheckpointError, UsageError
 from codistill.core.randomness import CPU, INIT_STREAM, draws_kept, seed_draws, stream_seed
 from codistill.data.dataset import Dataset, dataset
+from codistill.data.store import stored_in
 from codistill.methods import METHODS, Method
 from codistill.methods.mistakes import blamed
 from codistill.networks import NETWORKS, network
@@ -78,4 +79,5 @@ def load_named_data(config: RunConfig) -> Dataset:
     """Load the data set that a run names."""
     if not config.data:
         raise UsageError("no data set: name one with --data, for example --data digits")
-    return dataset(config.data, config.data_dir)
+    with stored_in(config.execution.data_cache):
+        return dataset(config.data, config.data_dir)

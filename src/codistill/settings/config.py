@@ -136,11 +136,17 @@ class ExecutionSettings:
     """CPU threads. None: one for each core, fewer in a container that may use less or where a short measurement finds
     them distinctly faster. Results repeat bit for bit with the same number of threads."""
 
+    data_cache: str | None = field(default=None, metadata=PLACE | COMMON | {"metavar": "PATH|off"})
+    """Folder for images that are decoded once (docs/large-data.md). None: in the user's cache folder; off: none."""
+    stream: Literal["auto", "on", "off"] = field(default="auto", metadata=PLACE | COMMON)
+    """Whether images are read from the file of decoded images, a batch at a time, instead of being held in memory; the
+    results are the same. auto: where they would take more than half of the free memory."""
+
     def __post_init__(self) -> None:
         take_kinds(self)
         if self.threads is not None and not 1 <= self.threads <= 1024:
             raise UsageError(f"threads is {self.threads}; it must be from 1 to 1024")
-        for name in ("precision", "evaluation_precision", "compile"):
+        for name in ("precision", "evaluation_precision", "compile", "stream"):
             value, choices = getattr(self, name), get_args(get_type_hints(type(self))[name])
             if value not in choices:
                 raise UsageError(f"{name} is {value!r}: {near_matches(str(value), choices)}")
