@@ -1,6 +1,7 @@
 """Images on the training device: epoch order, augmentation and normalisation of whole batches."""
 
 import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -12,6 +13,7 @@ from codistill.core.randomness import EPOCH_STREAM, ORDER_STREAM, generator
 from codistill.data.affine import Affine, Statistics
 from codistill.data.colour import recolour
 from codistill.data.dataset import Split
+from codistill.data.mapped import in_memory
 from codistill.data.mixing import erased, mixed, soft_labels
 from codistill.data.policy import Transforms, balanced_order
 from codistill.data.warp import warped
@@ -141,9 +143,11 @@ def _source(
 class DeviceImages:
     """A split as uint8 tensors on a device, with the normalisation of its data set."""
 
+    streams = False  # whether the images stay in a file, and batches are read from it
+
     def __init__(self, split: Split, statistics: Statistics, device: torch.device) -> None:
         self.device = device
-        self.images: UInt8[Tensor, "image height width 3"] = torch.from_numpy(split.images).to(device)
+        self.images: UInt8[Tensor, "image height width 3"] = torch.from_numpy(in_memory(split.images)).to(device)
         self.labels: Int[Tensor, " image"] = torch.from_numpy(split.labels).to(device)
         self.files = split.files  # of all images of the split; empty where they are no files
         self.labels_on_host: Int[Tensor, " image"] = torch.from_numpy(split.labels)
@@ -165,6 +169,18 @@ class DeviceImages:
         """Return used images from `start` to before `stop`, normalised and otherwise as they are, and their labels."""
         chosen = slice(start, stop) if self._places is None else self._places[start:stop]
         return self.normalised(self.images[chosen]), self.labels[chosen]
+
+    def batches(self, size: int) -> Iterator[tuple[Float[Tensor, "batch 3 height width"], Int[Tensor, " batch"]]]:
+        """Yield all used images in batches of a size, the last one smaller; see `batch`."""
+        return (self.batch(start, start + size) for start in range(0, len(self), size))
+
+    def for_steps(self, size: int) -> "DeviceImages":
+        """Return the images for training steps with batches of at most that size."""
+        return self
+
+    def staged(self, indices: BatchIndices, steps: Sequence[tuple[int, int]]) -> Iterator[BatchIndices]:
+        """Yield the indices of each batch of an epoch, from one place in it to before another, for a training step."""
+        return (indices.part(start, stop) for start, stop in steps)
 
     def epoch(self, seed: int, epoch: int, augmentation: Augmentation, views: int) -> BatchIndices:
         """Draw the order and the augmentation of an epoch of the used images; see `epoch_indices`."""

@@ -41,6 +41,13 @@ def facts_of(images: npt.NDArray[Any]) -> Facts | None:
     return facts
 
 
+def in_memory(images: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return images that are in memory and can be written to, as torch wants; a file is read without its map."""
+    if is_mapped(images):
+        return RowReader(images).read(range(len(images)))
+    return np.require(images, requirements=["C", "W"])
+
+
 def pieces(images: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
     """Yield the images a piece at a time; of a mapped file the map itself stays untouched."""
     count = max(1, PIECE // max(1, images[:1].nbytes))

@@ -42,7 +42,7 @@ class Evaluation:
         self._rankings: dict[str, dict[str, RankingStore]] = {name: {} for name in self.splits}
         students, classes = len(method.cohort), method.num_classes
         self._diversity = {name: DiversitySums(students, classes, self.device) for name in self.splits}
-        self._captured, self._passes = captured, 0
+        self._captured, self._passes = captured and not any(each.streams for each in self.splits.values()), 0
         self._graph: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()
@@ -72,8 +72,8 @@ class Evaluation:
     def _pass(self, between: Callable[[], None]) -> None:
         for name, images in self.splits.items():
             sums, rankings = self._sums[name], self._rankings[name]
-            for start in range(0, len(images), self.batch_size):
-                pixels, labels = images.batch(start, start + self.batch_size)
+            starts = range(0, len(images), self.batch_size)
+            for start, (pixels, labels) in zip(starts, images.batches(self.batch_size), strict=True):
                 with autocast(self.device, self.precision):
                     outputs = self.method(pixels)
                     predictions = self.method.predictions(outputs)

@@ -12,11 +12,11 @@ from codistill.core.console import note, warn
 from codistill.core.device import choose_device
 from codistill.core.errors import CheckpointError, UsageError
 from codistill.core.randomness import draws_kept
-from codistill.data.augment import DeviceImages
 from codistill.data.dataset import Dataset, Split
 from codistill.data.folder import class_folders, labelled_images
 from codistill.data.images import Interpolation
 from codistill.data.splitting import divided
+from codistill.data.stream import on_device
 from codistill.evaluation.evaluation import Evaluation
 from codistill.evaluation.metrics import Scores, read_together
 from codistill.evaluation.predictions import Predictions
@@ -87,7 +87,7 @@ def evaluate_images(
     images = {}
     for name in held if remade else [split]:
         whole, positions = held[name]
-        images[name] = DeviceImages(whole, (facts["mean"], facts["std"]), where)
+        images[name] = on_device(whole, (facts["mean"], facts["std"]), where, config.execution.stream)
         if positions is not None:
             images[name] = images[name].subset(positions)
     method = run.load_method(which)

@@ -144,6 +144,8 @@ class ExecutionSettings:
 
     def __post_init__(self) -> None:
         take_kinds(self)
+        if self.data_cache not in (None, "off"):  # a run is used from other folders than it was started in
+            object.__setattr__(self, "data_cache", os.path.abspath(os.path.expanduser(str(self.data_cache))))
         if self.threads is not None and not 1 <= self.threads <= 1024:
             raise UsageError(f"threads is {self.threads}; it must be from 1 to 1024")
         for name in ("precision", "evaluation_precision", "compile", "stream"):

@@ -307,7 +307,8 @@ def measured_slots(runs: Sequence[PlannedRun]) -> int:
     try:
         data = load_named_data(configs[0])
         plan = check(build_taught(configs[0], data), data, configs[0], torch.device("cpu"))
-        return share_cores([plan] * len(runs), DeviceSplits(data, plan.device))[0]
+        splits = DeviceSplits(data, plan.device, plan.config.execution.stream)
+        return share_cores([plan] * len(runs), splits)[0]
     except CodistillError:  # its process reports it
         return 1
 

@@ -52,7 +52,9 @@ def memory_of_a_run(plan: Plan, splits: DeviceSplits) -> int:
     torch.cuda.reset_peak_memory_stats(device)
     probe = copied(plan.method)
     with plan.execution.on(probe, device, plan.config.execution.deterministic):
-        step = make_step(probe, splits.train, plan.augmentation, settings, precision)
+        images = splits.train.for_steps(batch)
+        indices = next(images.staged(indices, [(0, batch)]))
+        step = make_step(probe, images, plan.augmentation, settings, precision)
         for _ in range(2):
             step(indices, progress)
         kept = torch.cuda.memory_allocated(device)
@@ -60,7 +62,7 @@ def memory_of_a_run(plan: Plan, splits: DeviceSplits) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         evaluate(probe, few, plan.config.execution.scored_in)
         within_evaluation = torch.cuda.max_memory_allocated(device) - kept
-    del probe, step
+    del probe, step, images
     torch.cuda.empty_cache()
     return kept - before + (1 if settings.drop_last else 2) * within_step + within_evaluation
 
@@ -124,7 +126,7 @@ def train_fleet(configs: Sequence[RunConfig], outs: Sequence[Path], show: bool =
     for out in outs:
         refuse_occupied(out)
     announce(plans)
-    splits = DeviceSplits(data, device)
+    splits = DeviceSplits(data, device, first.execution.stream)
     processes, threads = share_cores(plans, splits)
     set_threads(threads)  # which config.json records
     sizes = side_by_side(plans, splits)

@@ -70,9 +70,11 @@ def train_epoch(trainers: Sequence[Trainer], steps: GraphedSteps | EagerSteps, e
     progress = torch.full((), epoch / trainers[0].config.train.epochs, device=trainers[0].step.device)
     for trainer in trainers:
         trainer.stopwatch.start()
-    for number, (start, stop) in enumerate(trainers[0].steps[first:], start=first + 1):
+    left = trainers[0].steps[first:]
+    staged = [trainer.step.images.staged(each, left) for trainer, each in zip(trainers, indices, strict=True)]
+    for number, batches in enumerate(zip(*staged, strict=True), start=first + 1):
         seeds = [trainer.draws_seed(epoch, number) for trainer in trainers]
-        steps([each.part(start, stop) for each in indices], progress, seeds)
+        steps(batches, progress, seeds)
         trainers[0].after_step(epoch, number)
         yield number
     for trainer in trainers:

@@ -22,6 +22,7 @@ from codistill.data.augment import Augmentation, DeviceImages, seeded_order
 from codistill.data.dataset import Dataset
 from codistill.data.duplicates import Duplicate, duplicates, line_about
 from codistill.data.splitting import divided
+from codistill.data.stream import Streaming, check_streaming, on_device
 from codistill.deploy.run import Run
 from codistill.methods import METHODS, Method
 from codistill.methods.kd import WithTeacher
@@ -87,6 +88,7 @@ def check(
     set_up_cpu(config.execution.threads, device)
     set_up_gpu(device, config.execution.deterministic)
     with ranks.together():
+        check_streaming(data, config.execution.stream)
         training, validation = split_training(data, settings)
         augmentation = config.augmentation(data, training)
         images = len(data.train) if training is None else len(training)
@@ -193,25 +195,25 @@ def check_teacher(method: type[Method], given: bool) -> None:
 class DeviceSplits:
     """The splits of a data set, on a device from their first use on; runs side by side share them."""
 
-    def __init__(self, data: Dataset, device: torch.device) -> None:
-        self._data, self._device = data, device
+    def __init__(self, data: Dataset, device: torch.device, stream: Streaming = "auto") -> None:
+        self._data, self._device, self._stream = data, device, stream
         self._teachers: dict[str, float] = {}
 
     @functools.cached_property
     def train(self) -> DeviceImages:
         """All training images."""
-        return DeviceImages(self._data.train, self._data.statistics, self._device)
+        return on_device(self._data.train, self._data.statistics, self._device, self._stream)
 
     @functools.cached_property
     def test(self) -> DeviceImages:
         """The test images."""
-        return DeviceImages(self._data.test, self._data.statistics, self._device)
+        return on_device(self._data.test, self._data.statistics, self._device, self._stream)
 
     @functools.cached_property
     def validation(self) -> DeviceImages | None:
         """The validation images that the data set has of its own."""
         own = self._data.validation
-        return None if own is None else DeviceImages(own, self._data.statistics, self._device)
+        return None if own is None else on_device(own, self._data.statistics, self._device, self._stream)
 
     def evaluated(self, held_out: Positions) -> dict[str, DeviceImages]:
         """Return the splits that are evaluated by name, `held_out` being the training images that validate, if any."""
@@ -264,7 +266,8 @@ def set_up(
     and `state` is the checkpoint to resume from; `splits` are data on the device that other runs use too. Rank 0 holds
     the folder for all ranks.
     """
-    method, config, splits = plan.method, plan.config, splits or DeviceSplits(plan.data, plan.device)
+    method, config = plan.method, plan.config
+    splits = splits or DeviceSplits(plan.data, plan.device, config.execution.stream)
     made = functools.partial(run_metadata, config, plan.data, plan.device, method)
     metadata = None if begun or not ranks.leads else made(splits.digests | plan.held_out, plan.initial, plan.asked)
     with contextlib.ExitStack() as folder:
@@ -282,6 +285,7 @@ def set_up(
                 contextlib.closing(Saver(run)) as saver,
             ):
                 images, precision = splits.subset(plan.training), config.execution.precision
+                images = images.for_steps(min(config.train.batch_size, len(images)))
                 step = make_step(method, images, plan.augmentation, config.train, precision, ranks)
                 held = splits.evaluated(plan.validation)
                 trainer = Trainer(run, config, step, plan.execution, held, saver, show and ranks.leads, label)

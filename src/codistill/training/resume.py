@@ -93,7 +93,7 @@ def resume_together(
             configs = [each.config for each in group]
             device = ranks.choose_device(configs[0].execution)
             loaded = ranks.in_turn(functools.partial(group[0].load_data, skip_bad))
-            splits = DeviceSplits(loaded, device)
+            splits = DeviceSplits(loaded, device, configs[0].execution.stream)
             with ranks.together():
                 for each in group:
                     each.check_data(loaded, splits.digests)

@@ -43,9 +43,11 @@ def timed_steps(plan: Plan, splits: DeviceSplits) -> Iterator[Callable[[int], fl
     """Yield a function that trains a copy of a run for a step with so many threads, and returns the seconds it took."""
     settings, images = plan.config.train, splits.subset(plan.training)
     with probing(plan.method, plan.device) as probe, torch.enable_grad():
-        step = make_step(probe, images, plan.augmentation, settings, plan.config.execution.precision)
         batch = min(settings.batch_size, len(images))
+        images = images.for_steps(batch)
+        step = make_step(probe, images, plan.augmentation, settings, plan.config.execution.precision)
         indices = epoch_indices(batch, 0, 0, plan.augmentation, plan.device, probe.views)
+        indices = next(images.staged(indices, [(0, batch)]))
         progress = torch.zeros((), device=plan.device)
 
         def seconds(threads: int) -> float:

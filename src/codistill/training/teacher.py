@@ -73,8 +73,7 @@ def top1_error(teacher: nn.Module, images: DeviceImages, precision: str) -> tupl
     """Return the top-1 error of a teacher on a test set, percent, and why it teaches nothing; empty: it can teach."""
     sums: ClassificationSums | None = None
     with draws_kept(images.device), autocast(images.device, precision):
-        for start in range(0, len(images), EVALUATION_BATCH):
-            pixels, labels = images.batch(start, start + EVALUATION_BATCH)
+        for pixels, labels in images.batches(EVALUATION_BATCH):
             logits = teacher(pixels)
             sums = sums or ClassificationSums(logits.shape[1], images.device)
             sums.update(logits, labels)

@@ -143,7 +143,7 @@ def _train(
     folder = run.path if run is not None else ranks.from_leader(lambda: out or free_folder(config))
     if ranks.count > 1 and state is None:
         method.load_state_dict(ranks.from_leader(method.state_dict))
-    splits = DeviceSplits(data, device)
+    splits = DeviceSplits(data, device, plan.config.execution.stream)
     if ranks.count == 1:
         choose_threads(plan, splits)
     begun = run is not None
