@@ -140,4 +140,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         ground = Image.new("RGBA", picture.size, "white")
         ground.alpha_composite(picture)
         return ground.convert("RGB")
+    if image.mode == "RGB":  # to convert it would copy it
+        image.load()
+        return image
     return image.convert("RGB")

@@ -31,7 +31,7 @@ from codistill.core.files import PLACES, system_error, write_json
 from codistill.core.host import cache_folder, cores, free_memory
 from codistill.data.dataset import Pixels, size_of
 from codistill.data.images import FIX, MAX_FILE, Interpolation, decode_image
-from codistill.data.mapped import Facts, RowReader, digest, histogram, pieces
+from codistill.data.mapped import Facts, RowReader, facts, pieces
 from codistill.data.untrusted import read_file, reason
 
 FORMAT = 1
@@ -224,12 +224,12 @@ class _Store:
         how = (FORMAT, PIL.__version__, *files.size, files.resize, files.interpolation if files.resize else "")
         key = hashlib.sha256(repr((how, os.fspath(files.root.resolve()), version)).encode())
         for name in files.names:
-            facts: object = None
+            about: object = None
             if files.read is None:
                 with contextlib.suppress(OSError):  # a file that is gone becomes a line about it
                     found = os.stat(os.path.join(files.root, name))
-                    facts = (found.st_size, found.st_mtime_ns)
-            key.update(repr((name, facts)).encode("utf-8", "surrogateescape"))
+                    about = (found.st_size, found.st_mtime_ns)
+            key.update(repr((name, about)).encode("utf-8", "surrogateescape"))
         self.key = key.hexdigest()
         self.path = folder / f"{files.root.resolve().name[:40]}-{files.size[0]}x{files.size[1]}-{self.key[:16]}"
         self.about, self.pixels, self.part = (self.path / name for name in ("about.json", "pixels", "pixels.part"))
@@ -325,17 +325,12 @@ class _Store:
 
     def _facts(self, records: npt.NDArray[Any]) -> dict[str, Any]:
         """Read all images again: compare them with their checksums, and compute their digest and histogram."""
-        images = self._map(self.part, len(records))
-        with ThreadPoolExecutor(2) as pool:
-            others = pool.submit(digest, images), pool.submit(histogram, images)
-            start = 0
-            for piece in pieces(images):
-                wanted = records["crc"][start : start + len(piece)]
-                if [zlib.crc32(each.data) for each in piece] != wanted.tolist():
-                    fix = "repair or replace the disk, or name another folder with --data-cache"
-                    raise ResourceError(f"{self.part}: does not hold what was written to it: {fix}")
-                start += len(piece)
-            return {"sha256": others[0].result(), "histogram": others[1].result().tolist()}
+        try:
+            found = facts(self._map(self.part, len(records)), records["crc"])
+        except ValueError:
+            fix = "repair or replace the disk, or name another folder with --data-cache"
+            raise ResourceError(f"{self.part}: does not hold what was written to it: {fix}") from None
+        return {"sha256": found.sha256, "histogram": found.histogram.tolist()}
 
     def _read(self) -> Decoded:
         """Return the images of a whole store, some of which are compared with their checksums."""

@@ -1,0 +1,205 @@
+"""Decoding, second starts and streaming of image files, measured on this machine.
+
+    python benchmarks/data.py decode --out results/data-cpu/decode.json
+    python benchmarks/data.py second-start --out results/data-cpu/second-start.json
+    nice -n 19 python benchmarks/data.py stream --out results/data-cpu/stream.json
+
+Everything is made below --folder (tens of GB for `stream`) and removed at the end.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+from PIL import Image, ImageOps
+
+CLASSES = 10
+SOURCE = (375, 500)  # height and width of most images of ImageNet, pixels
+
+
+def write_photos(root: Path, images: int, size: tuple[int, int] = SOURCE, test: int = 100) -> None:
+    """Write JPEG files: parts of scikit-learn's two photos, each another one, scaled to the size."""
+    from sklearn.datasets import load_sample_images
+
+    photos = [Image.fromarray(each) for each in load_sample_images().images]
+    random = np.random.default_rng(0)
+    for part, count in (("train", images), ("test", test)):
+        for index in range(count):
+            photo = photos[index % 2]
+            width = int(random.integers(200, photo.width))
+            height = width * size[0] // size[1]
+            left, top = int(random.integers(photo.width - width)), int(random.integers(max(1, photo.height - height)))
+            path = root / part / f"class{index % CLASSES}" / f"{index:06}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            piece = photo.crop((left, top, left + width, min(photo.height, top + height)))
+            piece.resize(size[::-1], Image.Resampling.BILINEAR).save(path, quality=90)
+
+
+def files_of(root: Path) -> list[Path]:
+    """Return the training files of a folder."""
+    return sorted((root / "train").glob("*/*.jpg"))
+
+
+def plain_loop(paths: list[Path], side: int, out: Path) -> float:
+    """Decode, scale and pack files as one does with Pillow in one process; return the seconds."""
+    started = time.perf_counter()
+    with open(out, "wb") as file:
+        for path in paths:
+            image = Image.open(path).convert("RGB")
+            image = ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
+            file.write(np.asarray(image).tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+    return time.perf_counter() - started
+
+
+def own_store(root: Path, paths: list[Path], side: int, cache: Path) -> float:
+    """Decode files into a store, checked; return the seconds."""
+    from codistill.data.store import decoded, stored_in
+
+    names = [str(path.relative_to(root)) for path in paths]
+    started = time.perf_counter()
+    with stored_in(str(cache)):
+        found = decoded(root, names, (side, side), resize=True)
+    seconds = time.perf_counter() - started
+    assert len(found.images) == len(paths)
+    return seconds
+
+
+def decode(folder: Path, images: int, rounds: int) -> dict[str, Any]:
+    """Decode and pack JPEG files in turn: a Pillow loop, and a store; both write the same pixels to the disk."""
+    root, side = folder / "photos", 224
+    write_photos(root, images)
+    paths, pieces, plain, own = files_of(root), max(1, rounds), [], []
+    for piece in range(pieces):
+        part = paths[piece::pieces]
+        plain.append(plain_loop(part, side, folder / "plain"))
+        own.append(own_store(root, part, side, folder / "cache"))
+        shutil.rmtree(folder / "cache")
+    rows = [
+        {"plain_seconds": round(a, 2), "store_seconds": round(b, 2), "factor": round(a / b, 2)}
+        for a, b in zip(plain, own, strict=True)
+    ]
+    size = sum(path.stat().st_size for path in paths) / len(paths)
+    about = {"images": images, "size": list(SOURCE), "bytes_a_file": round(size), "resize": side}
+    return about | {"in_turn": rows, "factor": round(sum(plain) / sum(own), 2)}
+
+
+SECOND = """
+import sys, time
+import torch
+import codistill as cd
+from codistill.data.stream import on_device
+from codistill.data.store import stored_in
+from codistill.runs.metadata import data_digests
+started = time.perf_counter()
+with stored_in(sys.argv[2]):
+    data = cd.dataset("folder:resize=224", sys.argv[1])
+found = time.perf_counter()
+data_digests(data), data.statistics
+facts = time.perf_counter()
+images = on_device(data.train, data.statistics, torch.device("cpu"), sys.argv[3])
+images.batch(0, 128)
+print(found - started, facts - found, time.perf_counter() - facts)
+"""
+
+
+def second_start(folder: Path, images: int, rounds: int) -> dict[str, Any]:
+    """Start again on a folder that was decoded before, in a new process; its seconds are those after the imports."""
+    root, cache = folder / "photos", folder / "cache"
+    write_photos(root, images)
+    rows = []
+    for number in range(rounds + 1):
+        for how in ("on", "off") if number else ("on",):
+            line = [sys.executable, "-c", SECOND, str(root), str(cache), how]
+            out = subprocess.run(line, check=True, capture_output=True, text=True).stdout
+            found, facts, ready = map(float, out.split())
+            row = {"start": "second" if number else "first", "stream": how, "data_set": round(found, 3)}
+            rows.append(row | {"digests": round(facts, 3), "first_batch": round(ready, 3)})
+            rows[-1]["seconds"] = round(found + facts + ready, 3)
+    worst = max(row["seconds"] for row in rows if row["start"] == "second")
+    return {"images": images, "resize": 224, "starts": rows, "slowest_second_start": worst}
+
+
+def measured(line: list[str]) -> dict[str, Any]:
+    """Run a command and return its seconds and the most memory that it held, resident, as Linux counts it."""
+    started = time.perf_counter()
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    lines = process.stdout.read().splitlines() + process.stderr.read().splitlines()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit("\n".join(lines))
+    shown = [each for each in lines if "GB" in each or "images/s" in each or "decoded" in each]
+    seconds = round(time.perf_counter() - started, 1)
+    return {"seconds": seconds, "peak_rss_bytes": usage.ru_maxrss * 1024, "lines": shown}
+
+
+def stream(folder: Path, images: int, steps: int, limit: int) -> dict[str, Any]:
+    """Train on a set of 224 x 224 images for some steps, as a user would, and measure the memory of each command.
+
+    To be quick to make, most files are hard links to some hundred different ones; each is decoded by itself.
+    """
+    root, side, batch = folder / "photos", 224, 32
+    write_photos(folder / "originals", min(images, 400), (side, side), 20)
+    for part, count in (("train", images), ("test", 200)):
+        paths = sorted((folder / "originals" / part).glob("*/*.jpg"))
+        for index in range(count):
+            source = paths[index % len(paths)]
+            path = root / part / source.parent.name / f"{index:06}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.link(source, path)
+    line = [sys.executable, "-m", "codistill", "train", "dml", "--networks", "resnet8", "resnet8", "--data", "folder"]
+    line += ["--data-dir", str(root), "--data-cache", str(folder / "cache"), "--batch-size", str(batch)]
+    line += ["--epochs", "1", "--lr", "0.01", "--threads", "1", "--compile", "off", "--stream", "on"]
+    rows = {
+        f"{name}, {count} steps": measured([*line, "--train-limit", str(batch * count), "--out", str(folder / name)])
+        for name, count in (("first", 2), ("second", steps))
+    }
+    peak = max(row["peak_rss_bytes"] for row in rows.values())
+    found = {"images": images, "size": [side, side], "gigabytes": images * side * side * 3 / 1e9, "batch_size": batch}
+    return found | {"commands": rows, "peak_rss_bytes": peak, "within_2_GiB": peak <= limit}
+
+
+def main() -> None:
+    """Measure, print, and write what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("decode", "second-start", "stream"))
+    parser.add_argument("--folder", type=Path, default=Path("data-benchmark"), help="made, and removed at the end")
+    parser.add_argument("--images", type=int, help="10,000, of stream 100,000")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args()
+    images = asked.images or (100_000 if asked.what == "stream" else 10_000)
+    asked.folder.mkdir(parents=True)
+    try:
+        if asked.what == "decode":
+            found = decode(asked.folder, images, asked.rounds)
+        elif asked.what == "second-start":
+            found = second_start(asked.folder, images, asked.rounds)
+        else:
+            found = stream(asked.folder, images, asked.steps, 2 << 30)
+    finally:
+        shutil.rmtree(asked.folder)
+    found |= {"cores": os.cpu_count(), "load": list(os.getloadavg()), "machine": platform.machine()}
+    found |= {"pillow": PIL.__version__, "numpy": np.__version__}
+    text = json.dumps(found, indent=2)
+    print(text)
+    if asked.out:
+        asked.out.parent.mkdir(parents=True, exist_ok=True)
+        asked.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
