@@ -15,6 +15,13 @@ from codistill.evaluation.predictions import Predictions, RankingStore
 from codistill.methods import Method
 
 EVALUATION_BATCH = 500
+PIXELS = 2 << 20  # of a batch: images above 64x64 are evaluated in smaller batches, or their maps would fill memory
+
+
+def batch_for(images: DeviceImages, most: int = EVALUATION_BATCH) -> int:
+    """Return how many images are evaluated together."""
+    height, width = images.images.shape[1:3]
+    return max(1, min(most, PIXELS // (height * width)))
 
 
 class Evaluation:
@@ -72,8 +79,8 @@ class Evaluation:
     def _pass(self, between: Callable[[], None]) -> None:
         for name, images in self.splits.items():
             sums, rankings = self._sums[name], self._rankings[name]
-            starts = range(0, len(images), self.batch_size)
-            for start, (pixels, labels) in zip(starts, images.batches(self.batch_size), strict=True):
+            size = batch_for(images, self.batch_size)
+            for start, (pixels, labels) in zip(range(0, len(images), size), images.batches(size), strict=True):
                 with autocast(self.device, self.precision):
                     outputs = self.method(pixels)
                     predictions = self.method.predictions(outputs)

@@ -13,7 +13,7 @@ from codistill.core.randomness import draws_kept
 from codistill.data.affine import Affine
 from codistill.data.augment import DeviceImages
 from codistill.deploy.classifier import load_predictor
-from codistill.evaluation.evaluation import EVALUATION_BATCH
+from codistill.evaluation.evaluation import batch_for
 from codistill.evaluation.metrics import ClassificationSums, read_together, scores
 from codistill.networks import Network, network
 from codistill.networks.weights import take
@@ -73,7 +73,7 @@ def top1_error(teacher: nn.Module, images: DeviceImages, precision: str) -> tupl
     """Return the top-1 error of a teacher on a test set, percent, and why it teaches nothing; empty: it can teach."""
     sums: ClassificationSums | None = None
     with draws_kept(images.device), autocast(images.device, precision):
-        for pixels, labels in images.batches(EVALUATION_BATCH):
+        for pixels, labels in images.batches(batch_for(images)):
             logits = teacher(pixels)
             sums = sums or ClassificationSums(logits.shape[1], images.device)
             sums.update(logits, labels)
