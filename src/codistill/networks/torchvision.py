@@ -43,9 +43,7 @@ def torchvision_network(name: str, num_classes: int, pretrained: bool = False, *
         raise UsageError(f"{title}: torchvision is not installed here: {install('torchvision')}") from error
     known = models.list_models(module=models)
     if name.startswith("vit_"):
-        raise UsageError(
-            f"{title}: its tokens are no map: name a vision transformer of timm: timm/vit_tiny_patch16_224"
-        )
+        raise UsageError(f"{title}: its tokens are no map: name one of timm's: timm/vit_tiny_patch16_224")
     if name not in known:
         raise UsageError(f"unknown {title}: {near_matches(name, known)}")
     try:
