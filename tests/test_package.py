@@ -50,6 +50,7 @@ WRONG = {
     "train --method.temprature=3": "unknown option --method.temprature=3: did you mean --method.temperature?",
     "train mfeff": "unknown method 'mfeff': did you mean mfef?",
     "train --networks resnet20 resnet2O:shortcut=A": "unknown network 'resnet2O': did you mean ",
+    "train --networks timm/resnet18 tim/resnet18": "unknown network 'tim/resnet18'",
     "train --data=digts": "unknown data set 'digts': did you mean digits?",
     "train --optimizer adam": "codistill train mfef: --optimizer does not exist: all methods use SGD: see --momentum",
     "train --kernels fused": "--kernels was removed: leave it out; --compile on|off",
@@ -91,3 +92,10 @@ def test_a_run_does_not_wait_for_the_compiler_to_be_imported(tmp_path, precision
     program = "import sys; from codistill.cli import main; main(sys.argv[1:]); print('torch._dynamo' in sys.modules)"
     done = loaded(program, *command.split(), "--precision", precision)
     assert done.stdout.endswith("False\n")
+
+
+@pytest.mark.slow  # it imports torch
+def test_listing_networks_does_not_import_those_of_others():
+    program = "import sys; from codistill.cli import main; main(['list']); print({'timm', 'torchvision'} & "
+    done = loaded(f"{program} sys.modules.keys())")
+    assert done.stdout.endswith("set()\n") and "timm/*" in done.stdout

@@ -16,8 +16,10 @@ from codistill.networks.origin import origin_of
 from codistill.networks.weights import classifier_of, take
 from codistill.settings.build import build_method
 from codistill.settings.config import RunConfig, default_config
+from codistill.training.train import train_from_config
 
 from .. import tiny
+from ..faults.running import at_step
 
 pytestmark = pytest.mark.usefixtures("tiny_registered")
 
@@ -177,5 +179,22 @@ def test_on_the_command_line_and_in_config_json(tmp_path, monkeypatch, no_pages,
     assert main(["train", "--recipe", "a/config.json", "--out", "b"]) == 0
     assert cd.Run("b").metadata["initial_weights"] == run.metadata["initial_weights"]
     (tmp_path / "w.pth").write_bytes(b"damaged")
+    cd.Run("a").load_method()  # which needs no file
     assert main(["train", "--recipe", "a/config.json", "--out", "c"]) == 4
     assert not (tmp_path / "c").exists()
+
+
+def test_a_run_goes_on_from_its_checkpoint_without_the_file_and_from_the_beginning_with_the_same(tmp_path, no_pages):
+    file = tmp_path / "w.pth"
+    tiny.write_npz(tmp_path / "colours.npz", tiny.data())
+    torch.save(drawn().state_dict(), file)
+    begun = config(f"student0={file}", data="packed", data_dir=str(tmp_path / "colours.npz"), train=tiny.settings())
+    for step in (1, 5):  # within the first epoch of three steps, and within the second
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            at_step(patch, step, lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+            train_from_config(begun, tmp_path / f"run{step}", show=False)
+    torch.save(drawn(seed=2).state_dict(), file)
+    with pytest.raises(CheckpointError, match="no checkpoint yet, and its initial weights are not those that are here"):
+        cd.resume(tmp_path / "run1", show=False)
+    file.unlink()
+    assert cd.resume(tmp_path / "run5", show=False).finished

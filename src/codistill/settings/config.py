@@ -192,7 +192,7 @@ class RunConfig:
 
     method_name: str = "mfef"
     networks: tuple[str, ...] = ()
-    """The students, one name each: resnet32 wrn-16-2. Options behind a colon: resnet20:shortcut=A."""
+    """The students, one name each: resnet32 timm/resnet18. Options behind a colon: resnet20:shortcut=A."""
     weights: tuple[str, ...] = field(default=(), metadata=MOVES | {"metavar": "STUDENT=FILE .."})
     """Weights that students begin with, student0=FILE: of torch.save or .safetensors, also of timm or torchvision; a
     classifier for other classes is drawn."""

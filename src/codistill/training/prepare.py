@@ -169,13 +169,16 @@ def check_parts(config: RunConfig, images: int, ranks: Ranks) -> None:
         )
 
 
-def build_taught(config: RunConfig, data: Dataset, own: Method | None = None) -> Method:
-    """Build a run's method, with its teacher if it names one; `own` is a method that is built already."""
+def build_taught(config: RunConfig, data: Dataset, own: Method | None = None, fresh: bool = True) -> Method:
+    """Build a run's method, with its teacher if it names one; `own` is a method that is built already.
+
+    `fresh` says whether it begins, from weights of others where the run names them, or goes on from a checkpoint.
+    """
     taught = own is not None and own.taught_by is not None
     check_teacher(
         type(own) if own is not None else METHODS[config.method_name], taught or bool(config.teaching.teacher)
     )
-    method = own if own is not None else build_method(config, data.num_classes, data.image_size, fresh=True)
+    method = own if own is not None else build_method(config, data.num_classes, data.image_size, fresh)
     if config.teaching.teacher is None or taught:
         return method
     teacher = load_teacher(config.teaching, data.class_names, data.statistics, data.image_size)

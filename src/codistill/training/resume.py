@@ -222,7 +222,7 @@ class InterruptedRun:
         if teacher is None and own is None and began is not None:
             words = f"its teacher was attached in Python: {hand_in('method', run.metadata)}"
             raise CheckpointError(f"{run.path}: {words}; or {name_it}")
-        method = build_taught(self.config, data, own)
+        method = build_taught(self.config, data, own, fresh=self.state is None)
         now = weights_digest(method.taught_by.network) if method.taught_by else None
         if began is not None and now != began:
             what = f"teacher {teacher or 'handed in'}: its weights are not those that {run.path} began with"
