@@ -338,7 +338,7 @@ def accepted_images(module: nn.Module, device: torch.device, image_size: tuple[i
     """Return two random images of a size that a module can take; raise `UsageError` where there is none."""
     reason = ""
     for size in (image_size,) if image_size else SIZES:
-        images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
+        images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0), device=CPU).to(device)
         try:
             module(images)
             return images

@@ -24,6 +24,8 @@ def identity(config: RunConfig) -> dict[str, Any]:
     settings = {**method, **{key: value for key, value in mapping.items() if key not in PLACES}}
     if settings["teacher"] is not None:
         settings["teacher"] = str(Path(settings["teacher"]).absolute())
+    files = [each.partition("=") for each in settings["weights"]]
+    settings["weights"] = [f"{name}={Path(file).absolute()}" for name, _, file in files]
     return settings
 
 
