@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import codistill as cd
+from codistill.cli import commands
 from codistill.cli.main import main
 from codistill.core.errors import UsageError
 from codistill.deploy import card, export
@@ -23,6 +24,7 @@ from codistill.deploy.classifier import load_classifier
 from codistill.deploy.export import export_predictor
 
 from .. import tiny
+from .test_latency import latency
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +90,7 @@ def test_int8_is_quantised_by_channel_on_real_images(folder, run):
     model = onnx.load(folder / "model.int8.onnx")
     kinds = [node.op_type for node in model.graph.node]
     assert kinds.count("DequantizeLinear") > 10 and kinds.count("QuantizeLinear") > 3
+    assert kinds[-1] == "Gemm"  # logits keep all their bits
     constants = {each.name: onnx.numpy_helper.to_array(each) for each in model.graph.initializer}
     nodes = {node.output[0]: node for node in model.graph.node}
     for conv in (node for node in model.graph.node if node.op_type == "Conv"):
@@ -140,7 +143,10 @@ def test_load_needs_no_torch_and_no_codistill(folder, photos, capsys, tmp_path):
         assert (done.stdout, done.returncode) == (expected, 0), done.stderr
 
 
-def test_int8_that_costs_too_much_is_refused(run, tmp_path, monkeypatch):
+def test_int8_that_costs_too_much_is_refused(run, folder, tmp_path, monkeypatch):
+    whole = (folder / "model.onnx").read_bytes()
+    monkeypatch.setitem(export.WRITERS, "onnx", lambda module, card, path: path.write_bytes(whole))
+
     def spoilt(float_file, card, images, path):
         model = onnx.load(float_file)
         for each in model.graph.initializer:
@@ -150,6 +156,7 @@ def test_int8_that_costs_too_much_is_refused(run, tmp_path, monkeypatch):
         path.write_bytes(model.SerializeToString())
 
     monkeypatch.setattr(export, "quantise", spoilt)
+    monkeypatch.setattr(export, "onnx_pace", lambda files, card: [1.0, 2.0])
     with pytest.raises(UsageError, match=r"x.int8.onnx: not written: in int8 the error is .* points of accuracy lost"):
         export_predictor(run, "student0", tmp_path / "x.int8.onnx")
     assert list(tmp_path.iterdir()) == []
@@ -188,7 +195,7 @@ def test_a_folder_that_fails_is_not_there(run, tmp_path, monkeypatch):
     monkeypatch.setattr(card, "draw_confusion", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     monkeypatch.setitem(export.WRITERS, "onnx", lambda module, card, path: path.write_bytes(b""))
     with pytest.raises(cd.CodistillError):
-        export_folder(run, tmp_path / "deep" / "out", "student0")
+        export_folder(run, tmp_path / "out", "student0")
     assert tiny.listing(tmp_path) == {}
 
 
@@ -198,3 +205,23 @@ def test_names_of_classes_are_no_markup(tmp_path):
     assert (tmp_path / "picture.png").stat().st_size > 1000
     many = tuple(str(each) for each in range(100))
     card.draw_confusion(np.eye(100, dtype=np.int64), many, tmp_path / "many.png")
+
+
+def test_a_run_exports_to_a_folder_from_python(run, folder, tmp_path, monkeypatch):
+    whole = (folder / "model.onnx").read_bytes()
+    monkeypatch.setitem(export.WRITERS, "onnx", lambda module, card, path: path.write_bytes(whole))
+    out = run.export("student0", tmp_path / "model")
+    assert sorted(each.name for each in out.iterdir()) == sorted(
+        ["README.md", "confusion.png", "load.py", "model.onnx", "recipe.json"]
+    )
+    page = (out / "README.md").read_text()
+    assert "license: unknown" in page and "not chosen yet" in page and "## int8" not in page
+
+
+def test_a_report_measures_latency_on_request(run, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(commands, "measure_latency", lambda run: latency(student0=1.5))
+    monkeypatch.setattr(commands, "write_pages", lambda runs, out: tmp_path / "page.html")
+    monkeypatch.setattr(commands, "complete_pictures", lambda *_: None)
+    assert main(["report", str(run.path), "--latency"]) == 0
+    printed = capsys.readouterr().out
+    assert "batch 1" in printed and "student0" in printed and "1.5" in printed

@@ -324,7 +324,7 @@ def test_modules_that_students_share_are_written_once(tiny_registered, tmp_path)
         done = export_predictor(run, predictor, format="safetensors")
         written = safetensors.torch.load_file(done.path).values()
         wanted = [*module.parameters(), *module.buffers()]
-        assert done.difference == 0 and sum(map(torch.numel, written)) == sum(map(torch.numel, wanted)), predictor
+        assert done.difference < 1e-6 and sum(map(torch.numel, written)) == sum(map(torch.numel, wanted)), predictor
 
 
 def test_networks_and_data_of_ones_own(tmp_path):

@@ -225,6 +225,20 @@ def test_balanced_errors_have_columns_where_they_are_others(tmp_path):
     assert ["new", "finished", "10.00", "8.00", "30.00", "8.10", ""] in page
 
 
+def test_latencies_are_in_the_table_where_they_were_measured(bench):
+    bench.sweep()
+    assert "Milliseconds" not in (bench.out / "table.md").read_text()
+    timing = {"predictor": "student0", "runtime": "onnx", "device": "cpu", "batch": 1, "threads": 1}
+    found = {"format": 1, "machine": {}, "image_size": [8, 8], "predictors": {}}
+    found["timings"] = [{**timing, "milliseconds": 0.5}, {**timing, "threads": 2, "milliseconds": 9}]
+    (bench.out / "seed1" / "latency.json").write_text(json.dumps(found))
+    (bench.out / "seed2" / "latency.json").write_text("{}")
+    rows = bench.sweep()
+    assert [row.milliseconds for row in rows.values()] == [{}, {"student0": 0.5}, {}]
+    page = (bench.out / "table.md").read_text().partition("Milliseconds of one image")[2]
+    assert ["seed1", "0.5"] in table(page) and "seed2" not in page
+
+
 def test_a_group_with_a_failed_run_has_no_mean(bench, capsys):
     bench.act(**{"ffl-seed1": ["exit 5 student0 diverged | in epoch 3"]})
     rows = bench.sweep(f'{SHARED}[grid]\nmethod = ["ffl", "dml"]\nseed = [0, 1]')

@@ -27,6 +27,7 @@ from codistill.deploy.budget import BEST, choose_predictor
 from codistill.deploy.card import export_folder, is_folder, refuse_taken
 from codistill.deploy.classifier import load_classifier
 from codistill.deploy.export import RUNTIMES, choose_format, export_predictor
+from codistill.deploy.latency import measure_latency, rows
 from codistill.deploy.predict import answers
 from codistill.deploy.run import Run
 from codistill.evaluation.presentation import as_json, scores_table, where_wrong
@@ -201,6 +202,14 @@ def report_command(arguments: Sequence[str]) -> None:
     if not chosen.runs:
         raise UsageError("codistill report: no run: name at least one run folder")
     runs = [Run(path) for path in run_folders(chosen.runs)]
+    for run in runs if chosen.latency else ():
+        headings, *cells = rows(measure_latency(run), run.summary.get("top1_error", {}) if run.status else {})
+        table = Table(*headings[:2], title=f"{run.path}: uint8 pixels to logits")
+        for heading in headings[2:]:
+            table.add_column(heading, justify="right")
+        for line in cells:
+            table.add_row(*line)
+        lasting_console(True).print(table)
     if len(runs) == 1:
         complete_pictures(runs[0], chosen.data_dir, chosen.skip_bad)
     print(f"ok: {write_pages(runs, chosen.out)}")

@@ -29,7 +29,7 @@ usage: codistill COMMAND ...
   evaluate RUN                                   score every predictor of a run on its test set
   report RUN ..                                  write the page of a run again, or one that compares runs
   predict FILE_OR_RUN IMAGE ..                   classify images
-  export RUN --predictor student0 --format onnx  write one predictor as one file, and check it
+  export RUN --predictor student0 --format onnx  write one predictor as a file or a folder, and check it
   bench [METHOD] --networks A B .. [--compare]   time training steps here, also against a plain PyTorch loop
   list                                           list methods, networks and data sets
 

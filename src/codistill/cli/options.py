@@ -96,6 +96,9 @@ class ReportOptions(MovedDataOptions):
     """Run folders, or folders of them as of --seeds and sweeps."""
     out: Path | None = None
     """The file. None: RUN/report.html of one run, comparison.html here of several."""
+    latency: bool = False
+    """First measure every predictor here, as torch and as ONNX, and write RUN/latency.json; it also serves export
+    --max-latency-ms and the tables of sweeps."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,7 +86,7 @@ def choose_format(file: Path | None, format: str | None) -> str:
         raise UsageError(f"no format: give --format {' or '.join(SUFFIXES)}, or a file that ends accordingly")
     if chosen not in SUFFIXES:
         raise UsageError(f"unknown format {format!r}: choose from {', '.join(SUFFIXES)}")
-    suffix = Path(SUFFIXES[chosen]).suffix
+    suffix = "." + SUFFIXES[chosen].rpartition(".")[2]
     if file is not None and file.suffix != suffix:
         raise UsageError(f"{file}: a {chosen} file must end in {suffix}")
     return chosen

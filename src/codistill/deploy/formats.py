@@ -111,8 +111,8 @@ def quantise(float_file: Path, card: Card, images: Pixels, path: Path) -> None:
     """Write an ONNX file again with weights and activations of 8 bits, as onnxruntime's static quantisation makes it.
 
     Weights are quantised by output channel, activations by tensor, to signed integers, in the form of pairs of
-    QuantizeLinear and DequantizeLinear (QDQ), which onnxruntime, OpenVINO and TensorRT read. The range of an activation
-    is that of the calibration images.
+    QuantizeLinear and DequantizeLinear (QDQ). The range of an activation is that of the calibration images; its zero
+    need not be 0, which onnxruntime and OpenVINO take, and TensorRT does not.
 
     Args:
         float_file: As `write_onnx` wrote it.
@@ -147,6 +147,8 @@ def quantise(float_file: Path, card: Card, images: Pixels, path: Path) -> None:
             per_channel=True,
             activation_type=QuantType.QInt8,
             weight_type=QuantType.QInt8,
+            # Logits of 256 levels would be equal for many classes.
+            extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm"]},
         )
         model = onnx.load(str(quantised))
     onnx.helper.set_model_props(model, {CARD_KEY: json.dumps(card)})

@@ -1,8 +1,11 @@
 """A run as its user holds it: evaluate it, export it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from codistill.deploy.card import export_folder, is_folder
 from codistill.deploy.export import export_predictor
+from codistill.deploy.latency import Latency, Runtime, measure_latency
 from codistill.evaluation.metrics import Scores
 from codistill.evaluation.predictions import Predictions
 from codistill.runs.evaluate import EvaluatedSplit, evaluate_run
@@ -46,5 +49,16 @@ class Run(RunFolder):
         return read_predictions(self)
 
     def export(self, predictor: str, file: str | Path, format: str | None = None, data_dir: str | None = None) -> Path:
-        """Write one predictor as a file that needs nothing of the rest; see `export_predictor`."""
+        """Write one predictor as a file that needs nothing of the rest, or as a folder; return its place.
+
+        See `export_predictor`, and for a folder (no ending of a file, or a slash at the end) `export_folder`.
+        """
+        if is_folder(str(file)):
+            export_folder(self, Path(file), predictor, format, data_dir=data_dir)
+            return Path(file)
         return export_predictor(self, predictor, Path(file), format, data_dir=data_dir).path
+
+    def measure_latency(self, runtimes: Sequence[Runtime] = ("torch", "onnx")) -> Latency:
+        """Measure every predictor on this machine; see `codistill.deploy.latency.measure_latency`."""
+        images = self.load_data().train.images if "onnx-int8" in runtimes else None
+        return measure_latency(self, runtimes, images=images)

@@ -21,6 +21,7 @@ from codistill.core.files import system_error, write_json
 from codistill.core.imports import import_flags, split_imports
 from codistill.core.registry import near_matches
 from codistill.core.signals import Interrupted, Terminated
+from codistill.deploy.latency import read_latency
 from codistill.methods import METHODS
 from codistill.runs.folder import ANOTHER, RunFolder
 from codistill.runs.lock import lock_folder
@@ -263,6 +264,9 @@ class Sweep:
             summary = RunFolder(folder).summary
         if summary.get("status") == "finished" and not run.problem:
             found = {key: summary[key] for key in RESULTS if key in summary}
+            with contextlib.suppress(CodistillError):  # a damaged latency.json
+                latency = read_latency(RunFolder(folder))
+                found |= {"milliseconds": latency.milliseconds()} if latency else {}
             return dataclasses.replace(row, status="finished", **found)
         if summary.get("status") == "diverged":
             reason = str(summary.get("error", "diverged"))

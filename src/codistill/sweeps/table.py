@@ -30,6 +30,7 @@ class Row:
         validation_top1_error: Of each predictor on its validation images, if any, after the last epoch, percent.
         best_student: The student with the lowest error after the last epoch.
         chosen_by: On which images: `validation` or `test`.
+        milliseconds: Of each predictor for one image, as ONNX with one CPU thread, where RUN/latency.json has it.
         reason: Why it failed.
     """
 
@@ -44,6 +45,7 @@ class Row:
     validation_top1_error: dict[str, float] = field(default_factory=dict)
     best_student: str = ""
     chosen_by: str = ""
+    milliseconds: dict[str, float] = field(default_factory=dict)
     reason: str = ""
 
     @property
@@ -84,6 +86,9 @@ def write_tables(folder: Path, spec: Path, rows: Sequence[Row]) -> None:
     title = f"# Top-1 errors on the test set{held_out} after the last epoch, %: {spec.name}"
     lines = [title, "", *markdown(run_cells(rows))]
     lines += ["", "Over seeds: mean ± sample standard deviation (n runs) of these", "", *markdown(group_cells(groups))]
+    if any(row.milliseconds for row in rows):
+        lines += ["", "Milliseconds of one image, as ONNX with one CPU thread, where measured", ""]
+        lines += markdown(latency_cells(rows))
     write_atomically(folder / "table.md", ("\n".join(lines) + "\n").encode())
 
 
@@ -103,6 +108,17 @@ def run_cells(rows: Sequence[Row]) -> list[list[str]]:
         errors = [f"{row.errors[name]:.2f}" if name in row.errors else "" for name in predictors]
         cells.append([row.name, row.status, *errors, row.reason])
     return cells
+
+
+def latency_cells(rows: Sequence[Row]) -> list[list[str]]:
+    """Return the table of the runs whose latency was measured, headings first."""
+    measured = [row for row in rows if row.milliseconds]
+    predictors = predictors_of([row.milliseconds for row in measured])
+
+    def shown(row: Row) -> list[str]:
+        return [f"{row.milliseconds[name]:.3g}" if name in row.milliseconds else "" for name in predictors]
+
+    return [["run (folder)", *predictors], *([row.name, *shown(row)] for row in measured)]
 
 
 def group_cells(groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
