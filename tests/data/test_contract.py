@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from codistill.core.errors import DataError, UsageError
 from codistill.data import DATASETS, dataset
@@ -22,6 +23,7 @@ FIXTURES = {
     "cinic10": ("cinic10:check=false", lambda root: write_folder(root, cinic_files()[0])),
     "folder": ("folder:resize=8", lambda root: write_folder(root, image_folder_files()[0])),
     "table": ("table", lambda root: write_table(root, image_folder_files()[0])),
+    "huggingface": ("huggingface", lambda root: save_with_datasets(root, image_folder_files()[1])),
     "packed": ("packed", lambda root: write_npz(root / "x.npz", random_arrays(3))),
 }
 
@@ -30,6 +32,19 @@ def write_table(root, files):
     """Write images, and a table of them."""
     rows = [f"{name},{name.split('/')[1]},{name.split('/')[0]}" for name in files]
     return write_folder(root, {**files, "labels.csv": "\n".join(["path,label,split", *rows]).encode()})
+
+
+def save_with_datasets(root, arrays):
+    """Save a data set as Hugging Face's library does."""
+    datasets = pytest.importorskip("datasets")
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(arrays.class_names))}
+    parts = {}
+    for part in ("train", "test"):
+        images = [Image.fromarray(each) for each in getattr(arrays, f"{part}_images")]
+        columns = {"image": images, "label": getattr(arrays, f"{part}_labels").tolist()}
+        parts[part] = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    datasets.DatasetDict(parts).save_to_disk(str(root / "saved"))
+    return root / "saved"
 
 
 @pytest.fixture(params=DATASETS)

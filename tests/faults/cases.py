@@ -432,6 +432,12 @@ CASES |= {
         "that lead out; files missing and cut; no UTF-8, open quotes, no JSON, no table",
         "status 3; one line with file and line, all bad rows and files at once; --skip-bad leaves them out",
     ),
+    132: Case(
+        "a folder of Hugging Face's datasets that cannot be used",
+        "missing, of something else, half of any of its files, other columns and splits, images and classes missing or "
+        "damaged; the package is not installed",
+        "status 3 in one line, all bad rows at once, or 2 with the command that installs the package",
+    ),
     133: Case(
         "images that are added after test images were drawn",
         "a folder without test images, evaluated and exported after the training with two images more",

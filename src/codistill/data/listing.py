@@ -101,6 +101,12 @@ class Reading:
         return (sides[0], sides[-1]) if sides[0] else None
 
 
+def in_order(classes: Iterable[str]) -> list[str]:
+    """Return the names of classes sorted: as numbers, if all are whole numbers."""
+    names = sorted(classes)
+    return sorted(names, key=int) if all(re.fullmatch(r"-?[0-9]{1,18}", each) for each in names) else names
+
+
 def part_called(name: str) -> str | None:
     """Return the split that goes by a name: train, validation or test; None: it is no name of a split."""
     found = [part for part, names in PARTS.items() if name.strip().lower() in names]

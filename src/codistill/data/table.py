@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import os
-import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,17 @@ import numpy as np
 from codistill.core.errors import DataError
 from codistill.data.dataset import DATASETS, Dataset
 from codistill.data.images import SUFFIXES, Interpolation
-from codistill.data.listing import PARTS, Listed, Part, Reading, Resize, part_called, read_listed, refuse_bad
+from codistill.data.listing import (
+    PARTS,
+    Listed,
+    Part,
+    Reading,
+    Resize,
+    in_order,
+    part_called,
+    read_listed,
+    refuse_bad,
+)
 from codistill.data.untrusted import read_file, reading, visible
 
 COLUMNS = {
@@ -111,9 +120,7 @@ def table(
         refuse_bad(source, bad.values(), options, len(bad))
         found = f"all training images are of class {min(labels)!r}" if labels else "has no training images"
         raise DataError(f"{source}: {found}: {FIX}")
-    class_names = sorted(labels)
-    if all(re.fullmatch(r"-?[0-9]{1,18}", each) for each in class_names):
-        class_names.sort(key=int)
+    class_names = in_order(labels)
     numbers = {name: index for index, name in enumerate(class_names)}
     parts = {}
     for part in PARTS:
