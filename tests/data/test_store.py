@@ -158,6 +158,7 @@ def count_decoded(monkeypatch) -> list[str]:
     return names
 
 
+@pytest.mark.fault(150)
 def test_a_store_goes_on_where_it_was_left(photos, capsys):
     (photos / NAMES[1]).write_bytes(b"no image")
     with pytest.MonkeyPatch.context() as patch:
@@ -174,6 +175,7 @@ def test_a_store_goes_on_where_it_was_left(photos, capsys):
     assert {each.name for each in folder(photos).iterdir()} == {"lock", "pixels", "rows", "about.json"}
 
 
+@pytest.mark.fault(150)
 @pytest.mark.parametrize("harm", ["cut pixels", "cut rows", "flip", "order", "no pixels", "renamed"])
 def test_what_a_kill_or_a_bad_disk_left_is_checked_before_it_is_used(photos, harm):
     with pytest.MonkeyPatch.context() as patch:
@@ -198,6 +200,7 @@ def test_what_a_kill_or_a_bad_disk_left_is_checked_before_it_is_used(photos, har
     assert np.array_equal(in_store(photos).images, plain(photos))
 
 
+@pytest.mark.fault(150)
 @pytest.mark.parametrize("harm", ["cut", "flip", "rows", "json", "other", "no pixels", "part"])
 def test_a_damaged_store_is_made_again(photos, harm, capsys):
     in_store(photos)
@@ -223,6 +226,7 @@ def test_a_damaged_store_is_made_again(photos, harm, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.fault(150)
 def test_a_disk_that_loses_what_was_written_is_no_store(photos, monkeypatch):
     monkeypatch.setattr(store.os, "fsync", lambda _: os.truncate(folder(photos) / "pixels.part", 0) or _harm(photos))
     with pytest.raises(ResourceError, match="does not hold what was written to it: repair or replace the disk"):
@@ -234,6 +238,7 @@ def _harm(photos: Path) -> None:
     (folder(photos) / "pixels.part").write_bytes(bytes(len(NAMES) * 60))
 
 
+@pytest.mark.fault(151)
 def test_a_full_disk_is_one_line_and_what_was_written_is_kept(photos, monkeypatch):
     monkeypatch.setattr(store.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 100))
     with pytest.raises(ResourceError, match=r"0\.0 GB of decoded images, but the disk has 0\.0 GB free: free some"):
@@ -242,6 +247,7 @@ def test_a_full_disk_is_one_line_and_what_was_written_is_kept(photos, monkeypatc
     assert np.array_equal(in_store(photos).images, plain(photos))
 
 
+@pytest.mark.fault(151)
 def test_without_room_in_the_users_cache_they_are_decoded_in_memory(photos, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(photos.parent / "user"))
     monkeypatch.setattr(store, "FEWEST_FILES", 1)
@@ -253,6 +259,7 @@ def test_without_room_in_the_users_cache_they_are_decoded_in_memory(photos, monk
         decoded(photos, NAMES, SIZE, resize=False)
 
 
+@pytest.mark.fault(151)
 def test_a_place_that_cannot_be_written(photos, monkeypatch, capsys):
     (photos.parent / "file").write_text("")
     with (
@@ -266,6 +273,7 @@ def test_a_place_that_cannot_be_written(photos, monkeypatch, capsys):
     assert "the images are decoded again next time" in capsys.readouterr().err
 
 
+@pytest.mark.fault(151)
 def test_more_than_memory_without_a_store_is_refused(photos, monkeypatch):
     monkeypatch.setattr(store, "free_memory", lambda: 700)
     with stored_in("off"), pytest.raises(ResourceError, match="12 images of 4x5 pixels do not fit into memory"):
@@ -323,6 +331,7 @@ with store.stored_in(sys.argv[2]):
 """
 
 
+@pytest.mark.fault(150)
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 3, 11])
 def test_a_killed_process_leaves_what_the_next_one_finishes(photos, after):

@@ -444,3 +444,22 @@ CASES |= {
         "status 3: no image that was trained on is scored as a test image",
     ),
 }
+
+CASES |= {
+    150: Case(
+        "a half-made or damaged file of decoded images",
+        "a kill and an interruption after any batch; pixels or rows cut, flipped, out of order, renamed, gone; "
+        "about.json cut or of another file; a disk that loses what was written",
+        "never trained on: the next command checks what is there and finishes it, or makes it again with one line",
+    ),
+    151: Case(
+        "no room or no place for decoded images",
+        "a full disk, a place that cannot be written, too little memory; --stream on where there is no file",
+        "status 2 or 6 in one line before anything is written, or a warning where they fit into memory",
+    ),
+    152: Case(
+        "images that are streamed during training",
+        "breaks, validation images, captured steps; the file cut or deleted meanwhile",
+        "bit for bit the run with images in memory, also resumed; status 3 in one line",
+    ),
+}

@@ -83,6 +83,7 @@ def test_images_are_streamed_where_they_would_fill_memory(tmp_path, monkeypatch,
         on_device(split, STATISTICS, CPU, "off")
 
 
+@pytest.mark.fault(151)
 def test_what_has_no_file_is_not_streamed(tmp_path):
     data = tiny.write_npz(tmp_path / "colours.npz", tiny.data())
     assert run_here(arguments(str(data), tmp_path / "run", "--stream", "on")) == 2
@@ -91,6 +92,7 @@ def test_what_has_no_file_is_not_streamed(tmp_path):
         stream.check_streaming(tiny.data(), "on")
 
 
+@pytest.mark.fault(152)
 def test_a_file_that_is_cut_is_one_line(tmp_path):
     split = mapped(tiny.split(20, 0), tmp_path / "images.npy")
     streamed = on_device(split, STATISTICS, CPU, "on")
@@ -120,6 +122,7 @@ def command(photos: Path, out: Path, *more: str, method: str = "mfef") -> list[s
     return ["folder" if each == "packed" else each for each in line]
 
 
+@pytest.mark.fault(152)
 @pytest.mark.parametrize("method", ["mfef", pytest.param("kdcl", marks=pytest.mark.slow)])
 def test_a_streamed_run_is_the_run_in_memory(photos, tmp_path, monkeypatch, method):
     evaluate_in_batches(monkeypatch, 8)
@@ -128,6 +131,7 @@ def test_a_streamed_run_is_the_run_in_memory(photos, tmp_path, monkeypatch, meth
     assert end_state(tmp_path / "streamed") == end_state(tmp_path / "memory")
 
 
+@pytest.mark.fault(152)
 @pytest.mark.parametrize("step", [2, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_streamed_run_goes_on_with_the_same_bits(photos, tmp_path, step):
     assert run_here(command(photos, tmp_path / "whole", "--stream", "off")) == 0
@@ -138,6 +142,7 @@ def test_a_streamed_run_goes_on_with_the_same_bits(photos, tmp_path, step):
     assert end_state(tmp_path / "broken") == end_state(tmp_path / "whole")
 
 
+@pytest.mark.fault(152)
 @pytest.mark.slow
 @pytest.mark.gpu
 def test_a_captured_step_reads_streamed_batches(tmp_path):

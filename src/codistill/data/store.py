@@ -204,7 +204,9 @@ def _in_memory(files: _Files) -> Decoded:
     for batch in files.batches(range(count)):
         end = kept + len(batch.rows)
         images[kept:end], rows[kept:end] = batch.pixels, batch.rows
-        kept, bad, unlike = end, bad | batch.bad, unlike | batch.unlike
+        bad.update(batch.bad)
+        unlike.update(batch.unlike)
+        kept = end
     return Decoded(images[:kept], rows["position"][:kept].astype(np.int64), bad, unlike)
 
 
@@ -280,7 +282,8 @@ class _Store:
                 pixels.flush()  # first, so that no row is without its pixels
                 rows.write(batch.rows[late].tobytes())
                 rows.flush()
-                bad, unlike = bad | batch.bad, unlike | batch.unlike
+                bad.update(batch.bad)
+                unlike.update(batch.unlike)
                 for position in batch.rows["position"][~late].tolist():
                     path = files.root / files.names[position]
                     bad[position] = f"{path}: could not be read a while ago, and now it can: change its time (touch)"
@@ -350,7 +353,8 @@ class _Store:
                 if zlib.crc32(reader.read([row]).data) != records["crc"][row]:
                     raise _Damaged(f"image {row} has a wrong checksum")
             images.facts = Facts(about["sha256"], np.array(about["histogram"], np.int64))  # type: ignore[attr-defined]
-        os.utime(self.about)  # it is in use
+        with contextlib.suppress(OSError):  # it may be another user's
+            os.utime(self.about)  # it is in use
         bad, unlike = ({int(position): line for position, line in about[kind].items()} for kind in ("bad", "unlike"))
         return Decoded(images, records["position"].astype(np.int64), bad, unlike)
 
