@@ -140,7 +140,7 @@ def test_a_recipe_that_cannot_be_read(parsed, tmp_path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_of_the_repository_are_runs(parsed, path):
     config = parsed("--recipe", str(path))
-    data = {"digits": 10, "cifar10": 10, "cifar100": 100, "cinic10": 10}[config.data.partition(":")[0]]
+    data = {"digits": 10, "cifar10": 10, "cifar100": 100, "cinic10": 10, "folder": 10}[config.data.partition(":")[0]]
     method = build_method(config, data, (32, 32))
     assert len(method.cohort) == len(config.networks) > 0
     assert path.read_text().startswith("# ") and path.stem.startswith(config.method_name)
