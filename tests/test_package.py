@@ -52,7 +52,7 @@ WRONG = {
     "train --networks resnet20 resnet2O:shortcut=A": "unknown network 'resnet2O': did you mean ",
     "train --networks timm/resnet18 tim/resnet18": "unknown network 'tim/resnet18'",
     "train --data=digts": "unknown data set 'digts': did you mean digits?",
-    "train --optimizer adam": "codistill train mfef: --optimizer does not exist: all methods use SGD: see --momentum",
+    "train --optimiser adam": "codistill train mfef: --optimiser does not exist: choose it with --optimizer: sgd or",
     "train --kernels fused": "--kernels was removed: leave it out; --compile on|off",
     "train --overlap on": "--overlap was removed: leave it out",
     "train --processes 2": "--processes was removed: .* torchrun --nproc-per-node N -m codistill train",

@@ -304,7 +304,7 @@ CASES |= {
     ),
     55: Case(
         "options of other tools",
-        "--optimizer, --schedule, --gpu, --workers, --amp; names like no other",
+        "--optimiser, --scheduler, --gpu, --workers, --amp; names like no other",
         "status 2; names what there is instead; only near names are suggested",
     ),
     56: Case("a command line within a thread", "a training", "trains; handlers of signals stay"),

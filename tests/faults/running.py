@@ -31,12 +31,12 @@ def arguments(data: str, out: Path, *more: str, method: str = "mfef") -> list[st
 
 
 def end_state(path: Path) -> tuple[str, list[dict[str, Any]]]:
-    """Digest of every tensor of the last checkpoint (parameters, buffers, momentum), and the metrics without times."""
+    """Digest of every tensor of the last checkpoint (weights, optimiser, averages), and the metrics without times."""
     state = cd.Run(path).checkpoints.load("last")
     digest = hashlib.sha256(repr(state.position).encode())
     for name, tensor in sorted(state.method.items()):
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    for tensor in state.momentum:
+    for tensor in (*state.momentum, *state.ema.values()):
         digest.update(tensor.contiguous().numpy().tobytes())
     rows: list[dict[str, Any]] = tiny.untimed(cd.Run(path).metrics())
     return digest.hexdigest(), rows

@@ -87,6 +87,12 @@ BAD_VALUES = {
     "validation": ("-1",),
     "evaluate_every": ("0", "-2"),
     "seed": ("-1", "4294967296"),
+    "adam_beta2": ("1", "-0.1", "nan"),
+    "min_learning_rate": ("-0.1", "0.2", "nan"),
+    "warm_up": ("-1", "5"),
+    "clip_norm": ("0", "-1"),
+    "ema_decay": ("1", "-0.1", "nan"),
+    "patience": ("-1",),
     "threads": ("0", "-1", "100000"),
     "teacher_weight": ("-1", "nan", "inf"),
     "teacher_temperature": ("0", "-3", "nan", "inf"),
@@ -103,6 +109,12 @@ RANGES = {
     "validation": "at least 0",
     "evaluate_every": "at least 1",
     "seed": "from 0 to 4294967295",
+    "adam_beta2": "from 0 to below 1",
+    "min_learning_rate": "from 0 to the learning rate, 0.1",
+    "warm_up": "less than the epochs",
+    "clip_norm": "a number above 0",
+    "ema_decay": "from 0 to below 1",
+    "patience": "at least 0",
     "threads": "from 1 to 1024",
     "teacher_weight": "a number, at least 0",
     "teacher_temperature": "a number above 0",
@@ -114,11 +126,13 @@ RANGES = {
 def test_a_value_out_of_range(capsys, tmp_path, colours, recipe, key):
     for value in BAD_VALUES[key]:
         default = next((vars(kind())[key] for kind in GROUPS.values() if key in vars(kind())), None)
-        written = type(default or 1)(value)
+        written = type(1 if default is None else default)(value)
         flag = f"--{key.replace('_', '-')}={value}"
         line = refused(capsys, train(colours, flag), 2, f"{key} is {str(written)[:70]}", "; it must be ")
         assert any(words in line for words in (*RANGES[key].split("|"), "a whole number"))
-        line = refused(capsys, recipe(f"\n{key} = {value}"), 2, "recipe.toml:2: ", f"{key} is ", "; it must be ")
+        epochs = "epochs = 5" if key == "warm_up" else ""
+        line = recipe(f"{epochs}\n{key} = {value}")
+        line = refused(capsys, line, 2, "recipe.toml:2: ", f"{key} is ", "; it must be ")
         assert any(words in line for words in (*RANGES[key].split("|"), "a whole number"))
         assert os.listdir() == ["recipe.toml"]
 
@@ -137,7 +151,7 @@ def test_percentages_that_cannot_be_held_out(capsys, tmp_path, colours, recipe):
 
 
 def test_no_bounded_setting_is_forgotten():
-    numbers = (int, float, int | None, int | str)
+    numbers = (int, float, int | None, float | None, int | str)
     settings = [each for kind in GROUPS.values() for each in dataclasses.fields(kind)]
     plain = {each.name for each in settings if getattr(each.type, "__origin__", each.type) in numbers}
     assert plain == set(BAD_VALUES) == set(RANGES)

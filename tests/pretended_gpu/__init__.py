@@ -12,6 +12,7 @@ Not pretended: kernels, their speed, their rounding, memory that runs out, and t
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +59,13 @@ def pretended() -> Iterator[GPU]:
                 patch.setattr(torch.cuda, name, value)
             patch.setattr(torch.accelerator, "is_available", lambda: False)  # data loaders pin no memory
             patch.setattr(torch, "autocast", lambda kind, *options, **named: plain("cpu", *options, **named))
+            grouped = torch.optim.Optimizer._group_tensors_by_device_and_dtype
+
+            def by_device(tensors: Any, with_indices: bool = False) -> Any:  # it is written in C++, and sees the host
+                found = grouped(tensors, with_indices).items()
+                return {(tensors[0][0].device, kind): group for (_, kind), group in found}
+
+            patch.setattr(torch.optim.Optimizer, "_group_tensors_by_device_and_dtype", staticmethod(by_device))
             # Tensors of another kind cannot take a parameter's place: modules get new parameters.
             torch.__future__.set_overwrite_module_params_on_conversion(True)
             try:

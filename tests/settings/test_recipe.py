@@ -88,7 +88,7 @@ def test_a_recipe_may_leave_the_method_to_the_command(parsed, recipe):
     [
         ("epochs = 3\nlearning_rte = 0.1", "PATH:2: unknown key 'learning_rte': did you mean learning_rate"),
         ('# a\n\n  "eposch" = 3', "PATH:3: unknown key 'eposch': did you mean epochs?"),
-        ("[optimizer]\nlr = 0.1", "PATH:1: optimizer does not exist: all methods use SGD: see --momentum"),
+        ("[optimiser]\nlr = 0.1", "PATH:1: optimiser does not exist: choose it with --optimizer: sgd or adamw"),
         ('[method]\nname = "mfef"\n\ntemprature = 3', "PATH:4: unknown key 'temprature': did you mean temperature?"),
         ('[method]\nname = "independent"\nemperature = 3', "PATH:3: unknown key 'emperature': choose from shared"),
         ('[method]\nname = "mfeff"\ntemperature = 3', "PATH:2: unknown method 'mfeff': did you mean mfef?"),

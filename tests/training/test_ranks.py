@@ -13,7 +13,7 @@ from codistill.core.errors import UsageError
 from codistill.data.augment import Augmentation, DeviceImages, epoch_indices
 from codistill.networks import Network, PooledLinear
 from codistill.settings.config import ExecutionSettings, default_config
-from codistill.training.optim import momentum_buffers
+from codistill.training.optim import optimizer_tensors
 from codistill.training.prepare import check_parts
 from codistill.training.ranks import ALONE, Ranks
 from codistill.training.step import make_step
@@ -53,7 +53,7 @@ def after_steps(method, ranks):
     plan = epoch_indices(len(images), 0, 0, CROPS, CPU, method.views)
     for start, stop in ((0, 8), (8, 15), (15, 20)):
         step(plan.part(start, stop), torch.tensor(0.5, dtype=torch.float64))
-    return {"state": method.state_dict(), "momentum": momentum_buffers(step.optimizer), "terms": step.sums.means()}
+    return {"state": method.state_dict(), "momentum": optimizer_tensors(step.optimizer), "terms": step.sums.means()}
 
 
 def without_batch_statistics(name):

@@ -20,6 +20,7 @@ from codistill.core.imports import trained_with
 from codistill.data.affine import Affine, usable
 from codistill.data.dataset import Pixels
 from codistill.data.images import Interpolation, preprocessing
+from codistill.evaluation.metrics import AVERAGED
 from codistill.runs.folder import RunFolder
 from codistill.runs.state import load_weights
 from codistill.settings.build import build_method, unbuildable
@@ -99,7 +100,7 @@ def from_module(card: Mapping[str, Any], module: nn.Module) -> Classifier:
 
 def run_predictor(run: RunFolder, predictor: str | None = None, which: str = "last") -> tuple[str, nn.Module]:
     """Load a predictor of a run, with its name; None: the best student. Raise `UsageError` where the run lacks it."""
-    predictors = run.load_method(which).predictors()
+    predictors = run.predictors(which)
     name = run.best_student(which) if predictor is None else predictor
     if name not in predictors:
         raise UsageError(f"{run.path} has no predictor {name!r}: choose from {', '.join(predictors)}")
@@ -173,7 +174,8 @@ def load_predictor(path: Path, predictor: str | None = None) -> tuple[dict[str, 
         what = f"{path}: {card['predictor']}"
 
         def build() -> nn.Module:
-            return build_method(config, len(card["class_names"]), (height, width)).predictors()[card["predictor"]]
+            built = build_method(config, len(card["class_names"]), (height, width)).predictors()
+            return built[card["predictor"].removesuffix(AVERAGED)]
 
         # Whether they fit, before memory is taken for a network that the file may claim; own ones may need values.
         with contextlib.suppress(RuntimeError, UsageError), torch.device("meta"):

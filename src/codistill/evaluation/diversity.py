@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from codistill.evaluation.metrics import own_student
+
 COLLAPSED_SHARE = 0.9
 BEHIND_POINTS = 20.0
 
@@ -71,7 +73,7 @@ def health_warnings(row: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
     another student. `row` is the epoch's line of metrics.jsonl, `history` has those before, of `epochs` in all.
     """
     found = []
-    errors = {name: each["top1_error"] for name, each in row["test"].items() if name.startswith("student")}
+    errors = {name: each["top1_error"] for name, each in row["test"].items() if own_student(name)}
     early = row["epoch"] + 1 < max(2, epochs / 20)
     for name, error in errors.items():
         share = row["diversity"]["largest_class_share"].get(name, 0.0)

@@ -10,9 +10,11 @@ from codistill.core.device import autocast
 from codistill.core.randomness import EVALUATION_STREAM, draws_kept, seed_draws, stream_seed
 from codistill.data.augment import DeviceImages
 from codistill.evaluation.diversity import Diversity, DiversitySums, diversity
-from codistill.evaluation.metrics import ClassificationSums, Scores, read_together, scores
+from codistill.evaluation.metrics import AVERAGED, ClassificationSums, Scores, read_together, scores
 from codistill.evaluation.predictions import Predictions, RankingStore
 from codistill.methods import Method
+from codistill.methods.cohort import Images, Outputs
+from codistill.methods.losses import Logits
 
 EVALUATION_BATCH = 500
 PIXELS = 2 << 20  # of a batch: images above 64x64 are evaluated in smaller batches, or their maps would fill memory
@@ -30,7 +32,8 @@ class Evaluation:
     Everything is summed on the device, and what each predictor answered for each image is kept there. On CUDA the first
     pass runs eagerly, and where passes are `captured` those after it are one graph. The method is left in the mode,
     training or evaluation, that it was in. A network that draws numbers even in evaluation draws the same ones in each
-    pass, those of the run's `seed`.
+    pass, those of the run's `seed`. `averaged` is the moving average of the method, in evaluation mode: its predictors
+    are scored as `student0-ema`, ..
     """
 
     def __init__(
@@ -41,7 +44,9 @@ class Evaluation:
         batch_size: int = EVALUATION_BATCH,
         captured: bool = True,
         seed: int = 0,
+        averaged: Method | None = None,
     ) -> None:
+        self._averaged = averaged
         self._seed = stream_seed(seed, EVALUATION_STREAM)
         self.method, self.splits, self.precision, self.batch_size = method, dict(splits), precision, batch_size
         self.device = next(iter(self.splits.values())).device
@@ -82,8 +87,7 @@ class Evaluation:
             size = batch_for(images, self.batch_size)
             for start, (pixels, labels) in zip(range(0, len(images), size), images.batches(size), strict=True):
                 with autocast(self.device, self.precision):
-                    outputs = self.method(pixels)
-                    predictions = self.method.predictions(outputs)
+                    outputs, predictions = predicted(self.method, pixels, self._averaged)
                 self._diversity[name].update(outputs.logits)
                 for predictor, logits in predictions.items():
                     if predictor not in sums:
@@ -123,11 +127,25 @@ class Evaluation:
         }
 
 
+def predicted(method: Method, pixels: Images, averaged: Method | None = None) -> tuple[Outputs, dict[str, Logits]]:
+    """Return the outputs of a method for normalised images, and the logits of all predictors, averaged ones too."""
+    outputs = method(pixels)
+    named = method.predictions(outputs)
+    if averaged is not None:
+        named |= {name + AVERAGED: logits for name, logits in averaged.predictions(averaged(pixels)).items()}
+    return outputs, named
+
+
 def evaluate(
-    method: Method, images: DeviceImages, precision: str = "float32", batch_size: int = EVALUATION_BATCH, seed: int = 0
+    method: Method,
+    images: DeviceImages,
+    precision: str = "float32",
+    batch_size: int = EVALUATION_BATCH,
+    seed: int = 0,
+    averaged: Method | None = None,
 ) -> dict[str, Scores]:
     """Score each student, the ensemble and the fused classifier on one split once; see `Evaluation`."""
-    evaluation = Evaluation(method, {"split": images}, precision, batch_size, seed=seed)
+    evaluation = Evaluation(method, {"split": images}, precision, batch_size, seed=seed, averaged=averaged)
     with draws_kept(images.device):
         evaluation.run()
     return evaluation.scored(read_together(evaluation.tensors()))["split"][0]

@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from codistill.evaluation.predictions import Ranking, ranking
 
 CALIBRATION_BINS = 15
+AVERAGED = "-ema"
+"""End of the names of predictors whose weights are moving averages: `student0-ema`."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,11 @@ class Scores:
     nll: float
     ece: float
     balanced_error: float
+
+
+def own_student(predictor: str) -> bool:
+    """Whether a predictor is a student (or an exit of it) with its own weights, not with their moving averages."""
+    return predictor.startswith("student") and not predictor.endswith(AVERAGED)
 
 
 class ClassificationSums:

@@ -90,10 +90,12 @@ def evaluate_images(
         images[name] = on_device(whole, (facts["mean"], facts["std"]), where, config.execution.stream)
         if positions is not None:
             images[name] = images[name].subset(positions)
-    method = run.load_method(which)
-    method.choose_memory_format(images[split].batch(0, 1)[0])
-    method.to(where, memory_format=method.memory_format)  # type: ignore[call-overload]
-    evaluation = Evaluation(method, images, config.execution.scored_in, seed=config.train.seed)
+    methods = [run.load_method(which, averaged) for averaged in ((False, True) if run.averages else (False,))]
+    for method in methods:
+        method.choose_memory_format(images[split].batch(0, 1)[0])
+        method.to(where, memory_format=method.memory_format)  # type: ignore[call-overload]
+    precision, averaged = config.execution.scored_in, methods[1] if run.averages else None
+    evaluation = Evaluation(methods[0], images, precision, seed=config.train.seed, averaged=averaged)
     with draws_kept(where):
         evaluation.run()
     scores, predictions = evaluation.scored(read_together(evaluation.tensors())), evaluation.predictions()

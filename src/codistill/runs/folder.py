@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from torch import nn
 
 from codistill.core.errors import CheckpointError, DataError, UsageError
 from codistill.core.files import read_json, system_error, write_atomically, write_json
 from codistill.core.imports import trained_with
 from codistill.data import DATASETS, Dataset, dataset
 from codistill.data.store import stored_in
+from codistill.evaluation.metrics import AVERAGED
 from codistill.methods import Method
 from codistill.networks.origin import mark
 from codistill.networks.probe import copied
@@ -178,11 +180,25 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from None
 
-    def load_method(self, which: str = "last") -> Method:
+    @property
+    def averages(self) -> bool:
+        """Whether the run keeps a moving average of its weights."""
+        return self.config.train.ema_decay > 0
+
+    def predictors(self, which: str = "last") -> dict[str, nn.Module]:
+        """Return a module for each predictor of a checkpoint, averaged ones as `student0-ema`; see `load_method`."""
+        named = self.load_method(which).predictors()
+        if self.averages:
+            averaged = self.load_method(which, averaged=True).predictors()
+            named |= {name + AVERAGED: module for name, module in averaged.items()}
+        return named
+
+    def load_method(self, which: str = "last", averaged: bool = False) -> Method:
         """Build the method with all its networks, on the CPU and in evaluation mode, with a checkpoint's weights.
 
         Args:
             which: The `last` or the `best` checkpoint.
+            averaged: Take the moving average of the weights, of a run that `averages`.
 
         Raises:
             CheckpointError: No whole checkpoint, one of other shapes, or a method or networks of the user's own that
@@ -195,7 +211,8 @@ class RunFolder:
             method.to(memory_format=torch.contiguous_format)
         else:
             method = build_method(self.config, len(self.class_names), self.image_size)
-        load_weights(method, state.method, f"{self.path}: the {which} checkpoint")
+        weights = {**state.method, **state.ema} if averaged else state.method
+        load_weights(method, weights, f"{self.path}: the {which} checkpoint")
         mark(method, self.path)
         return method.eval()
 

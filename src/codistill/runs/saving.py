@@ -65,7 +65,7 @@ class Saver:
     def copy(self, state: TrainingState) -> TrainingState:
         """Copy the tensors of a state to the host, without waiting for the device."""
         self.flush()
-        parts = {name: getattr(state, name) for name in ("method", "momentum", "sums", "finite")}
+        parts = {name: getattr(state, name) for name in ("method", "momentum", "sums", "finite", "ema")}
         return dataclasses.replace(state, **self._copies.copy(parts))
 
     def save(self, state: TrainingState) -> None:

@@ -21,12 +21,13 @@ class TrainingState:
 
     config: Mapping[str, Any]
     method: Mapping[str, Tensor]  # parameters and buffers by name, see `tensors_once`
-    momentum: Sequence[Tensor]  # in the order of the optimiser's parameters; empty without momentum
+    momentum: Sequence[Tensor]  # what the optimiser keeps, by parameter and name; empty for SGD without momentum
     rows: Sequence[Mapping[str, Any]] = ()  # lines of metrics.jsonl, one for each completed epoch
     step: int = 0  # steps done of the epoch after the completed ones
     best: bool = False  # whether the last completed epoch is the best so far; False within an epoch
     sums: Mapping[str, Any] = field(default_factory=dict)  # of the loss terms over these steps
     finite: Mapping[str, Any] = field(default_factory=dict)  # whether a number of these steps was NaN or infinite
+    ema: Mapping[str, Tensor] = field(default_factory=dict)  # moving averages by name, of runs that have them
 
     @property
     def epoch(self) -> int:
@@ -53,7 +54,9 @@ class TrainingState:
         for name, kind in KINDS.items():
             if not isinstance(mapping.get(name), kind):
                 raise CheckpointError(f"{where}: damaged: {name} is missing, or of another type")
-        tensors = [*mapping["method"].values(), *mapping["momentum"]]
+        ema = mapping.get("ema", {})  # which older versions do not write
+        averages = ema.values() if isinstance(ema, dict) else [None]
+        tensors = [*mapping["method"].values(), *mapping["momentum"], *averages]
         if mapping["step"] < 0 or not all(isinstance(each, Tensor) for each in tensors):
             raise CheckpointError(f"{where}: damaged: a step below 0, or something else in place of a tensor")
         try:
@@ -62,7 +65,7 @@ class TrainingState:
             rows = []
         if len(rows) != mapping["epoch"] or not all(isinstance(row, dict) for row in rows):
             raise CheckpointError(f"{where}: damaged: it holds no metrics of {mapping['epoch']} epochs")
-        return cls(**{name: mapping[name] for name in KINDS if name != "epoch"} | {"rows": rows})
+        return cls(**{name: mapping[name] for name in KINDS if name != "epoch"} | {"rows": rows, "ema": ema})
 
 
 def tensors_once(module: nn.Module) -> dict[str, Tensor]:

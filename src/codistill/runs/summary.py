@@ -7,6 +7,7 @@ from typing import Any
 from codistill.core.errors import DivergedError
 from codistill.core.files import write_json
 from codistill.evaluation.analysis import wilson_interval
+from codistill.evaluation.metrics import AVERAGED
 from codistill.methods import Method
 from codistill.methods.cohort import Cohort
 from codistill.networks.network import parameter_count
@@ -22,13 +23,16 @@ def network_names(cohort: Cohort) -> list[str]:
 
 def run_facts(config: RunConfig, method: Method) -> dict[str, Any]:
     """Return the part of summary.json that is known before training."""
+    counts = {name: parameter_count(each) for name, each in method.predictors().items()}
+    if config.train.ema_decay:
+        counts |= {name + AVERAGED: count for name, count in counts.items()}
     return {
         "method": config.method_name,
         "networks": network_names(method.cohort),
         "data": config.data,
         "seed": config.train.seed,
         "epochs": config.train.epochs,
-        "parameters": {name: parameter_count(each) for name, each in method.predictors().items()},
+        "parameters": counts,
         **({"teacher_top1_error": method.taught_by.top1_error} if method.taught_by else {}),
     }
 

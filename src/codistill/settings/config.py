@@ -18,6 +18,7 @@ from codistill.data.splitting import checked_part, part_of
 from codistill.methods import METHODS, MethodSettings
 from codistill.settings.augment import AugmentSettings
 from codistill.settings.kinds import take_kinds
+from codistill.settings.updates import UpdateSettings
 
 # For counts without a bound of their own.
 LARGEST = 2**31 - 1
@@ -27,7 +28,7 @@ PLACE, COMMON, MOVES = {"place": True}, {"common": True}, {"moves": True}
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings:
+class TrainSettings(UpdateSettings):
     """Settings of the training, the same for all methods; the defaults are MFEF's recipe."""
 
     epochs: int = field(default=300, metadata=COMMON)
@@ -37,7 +38,7 @@ class TrainSettings:
     drop_last: bool = field(default=False, metadata=COMMON)
     """Leave out the last, smaller batch of an epoch (other images in each epoch)."""
     learning_rate: float = field(default=0.1, metadata={"alias": "--lr"})
-    """Initial learning rate of SGD."""
+    """Initial learning rate; with warm_up that of its end."""
     momentum: float = 0.9
     """Momentum, from 0 to below 1."""
     nesterov: bool = True
@@ -91,6 +92,9 @@ class TrainSettings:
         steps = self.milestones or ()
         if list(steps) != sorted(set(steps)) or any(not 0 < step < self.epochs for step in steps):
             raise UsageError(f"milestones are {list(steps)}; they must rise and lie between 1 and epochs - 1")
+        if steps and self.schedule == "cosine":
+            raise UsageError(f"milestones are {list(steps)}, but schedule cosine has none: leave one of them out")
+        self.check_updates(self.learning_rate, self.epochs)
 
     @property
     def learning_rate_steps(self) -> tuple[int, ...]:

@@ -104,7 +104,7 @@ def completed(preset: Preset, config: RunConfig) -> RunConfig:
     Milestones, where it has none, are the preset's, in proportion to the epochs.
     """
     epochs, milestones = config.train.epochs, config.train.milestones
-    if milestones is None:
+    if milestones is None and config.train.schedule == "step":
         moved = {round(each * epochs / preset.run["epochs"]) for each in preset.run["milestones"]}
         milestones = tuple(sorted(each for each in moved if 0 < each < epochs))
     networks = tuple(preset.networks.get(name, name) for name in config.networks)

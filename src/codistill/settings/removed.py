@@ -13,8 +13,14 @@ REMOVED = {
 """What to do instead of each, for error lines."""
 
 FOREIGN = {
-    "optimizer optimiser optim opt adam sgd": "all methods use SGD: see --momentum, --nesterov and --weight-decay",
-    "sched schedule scheduler lr_scheduler lr_decay gamma lr_decay_rate cosine": "the rate falls at --milestones",
+    "optimiser optim opt adam adamw sgd": "choose it with --optimizer: sgd or adamw",
+    "sched scheduler lr_scheduler cosine": "choose it with --schedule: step or cosine",
+    "lr_decay gamma lr_decay_rate": "the rate falls at --milestones",
+    "warmup warmup_epochs lr_warmup_epochs": "epochs in which the rate rises: --warm-up",
+    "clip_grad grad_clip clip max_grad_norm": "limit the norm of the gradients with --clip-norm",
+    "ema model_ema model_ema_decay": "name the decay of the average with --ema-decay",
+    "early_stopping early_stop": "stop with --patience, on images that --validation holds out",
+    "initial_checkpoint init_from finetune": "start from the weights of a run with --init",
     "gpu gpus gpu_id gpu_ids cuda no_cuda use_cuda cpu accelerator": "choose it with --device, as cuda, cuda:1 or cpu",
     "workers num_workers j": "images are held in memory and no process loads them; for the CPU see --threads",
     "amp fp16 bf16 half mixed_precision use_amp autocast": "choose it with --precision",

@@ -60,7 +60,8 @@ def memory_of_a_run(plan: Plan, splits: DeviceSplits) -> int:
         kept = torch.cuda.memory_allocated(device)
         within_step = torch.cuda.max_memory_allocated(device) - kept
         torch.cuda.reset_peak_memory_stats(device)
-        evaluate(probe, few, plan.config.execution.scored_in)
+        averaged = step.average.method if step.average else None
+        evaluate(probe, few, plan.config.execution.scored_in, averaged=averaged)
         within_evaluation = torch.cuda.max_memory_allocated(device) - kept
     del probe, step, images
     torch.cuda.empty_cache()

@@ -73,6 +73,8 @@ def train_epoch(trainers: Sequence[Trainer], steps: GraphedSteps | EagerSteps, e
     left = trainers[0].steps[first:]
     staged = [trainer.step.images.staged(each, left) for trainer, each in zip(trainers, indices, strict=True)]
     for number, batches in enumerate(zip(*staged, strict=True), start=first + 1):
+        for trainer in trainers:
+            trainer.before_step(epoch, number)
         seeds = [trainer.draws_seed(epoch, number) for trainer in trainers]
         steps(batches, progress, seeds)
         trainers[0].after_step(epoch, number)

@@ -1,7 +1,9 @@
 """The optimiser with its parameter groups, and the learning rate as a function of the epoch."""
 
 import inspect
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -17,34 +19,74 @@ class SGD(torch.optim.SGD):
     step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
 
 
-def make_optimizer(method: Method, settings: TrainSettings) -> torch.optim.SGD:
-    """Make SGD with one group for each of `Method.parameter_groups`, of a method that is on its device.
+class AdamW(torch.optim.AdamW):
+    """AdamW that does not import the compiler; see `SGD`."""
+
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    _warned_capturable_if_run_uncaptured = True  # the first steps before a capture are plain ones
+
+
+def make_optimizer(method: Method, settings: TrainSettings) -> torch.optim.Optimizer:
+    """Make SGD or AdamW with one group for each of `Method.parameter_groups`, of a method that is on its device.
 
     Fused, with the learning rate as a tensor on the device of the parameters, so that a captured step sees changes.
-    Momentum buffers exist from the start: a step never depends on whether it is the first. Weight decay reaches all
-    tensors, biases and batch normalisation included, as in the papers' code.
+    All state exists from the start: a step never depends on whether it is the first. Weight decay reaches all tensors,
+    as in the papers' code, or not those of one dimension, which are biases and those of normalisation layers.
+
+    Source of AdamW: Loshchilov and Hutter, ICLR 2019, arXiv 1711.05101; epsilon 1e-8, beta 1 is the momentum. Without
+        decay of biases and normalisation as in timm.
     """
-    groups = [
-        {
-            "params": list(group.parameters),
-            "weight_decay": settings.weight_decay if group.weight_decay is None else group.weight_decay,
-            "name": group.name,
-        }
-        for group in method.parameter_groups()
-    ]
+    groups: list[dict[str, Any]] = []
+    for group in method.parameter_groups():
+        decay = settings.weight_decay if group.weight_decay is None else group.weight_decay
+        decayed = [each for each in group.parameters if settings.decays_norms or each.ndim > 1]
+        kept = {id(each) for each in decayed}
+        groups.append({"params": decayed, "weight_decay": decay, "name": group.name})
+        if plain := [each for each in group.parameters if id(each) not in kept]:
+            groups.append({"params": plain, "weight_decay": 0.0, "name": f"{group.name}, not decayed"})
     device = next(method.parameters()).device
-    optimizer = SGD(
-        groups,
-        lr=torch.tensor(settings.learning_rate, device=device),
-        momentum=settings.momentum,
-        nesterov=settings.nesterov and settings.momentum > 0,
-        fused=True,
-    )
-    if settings.momentum > 0:
-        for trained in optimizer.param_groups:
-            for parameter in trained["params"]:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    rate = torch.tensor(settings.learning_rate, device=device)
+    optimizer: torch.optim.Optimizer
+    if settings.optimizer == "adamw":
+        betas = (settings.momentum, settings.adam_beta2)
+        optimizer = AdamW(groups, rate, betas, capturable=device.type == "cuda", fused=True)
+    else:
+        nesterov = settings.nesterov and settings.momentum > 0
+        optimizer = SGD(groups, rate, settings.momentum, nesterov=nesterov, fused=True)
+    for parameter in (each for group in optimizer.param_groups for each in group["params"]):
+        if settings.optimizer == "adamw":
+            step = torch.zeros((), dtype=torch.float32, device=device)
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": step, **moments}
+        elif settings.momentum > 0:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def rate_of(settings: TrainSettings, epoch: int, share: float = 1.0) -> float:
+    """Return the learning rate of a step in an epoch, counted from 0.
+
+    The first `warm_up` epochs w rise in a straight line, step by step, to the learning rate l: l (epoch + share) / w.
+    From there a cosine falls epoch by epoch from l to m, `min_learning_rate`:
+    m + (l - m) (1 + cos(pi (epoch - w) / (epochs - w))) / 2. The milestones of the schedule step count all epochs.
+
+    Args:
+        settings: Those of the run.
+        epoch: The epoch.
+        share: Part of it that is done with this step, above 0 to 1; only the warm-up looks at it.
+
+    Source: warm-up by Goyal et al., arXiv 1706.02677, section 2.2; cosine by Loshchilov and Hutter, ICLR 2017, arXiv
+        1608.03983, without restarts, as in torchvision's references.
+    """
+    rate, lowest = settings.learning_rate, settings.min_learning_rate
+    if epoch < settings.warm_up:
+        return rate * (epoch + share) / settings.warm_up
+    if settings.schedule == "cosine":
+        done = (epoch - settings.warm_up) / (settings.epochs - settings.warm_up)
+        return lowest + (rate - lowest) * (1 + math.cos(math.pi * done)) / 2
+    return learning_rate_at(epoch, rate, settings.learning_rate_steps, settings.learning_rate_decay)
 
 
 def learning_rate_at(epoch: int, initial: float, milestones: Sequence[int], decay: float) -> float:
@@ -61,7 +103,19 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"].fill_(learning_rate)
 
 
-def momentum_buffers(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """List the optimiser's momentum in the order of its parameters; empty without momentum."""
+def clip(gradients: list[torch.Tensor], norm: float) -> None:
+    """Scale gradients down, in place, to a largest L2 norm of all together; no host read.
+
+    As `torch.nn.utils.clip_grad_norm_`, on one device, which needs no sorting of tensors in each step.
+
+    Source: Pascanu et al., ICML 2013, arXiv 1211.5063.
+    """
+    length = torch.stack(torch._foreach_norm(gradients)).norm()
+    torch._foreach_mul_(gradients, (norm / (length + 1e-6)).clamp(max=1))
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """List what the optimiser keeps from step to step, by parameter and name; empty for SGD without momentum."""
     parameters = (each for group in optimizer.param_groups for each in group["params"])
-    return [optimizer.state[each]["momentum_buffer"] for each in parameters if each in optimizer.state]
+    kept = (optimizer.state[each] for each in parameters if each in optimizer.state)
+    return [tensors[name] for tensors in kept for name in sorted(tensors)]

@@ -11,14 +11,15 @@ from codistill.evaluation.metrics import TermSums
 from codistill.methods import Method
 from codistill.methods.mistakes import blamed, in_order
 from codistill.settings.config import TrainSettings
+from codistill.training.average import WeightAverage
 from codistill.training.finite import GRADIENT, NonFiniteDetector, norms
 from codistill.training.forward import TrainingForward
-from codistill.training.optim import make_optimizer
+from codistill.training.optim import clip, make_optimizer
 from codistill.training.ranks import ALONE, Ranks
 
 
 class TrainStep:
-    """Gather, augment, forward, losses, backward, optimiser step; no host read.
+    """Gather, augment, forward, losses, backward, clipping, optimiser step, moving average; no host read.
 
     The method is in training mode and on the device of the images, batches are drawn with the same augmentation, and
     losses are computed in float32. Each of several ranks gets the whole batch, works on its part, and ends with the
@@ -33,8 +34,12 @@ class TrainStep:
         optimizer: torch.optim.Optimizer,
         forward: TrainingForward,
         ranks: Ranks = ALONE,
+        average: WeightAverage | None = None,
+        clip_norm: float | None = None,
     ) -> None:
         self.method = method
+        self.average = average
+        self.clip_norm = clip_norm
         self.images = images
         self.device = images.device
         self.augmentation = augmentation
@@ -58,6 +63,8 @@ class TrainStep:
         terms, gradients = self.update(images, labels, progress, len(labels) / size)
         with blamed(type(self.method), "after_step"):
             self.method.after_step()
+        if self.average is not None:
+            self.average.update()
         self.sums.update(terms, size)
         self.finite.update(terms | self._skipped | gradients)
 
@@ -82,6 +89,8 @@ class TrainStep:
         gradients = {GRADIENT + name: each.grad for name, each in trained if each.grad is not None}
         self.ranks.average([*gradients.values(), *terms.values()], share)
         sizes = norms(gradients)
+        if self.clip_norm is not None:
+            clip(list(gradients.values()), self.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return terms, sizes
@@ -122,4 +131,6 @@ def make_step(
     turns = method.alternating_updates()
     forward = TrainingForward(method, precision, apart=turns)
     kind = AlternatingStep if turns else TrainStep
-    return kind(method, images, augmentation, make_optimizer(method, settings), forward, ranks)
+    average = WeightAverage(method, settings.ema_decay) if settings.ema_decay else None
+    optimizer = make_optimizer(method, settings)
+    return kind(method, images, augmentation, optimizer, forward, ranks, average, settings.clip_norm)

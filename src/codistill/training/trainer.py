@@ -15,7 +15,7 @@ from codistill.data.augment import BatchIndices, DeviceImages
 from codistill.deploy.run import Run
 from codistill.evaluation.diversity import health_warnings
 from codistill.evaluation.evaluation import Evaluation
-from codistill.evaluation.metrics import read_together
+from codistill.evaluation.metrics import own_student, read_together
 from codistill.report.page import write_report
 from codistill.report.pictures import keep_pictures
 from codistill.runs.choice import ERRORS, choice, evaluated, lowest_student
@@ -26,7 +26,7 @@ from codistill.runs.summary import summarise
 from codistill.settings.config import RunConfig
 from codistill.training.compiling import Execution
 from codistill.training.finite import bad_scores, divergence, health
-from codistill.training.optim import learning_rate_at, momentum_buffers, set_learning_rate
+from codistill.training.optim import optimizer_tensors, rate_of, set_learning_rate
 from codistill.training.pace import Pace
 from codistill.training.step import TrainStep
 
@@ -60,6 +60,7 @@ class Trainer:
             config.execution.scored_in,
             captured=step.ranks.count == 1 and self.method.capturable,
             seed=config.train.seed,
+            averaged=step.average.method if step.average is not None else None,
         )
         images = len(step.images)
         size = min(config.train.batch_size, images)
@@ -83,11 +84,14 @@ class Trainer:
         what = f"{self.run.path}: the last checkpoint"
         load_weights(self.method, state.method, what)
         try:
-            for own, saved in zip(momentum_buffers(self.step.optimizer), state.momentum, strict=True):
+            for own, saved in zip(optimizer_tensors(self.step.optimizer), state.momentum, strict=True):
                 own.copy_(saved)
             if state.step:
                 self.step.sums.load(state.sums)
                 self.step.finite.load(state.finite)
+            if self.step.average is not None:
+                done = state.epoch * len(self.steps) + state.step
+                self.step.average.load(state.method, state.ema, done, f"{what}'s average")
             if state.step > len(self.steps):
                 raise ValueError(f"it is at step {state.step}, but an epoch has {len(self.steps)}")
             self.best = min(evaluated(state.rows), key=self.selection_error, default=None)
@@ -103,13 +107,21 @@ class Trainer:
     def begin_epoch(self, epoch: int) -> BatchIndices:
         """Set the learning rate and draw the order and the augmentation of an epoch."""
         settings = self.config.train
-        steps, decay = settings.learning_rate_steps, settings.learning_rate_decay
-        self.rate = learning_rate_at(epoch, settings.learning_rate, steps, decay)
-        set_learning_rate(self.step.optimizer, self.rate)
+        self.set_rate(epoch)
         self.evaluates = settings.evaluates(epoch)
         self.display.begin_epoch(epoch)
         self.pace.pause()
         return self.step.images.epoch(settings.seed, epoch, self.step.augmentation, self.method.views)
+
+    def set_rate(self, epoch: int, share: float = 1.0) -> None:
+        """Write the learning rate that a share of an epoch ends with; see `rate_of`."""
+        self.rate = rate_of(self.config.train, epoch, share)
+        set_learning_rate(self.step.optimizer, self.rate)
+
+    def before_step(self, epoch: int, number: int) -> None:
+        """Raise the learning rate in the epochs of the warm-up; steps are counted from 1."""
+        if epoch < self.config.train.warm_up:
+            self.set_rate(epoch, number / len(self.steps))
 
     def first_step(self, epoch: int) -> int:
         """Return how many steps of an epoch the process before has done."""
@@ -146,10 +158,11 @@ class Trainer:
 
     def state(self, step: int = 0) -> TrainingState:
         """Return all that a resume needs, on the device, after some steps of the epoch after the completed ones."""
-        momentum, rows = momentum_buffers(self.step.optimizer), tuple(self.rows)
+        momentum, rows = optimizer_tensors(self.step.optimizer), tuple(self.rows)
         sums, finite = (self.step.sums.state(), self.step.finite.state()) if step else ({}, {})
         config, tensors = self.config.as_mapping(), tensors_once(self.method)
-        return TrainingState(config, tensors, momentum, rows, step, sums=sums, finite=finite)
+        ema = self.step.average.state() if self.step.average is not None else {}
+        return TrainingState(config, tensors, momentum, rows, step, sums=sums, finite=finite, ema=ema)
 
     def tensors(self) -> dict[str, Any]:
         """Return the numbers of the epoch on the device, for `read_together`: terms, health, scores."""
@@ -224,7 +237,7 @@ class Trainer:
         errors = {name: each["top1_error"] for name, each in row["test"].items()}
         if "fused" in errors:
             row["diversity"]["gap_to_fused"] = {
-                name: error - errors["fused"] for name, error in errors.items() if name.startswith("student")
+                name: error - errors["fused"] for name, error in errors.items() if own_student(name)
             }
         return row
 

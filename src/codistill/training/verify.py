@@ -42,7 +42,8 @@ def verify_resume(config: RunConfig) -> str:
         count = STEPS * size
     if size < 2:
         raise UsageError(f"--verify-resume trains {STEPS} steps of at least two images: {data.name} has too few")
-    settings = dataclasses.replace(config.train, epochs=2, milestones=None, validation=0)
+    warm_up = min(config.train.warm_up, 1)
+    settings = dataclasses.replace(config.train, epochs=2, milestones=None, validation=0, patience=0, warm_up=warm_up)
     settings = dataclasses.replace(settings, train_limit=min(count, STEPS * size), batch_size=size)
     short = dataclasses.replace(config, train=settings)
 
@@ -70,7 +71,7 @@ def verify_resume(config: RunConfig) -> str:
 
 
 def compared(whole: Run, broken: Run, device: torch.device, deterministic: bool) -> str:
-    """Compare the ends of two runs bit for bit: parameters, buffers, momentum and metrics."""
+    """Compare the ends of two runs bit for bit: parameters, buffers, optimiser, averages and metrics."""
     first, second = (dict(tensors(run.checkpoints.load())) for run in (whole, broken))
     different = [name for name in first if not same_bits(first[name], second[name])]
     if end_state(whole) != end_state(broken):
@@ -81,7 +82,7 @@ def compared(whole: Run, broken: Run, device: torch.device, deterministic: bool)
         )
     return (
         f"resume verified: {len(BREAKS)} breaks in {2 * STEPS} steps change no bit of {len(first)} tensors "
-        f"(parameters, buffers, momentum) nor of the metrics"
+        f"(parameters, buffers, optimiser, averages) nor of the metrics"
     )
 
 
@@ -98,6 +99,7 @@ def tensors(state: TrainingState) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors of a checkpoint by name."""
     yield from state.method.items()
     yield from ((f"momentum {index}", each) for index, each in enumerate(state.momentum))
+    yield from ((f"average of {name}", each) for name, each in state.ema.items())
 
 
 def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
