@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import functools
 import inspect
 import io
 import json
@@ -161,7 +162,8 @@ def resume_command(arguments: Sequence[str]) -> None:
         if not equals:
             raise UsageError(f"codistill resume --override {each}: write it as key=value, for example device=cpu")
         changed[key] = int(value) if key == "threads" and value.isdecimal() else value
-    refuse_diverged(resume_together(chosen.runs, chosen.data_dir, override=changed, skip_bad=chosen.skip_bad))
+    together = functools.partial(resume_together, chosen.runs, chosen.data_dir, override=changed)
+    refuse_diverged(together(skip_bad=chosen.skip_bad, epochs=chosen.epochs))
 
 
 def evaluate_command(arguments: Sequence[str]) -> None:

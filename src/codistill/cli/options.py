@@ -61,6 +61,8 @@ class ResumeOptions(MovedDataOptions):
 
     runs: tuple[Path, ...] = field(metadata={"positional": "RUN .."})
     """Run folders, or folders of them as of --seeds; runs that stopped at the same step resume side by side."""
+    epochs: int | None = None
+    """Train until N epochs in all, also a finished run; it then goes on as a run of N epochs (docs/training.md)."""
     override: tuple[str, ...] = field(default=(), metadata={"metavar": "KEY=VALUE .."})
     """New values of settings that do not affect results: device=cpu threads=1 data_dir=FOLDER teacher=PATH."""
 

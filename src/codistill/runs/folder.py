@@ -46,11 +46,18 @@ class RunFolder:
 
     @classmethod
     @contextlib.contextmanager
-    def opened(cls, path: Path, metadata: Mapping[str, Any] | None, method: Method, data: Dataset) -> Iterator[Self]:
+    def opened(
+        cls,
+        path: Path,
+        metadata: Mapping[str, Any] | None,
+        method: Method,
+        data: Dataset,
+        extended: Mapping[str, Any] | None = None,
+    ) -> Iterator[Self]:
         """Hold a run folder for writing as long as the context lasts.
 
-        `metadata` are those of a new run; None: the folder holds a run, which resumes. `load_method` copies the method
-        where names alone cannot build it, `load_data` returns the data.
+        `metadata` are those of a new run; None: the folder holds a run, which resumes, with those that are `extended`
+        if any. `load_method` copies the method where names alone cannot build it, `load_data` returns the data.
 
         Raises:
             UsageError: Another process holds the folder; it cannot be made, or a new one is not empty; or the run to
@@ -73,7 +80,10 @@ class RunFolder:
                     write_json(path / "config.json", metadata)
                     run = cls(path)
                 assert run is not None
-                if run.finished:
+                if extended is not None:
+                    write_json(path / "config.json", extended)
+                    run = cls(path)
+                if run.finished and extended is None:
                     raise UsageError(f"run {path} is finished: there is nothing to resume")
                 remove_strays(run.checkpoints.folder)
                 (path / "summary.json").unlink(missing_ok=True)  # tells how it ended before
@@ -106,6 +116,11 @@ class RunFolder:
         """The settings as they were given, before others were chosen in place of auto."""
         asked = self.metadata.get("asked", {})
         return run_from_mapping(asked, lambda key: f"{self.path}/config.json", base=self.config)
+
+    @property
+    def extensions(self) -> list[dict[str, int]]:
+        """What `resume --epochs` has changed: `epochs` before, and `after_epoch` and `after_step`, which were done."""
+        return list(self.metadata.get("extended", []))
 
     @property
     def unbuildable(self) -> str:

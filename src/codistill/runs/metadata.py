@@ -128,6 +128,10 @@ def checked_metadata(metadata: Any, path: Path) -> dict[str, Any]:
     began = metadata.get("initial_weights", {"sha256": "", "from_recipe": True})
     if not isinstance(began, dict) or not {"sha256", "from_recipe"} <= began.keys():
         raise CheckpointError(f"{path}/config.json: damaged: initial_weights is {shown(began)}")
+    extended, numbers = metadata.get("extended", []), {"epochs", "after_epoch", "after_step"}
+    entries = isinstance(extended, list) and all(isinstance(each, dict) and each.keys() == numbers for each in extended)
+    if not entries or any(type(value) is not int for each in extended for value in each.values()):
+        raise CheckpointError(f"{path}/config.json: damaged: extended is {shown(extended)}")
     for key, (kind, length) in lists.items():
         value = metadata["dataset"][key]
         whole = isinstance(value, list) and 0 < len(value) == (length or len(value))

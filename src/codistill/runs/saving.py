@@ -1,11 +1,13 @@
-"""Write checkpoints, metrics and events of a run on a thread beside the training."""
+"""Write checkpoints and metrics of a run, and tell its trackers, on a thread beside the training."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils._pytree import KeyPath, tree_map_with_path
@@ -16,9 +18,6 @@ from codistill.core.extras import missing_package
 from codistill.core.files import system_error
 from codistill.runs.folder import RunFolder
 from codistill.runs.state import TrainingState
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 
 class HostCopies:
@@ -45,20 +44,38 @@ class HostCopies:
         return buffer.copy_(value.detach(), non_blocking=True)
 
 
+class Tracker(Protocol):
+    """Somebody who is told of a run's epochs, on the thread that writes; where it fails, a warning says so once."""
+
+    name: str
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        """Take a line of metrics.jsonl."""
+
+    def pictures(self, images: npt.NDArray[np.uint8]) -> None:
+        """Take training images as the networks see them, [image, height, width, 3], before the first epoch."""
+
+    def end(self, summary: Mapping[str, Any]) -> None:
+        """Take what summary.json is about to hold."""
+
+    def close(self) -> None:
+        """Write what is left; the run may have ended early."""
+
+
 class Saver:
-    """Write one run's checkpoints, metrics.jsonl and events, one after the other, while the training goes on.
+    """Write one run's checkpoints and metrics.jsonl, and tell its trackers, one after the other beside the training.
 
     Where the disk is full or fails, a warning says so, the run goes on, and the next write makes up for it.
     """
 
-    def __init__(self, run: RunFolder) -> None:
+    def __init__(self, run: RunFolder, trackers: Iterable[Tracker] = ()) -> None:
         self.run = run
+        self._trackers = list(trackers)
         self._copies = HostCopies()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="codistill-saver")
         self._under_way: Future[None] | None = None
         self._unsaved: TrainingState | None = None
         self._unwritten: Sequence[Mapping[str, Any]] | None = None
-        self._board: SummaryWriter | None = None
         self._warned: set[str] = set()
         self._failed: dict[str, Exception] = {}
 
@@ -73,12 +90,12 @@ class Saver:
         self._begin(partial(self._save, state))
 
     def log(self, state: TrainingState) -> None:
-        """Begin to write a completed epoch of what `copy` returned: checkpoint, line of metrics.jsonl, events."""
+        """Begin to write a completed epoch of what `copy` returned: checkpoint, line of metrics.jsonl, trackers."""
 
         def write() -> None:
             self._save(state)
             self._write_metrics(state.rows)
-            self._tried("events", partial(self._write_events, state.rows[-1]))
+            self._tell("epoch", state.rows[-1])
 
         self._begin(write)
 
@@ -116,21 +133,28 @@ class Saver:
 
     def close(self) -> None:
         """End the thread once everything that was begun is written."""
+        self._thread.submit(partial(self._tell, "close"))
         self._thread.shutdown()
-        if self._board is not None:
-            self._tried("events", self._board.close)
+
+    def tell(self, what: str, about: Any) -> None:
+        """Begin to tell the trackers of something else than an epoch: a method of `Tracker` and its argument."""
+        self._begin(partial(self._tell, what, about))
+
+    def _tell(self, what: str, *about: Any) -> None:
+        for tracker in self._trackers:
+            self._tried(tracker.name, partial(getattr(tracker, what), *about), tracker=True)
 
     def _begin(self, write: Callable[[], None]) -> None:
         self.flush()
         self._under_way = self._thread.submit(write)
 
-    def _tried(self, what: str, write: Callable[[], None]) -> bool:
+    def _tried(self, what: str, write: Callable[[], None], tracker: bool = False) -> bool:
         """Write, and return whether it worked; warn of the first failure of a kind."""
         try:
             write()
         except Exception as error:
-            # Whatever fails within the libraries that write events costs no run.
-            if not isinstance(error, (OSError, MemoryError)) and what != "events":
+            # Whatever fails within the libraries of trackers costs no run.
+            if not isinstance(error, (OSError, MemoryError)) and not tracker:
                 raise
             self._failed[what] = error
             if what not in self._warned:
@@ -151,20 +175,3 @@ class Saver:
         add, rewrite = partial(self.run.append_metrics, rows[-1]), partial(self.run.write_metrics, rows)
         write = add if self._unwritten is None else rewrite
         self._unwritten = None if self._tried("metrics.jsonl", write) else rows
-
-    def _write_events(self, row: Mapping[str, Any]) -> None:
-        """Write a row as TensorBoard scalars: train/<term>, test/<predictor>/<score>, diversity/<measure>."""
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
-        step = row["epoch"] + 1
-        board = self._board = self._board or SummaryWriter(str(self.run.path / "tensorboard"), purge_step=step)
-        scalars = {f"train/{name.replace('->', '_to_')}": value for name, value in row["train"].items()}
-        scalars |= {f"train/{name}": row[name] for name in ("learning_rate", "images_per_second")}
-        if "diversity" in row:
-            scalars |= {f"diversity/{name}": row["diversity"][name] for name in ("disagreement", "kl")}
-        for split in ("validation", "test"):
-            for predictor, scores in row.get(split, {}).items():
-                scalars |= {f"{split}/{predictor}/{name}": value for name, value in scores.items()}
-        for name, value in scalars.items():
-            board.add_scalar(name, value, step)
-        board.flush()

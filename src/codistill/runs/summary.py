@@ -66,6 +66,7 @@ def summarise(
         errors[key.replace("top1", "balanced")] = balanced
     return {
         "status": "finished",
+        **({"stopped_early": len(rows)} if len(rows) < config.train.epochs else {}),
         **run_facts(config, method),
         **errors,
         "best_epoch": best["epoch"] + 1,

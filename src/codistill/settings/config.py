@@ -22,6 +22,7 @@ from codistill.settings.updates import UpdateSettings
 
 # For counts without a bound of their own.
 LARGEST = 2**31 - 1
+TRACKERS = ("trackio", "wandb", "mlflow")
 # Metadata of settings: results do not depend on a place, runs that train side by side have common ones in common, and
 # what moves is known by its contents.
 PLACE, COMMON, MOVES = {"place": True}, {"common": True}, {"moves": True}
@@ -146,6 +147,8 @@ class ExecutionSettings:
     stream: Literal["auto", "on", "off"] = field(default="auto", metadata=PLACE | COMMON)
     """Whether images are read from the file of decoded images, a batch at a time, instead of being held in memory; the
     results are the same. auto: where they would take more than half of the free memory."""
+    track: tuple[str, ...] = field(default=(), metadata=PLACE | {"metavar": "{trackio,wandb,mlflow} .."})
+    """Trackers that are told of each epoch beside TensorBoard."""
 
     def __post_init__(self) -> None:
         take_kinds(self)
@@ -153,6 +156,9 @@ class ExecutionSettings:
             object.__setattr__(self, "data_cache", os.path.abspath(os.path.expanduser(str(self.data_cache))))
         if self.threads is not None and not 1 <= self.threads <= 1024:
             raise UsageError(f"threads is {self.threads}; it must be from 1 to 1024")
+        for each in self.track:
+            if each not in TRACKERS:
+                raise UsageError(f"track is {each!r}: {near_matches(each, TRACKERS)}")
         for name in ("precision", "evaluation_precision", "compile", "stream"):
             value, choices = getattr(self, name), get_args(get_type_hints(type(self))[name])
             if value not in choices:

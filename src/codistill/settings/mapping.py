@@ -17,7 +17,7 @@ Where = Callable[[str], str]
 """The place of a key, for error lines: `recipe FILE:3`."""
 # What config.json holds beside the run itself.
 RECORDED_KEYS: tuple[str, ...] = ("codistill", "environment", "dataset", "teacher_sha256", "own_method", "imports")
-RECORDED_KEYS += ("initial_weights", "asked")
+RECORDED_KEYS += ("extended", "own_loop", "initial_weights", "asked")
 
 
 def run_from_mapping(

@@ -1,16 +1,22 @@
 """The weights that a run starts from: drawn from its seed, where they are not its user's own."""
 
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from codistill.core.errors import UsageError
 from codistill.core.randomness import CPU, INIT_STREAM, draws_kept, seed_draws, stream_seed
 from codistill.methods import METHODS, Method
 from codistill.networks import NETWORKS, Network, network
 from codistill.networks.origin import DRAWN, drawn_from, mark, origin_of
+from codistill.runs.folder import RunFolder
 from codistill.runs.metadata import weights_digest
+from codistill.runs.state import tensors_once
 
 
 def draw_weights(method: Method, seed: int) -> dict[str, Any]:
@@ -42,6 +48,64 @@ def draw_weights(method: Method, seed: int) -> dict[str, Any]:
         from_recipe = named and like is not None and weights_digest(method) == weights_digest(like)
     trained_in = sorted({str(origin) for origin in origins.values() if isinstance(origin, Path)})
     return {"sha256": weights_digest(method), "from_recipe": from_recipe, "trained_in": trained_in}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A run whose weights another one starts from: its classes, and the tensors of its last checkpoint."""
+
+    run: str
+    classes: Sequence[str]
+    weights: Mapping[str, Tensor]
+
+
+def read_weights(path: str) -> Origin:
+    """Read the weights of a run's last checkpoint; raise `CheckpointError` where there are none."""
+    run = RunFolder(path)
+    return Origin(path, run.class_names, run.checkpoints.load().method)
+
+
+def start_from(method: Method, origin: Origin, classes: Sequence[str]) -> dict[str, Any]:
+    """Copy the weights of a run into a method, by name, and describe the result; what is not in the run stays drawn.
+
+    Students of the same number have the same stages. Heads and the method's own modules are taken where they are there
+    in the same shape, and the classes are the same in the same order.
+
+    Returns:
+        What changes in the description of `draw_weights`, and a line, `from`, about what was taken and what drawn.
+
+    Raises:
+        UsageError: A student of the run is another network.
+    """
+    own, there = tensors_once(method), origin.weights
+    same = list(classes) == list(origin.classes)
+    taken: dict[str, Tensor] = {}
+    for name, tensor in own.items():
+        stage = re.match(r"(cohort\.students\.)(\d+)(\.stages\..*)", name)
+        source = there.get(name)
+        if stage and any(each.startswith(f"{stage[1]}{stage[2]}.") for each in there):
+            if source is None:  # a shared stage has the name of the first student
+                source = there.get(f"{stage[1]}0{stage[3]}")
+            if source is None or source.shape != tensor.shape:
+                found = "nothing" if source is None else list(source.shape)
+                raise UsageError(
+                    f"init {origin.run}: its student{stage[2]} is another network: {name} is {found} there and "
+                    f"{list(tensor.shape)} here: name the same --networks"
+                )
+            taken[name] = source
+        elif source is not None and same and source.shape == tensor.shape:
+            taken[name] = source
+    with torch.no_grad():
+        for name, source in taken.items():
+            own[name].copy_(source)
+    left = dict.fromkeys(
+        re.sub(r"^cohort\.students\.(\d+)\.(stages|head)\..*", r"\2 of student\1", n) for n in own if n not in taken
+    )
+    left = dict.fromkeys(each if " of " in each else each.partition(".")[0] for each in left)
+    drawn = f"; drawn from the seed: {', '.join(left)}" if left else ""
+    why = "" if same else " (the classes are others)"
+    line = f"weights of {origin.run}: {len(taken)} of {len(own)} tensors{drawn}{why}"
+    return {"sha256": weights_digest(method), "from": line}
 
 
 def registered(student: Network) -> bool:

@@ -32,13 +32,15 @@ def train_loop(
         diverged: Called with a run that diverged and is dropped; the others continue.
         after_step: Called with the epoch, from 0, and the number of its steps that are done.
     """
-    active = list(trainers)
+    ended, active = ([each for each in trainers if each.over is over] for over in (True, False))
     started = time.monotonic()
     steps: GraphedSteps | EagerSteps | None = None
     with draws_kept(trainers[0].step.device), defer_signals() as requests, trainers[0].display:
         # One signal may reach a rank from several sides.
         requests.insistent = trainers[0].step.ranks.count == 1
         for epoch in range(trainers[0].position[0], trainers[0].config.train.epochs):
+            if not active:
+                break
             steps = steps or make_fleet([trainer.step for trainer in active])
             handle = functools.partial(handle_signals, requests, active, epoch)
             for number in train_epoch(active, steps, epoch):
@@ -53,11 +55,13 @@ def train_loop(
                     diverged(trainer, error)
                     active.remove(trainer)
                     steps = None
-            if not active:
-                return
-            if epoch == 0 and active[0].step.ranks.leads:
+            for trainer in [each for each in active if each.stops()]:
+                active.remove(trainer)
+                ended.append(trainer)
+                steps = None
+            if epoch == 0 and active and active[0].step.ranks.leads:
                 active[0].suggest()
-    for trainer in active:
+    for trainer in ended:
         with trainer.step.ranks.together():
             if trainer.step.ranks.leads:
                 trainer.finish(time.monotonic() - started)
@@ -68,7 +72,9 @@ def train_epoch(trainers: Sequence[Trainer], steps: GraphedSteps | EagerSteps, e
     first = trainers[0].first_step(epoch)
     indices = [trainer.begin_epoch(epoch) for trainer in trainers]
     progress = torch.full((), epoch / trainers[0].config.train.epochs, device=trainers[0].step.device)
-    for trainer in trainers:
+    for trainer, batches in zip(trainers, indices, strict=True):
+        if epoch == first == 0:
+            trainer.show_images(batches)
         trainer.stopwatch.start()
     left = trainers[0].steps[first:]
     staged = [trainer.step.images.staged(each, left) for trainer, each in zip(trainers, indices, strict=True)]

@@ -26,6 +26,7 @@ from codistill.data.stream import Streaming, check_streaming, on_device
 from codistill.deploy.run import Run
 from codistill.methods import METHODS, Method
 from codistill.methods.kd import WithTeacher
+from codistill.report.trackers import refuse_missing, trackers
 from codistill.runs.images import write_duplicates, write_images
 from codistill.runs.metadata import data_digests, held_out_digest, run_metadata, weights_digest
 from codistill.runs.saving import Saver
@@ -34,11 +35,11 @@ from codistill.runs.summary import network_names, write_summary_of_failure
 from codistill.settings.build import build_method, weights_of
 from codistill.settings.config import RunConfig, TrainSettings
 from codistill.training.compiling import Execution, choose_execution
-from codistill.training.initial import draw_weights
+from codistill.training.initial import draw_weights, read_weights, start_from
 from codistill.training.ranks import ALONE, Ranks
 from codistill.training.step import make_step
 from codistill.training.teacher import load_teacher, top1_error
-from codistill.training.trainer import Trainer
+from codistill.training.trainer import OnEpochEnd, Trainer
 from codistill.training.trial import try_method
 
 Positions = Int[Tensor, " image"] | None  # of the images that are used, on the host; None: all of them, in order
@@ -77,11 +78,18 @@ def announce(plans: Sequence[Plan]) -> None:
 
 
 def check(
-    method: Method, data: Dataset, config: RunConfig, device: torch.device, alone: bool = True, ranks: Ranks = ALONE
+    method: Method,
+    data: Dataset,
+    config: RunConfig,
+    device: torch.device,
+    alone: bool = True,
+    ranks: Ranks = ALONE,
+    begins: bool = True,
 ) -> Plan:
     """Check that a run can work, draw its weights, and set the process up for its device; all ranks that share it do.
 
-    `alone` says whether no other run trains on the device at the same time.
+    `alone` says whether no other run trains on the device at the same time; `begins` whether this one does, rather than
+    go on from a checkpoint.
     """
     settings, asked = config.train, config.execution.precision
     config = config.in_precision(ranks.from_leader(lambda: choose_precision(asked, device)))
@@ -103,6 +111,10 @@ def check(
                 f"precision bf16: {lack}, so a step may take far longer than in float32: see --precision auto"
             )
         check_parts(config, images, ranks)
+        refuse_missing(config.execution.track)
+        if settings.patience and validation is None and data.validation is None:
+            words = f"patience is {settings.patience}, but no images are held out to stop by"
+            raise UsageError(f"{words}: --validation 20%, or leave it out")
         try:
             try_method(method, data, settings, config.execution.precision, device, augmentation)
         except (torch.OutOfMemoryError, MemoryError) as error:
@@ -111,6 +123,14 @@ def check(
         captured = alone and ranks.count == 1 and method.capturable
         execution = choose_execution(config.execution, device, pixels, overlap=captured)
         initial = draw_weights(method, settings.seed)
+    if settings.init is not None:
+        if begins:
+            origin = ranks.from_leader(functools.partial(read_weights, settings.init))
+            with ranks.together():
+                initial |= start_from(method, origin, data.class_names)
+            notices.append(str(initial["from"]))
+        settings = dataclasses.replace(settings, init=str(Path(settings.init).absolute()))
+        config = dataclasses.replace(config, train=settings)
     # Absolute paths: a run is used from other folders than it was started in.
     teaching = config.teaching
     if teaching.teacher is not None:
@@ -262,12 +282,15 @@ def set_up(
     state: TrainingState | None = None,
     ranks: Ranks = ALONE,
     splits: DeviceSplits | None = None,
+    extended: Mapping[str, Any] | None = None,
+    on_epoch_end: OnEpochEnd | None = None,
 ) -> Iterator[Trainer]:
     """Open the folder of a run and put the run on its device; always release both, and leave the method as it was.
 
     `label` is a prefix of its lines among those of other runs; `begun` says whether the folder holds the run already,
-    and `state` is the checkpoint to resume from; `splits` are data on the device that other runs use too. Rank 0 holds
-    the folder for all ranks.
+    and `state` is the checkpoint to resume from; `extended` is the config.json of a run with another number of epochs;
+    `on_epoch_end` gets each line of metrics.jsonl; `splits` are data on the device that other runs use too. Rank 0
+    holds the folder for all ranks.
     """
     method, config = plan.method, plan.config
     splits = splits or DeviceSplits(plan.data, plan.device, config.execution.stream)
@@ -275,7 +298,8 @@ def set_up(
     metadata = None if begun or not ranks.leads else made(splits.digests | plan.held_out, plan.initial, plan.asked)
     with contextlib.ExitStack() as folder:
         with ranks.together():
-            held_run = folder.enter_context(Run.opened(out, metadata, method, plan.data)) if ranks.leads else None
+            opened = Run.opened(out, metadata, method, plan.data, extended)
+            held_run = folder.enter_context(opened) if ranks.leads else None
         # The others cannot read it: it may lie on a disk of rank 0's machine.
         known = ranks.from_leader(lambda: Run(out))
         run = held_run or known
@@ -285,13 +309,14 @@ def set_up(
                 write_duplicates(run.path, plan.data, plan.duplicates)
             with (
                 plan.execution.on(method, plan.device, config.execution.deterministic),
-                contextlib.closing(Saver(run)) as saver,
+                contextlib.closing(Saver(run, trackers(run, config.execution.track))) as saver,
             ):
                 images, precision = splits.subset(plan.training), config.execution.precision
                 images = images.for_steps(min(config.train.batch_size, len(images)))
                 step = make_step(method, images, plan.augmentation, config.train, precision, ranks)
                 held = splits.evaluated(plan.validation)
                 trainer = Trainer(run, config, step, plan.execution, held, saver, show and ranks.leads, label)
+                trainer.on_epoch_end = on_epoch_end
                 with ranks.together():
                     if ranks.leads:
                         splits.examine_teacher(method, config, trainer.display.note)

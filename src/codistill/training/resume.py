@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from codistill.core.console import note
 from codistill.core.errors import CheckpointError, DataError, UsageError
 from codistill.data.dataset import Dataset
 from codistill.deploy.run import Run
@@ -16,10 +17,12 @@ from codistill.runs.metadata import weights_digest
 from codistill.settings.config import MOVABLE
 from codistill.settings.mapping import run_from_mapping
 from codistill.training.fleet import mark_diverged, shared, side_by_side, train_in_groups, train_in_processes
+from codistill.training.optim import rate_of
 from codistill.training.prepare import DeviceSplits, announce, build_taught, check, set_up
 from codistill.training.ranks import ALONE, Ranks
 from codistill.training.sharing import share_cores
 from codistill.training.train import fail
+from codistill.training.trainer import OnEpochEnd
 
 
 def resume(
@@ -30,8 +33,10 @@ def resume(
     method: Method | None = None,
     data: Dataset | None = None,
     skip_bad: bool = False,
+    epochs: int | None = None,
+    on_epoch_end: OnEpochEnd | None = None,
 ) -> Run:
-    """Resume an interrupted run from its last whole checkpoint, which may lie inside an epoch.
+    """Resume an interrupted run from its last whole checkpoint, which may lie inside an epoch, or extend a finished one.
 
     On a CPU, and on CUDA with `deterministic`, its end is bitwise equal to that of a run without the break. A run that
     was stopped before its first checkpoint starts from the beginning.
@@ -46,14 +51,18 @@ def resume(
             your own. It is trained in place.
         data: The data set, where it is arrays of your own.
         skip_bad: Whether a folder's images that cannot be read are left out, where the run began without any.
+        epochs: Train until so many epochs in all, instead of those that the run was started with. From here on it goes
+            as a run of so many: schedule and ramp-up are functions of epoch / epochs. docs/training.md says it exactly.
+        on_epoch_end: As in `train`.
 
     Raises:
-        UsageError: The run is finished, another process holds it, or its settings were changed.
+        UsageError: The run is finished, or has done so many epochs; another process holds it, or its settings were
+            changed.
         CheckpointError: Not a run folder, no whole checkpoint, or networks that only your program can build;
             or a teacher that is not that of the run.
         DataError: The data set is missing, or not that of the run.
     """
-    return resume_together([Path(path)], data_dir, show, override, method, data, skip_bad)[0]
+    return resume_together([Path(path)], data_dir, show, override, method, data, skip_bad, epochs, on_epoch_end)[0]
 
 
 def resume_together(
@@ -64,6 +73,8 @@ def resume_together(
     method: Method | None = None,
     data: Dataset | None = None,
     skip_bad: bool = False,
+    epochs: int | None = None,
+    on_epoch_end: OnEpochEnd | None = None,
 ) -> list[Run]:
     """Resume several runs, or folders of them: side by side where they stopped at the same step and share settings.
 
@@ -73,14 +84,14 @@ def resume_together(
     with Ranks.from_environment() as ranks:
 
         def read() -> list[InterruptedRun]:
-            runs = [run for path in paths for run in unfinished(path, method, data)]
+            runs = [run for path in paths for run in unfinished(path, method, data, epochs)]
             if len(runs) > 1 and method is not None:
                 raise UsageError(f"{len(runs)} runs to resume, but one method was handed in: name one run")
             if ranks.count > 1 and len(runs) > 1:
                 raise UsageError(
                     f"{len(runs)} runs to resume, but under torchrun only one is: name it, or omit torchrun"
                 )
-            return [InterruptedRun(run, overrides, ranks) for run in runs]
+            return [InterruptedRun(run, overrides, ranks, epochs) for run in runs]
 
         interrupted = ranks.from_leader(read)
         groups: dict[str, list[InterruptedRun]] = {}
@@ -99,15 +110,21 @@ def resume_together(
                     each.check_data(loaded, splits.digests)
                 methods = [each.build(loaded) for each in group]
             checked = functools.partial(check, data=loaded, device=device, alone=len(group) == 1, ranks=ranks)
-            plans = [checked(method, config=config) for method, config in zip(methods, configs, strict=True)]
+            plans = [
+                checked(method, config=each.config, begins=each.state is None)
+                for method, each in zip(methods, group, strict=True)
+            ]
             if ranks.leads:
                 announce(plans)
             for plan, each in zip(plans, group, strict=True):
                 each.check_held_out(plan.held_out)
                 each.check_weights(plan.initial)
             names = [each.run.path.name if several else "" for each in group]
+            for each in group if ranks.leads else ():
+                each.announce()
+            opening = functools.partial(set_up, ranks=ranks, splits=splits, on_epoch_end=on_epoch_end)
             openings = [
-                functools.partial(set_up, plan, each.run.path, show, name, True, each.state, ranks, splits)
+                functools.partial(opening, plan, each.run.path, show, name, True, each.state, extended=each.extended)
                 for plan, each, name in zip(plans, group, names, strict=True)
             ]
             processes, threads = share_cores(plans, splits)
@@ -121,13 +138,18 @@ def resume_together(
         return [each.run for each in interrupted]
 
 
-def unfinished(path: Path, method: Method | None = None, data: Dataset | None = None) -> list[Run]:
-    """Find the run in a folder, or those of its folders that neither are finished nor have diverged."""
+def unfinished(
+    path: Path, method: Method | None = None, data: Dataset | None = None, epochs: int | None = None
+) -> list[Run]:
+    """Find the run in a folder, or those of its folders that neither are finished nor have diverged.
+
+    With a number of epochs, those that are finished, too.
+    """
     inner = sorted(each.parent for each in path.glob("*/config.json")) if not (path / "config.json").exists() else []
     if not inner:
         return [Run(path, method, data)]
     runs = [Run(each, method, data) for each in inner]
-    left = [run for run in runs if run.status not in ("finished", "diverged")]
+    left = [run for run in runs if run.status != "diverged" and (epochs is not None or not run.finished)]
     if not left:
         raise UsageError(f"all {len(runs)} runs in {path} are finished or diverged: there is nothing to resume")
     return left
@@ -136,10 +158,10 @@ def unfinished(path: Path, method: Method | None = None, data: Dataset | None = 
 class InterruptedRun:
     """A run to resume, with settings that are overridden by name, and its last whole checkpoint."""
 
-    def __init__(self, run: Run, override: Mapping[str, Any], ranks: Ranks = ALONE) -> None:
+    def __init__(self, run: Run, override: Mapping[str, Any], ranks: Ranks = ALONE, epochs: int | None = None) -> None:
         self.run = run
-        if run.finished:
-            raise UsageError(f"run {run.path} is finished: there is nothing to resume")
+        if run.finished and epochs is None:
+            raise UsageError(f"run {run.path} is finished: there is nothing to resume; --epochs N extends it")
         began = run.metadata["environment"].get("ranks", 1)
         if began != ranks.count:
             how = "without torchrun" if began == 1 else f"with torchrun on {began} processes"
@@ -150,7 +172,9 @@ class InterruptedRun:
         self.state = run.checkpoints.load() if run.checkpoints.entries() else None
         if self.state is not None:
             began, now = self.state.config, config.as_mapping()
+            earlier = [each["epochs"] for each in run.extensions]  # the checkpoint may be older than an extension
             changed = [key for key in now if key not in MOVABLE and now[key] != began.get(key, now[key])]
+            changed = [key for key in changed if key != "epochs" or began[key] not in earlier]
             if changed:
                 listed = "; ".join(f"{key}: {began.get(key)!r} -> {now[key]!r}" for key in changed)
                 raise UsageError(
@@ -167,6 +191,30 @@ class InterruptedRun:
         if config.execution.threads is None and on_cpu and ranks.count == 1 and type(recorded) is int:
             config = run_from_mapping({"threads": recorded}, lambda key: f"{run.path}/config.json", base=config)
         self.config = run_from_mapping(override, lambda key: "codistill resume --override", base=config)
+        self.extended: dict[str, Any] | None = None
+        if run.finished or epochs not in (None, config.train.epochs):
+            self._extend(epochs or 0)
+
+    def _extend(self, epochs: int) -> None:
+        """Change the number of epochs; `extended` is then the config.json that says so."""
+        run, before = self.run, self.config.train.epochs
+        done, steps = self.position
+        if epochs <= done:
+            raise UsageError(f"{run.path} has done {done} epochs: --epochs {epochs} is not more: name a larger number")
+        self.config = run_from_mapping({"epochs": epochs}, lambda key: "codistill resume --epochs", base=self.config)
+        entry = {"epochs": before, "after_epoch": done, "after_step": steps}
+        self.extended = {**run.metadata, "epochs": epochs, "extended": [*run.extensions, entry]}
+
+    def announce(self) -> None:
+        """Say what an extension changes."""
+        if self.extended is None:
+            return
+        done, now = self.position[0], self.config.train
+        before = self.extended["extended"][-1]["epochs"]
+        note(
+            f"{self.run.path}: {now.epochs} epochs instead of {before}, of which {done} are done: it goes on as a "
+            f"run of {now.epochs}, from {100 * done / now.epochs:.0f} %: learning rate {rate_of(now, done):.3g}"
+        )
 
     @property
     def position(self) -> tuple[int, int]:

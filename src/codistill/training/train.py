@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from codistill.training.loop import train_loop
 from codistill.training.prepare import DeviceSplits, announce, build_taught, check, check_teacher, set_up
 from codistill.training.ranks import Ranks
 from codistill.training.sharing import choose_threads
-from codistill.training.trainer import Trainer
+from codistill.training.trainer import OnEpochEnd, Trainer
 
 
 def free_folder(config: RunConfig, ending: str | None = None) -> Path:
@@ -85,6 +86,8 @@ def train(
     out: str | Path | None = None,
     settings: TrainSettings | None = None,
     execution: ExecutionSettings | None = None,
+    init: Run | str | Path | None = None,
+    on_epoch_end: OnEpochEnd | None = None,
     show: bool = True,
 ) -> Run:
     """Train the students of a method together.
@@ -96,6 +99,9 @@ def train(
         out: The run folder, which must not hold anything; None: a new one below runs/.
         settings: Everything else of the experiment; None: the defaults, which are the paper's recipe.
         execution: Device, precision and how steps are computed; None: the defaults.
+        init: A run whose last weights this one starts from; overrides the settings.
+        on_epoch_end: Called after each epoch with its line of metrics.jsonl; of several ranks rank 0 calls it. If it
+            raises, the run ends with one line, is saved and can be resumed.
         show: Whether to print progress and the final table.
 
     Returns:
@@ -112,6 +118,8 @@ def train(
     settings = settings or TrainSettings()
     if epochs is not None:
         settings = dataclasses.replace(settings, epochs=epochs)
+    if init is not None:
+        settings = dataclasses.replace(settings, init=str(init.path if isinstance(init, Run) else init))
     config = RunConfig(
         method_name=method.name,
         networks=tuple(student.spec for student in method.cohort),
@@ -124,11 +132,18 @@ def train(
     )
     with Ranks.from_environment() as ranks:
         device = ranks.choose_device(config.execution)
-        return _train(method, data, config, Path(out) if out else None, device, show, ranks)
+        return _train(method, data, config, Path(out) if out else None, device, show, ranks, on_epoch_end)
 
 
 def _train(
-    method: Method, data: Dataset, config: RunConfig, out: Path | None, device: torch.device, show: bool, ranks: Ranks
+    method: Method,
+    data: Dataset,
+    config: RunConfig,
+    out: Path | None,
+    device: torch.device,
+    show: bool,
+    ranks: Ranks,
+    on_epoch_end: OnEpochEnd | None = None,
 ) -> Run:
     plan = check(method, data, config, device, ranks=ranks)
     run, state, finished = ranks.from_leader(lambda: restarted(plan.config, out))
@@ -147,7 +162,8 @@ def _train(
     if ranks.count == 1:
         choose_threads(plan, splits)
     begun = run is not None
-    with set_up(plan, folder, show, begun=begun, state=state, ranks=ranks, splits=splits) as trainer:
+    opening = functools.partial(set_up, plan, folder, show, begun=begun, state=state, ranks=ranks, splits=splits)
+    with opening(on_epoch_end=on_epoch_end) as trainer:
         try:
             train_loop([trainer], fail)
         finally:

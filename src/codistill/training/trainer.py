@@ -1,12 +1,13 @@
 """The trainer of one run: position, metrics, evaluation and checkpoints."""
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from codistill.core.console import TrainingDisplay, summary_table, warn
 from codistill.core.device import Stopwatch, fast_bf16
-from codistill.core.errors import CheckpointError, DivergedError
+from codistill.core.errors import CheckpointError, DivergedError, UsageError
 from codistill.core.extras import missing_package
 from codistill.core.files import write_json
 from codistill.core.host import release_freed_memory
@@ -31,6 +32,9 @@ from codistill.training.pace import Pace
 from codistill.training.step import TrainStep
 
 LONG_RUN = 600.0  # seconds
+SHOWN_IMAGES = 16
+OnEpochEnd = Callable[[dict[str, Any]], None]
+"""A function of a user that gets each line of metrics.jsonl."""
 BF16_GAIN = 1.5  # of a step of MFEF without compiled chains: the table of docs/speed.md
 
 
@@ -73,6 +77,8 @@ class Trainer:
         self.evaluated = False  # whether this process did
         self.evaluates = True  # at the end of the current epoch
         self.position = (0, 0)
+        self.done = 0  # epochs
+        self.on_epoch_end: OnEpochEnd | None = None
         self.best: Mapping[str, Any] | None = None
         self.rows: list[Mapping[str, Any]] = []
 
@@ -156,6 +162,33 @@ class Trainer:
             self.evaluation.run()
         between()
 
+    @property
+    def over(self) -> bool:
+        """Whether the run is at its end: all epochs are done, or its patience is, counted from its last extension."""
+        patience, extensions = self.config.train.patience, self.run.extensions
+        if len(self.rows) >= self.config.train.epochs or not patience or self.best is None:
+            return len(self.rows) >= self.config.train.epochs
+        first = max(self.best["epoch"] + 1, extensions[-1]["after_epoch"] if extensions else 0)
+        return sum(row["epoch"] >= first for row in evaluated(self.rows)) >= patience
+
+    def stops(self) -> bool:
+        """Whether this was the last epoch, on all ranks alike; one before its time is said."""
+        epochs, patience = self.config.train.epochs, self.config.train.patience
+        early = bool(patience) and self.done < epochs and self.step.ranks.from_leader(lambda: self.over)
+        if early and self.best and self.step.ranks.leads:
+            words = f"no lower validation error in {patience} evaluations since epoch {self.best['epoch'] + 1}"
+            self.display.note(f"stopped after epoch {self.done} of {epochs}: {words}")
+        return early or self.done >= epochs
+
+    def show_images(self, indices: BatchIndices) -> None:
+        """Have the trackers take some images of the first batch, as the networks see them."""
+        if not self.step.ranks.leads:
+            return
+        images = self.step.images
+        normalised, _ = images.augmented(indices.part(0, min(SHOWN_IMAGES, self.used)), self.step.augmentation)
+        pixels = (normalised.flatten(0, -4)[:SHOWN_IMAGES] - images.affine.shift) / images.affine.scale
+        self.saver.tell("pictures", pixels.round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy())
+
     def state(self, step: int = 0) -> TrainingState:
         """Return all that a resume needs, on the device, after some steps of the epoch after the completed ones."""
         momentum, rows = optimizer_tensors(self.step.optimizer), tuple(self.rows)
@@ -194,6 +227,7 @@ class Trainer:
 
     def end_epoch(self, epoch: int, numbers: Mapping[str, Any], state: TrainingState | None) -> None:
         """Check, log and save an epoch, of several ranks on rank 0; on the others `state` is None."""
+        self.done = epoch + 1
         with self.step.ranks.together():
             if state is not None:
                 self.log_epoch(epoch, numbers, state)
@@ -219,6 +253,18 @@ class Trainer:
         self.rows.append(row)
         self.saver.log(dataclasses.replace(state, rows=tuple(self.rows), best=best))
         self.display.end_epoch(row)
+        if self.on_epoch_end is not None:
+            self.call(self.on_epoch_end, row)
+
+    def call(self, on_epoch_end: OnEpochEnd, row: Mapping[str, Any]) -> None:
+        """Call a user's function with a copy of the epoch's line; where it raises, the run is saved, and ends."""
+        try:
+            on_epoch_end(copy.deepcopy(dict(row)))
+        except Exception as error:
+            self.saver.flush()
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            kept = f"the run is saved up to epoch {row['epoch'] + 1}: codistill resume {self.run.path}"
+            raise UsageError(f"on_epoch_end raised {reason}; {kept}") from error
 
     def suggest(self) -> None:
         """Show after the first epoch what bf16 would gain a long run on a CPU that is fast in it."""
@@ -270,6 +316,7 @@ class Trainer:
         execution = dataclasses.asdict(self.execution)
         images = {split: len(each) for split, each in self.evaluation.splits.items()}
         summary = summarise(self.run, self.config, self.method, self.rows, best, seconds, execution, images)
+        self.saver.tell("end", summary)
         try:
             if lost is None:
                 self.keep_pictures()
