@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from codistill.runs.evaluate import evaluate_run as evaluate
     from codistill.settings.config import ExecutionSettings, RunConfig, TeacherSettings, TrainSettings
     from codistill.sweeps.driver import sweep
+    from codistill.training.record import record
     from codistill.training.resume import resume
     from codistill.training.teacher import load_teacher
     from codistill.training.train import train
@@ -67,6 +68,7 @@ _HOMES = {
     "runs.evaluate": "evaluate",
     "settings.config": "ExecutionSettings RunConfig TeacherSettings TrainSettings",
     "sweeps.driver": "sweep",
+    "training.record": "record",
     "training.resume": "resume",
     "training.teacher": "load_teacher",
     "training.train": "train",
@@ -113,6 +115,7 @@ __all__ = [
     "network",
     "network_from",
     "predict",
+    "record",
     "resume",
     "sweep",
     "train",

@@ -3,7 +3,10 @@
 import hashlib
 import importlib
 import importlib.util
+import logging
 import os
+import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +54,7 @@ def results_of(summary: Mapping[str, Any]) -> dict[str, float]:
 
 
 def confusion_picture(run: RunFolder, predictor: str) -> npt.NDArray[np.uint8]:
-    """Draw the confusion matrix of a predictor on the test set as uint8 [height, width]: rows are labels, 0 is 100 %."""
+    """Draw the confusion matrix of a predictor on the test set, uint8 [height, width]: rows are labels, 0 is 100 %."""
     test = read_predictions(run)["test"]
     matrix = confusion_matrix(test.labels, test.predictors[predictor].named, len(run.class_names)).astype(float)
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
@@ -204,7 +207,8 @@ class MLflow(Opted):
 
     def begin(self, library: Any) -> None:
         """Open the run, or that of the process before."""
-        place = self._run.path.resolve().parent
+        self._library, place = library, self._run.path.resolve().parent
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it tells of each table that it makes
         uri = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{place / 'mlflow.db'}")
         self._client = library.MlflowClient(tracking_uri=uri)
         found = self._client.get_experiment_by_name(PROJECT)
@@ -223,9 +227,9 @@ class MLflow(Opted):
 
     def send(self, numbers: Mapping[str, float], step: int) -> None:
         """Log them; MLflow allows no other signs than letters, digits and _-./ in names."""
-        for name, value in numbers.items():
-            allowed = "".join(sign if sign.isalnum() or sign in "_-./ " else "_" for sign in name)
-            self._client.log_metric(self._id, allowed, value, step=step)
+        named = {re.sub(r"[^\w\-./ ]", "_", name, flags=re.ASCII): value for name, value in numbers.items()}
+        metric, now = self._library.entities.Metric, int(1000 * time.time())
+        self._client.log_batch(self._id, [metric(name, value, now, step) for name, value in named.items()])
 
     def finish(self) -> None:
         """Mark the run as ended."""

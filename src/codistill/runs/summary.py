@@ -78,7 +78,8 @@ def summarise(
         **{split: rows[-1][split] for split in images},
         "diversity": rows[-1]["diversity"],
         "warnings": [f"epoch {row['epoch'] + 1}: {each}" for row in rows for each in row["warnings"]],
-        "images_per_second": sum(row["images_per_second"] * row["seconds"] for row in rows) / trained,
+        # A loop of one's own may not know its time.
+        "images_per_second": sum(row["images_per_second"] * row["seconds"] for row in rows) / (trained or 1),
         "train_seconds": trained,
         "wall_seconds": seconds,
         "execution": dict(execution),

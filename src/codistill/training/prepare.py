@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from codistill.core.console import note, warn, warn_once
+from codistill.core.console import note, note_once, warn, warn_once
 from codistill.core.device import choose_precision, fast_bf16, set_up_gpu
 from codistill.core.errors import ResourceError, UsageError
 from codistill.core.files import system_error
@@ -128,7 +128,8 @@ def check(
             origin = ranks.from_leader(functools.partial(read_weights, settings.init))
             with ranks.together():
                 initial |= start_from(method, origin, data.class_names)
-            notices.append(str(initial["from"]))
+            if ranks.leads:
+                note_once(str(initial["from"]))
         settings = dataclasses.replace(settings, init=str(Path(settings.init).absolute()))
         config = dataclasses.replace(config, train=settings)
     # Absolute paths: a run is used from other folders than it was started in.

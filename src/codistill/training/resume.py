@@ -36,7 +36,7 @@ def resume(
     epochs: int | None = None,
     on_epoch_end: OnEpochEnd | None = None,
 ) -> Run:
-    """Resume an interrupted run from its last whole checkpoint, which may lie inside an epoch, or extend a finished one.
+    """Resume an interrupted run from its last whole checkpoint, also one inside an epoch, or extend a finished run.
 
     On a CPU, and on CUDA with `deterministic`, its end is bitwise equal to that of a run without the break. A run that
     was stopped before its first checkpoint starts from the beginning.
@@ -160,6 +160,8 @@ class InterruptedRun:
 
     def __init__(self, run: Run, override: Mapping[str, Any], ranks: Ranks = ALONE, epochs: int | None = None) -> None:
         self.run = run
+        if run.metadata.get("own_loop"):
+            raise UsageError(f"{run.path} was trained by a loop of your own: start a new run from it with --init")
         if run.finished and epochs is None:
             raise UsageError(f"run {run.path} is finished: there is nothing to resume; --epochs N extends it")
         began = run.metadata["environment"].get("ranks", 1)

@@ -111,16 +111,26 @@ def train(
         UsageError: Settings, networks and data do not go together, or the folder is not empty; nothing was written.
         DivergedError: A loss became NaN or infinite; the last whole checkpoint is kept.
     """
-    teacher, teaching = method.taught_by, TeacherSettings()
-    if teacher is not None:
-        teaching = TeacherSettings(teacher_weight=teacher.weight, teacher_temperature=teacher.temperature)
-    check_teacher(type(method), teacher is not None)
+    check_teacher(type(method), method.taught_by is not None)
     settings = settings or TrainSettings()
     if epochs is not None:
         settings = dataclasses.replace(settings, epochs=epochs)
     if init is not None:
         settings = dataclasses.replace(settings, init=str(init.path if isinstance(init, Run) else init))
-    config = RunConfig(
+    config = config_of(method, data, settings, execution)
+    with Ranks.from_environment() as ranks:
+        device = ranks.choose_device(config.execution)
+        return _train(method, data, config, Path(out) if out else None, device, show, ranks, on_epoch_end)
+
+
+def config_of(
+    method: Method, data: Dataset, settings: TrainSettings, execution: ExecutionSettings | None = None
+) -> RunConfig:
+    """Return the settings of a run with a method and a data set that are made already."""
+    teacher, teaching = method.taught_by, TeacherSettings()
+    if teacher is not None:
+        teaching = TeacherSettings(teacher_weight=teacher.weight, teacher_temperature=teacher.temperature)
+    return RunConfig(
         method_name=method.name,
         networks=tuple(student.spec for student in method.cohort),
         data=data.spec or data.name,
@@ -130,9 +140,6 @@ def train(
         teaching=teaching,
         method=method.settings,
     )
-    with Ranks.from_environment() as ranks:
-        device = ranks.choose_device(config.execution)
-        return _train(method, data, config, Path(out) if out else None, device, show, ranks, on_epoch_end)
 
 
 def _train(

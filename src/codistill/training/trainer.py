@@ -14,9 +14,9 @@ from codistill.core.host import release_freed_memory
 from codistill.core.randomness import STEP_STREAM, draws_kept, stream_seed
 from codistill.data.augment import BatchIndices, DeviceImages
 from codistill.deploy.run import Run
-from codistill.evaluation.diversity import health_warnings
+from codistill.evaluation.diversity import Diversity, health_warnings
 from codistill.evaluation.evaluation import Evaluation
-from codistill.evaluation.metrics import own_student, read_together
+from codistill.evaluation.metrics import Scores, own_student, read_together
 from codistill.report.page import write_report
 from codistill.report.pictures import keep_pictures
 from codistill.runs.choice import ERRORS, choice, evaluated, lowest_student
@@ -168,13 +168,13 @@ class Trainer:
         patience, extensions = self.config.train.patience, self.run.extensions
         if len(self.rows) >= self.config.train.epochs or not patience or self.best is None:
             return len(self.rows) >= self.config.train.epochs
-        first = max(self.best["epoch"] + 1, extensions[-1]["after_epoch"] if extensions else 0)
+        first: int = max(self.best["epoch"] + 1, extensions[-1]["after_epoch"] if extensions else 0)
         return sum(row["epoch"] >= first for row in evaluated(self.rows)) >= patience
 
     def stops(self) -> bool:
         """Whether this was the last epoch, on all ranks alike; one before its time is said."""
         epochs, patience = self.config.train.epochs, self.config.train.patience
-        early = bool(patience) and self.done < epochs and self.step.ranks.from_leader(lambda: self.over)
+        early: bool = patience > 0 and self.done < epochs and self.step.ranks.from_leader(lambda: self.over)
         if early and self.best and self.step.ranks.leads:
             words = f"no lower validation error in {patience} evaluations since epoch {self.best['epoch'] + 1}"
             self.display.note(f"stopped after epoch {self.done} of {epochs}: {words}")
@@ -239,7 +239,7 @@ class Trainer:
         self.refuse(divergence(numbers["health"], self.method.cohort.shared_stages, epoch))
         train = self.step.sums.means(numbers["terms"])
         row: dict[str, Any] = {"epoch": epoch, "learning_rate": self.rate, "train": train}
-        row |= self.scored(numbers["scores"]) if self.evaluates else {}
+        row |= scored_row(self.evaluation.scored(numbers["scores"])) if self.evaluates else {}
         for split in numbers["scores"]:
             self.refuse(bad_scores(row, split))
         before, epochs = evaluated(self.rows), self.config.train.epochs
@@ -273,19 +273,6 @@ class Trainer:
         if fast and long and self.config.execution.precision == "float32":
             factor = f"about {BF16_GAIN} times as fast as in float32"
             self.display.note(f"this CPU has {fast}: with --precision bf16 a step is {factor}")
-
-    def scored(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
-        """Return scores of all predictors on the held splits, and how the students differ on the last one, the test."""
-        row: dict[str, Any] = {}
-        for name, (scores, diversity) in self.evaluation.scored(numbers).items():
-            row[name] = {predictor: dataclasses.asdict(each) for predictor, each in scores.items()}
-            row["diversity"] = dataclasses.asdict(diversity)
-        errors = {name: each["top1_error"] for name, each in row["test"].items()}
-        if "fused" in errors:
-            row["diversity"]["gap_to_fused"] = {
-                name: error - errors["fused"] for name, error in errors.items() if own_student(name)
-            }
-        return row
 
     def keep_predictions(self) -> None:
         """Write what the last evaluation answered for each image; a run is worth more than that."""
@@ -337,3 +324,17 @@ class Trainer:
     def selection_error(row: Mapping[str, Any]) -> float:
         """Return the error that the best epoch has least of, and of equal ones the first: the best student's."""
         return lowest_student(row)[1]
+
+
+def scored_row(found: Mapping[str, tuple[Mapping[str, Scores], Diversity]]) -> dict[str, Any]:
+    """Return what a line of metrics.jsonl says of the splits, `test` last, and how the students differ on that one."""
+    row: dict[str, Any] = {}
+    for name, (scores, diversity) in found.items():
+        row[name] = {predictor: dataclasses.asdict(each) for predictor, each in scores.items()}
+        row["diversity"] = dataclasses.asdict(diversity)
+    errors = {name: each["top1_error"] for name, each in row["test"].items()}
+    if "fused" in errors:
+        row["diversity"]["gap_to_fused"] = {
+            name: error - errors["fused"] for name, error in errors.items() if own_student(name)
+        }
+    return row

@@ -1,0 +1,94 @@
+"""A run folder of a training that a loop of one's own has done."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from codistill.core.console import warn
+from codistill.core.errors import UsageError
+from codistill.core.extras import missing_package
+from codistill.core.files import write_json
+from codistill.core.randomness import draws_kept
+from codistill.data.dataset import Dataset
+from codistill.deploy.run import Run
+from codistill.evaluation.evaluation import Evaluation
+from codistill.evaluation.metrics import read_together
+from codistill.methods import Method
+from codistill.report.page import write_report
+from codistill.report.pictures import keep_pictures
+from codistill.runs.metadata import run_metadata, weights_digest
+from codistill.runs.predictions import write_predictions
+from codistill.runs.state import TrainingState, tensors_once
+from codistill.runs.summary import summarise
+from codistill.settings.config import TrainSettings
+from codistill.training.prepare import DeviceSplits
+from codistill.training.train import config_of
+from codistill.training.trainer import scored_row
+
+
+def record(
+    method: Method,
+    data: Dataset,
+    out: str | Path,
+    *,
+    history: Sequence[Mapping[str, float]] = (),
+    seconds: float = 0.0,
+    settings: TrainSettings | None = None,
+) -> Run:
+    """Write the run folder of a training that your own loop has done: it is evaluated, reported and exported as any.
+
+    All predictors are scored on the test images (and validation images, if the data set has any) where the method is,
+    normalised by `data.statistics`: (pixels / 255 - mean) / std, which the loop must have done, too.
+
+    Args:
+        method: Trained; its weights stay, and so does its mode.
+        data: What it was trained on, in full: its facts are recorded, and files are compared on its test images.
+        out: The run folder, which must not hold anything.
+        history: For each epoch the means of the loss terms by name, which the report draws, and `learning_rate`, if it
+            is to be drawn.
+        seconds: Of the training; 0: not known.
+        settings: Those of the loop that you want recorded; epochs are those of the history.
+
+    Returns:
+        The run, which is finished; it cannot be resumed, but another can start from it (`init`).
+
+    Raises:
+        UsageError: The folder is not empty, or the history holds something else than numbers.
+    """
+    epochs = max(1, len(history))
+    config = config_of(method, data, settings or TrainSettings(epochs=epochs, milestones=()))
+    device = next(method.parameters()).device
+    splits = DeviceSplits(data, device)
+    held = splits.evaluated(None)
+    method.choose_memory_format(held["test"].batch(0, 1)[0])
+    evaluation = Evaluation(method, held, captured=False)
+    with draws_kept(device):
+        evaluation.run()
+    rows: list[dict[str, Any]] = []
+    for epoch, terms in enumerate(history or [{}]):
+        if not all(isinstance(value, (int, float)) for value in terms.values()):
+            raise UsageError(f"history of epoch {epoch + 1} is {dict(terms)!r}; it must be numbers by name")
+        train = {name: float(value) for name, value in terms.items() if name != "learning_rate"}
+        rows.append({"epoch": epoch, "learning_rate": terms.get("learning_rate"), "train": train, "warnings": []})
+        rows[-1] |= {"seconds": seconds / epochs, "images_per_second": 0.0}
+        if seconds:
+            rows[-1]["images_per_second"] = len(data.train) * epochs / seconds
+    rows[-1] |= scored_row(evaluation.scored(read_together(evaluation.tensors())))
+    initial = {"sha256": weights_digest(method), "from_recipe": False, "trained_in": []}
+    metadata = run_metadata(config, data, device, method, splits.digests, initial, {}) | {"own_loop": True}
+    with Run.opened(Path(out), metadata, method, data) as run:
+        weights = {name: each.cpu() for name, each in tensors_once(method).items()}
+        run.checkpoints.save(TrainingState(config.as_mapping(), weights, [], rows, best=True))
+        run.write_metrics(rows)
+        predictions = evaluation.predictions()
+        write_predictions(run.path, predictions)
+        images = {split: len(each) for split, each in held.items()}
+        summary = summarise(run, config, method, rows, rows[-1], seconds, {}, images)
+        try:
+            keep_pictures(run, method, predictions["test"], summary["best_student"], data.test)
+            write_report(run, summary)
+        except Exception as error:  # a run is worth more than its page
+            reason = missing_package(error) or " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            warn(f"{run.path / 'report.html'} is not written: {reason}; the other files of the run hold it all")
+        write_json(run.path / "summary.json", summary)
+    return run

@@ -1,0 +1,72 @@
+"""A training by a loop of one's own as a run folder; the loop is that of docs/training.md."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import codistill as cd
+from codistill.core.errors import UsageError
+from codistill.training import record as module
+
+from .. import tiny
+
+pytestmark = pytest.mark.usefixtures("tiny_registered")
+PAGE = Path(__file__).parents[2] / "docs" / "training.md"
+
+
+@pytest.fixture
+def no_page(monkeypatch):
+    monkeypatch.setattr(module, "write_report", lambda run, summary: (run.path / "report.html").write_text("page"))
+    monkeypatch.setattr(module, "keep_pictures", lambda *arguments: None)
+
+
+def named_method():
+    torch.manual_seed(0)
+    return cd.MFEF([cd.network("tiny", 3), cd.network("tiny", 3)], 3, image_size=(8, 8))
+
+
+@pytest.mark.parametrize("page", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_loop_of_the_page_makes_a_run_like_any(tmp_path, monkeypatch, request, no_pages, page):
+    if not page:
+        request.getfixturevalue("no_page")
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"<!-- run by .*?-->\n```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert code.count("\n") == 10
+    data = cd.dataset("packed", tiny.write_npz(tmp_path / "colours.npz", tiny.data()))
+    method = named_method()
+    names = {"cd": cd, "torch": torch, "DataLoader": DataLoader, "TensorDataset": TensorDataset}
+    exec(code, scope := {**names, "data": data, "method": method, "epochs": 2})
+    run = cd.Run("runs/mine")
+    assert run.finished and run.path == scope["run"].path
+    assert (run.path / "report.html").exists() and not list(run.path.glob("*.tmp*"))
+    scores = run.evaluate(device="cpu")
+    assert {name: each.top1_error for name, each in scores.items()} == run.summary["top1_error"]
+    run.export("student0", tmp_path / "student.safetensors")
+    assert cd.load_classifier(tmp_path / "student.safetensors").class_names == ["red", "green", "blue"]
+    loaded = run.load_method().state_dict()
+    assert all(torch.equal(loaded[name], each) for name, each in method.state_dict().items())
+    with pytest.raises(UsageError, match="was trained by a loop of your own: start a new run from it with --init"):
+        cd.resume(run.path, epochs=3)
+    more = cd.train(named_method(), data, init=run, out="runs/more", settings=tiny.settings(epochs=1), show=False)
+    assert more.metadata["init"] == str(run.path.absolute())
+
+
+def test_a_history_and_its_refusals(tmp_path, no_page):
+    data, method = tiny.data(), tiny.method()
+    history = [{"loss": 2.0, "learning_rate": 0.1}, {"loss": 1.0, "learning_rate": 0.01}]
+    run = cd.record(method, data, tmp_path / "run", history=history, seconds=4.0)
+    rows = run.metrics()
+    assert [(row["train"], row["learning_rate"]) for row in rows] == [({"loss": 2.0}, 0.1), ({"loss": 1.0}, 0.01)]
+    assert run.summary["epochs"] == 2 and run.summary["images_per_second"] == 12.0
+    assert run.load_method().cohort[0].spec == ""  # of one's own, handed in
+    before = tiny.listing(tmp_path)
+    with pytest.raises(UsageError, match="is not empty"):
+        cd.record(method, data, tmp_path / "run")
+    with pytest.raises(UsageError, match=r"history of epoch 1 is \{'loss': 'low'\}; it must be numbers by name"):
+        cd.record(method, data, tmp_path / "other", history=[{"loss": "low"}])
+    assert tiny.listing(tmp_path) == before
+    assert json.loads((tmp_path / "run/config.json").read_text())["own_loop"] is True
