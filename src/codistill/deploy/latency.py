@@ -189,7 +189,7 @@ def measure_latency(
         UsageError: A predictor cannot be written as ONNX where onnx-int8 is asked for.
         CheckpointError: No whole checkpoint.
     """
-    predictors = {name: module.eval() for name, module in run.load_method(which).predictors().items()}
+    predictors = {name: module.eval() for name, module in run.predictors(which).items()}
     own, count = torch.get_num_threads(), cores()
     costs: dict[str, Cost] = {}
     calls: dict[tuple[Any, ...], Callable[[], object]] = {}

@@ -169,7 +169,7 @@ class Trainer:
         if len(self.rows) >= self.config.train.epochs or not patience or self.best is None:
             return len(self.rows) >= self.config.train.epochs
         first: int = max(self.best["epoch"] + 1, extensions[-1]["after_epoch"] if extensions else 0)
-        return sum(row["epoch"] >= first for row in evaluated(self.rows)) >= patience
+        return bool(sum(row["epoch"] >= first for row in evaluated(self.rows)) >= patience)
 
     def stops(self) -> bool:
         """Whether this was the last epoch, on all ranks alike; one before its time is said."""
