@@ -362,8 +362,8 @@ def test_runs_side_by_side_say_once_that_their_batch_is_smaller(made, capsys):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("train --optimizer adam", "--optimizer does not exist: all methods use SGD: see --momentum"),
-        ("train --schedule cosine", "--schedule does not exist: the rate falls at --milestones"),
+        ("train --optimiser adam", "--optimiser does not exist: choose it with --optimizer: sgd or adamw"),
+        ("train --scheduler cosine", "--scheduler does not exist: choose it with --schedule: step or cosine"),
         ("train --gpu 0", "--gpu does not exist: choose it with --device, as cuda, cuda:1 or cpu"),
         ("bench --num_workers=4", "--num-workers does not exist: images are held in memory"),
         ("train --amp", "--amp does not exist: choose it with --precision"),

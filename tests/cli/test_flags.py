@@ -27,7 +27,7 @@ def test_unknown_flags_name_their_neighbours(parsed):
     [
         ("--launcher=slurm", "does not exist: torchrun starts the ranks"),
         ("--out_dir=x", "does not exist: name the run folder with --out"),
-        ("--sched=step", "does not exist: the rate falls at --milestones"),
+        ("--sched=step", "does not exist: choose it with --schedule: step or cosine"),
         ("--aa=rand", "unknown option --aa=rand: codistill train mfef --help lists them"),
         ("-r", "unknown option -r: codistill train mfef --help lists them"),
     ],
