@@ -72,15 +72,15 @@ def train_epoch(trainers: Sequence[Trainer], steps: GraphedSteps | EagerSteps, e
     first = trainers[0].first_step(epoch)
     indices = [trainer.begin_epoch(epoch) for trainer in trainers]
     progress = torch.full((), epoch / trainers[0].config.train.epochs, device=trainers[0].step.device)
-    for trainer, batches in zip(trainers, indices, strict=True):
-        if epoch == first == 0:
-            trainer.show_images(batches)
+    for trainer in trainers:
         trainer.stopwatch.start()
     left = trainers[0].steps[first:]
     staged = [trainer.step.images.staged(each, left) for trainer, each in zip(trainers, indices, strict=True)]
     for number, batches in enumerate(zip(*staged, strict=True), start=first + 1):
-        for trainer in trainers:
+        for trainer, batch in zip(trainers, batches, strict=True):
             trainer.before_step(epoch, number)
+            if (epoch, number) == (0, 1):
+                trainer.show_images(batch)
         seeds = [trainer.draws_seed(epoch, number) for trainer in trainers]
         steps(batches, progress, seeds)
         trainers[0].after_step(epoch, number)

@@ -180,12 +180,12 @@ class Trainer:
             self.display.note(f"stopped after epoch {self.done} of {epochs}: {words}")
         return early or self.done >= epochs
 
-    def show_images(self, indices: BatchIndices) -> None:
-        """Have the trackers take some images of the first batch, as the networks see them."""
+    def show_images(self, batch: BatchIndices) -> None:
+        """Have the trackers take some images of a batch, as the networks see them."""
         if not self.step.ranks.leads:
             return
         images = self.step.images
-        normalised, _ = images.augmented(indices.part(0, min(SHOWN_IMAGES, self.used)), self.step.augmentation)
+        normalised, _ = images.augmented(batch, self.step.augmentation)
         pixels = (normalised.flatten(0, -4)[:SHOWN_IMAGES] - images.affine.shift) / images.affine.scale
         self.saver.tell("pictures", pixels.round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy())
 
