@@ -120,7 +120,7 @@ def test_tensorboard_has_images_confusions_and_hparams(colours, tmp_path):
     student = run.summary["best_student"]
     assert set(events.Tags()["images"]) == {"train/first batch", f"test/confusion of {student}"}
     grid = events.Images("train/first batch")[0]
-    assert grid.width * grid.height == 16 * 8 * 8
+    assert grid.width * grid.height == 8 * 8 * 8  # the images of a batch
     assert events.Scalars("result/student0")[0].value == pytest.approx(run.summary["top1_error"]["student0"])
     assert any("hparams" in name for name in events.summary_metadata)
 
