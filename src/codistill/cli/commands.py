@@ -261,11 +261,9 @@ def export_command(arguments: Sequence[str]) -> None:
     folder = Path(chosen.out) if chosen.out and not out else None
     if folder:
         refuse_taken(folder)
-    chooses = chosen.predictor == BEST or chosen.max_latency_ms is not None
-    named = chosen.format or ("onnx" if folder or (chooses and not out) else None)
-    format = (named or "onnx") if folder else choose_format(Path(out) if out else None, named)
+    format = (chosen.format or "onnx") if folder else choose_format(Path(out) if out else None, chosen.format)
     run, predictor, how = Run(chosen.run), chosen.predictor, ""
-    if chooses:
+    if predictor == BEST or chosen.max_latency_ms is not None:
         budget = (chosen.checkpoint, chosen.max_latency_ms, RUNTIMES[format])
 
         def training_images() -> Pixels:

@@ -12,6 +12,7 @@ from codistill.core.files import system_error, write_atomically
 from codistill.report.curves import charts
 from codistill.report.groups import Group, Seen, differing, grouped, settings_of, text_of
 from codistill.report.page import REPORT, page_title, render, run_page, seen_run
+from codistill.report.tradeoff import comparison_tradeoff
 from codistill.runs.folder import RunFolder
 
 MARK = b'<meta name="generator" content="codistill">'
@@ -78,7 +79,7 @@ def comparison_page(seen: Sequence[Seen], folder: Path) -> str:
         alerts=_alerts(seen, groups),
         errors=_errors(groups),
         charts=charts(groups),
-        latency=None,
+        latency=comparison_tradeoff(groups),
         runs=_runs(groups, folder),
         differ=_differ(groups),
         shared=_shared(groups),

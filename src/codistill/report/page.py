@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from codistill.core.console import duration, warn
 from codistill.core.errors import CheckpointError
 from codistill.core.files import write_atomically
+from codistill.deploy.latency import FILE as LATENCY
+from codistill.deploy.latency import read_latency
 from codistill.evaluation.analysis import Analysis, analyse, wilson_interval
 from codistill.evaluation.predictions import Predictions
 from codistill.report.advice import advice
@@ -21,6 +23,7 @@ from codistill.report.failures import (
 )
 from codistill.report.groups import FACTS, Group, Seen, settings_of, text_of
 from codistill.report.pictures import read_pictures
+from codistill.report.tradeoff import run_tradeoff
 from codistill.runs.choice import choice, chosen_by, lowest_student, top1_errors
 from codistill.runs.folder import RunFolder
 from codistill.runs.predictions import read_predictions
@@ -110,8 +113,8 @@ def run_page(run: RunFolder, summary: Mapping[str, Any] | None = None) -> str:
     pictures = read_pictures(run.path) if found else None
     if found and pictures is None:
         missing.append(f"Pictures: `codistill report {run.path}` makes them where the data set is there.")
-    latency = None
-    if latency is None:
+    latency = section("Latency against error", lambda: _latency(seen))
+    if latency is None and not (run.path / LATENCY).exists():
         missing.append(f"Latency against error: `codistill report {run.path} --latency` measures it on this machine.")
     content: dict[str, Any] = {
         "title": page_title(seen),
@@ -160,6 +163,12 @@ def _predictions(run: RunFolder, missing: list[str]) -> Predictions | None:
     except CheckpointError as error:
         missing.append(f"Confusions, calibration, mistakes and disagreement: {error}.")
     return None
+
+
+def _latency(seen: Seen) -> dict[str, Any] | None:
+    errors = top1_errors(seen.last, "test") if seen.last else {}
+    intervals = {name: interval_of(seen, name, error) for name, error in errors.items()}
+    return run_tradeoff(seen, read_latency(seen.run), intervals)
 
 
 def page_title(seen: Seen) -> str:

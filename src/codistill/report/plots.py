@@ -244,6 +244,6 @@ def scatter_plot(
             f'<circle class="point {kind} {each.colour}" cx="{across}" cy="{up}" r="5"><title>{label}</title></circle>'
         )
         right = x.share(each.x) > 0.55
-        place = 'class="name end" dx="-10"' if right else 'class="name" dx="10"'
-        names.append(f'<text {place} x="{across}" y="{up}" dy="4">{label}</text>')
+        place = 'class="name end" dx="-7"' if right else 'class="name" dx="7"'
+        names.append(f'<text {place} x="{across}" y="{up}" dy="-8">{label}</text>')
     return _frame(title, description, x, y, x_label, "".join(steps), height, "".join(names))
