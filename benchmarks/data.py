@@ -99,13 +99,14 @@ import sys, time
 import torch
 import codistill as cd
 from codistill.data.stream import on_device
+from codistill.data.duplicates import duplicates
 from codistill.data.store import stored_in
 from codistill.runs.metadata import data_digests
 started = time.perf_counter()
 with stored_in(sys.argv[2]):
     data = cd.dataset("folder:resize=224", sys.argv[1])
 found = time.perf_counter()
-data_digests(data), data.statistics
+data_digests(data), data.statistics, duplicates(data)
 facts = time.perf_counter()
 images = on_device(data.train, data.statistics, torch.device("cpu"), sys.argv[3])
 images.batch(0, 128)
@@ -124,7 +125,7 @@ def second_start(folder: Path, images: int, rounds: int) -> dict[str, Any]:
             out = subprocess.run(line, check=True, capture_output=True, text=True).stdout
             found, facts, ready = map(float, out.split())
             row = {"start": "second" if number else "first", "stream": how, "data_set": round(found, 3)}
-            rows.append(row | {"digests": round(facts, 3), "first_batch": round(ready, 3)})
+            rows.append(row | {"digests_and_duplicates": round(facts, 3), "first_batch": round(ready, 3)})
             rows[-1]["seconds"] = round(found + facts + ready, 3)
     worst = max(row["seconds"] for row in rows if row["start"] == "second")
     return {"images": images, "resize": 224, "starts": rows, "slowest_second_start": worst}

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from codistill.core.errors import ResourceError, UsageError
-from codistill.data import store
+from codistill.data import Split, duplicates, store
 from codistill.data.images import decode_image
 from codistill.data.mapped import RowReader, digest, facts_of, histogram, is_mapped
 from codistill.data.store import decoded, stored_in
@@ -314,10 +314,23 @@ def test_parts_of_a_map_are_read_from_their_place(photos):
     assert not is_mapped(own[::2]) and not is_mapped(np.array(own)) and not is_mapped(np.load(path, mmap_mode="c"))
 
 
+def test_thumbnails_are_kept_beside_a_store(photos, monkeypatch):
+    def split() -> Split:
+        return Split(in_store(photos).images, np.zeros(12, np.int64))
+
+    wanted = duplicates.thumbnails(Split(plain(photos), np.zeros(12, np.int64)))
+    assert np.array_equal(duplicates.thumbnails(split()), wanted)
+    with monkeypatch.context() as patch:
+        patch.setattr(duplicates, "_shrunk", None)
+        assert np.array_equal(duplicates.thumbnails(split()), wanted)
+    (folder(photos) / "thumbnails-16.npy").write_bytes(b"damaged")
+    assert np.array_equal(duplicates.thumbnails(split()), wanted)
+
+
 KILLED = """
 import sys, time
 from pathlib import Path
-from codistill.data import store
+from codistill.data import Split, duplicates, store
 store.BATCH = 60
 whole = store._Files.batches
 def slow(files, positions):

@@ -5,9 +5,12 @@ import json
 import pytest
 
 import codistill as cd
+from codistill.cli import commands
+from codistill.cli.main import main
 from codistill.core.errors import UsageError
 from codistill.deploy import budget
 from codistill.deploy.budget import choose_predictor
+from codistill.deploy.export import Exported
 
 from .. import tiny
 from .test_latency import latency
@@ -107,3 +110,15 @@ def test_other_predictors_and_unfinished_runs_are_refused(run):
     run._finished = {"status": "interrupted"}
     with pytest.raises(UsageError, match="only of a finished run"):
         choose_predictor(run)
+
+
+def test_a_command_without_a_format_exports_onnx_or_ends_with_the_line(trained, monkeypatch, capsys):
+    monkeypatch.setattr(budget, "known_latency", lambda *_: latency(**TIMES))
+    taken = []
+    monkeypatch.setattr(commands, "export_predictor", lambda *given: taken.append(given) or Exported)
+    monkeypatch.setattr(Exported, "line", "ok", raising=False)
+    assert main(["export", str(trained), "--predictor", "best", "--max-latency-ms", "1.5"]) == 0
+    assert taken[0][1:4] == ("student0", None, "onnx")
+    assert capsys.readouterr().out.startswith("best: student0 in 1 ms")
+    assert main(["export", str(trained), "--max-latency-ms", "0.5"]) == 2
+    assert "no predictor answers within 0.5 ms" in capsys.readouterr().err and len(taken) == 1

@@ -81,7 +81,10 @@ def test_uneven_classes_are_said(tmp_path, capsys):
     root = photos(tmp_path / "photos", {"train/ant": 24, "train/bee": 12, "test/ant": 3, "test/bee": 3})
     assert train(root, tmp_path / "run") == 0
     said = capsys.readouterr().err
-    assert "warning: data set folder: classes are uneven, from 12 of bee to 24 of ant training images" in said
+    line = "warning: data set folder: classes are uneven, from 12 of bee to 24 of ant training images"
+    assert f"{line}: --class-weights balanced or --sampling balanced counts them alike" in said
+    assert train(root, tmp_path / "weighted", "--class-weights", "balanced") == 0
+    assert f"{line}\n" in capsys.readouterr().err
     photos(root, {"train/bee": 13})
     assert train(root, tmp_path / "other") == 0
     assert "uneven" not in capsys.readouterr().err
@@ -98,3 +101,20 @@ def test_images_of_two_splits_are_said_and_listed_and_no_error(tmp_path, capsys)
     first = rows(tmp_path / "run" / "duplicates.csv")[0]
     assert first["kind"] == "exact" and (first["class"], first["other class"]) == ("ant", "bee")
     assert (first["split"], first["file"], first["other file"]) == ("test", "test/ant/00.png", "train/bee/07.png")
+
+
+@pytest.mark.parametrize(
+    ("size", "method", "networks"),
+    [
+        ("6x9", "mfef", ("tiny", "tiny")),
+        pytest.param("512x384", "mfef", ("resnet8", "resnet8"), marks=pytest.mark.slow),
+        pytest.param("33x64", "byot", ("resnet8",), marks=pytest.mark.slow),
+    ],
+)
+def test_images_need_be_no_squares(tmp_path, size, method, networks):
+    root = photos(tmp_path / "photos", {"ant": 5, "bee": 5}, size=(20, 30))
+    out, options = tmp_path / "run", ["--epochs", "1", "--batch-size", "4", "--drop-last", "--threads", "1"]
+    data = ["--data", f"folder:resize={size}", "--data-dir", str(root), "--device", "cpu"]
+    assert main(["train", method, "--networks", *networks, *data, *options, "--out", str(out)]) == 0
+    assert cd.Run(out).metadata["dataset"]["image_size"] == [int(side) for side in size.split("x")]
+    assert main(["predict", str(out), str(root / "ant" / "00.png")]) == 0

@@ -261,9 +261,11 @@ def export_command(arguments: Sequence[str]) -> None:
     folder = Path(chosen.out) if chosen.out and not out else None
     if folder:
         refuse_taken(folder)
-    format = (chosen.format or "onnx") if folder else choose_format(Path(out) if out else None, chosen.format)
+    chooses = chosen.predictor == BEST or chosen.max_latency_ms is not None
+    named = chosen.format or ("onnx" if folder or (chooses and not out) else None)
+    format = (named or "onnx") if folder else choose_format(Path(out) if out else None, named)
     run, predictor, how = Run(chosen.run), chosen.predictor, ""
-    if predictor == BEST or chosen.max_latency_ms is not None:
+    if chooses:
         budget = (chosen.checkpoint, chosen.max_latency_ms, RUNTIMES[format])
 
         def training_images() -> Pixels:

@@ -131,7 +131,7 @@ class ExportOptions(MovedDataOptions):
     """student0, student1, .., ensemble or fused; best: the one with the lowest validation error; without --validation,
     test error. None: the best student, or with --max-latency-ms best."""
     format: Literal["safetensors", "onnx", "onnx-int8", "torch-export"] | None = None
-    """File format. None: by the suffix of --out; in a folder onnx, which is there beside any other."""
+    """File format. None: by the suffix of --out; in a folder, and where a predictor is chosen without --out, onnx."""
     out: str | None = field(default=None, metadata={"metavar": "FILE|FOLDER/"})
     """The file; or a new folder for model, model card, load.py, picture of the confusion matrix and recipe. None:
     RUN/exports/PREDICTOR with the format's suffix."""

@@ -1,9 +1,11 @@
 """Images that are in two splits: the same pixels, or nearly so."""
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 from typing import Literal
 from weakref import WeakKeyDictionary
 
@@ -15,8 +17,10 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from codistill.core.files import replaced
 from codistill.core.host import cores
 from codistill.data.dataset import Dataset, Pixels, Split
+from codistill.data.mapped import facts_of, is_mapped, pieces
 
 Kind = Literal["exact", "near"]
 
@@ -98,20 +102,48 @@ def named(data: Dataset, split: str, position: int) -> str:
 
 
 def thumbnails(split: Split) -> Pixels:
-    """Return images of 16x16 pixels, uint8 [images, 16, 16, 3]: means of areas."""
+    """Return images of 16x16 pixels, uint8 [images, 16, 16, 3]: means of areas.
+
+    Those of a file of decoded images are kept beside it, so that a start need not read all of it.
+    """
     if split not in _thumbnails:
-        _thumbnails[split] = _shrunk(split.images)
+        images = split.images
+        kept = facts_of(images) is not None and is_mapped(images)
+        place = Path(str(images.filename)).with_name(f"thumbnails-{SIDE}.npy") if kept else None  # type: ignore[attr-defined]
+        found = None if place is None else _read(place, (len(images), SIDE, SIDE, 3))
+        if found is None:
+            found = _shrunk(images)
+            if place is not None:
+                _write(place, found)
+        _thumbnails[split] = found
     return _thumbnails[split]
+
+
+def _read(path: Path, shape: tuple[int, ...]) -> Pixels | None:
+    """Read thumbnails; None where there are none, or none of this shape."""
+    try:
+        with path.open("rb") as file:
+            found: Pixels = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return found if isinstance(found, np.ndarray) and found.dtype == np.uint8 and found.shape == shape else None
+
+
+def _write(path: Path, found: Pixels) -> None:
+    with contextlib.suppress(OSError), replaced(path) as part, part.open("wb") as file:  # they are made again next time
+        np.save(file, found)
 
 
 def _shrunk(images: Pixels) -> Pixels:
     def thumbnail(image: Pixels) -> Pixels:
         return np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BOX))
 
-    found = np.empty((len(images), SIDE, SIDE, 3), np.uint8)
+    found, position = np.empty((len(images), SIDE, SIDE, 3), np.uint8), 0
     with ThreadPoolExecutor(cores()) as pool:  # Pillow works outside Python's global lock
-        for position, small in enumerate(pool.map(thumbnail, images, chunksize=64)):
-            found[position] = small
+        for piece in pieces(images):
+            for small in pool.map(thumbnail, piece):
+                found[position] = small
+                position += 1
     return found
 
 

@@ -101,7 +101,10 @@ def check(
         augmentation = config.augmentation(data, training)
         images = len(data.train) if training is None else len(training)
         found = duplicates(data, training, validation) if data.own and ranks.leads else []
-        notices = [line for line in (data.bounded, data.own and data.uneven, line_about(data, found)) if line]
+        uneven = data.uneven if data.own else ""
+        if uneven and (config.augment.class_weights, config.augment.sampling) == ("none", "shuffled"):
+            uneven += ": --class-weights balanced or --sampling balanced counts them alike"
+        notices = [line for line in (data.bounded, uneven, line_about(data, found)) if line]
         if images < settings.batch_size:
             less = f"there are {images} training images, less than a batch of {settings.batch_size}"
             notices.append(f"{less}: each step trains on all of them")
