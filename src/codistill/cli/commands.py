@@ -18,7 +18,7 @@ from rich.table import Table
 
 from codistill.cli import options
 from codistill.cli.flags import parse, parse_with_settings
-from codistill.core.console import lasting_console, warn
+from codistill.core.console import lasting_console, note, warn
 from codistill.core.errors import CodistillError, DataError, DivergedError, UsageError, WorkerError
 from codistill.core.registry import with_options
 from codistill.data import DATASETS
@@ -39,6 +39,7 @@ from codistill.report.pictures import complete_pictures
 from codistill.runs.choice import choice
 from codistill.runs.evaluate import evaluate_images
 from codistill.runs.predictions import write_predictions_csv
+from codistill.settings.automatic import automatic, look_up, shown
 from codistill.settings.config import RunConfig, default_config
 from codistill.settings.mapping import run_from_mapping, typed_mapping
 from codistill.settings.presets import PRESETS, completed, find_preset, preset_config
@@ -112,8 +113,10 @@ def train_options(
     values = (preset_config(preset) if preset else default_config(method or "mfef")).values()
     written = typed_mapping(recipe.mapping, recipe.where, method) if recipe else {"method": {}}
     values |= {**written, "method": values["method"] | written["method"]}
-    chosen, values = parse_with_settings(options.TrainOptions, flags, command, values)
+    chosen, values = parse_with_settings(options.TrainOptions, flags, command, defaults := values)
     refuse_two_sources(chosen, command)
+    if not values["networks"] and values["data"]:
+        values = with_automatic(flags, command, defaults, values, written)
 
     def where(key: str) -> str:
         found, of_recipe = ({**each, **each["method"]}.get(key) for each in (values, written))
@@ -125,6 +128,26 @@ def train_options(
     if "" in config.networks:
         raise UsageError("a network without a name, which only your program can build: name one with --networks")
     return chosen, skipping(config, chosen)
+
+
+def with_automatic(
+    flags: Sequence[str],
+    command: str,
+    defaults: Mapping[str, Any],
+    values: Mapping[str, Any],
+    written: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Choose what neither flags nor a recipe have set, for a run that names data but no networks; show why."""
+    given = {key: value for key, value in values.items() if key in written or value != defaults[key]}
+    known = look_up(values["data"], values["data_dir"])
+    choices = automatic(known, values["data"], given, values["method"]["name"])
+    made = dict(defaults) | {each.key: each.value for each in choices}
+    _, parsed = parse_with_settings(options.TrainOptions, flags, command, made)
+    parsed["data"] = made["data"]
+    kept = tuple(each for each in choices if parsed[each.key] == each.value)
+    for line in shown(known, kept):
+        note(line)
+    return parsed
 
 
 def skipping(config: RunConfig, chosen: options.DataOptions) -> RunConfig:

@@ -139,6 +139,12 @@ class TrainingDisplay:
         elif self._bar.disable:
             self._print(line)
 
+    def expect(self, epoch: int, step: int, seconds: float) -> None:
+        """Print how long the rest of a run of minutes takes, by the seconds of a step, after a step counted from 1."""
+        left = seconds * ((self.epochs - epoch) * self.steps - step)
+        if left > 60:
+            self._print(f"about {duration(left)} of training to go, by the first steps; evaluation comes to it")
+
     def note(self, line: str) -> None:
         """Print a line that is of no epoch, without the label."""
         self.console.print(line, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""A step that has become many times slower than the first ones, which is said once."""
+"""How long the first steps take, and a step that has become many times slower, which is said once."""
 
 import statistics
 import time
@@ -16,6 +16,8 @@ class Pace:
 
     def __init__(self, run: Path) -> None:
         self._run = run
+        self.usual: float | None = None
+        """Seconds of a step: median of the first ones, as soon as there are so many."""
         self._first: list[float] = []
         self._last: float | None = None
         self._slow: list[float] = []  # the last steps, while they are slow
@@ -33,6 +35,7 @@ class Pace:
             return None
         if len(self._first) < FIRST:
             self._first.append(took)
+            self.usual = statistics.median(self._first) if len(self._first) == FIRST else None
             return None
         usual = statistics.median(self._first)
         self._slow = [*self._slow, took] if took > TIMES * usual else []

@@ -140,8 +140,12 @@ class Trainer:
     def after_step(self, epoch: int, number: int) -> None:
         """Show the progress now and then; steps are counted from 1."""
         # The host does not wait for a GPU.
-        if self.step.device.type == "cpu" and (line := self.pace.step()):
-            warn(line)
+        if self.step.device.type == "cpu":
+            before, line = self.pace.usual, self.pace.step()
+            if before is None and self.pace.usual is not None:
+                self.display.expect(epoch, number, self.pace.usual)
+            if line:
+                warn(line)
         if self.display.due():
             # On a GPU a read would wait for all work in the queue; there terms are shown once an epoch.
             readable = self.step.device.type == "cpu"

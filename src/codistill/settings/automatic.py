@@ -1,0 +1,206 @@
+"""A recipe for a data set of which nothing else is known: each choice with its reason."""
+
+import inspect
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from codistill.core.errors import DataError
+from codistill.core.host import cores
+from codistill.core.registry import parse_spec, with_options
+from codistill.data.dataset import DATASETS, dataset
+from codistill.data.images import SUFFIXES
+from codistill.methods import METHODS
+from codistill.networks import network
+
+PROBED = 100  # images whose size is looked at
+PASSES, LEAST_PASSES, MOST_PASSES = 2_000_000, 30, 200  # images seen in all; epochs
+CPU_MINUTES, LEAST_CPU_PASSES = 30, 10
+CORE_FLOPS = 50e9  # of float32 training a second, about what a core of 2023 does; what a run really takes is measured
+SIDES = {"cpu": 64, "cuda": 64}  # of images that are made smaller, pixels
+NETWORKS = {"cpu": "resnet20", "cuda": "resnet32"}
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is looked up of a data set: its training images, about, their size, and whether they may be made smaller.
+
+    Attributes:
+        images: Number of training images.
+        size: Height and width, pixels, of all or, where they are unlike, of most.
+        alike: Whether all that were looked at have that size.
+        resized: Whether images become another size where the data set is told so.
+        validation: Whether it has validation images of its own.
+    """
+
+    images: int
+    size: tuple[int, int]
+    alike: bool = True
+    resized: bool = False
+    validation: bool = False
+
+    @property
+    def text(self) -> str:
+        """The images as text."""
+        height, width = self.size
+        size = f"of {height}x{width} pixels" if self.alike else f"of several sizes, mostly {height}x{width} pixels"
+        return f"{'about ' if self.resized else ''}{self.images:,} training images {size}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting that was chosen, and why."""
+
+    key: str
+    value: Any
+    reason: str
+
+
+def look_up(spec: str, root: str | None) -> Known:
+    """Look up what a recipe depends on; of image files, headers of some are read and nothing is decoded.
+
+    Raises:
+        UsageError: Unknown data set, or one that needs the path of its files.
+        DataError: No images there, or none that can be read.
+    """
+    name, options = parse_spec(spec)
+    parameters = inspect.signature(DATASETS[name]).parameters
+    if "resize" not in parameters or options.get("resize") or root is None:
+        data = dataset(spec, root)
+        return Known(len(data.train), data.image_size, validation=getattr(data, "validation", None) is not None)
+    place = Path(root)
+    training = place / "train" if (place / "train").is_dir() else place
+    files = list(image_files(training if training.is_dir() else place.parent))
+    if not files:
+        raise DataError(f"{root}: holds no image files: name the folder that does with --data-dir")
+    sizes = Counter(size for path in files[:: math.ceil(len(files) / PROBED)] if (size := header_size(path)))
+    if not sizes:
+        raise DataError(f"{root}: none of the images that were looked at can be read, such as {files[0]}")
+    held = any((place / each).is_dir() for each in ("val", "valid", "validation"))
+    images = len(files) if training != place and (held or (place / "test").is_dir()) else len(files) * 4 // 5
+    return Known(images, sizes.most_common(1)[0][0], len(sizes) == 1, True, held and (place / "test").is_dir())
+
+
+def image_files(place: Path) -> Iterator[Path]:
+    """Yield image files below a folder, by their names, in order."""
+    for folder, inner, files in os.walk(place):
+        inner[:] = sorted(each for each in inner if not each.startswith("."))
+        yield from (Path(folder, each) for each in sorted(files) if Path(each).suffix.lower() in SUFFIXES)
+
+
+def header_size(path: Path) -> tuple[int, int] | None:
+    """Return height and width of an image file as its header has them, pixels; None: it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
+def automatic(known: Known, spec: str, given: Mapping[str, Any], method: str) -> tuple[Choice, ...]:
+    """Choose a recipe for a data set.
+
+    Args:
+        known: What is known of it.
+        spec: Its name, with options.
+        given: Settings that the user has chosen, by key; they are kept, and others chosen to go with them.
+        method: Name of the method.
+
+    Returns:
+        Data set (with a size), networks, epochs, batch size, learning rate, schedule, weight decay, validation images,
+        augmentation and precision, as far as they were not given.
+    """
+    device = given.get("device", "auto")
+    gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    kind = "cuda" if gpu else "cpu"
+    chosen = dict(given)
+    choices: list[Choice] = []
+
+    def choose(key: str, value: Any, reason: str) -> Any:
+        if key not in given:
+            choices.append(Choice(key, value, reason))
+            chosen[key] = value
+        return chosen[key]
+
+    side = _side(known, SIDES[kind])
+    if side and known.resized:
+        why = "unlike sizes become one" if not known.alike else "larger ones take long to train on"
+        larger = f"; --data {with_options(spec, resize=str(2 * side))} keeps more" if min(known.size) >= 2 * side else ""
+        choices.append(Choice("data", with_options(spec, resize=str(side)), f"{why}{larger}"))
+    size = (side, side) if side and known.resized else known.size
+    students = max(2, METHODS[method].min_students)
+    if METHODS[method].max_students is not None:
+        students = min(students, METHODS[method].max_students or students)
+    where = "a GPU" if gpu else f"{cores()} CPU core{'s' if cores() > 1 else ''}"
+    networks = choose("networks", (NETWORKS[kind],) * students, f"small enough for {where}; they teach each other")
+    images = given.get("train_limit") or known.images
+    held = 0 if known.validation or images < 200 else "10%"
+    if held:
+        held = choose("validation", held, "chooses the student to deploy; the test images only judge it")
+    batch = choose("batch_size", 128 if images >= 4000 else 64 if images >= 1000 else 32, _steps(images))
+    epochs = choose("epochs", *_epochs(images, forward_flops(networks, size), gpu))
+    choose("learning_rate", 0.1 * batch / 128, "0.1 for 128 images, in proportion to the batch")
+    if chosen.get("milestones") is None:
+        choose("schedule", "cosine", "falls smoothly to 0, whatever the number of epochs")
+    if epochs > 1:
+        choose("warm_up", max(1, round(epochs / 20)), "a twentieth of the epochs")
+    choose("weight_decay", 5e-4, "usual for training from the beginning")
+    if known.resized and epochs >= 100:
+        choose("auto_augment", "trivial", "so many passes over photos would be learnt by heart")
+    choose("precision", "auto", "bf16 where the device computes it fast, else float32")
+    return tuple(choices)
+
+
+def _side(known: Known, largest: int) -> int:
+    """Return the side of the square that images become, pixels; 0: they stay as they are."""
+    if known.alike and max(known.size) <= largest:
+        return 0
+    return max(32, min(largest, min(known.size) // 8 * 8))
+
+
+def _steps(images: int) -> str:
+    return "many images" if images >= 4000 else "few images: smaller batches make more steps of them"
+
+
+def _epochs(images: int, flops: float, gpu: bool) -> tuple[int, str]:
+    """Return a number of epochs and its reason."""
+    wanted = min(MOST_PASSES, max(LEAST_PASSES, PASSES // images))
+    fit = int(CPU_MINUTES * 60 * CORE_FLOPS * cores() / (3 * flops * images))
+    if gpu or fit >= wanted:
+        return wanted, f"about {wanted * images / 1e6:.1f} million images seen"
+    least = max(LEAST_CPU_PASSES, fit)
+    return least, f"about what {CPU_MINUTES} minutes of this CPU allow; {wanted} would be better"
+
+
+def forward_flops(networks: tuple[str, ...], size: tuple[int, int]) -> float:
+    """Return operations of a forward pass of some networks on one image; nothing is computed."""
+    from torch.utils.flop_counter import FlopCounterMode  # takes long to import
+
+    counter = FlopCounterMode(display=False)
+    with torch.device("meta"):
+        students = [network(spec, 10).eval() for spec in networks]
+        with torch.no_grad(), counter:
+            for each in students:
+                each(torch.zeros(1, 3, *size))
+    return counter.get_total_flops()
+
+
+def shown(known: Known, choices: tuple[Choice, ...]) -> list[str]:
+    """Return lines that name the choices with their reasons."""
+    if not choices:
+        return []
+    texts = [(each.key, " ".join(each.value) if isinstance(each.value, tuple) else f"{each.value}") for each in choices]
+    wide, wider = (max(len(text[index]) for text in texts) for index in (0, 1))
+    lines = [f"recipe for {known.text} (a flag overrides each choice):"]
+    lines += [
+        f"  {'--' + key.replace('_', '-'):{wide + 2}}  {value:{wider}}  {each.reason}"
+        for (key, value), each in zip(texts, choices, strict=True)
+    ]
+    return lines

@@ -1,0 +1,101 @@
+"""A recipe for a data set of which nothing else is known."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from codistill.core.errors import DataError
+from codistill.settings import automatic
+from codistill.settings.automatic import Known, look_up
+
+
+def chosen(known: Known, given=None, spec: str = "folder", method: str = "mfef") -> dict:
+    return {each.key: each.value for each in automatic.automatic(known, spec, given or {}, method)}
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine with two cores and no GPU."""
+    monkeypatch.setattr(automatic, "cores", lambda: 2)
+    monkeypatch.setattr(automatic.torch.cuda, "is_available", lambda: False)
+    return monkeypatch
+
+
+def test_a_recipe_by_hand(machine):
+    found = chosen(Known(5000, (32, 32), resized=True))
+    # 2 students x 81.8 MFLOP forward, three times as many in training; 30 minutes of 2 cores at 50 GFLOP/s.
+    operations = automatic.forward_flops(("resnet20", "resnet20"), (32, 32))
+    assert 2 * 80e6 < operations < 2 * 84e6
+    assert found["epochs"] == int(1800 * 2 * 50e9 / (3 * operations * 5000)) < 200
+    assert found["networks"] == ("resnet20", "resnet20") and "data" not in found
+    assert (found["batch_size"], found["learning_rate"], found["schedule"]) == (128, 0.1, "cosine")
+    assert (found["validation"], found["weight_decay"], found["precision"]) == ("10%", 5e-4, "auto")
+    assert found["warm_up"] == round(found["epochs"] / 20)
+
+
+def test_a_small_machine_has_a_small_recipe(machine):
+    many = Known(50_000, (32, 32))
+    epochs = {}
+    for count in (1, 64):
+        machine.setattr(automatic, "cores", lambda count=count: count)
+        epochs[count] = chosen(many)["epochs"]
+    assert epochs == {1: 10, 64: 40}
+    machine.setattr(automatic.torch.cuda, "is_available", lambda: True)
+    assert chosen(many)["epochs"] == 40 and chosen(many)["networks"] == ("resnet32", "resnet32")
+    assert chosen(many, {"device": "cpu"})["networks"] == ("resnet20", "resnet20")
+
+
+def test_photos_become_smaller_and_of_one_size(machine):
+    assert chosen(Known(3000, (480, 640), True, True))["data"] == "folder:resize=64"
+    assert chosen(Known(3000, (50, 70), False, True))["data"] == "folder:resize=48"
+    assert chosen(Known(3000, (20, 30), False, True))["data"] == "folder:resize=32"
+    assert "data" not in chosen(Known(3000, (64, 48), True, True))
+    assert "data" not in chosen(Known(3000, (480, 640)))  # it has no such option
+
+
+def test_what_is_set_stays_and_the_rest_goes_with_it(machine):
+    given = {"networks": ("resnet8",), "batch_size": 32, "milestones": (3,), "epochs": 5, "validation": 0}
+    found = chosen(Known(5000, (32, 32)), given)
+    assert not found.keys() & {*given, "schedule"}
+    assert found["learning_rate"] == 0.025 and found["warm_up"] == 1
+    assert "warm_up" not in chosen(Known(5000, (32, 32)), {"epochs": 1})
+    assert "validation" not in chosen(Known(100, (32, 32)))
+    assert "validation" not in chosen(Known(5000, (32, 32), validation=True))
+    assert len(chosen(Known(5000, (32, 32)), method="okddip")["networks"]) == 3
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(4, 10**7), st.integers(8, 512), st.integers(8, 512), st.booleans(), st.booleans())
+def test_any_data_set_has_a_recipe(images, height, width, alike, resized):
+    known = Known(images, (height, width), alike, resized)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(automatic, "forward_flops", lambda networks, size: 1e8)
+        found = chosen(known)
+    assert found["epochs"] >= 10 and 0 < found["warm_up"] < found["epochs"] and found["batch_size"] <= 128
+
+
+def pictures(folder, *sizes) -> None:
+    folder.mkdir(parents=True)
+    for number, size in enumerate(sizes):
+        Image.fromarray(np.zeros((*size, 3), np.uint8)).save(folder / f"{number}.png")
+
+
+def test_what_is_looked_up_of_a_folder(tmp_path):
+    pictures(tmp_path / "photos/train/a", (8, 9), (8, 9))
+    pictures(tmp_path / "photos/train/b", (8, 9), (7, 9))
+    pictures(tmp_path / "photos/test/a", (1, 1))
+    (tmp_path / "photos/train/a/bad.png").write_bytes(b"no image")
+    assert look_up("folder", str(tmp_path / "photos")) == Known(5, (8, 9), False, True)
+    pictures(tmp_path / "flat/a", *[(8, 9)] * 10)
+    assert look_up("folder", str(tmp_path / "flat")) == Known(8, (8, 9), True, True)
+    assert look_up("digits", None).size == (32, 32)
+
+
+def test_a_folder_without_images_is_one_line(tmp_path):
+    with pytest.raises(DataError, match="holds no image files: name the folder that does"):
+        look_up("folder", str(tmp_path))
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"none of the images .* can be read, such as .*bad\.png"):
+        look_up("folder", str(tmp_path))
