@@ -17,6 +17,7 @@ from codistill.core.host import cores
 from codistill.core.registry import parse_spec, with_options
 from codistill.data.dataset import DATASETS, dataset
 from codistill.data.images import SUFFIXES
+from codistill.data.listing import PARTS
 from codistill.methods import METHODS
 from codistill.networks import network
 
@@ -83,7 +84,7 @@ def look_up(spec: str, root: str | None) -> Known:
     sizes = Counter(size for path in files[:: math.ceil(len(files) / PROBED)] if (size := header_size(path)))
     if not sizes:
         raise DataError(f"{root}: none of the images that were looked at can be read, such as {files[0]}")
-    held = any((place / each).is_dir() for each in ("val", "valid", "validation"))
+    held = any((place / each).is_dir() for each in PARTS["validation"])
     images = len(files) if training != place and (held or (place / "test").is_dir()) else len(files) * 4 // 5
     return Known(images, sizes.most_common(1)[0][0], len(sizes) == 1, True, held and (place / "test").is_dir())
 
@@ -132,8 +133,9 @@ def automatic(known: Known, spec: str, given: Mapping[str, Any], method: str) ->
     side = _side(known, SIDES[kind])
     if side and known.resized:
         why = "unlike sizes become one" if not known.alike else "larger ones take long to train on"
-        larger = f"; --data {with_options(spec, resize=str(2 * side))} keeps more" if min(known.size) >= 2 * side else ""
-        choices.append(Choice("data", with_options(spec, resize=str(side)), f"{why}{larger}"))
+        if min(known.size) >= 2 * side:
+            why += f"; --data {with_options(spec, resize=str(2 * side))} keeps more"
+        choices.append(Choice("data", with_options(spec, resize=str(side)), why))
     size = (side, side) if side and known.resized else known.size
     students = max(2, METHODS[method].min_students)
     if METHODS[method].max_students is not None:
