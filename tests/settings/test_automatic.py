@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import codistill as cd
+from codistill.cli import commands, main
 from codistill.core.errors import DataError
 from codistill.settings import automatic
 from codistill.settings.automatic import Known, look_up
@@ -99,3 +101,32 @@ def test_a_folder_without_images_is_one_line(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"none of the images .* can be read, such as .*bad\.png"):
         look_up("folder", str(tmp_path))
+
+
+def test_one_command_with_nothing_else_known(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for part in ("train", "test"):
+        for name in ("a", "b"):
+            pictures(tmp_path / "photos" / part / name, *[(40, 50 + number % 2) for number in range(8)])
+    assert main(["train", "--data", "folder", "--data-dir", "photos", "--epochs", "1", "--out", "run"]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "  --" in line]
+    assert [line.split()[1] for line in lines][:2] == ["--data", "--networks"] and "--epochs" not in str(lines)
+    config = cd.Run("run").asked
+    assert config.data == "folder:resize=40" and config.networks == ("resnet20", "resnet20")
+    assert config.train.batch_size == 32 and config.train.learning_rate == 0.025 and config.train.epochs == 1
+    # Its config.json repeats it, and nothing is chosen again.
+    assert main(["train", "--recipe", "run/config.json", "--out", "again"]) == 0
+    assert "recipe for" not in capsys.readouterr().err
+    assert cd.Run("again").summary["top1_error"] == cd.Run("run").summary["top1_error"]
+
+
+def test_a_flag_and_a_recipe_come_before_what_is_chosen(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.toml").write_text('data = "digits"\nbatch_size = 100\n')
+    monkeypatch.setattr(commands, "train_from_config", lambda config, out: asked.append(config))
+    asked: list = []
+    assert main(["train", "dml", "--recipe", "mine.toml", "--lr", "0.02"]) == 0
+    (config,) = asked
+    assert (config.method_name, config.data, config.train.batch_size) == ("dml", "digits", 100)
+    assert (config.train.learning_rate, config.train.schedule) == (0.02, "cosine")
+    assert "--batch-size" not in capsys.readouterr().err

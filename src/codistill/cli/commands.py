@@ -141,9 +141,9 @@ def with_automatic(
     given = {key: value for key, value in values.items() if key in written or value != defaults[key]}
     known = look_up(values["data"], values["data_dir"])
     choices = automatic(known, values["data"], given, values["method"]["name"])
-    made = dict(defaults) | {each.key: each.value for each in choices}
-    _, parsed = parse_with_settings(options.TrainOptions, flags, command, made)
-    parsed["data"] = made["data"]
+    made = {each.key: each.value for each in choices}
+    _, parsed = parse_with_settings(options.TrainOptions, flags, command, {**defaults, **made})
+    parsed["data"] = made.get("data", values["data"])  # with a size, although a flag names it
     kept = tuple(each for each in choices if parsed[each.key] == each.value)
     for line in shown(known, kept):
         note(line)
