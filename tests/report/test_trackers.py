@@ -107,6 +107,7 @@ def test_what_is_not_installed_is_refused_before_anything_is_written(colours, tm
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_unasked(colours, tmp_path):
     before = {"trackio", "wandb", "mlflow"} & sys.modules.keys()
     assert run_here(arguments(colours, tmp_path / "run")) == 0
@@ -125,6 +126,7 @@ def test_tensorboard_has_images_confusions_and_hparams(colours, tmp_path):
     assert any("hparams" in name for name in events.summary_metadata)
 
 
+@pytest.mark.slow
 def test_the_images_are_those_that_the_networks_see(colours, tmp_path, monkeypatch):
     seen, tell = [], Saver.tell
     monkeypatch.setattr(Saver, "tell", lambda self, what, about: (seen.append((what, about)), tell(self, what, about)))

@@ -52,6 +52,7 @@ def test_a_run_stops_when_its_patience_is_over(colours, tmp_path, capsys):
     assert len(cd.Run(tmp_path / "seldom").metrics()) == 6
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_stops_where_it_would_have(colours, tmp_path):
     flags = (*PATIENT, "--patience", "1")
     assert run_here(arguments(colours, tmp_path / "whole", *flags)) == 0
@@ -62,6 +63,7 @@ def test_an_interrupted_run_stops_where_it_would_have(colours, tmp_path):
     assert len(resume(tmp_path / "whole", show=False).metrics()) == 2
 
 
+@pytest.mark.slow
 def test_of_runs_side_by_side_each_stops_by_itself(colours, tmp_path):
     flags = ("--epochs", "4", "--validation", "4", "--patience", "1")
     assert run_here(arguments(colours, tmp_path / "both", *flags, "--seeds", "0", "1")) == 0
@@ -95,7 +97,8 @@ def test_an_extended_run_is_one_of_so_many_epochs_where_nothing_depends_on_them(
     assert run.metadata["extended"] == [{"epochs": 2, "after_epoch": 2, "after_step": 0}]
 
 
-@pytest.mark.parametrize("breaks", [[2], pytest.param([1, 2, 3], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("breaks", [[2], [1, 2, 3]])
 def test_an_extension_that_is_interrupted_goes_on_with_the_same_bits(colours, tmp_path, breaks):
     for name in ("whole", "broken"):
         stopped(colours, tmp_path / name, 2)  # inside the first epoch
@@ -111,6 +114,7 @@ def test_an_extension_that_is_interrupted_goes_on_with_the_same_bits(colours, tm
     assert end_state(tmp_path / "broken") == end_state(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_before_its_first_new_checkpoint_costs_nothing(colours, tmp_path):
     for name in ("whole", "broken"):
         assert run_here(arguments(colours, tmp_path / name)) == 0
@@ -142,6 +146,7 @@ def test_extensions_that_cannot_be(colours, tmp_path, capsys):
         assert "config.json: damaged: extended is" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_folder_of_runs_is_extended_as_a_whole(colours, tmp_path):
     assert run_here(arguments(colours, tmp_path / "runs", "--seeds", "0", "1")) == 0
     runs = resume_together([tmp_path / "runs"], epochs=3, show=False)
@@ -171,6 +176,7 @@ def named(kind, students=2, classes=3):
     return kind([cd.network("tiny", classes) for _ in range(students)], classes, image_size=(8, 8))
 
 
+@pytest.mark.slow
 def test_all_weights_of_the_same_method_are_taken(origin, colours, tmp_path, capsys):
     run = trained(named(cd.Independent), cd.dataset("packed", colours), tmp_path / "run", init=origin)
     for name, tensor in origin.load_method().state_dict().items():
@@ -204,7 +210,7 @@ def test_another_network_is_refused(origin, colours, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("step", [1, 4])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_an_interrupted_run_needs_its_origin_only_before_its_first_checkpoint(colours, tmp_path, step, origin):
     flags = ("--init", str(origin.path))
     assert run_here(arguments(colours, tmp_path / "whole", *flags, method="dml")) == 0

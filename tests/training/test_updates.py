@@ -221,7 +221,7 @@ def stopped(colours, out, step, *more, method="mfef"):
     ("method", "step", "more"),
     [
         ("mfef", 2, ALL),
-        ("dml", 5, ALL),
+        pytest.param("dml", 5, ALL, marks=pytest.mark.slow),
         *(
             pytest.param(method, step, more, marks=pytest.mark.slow)
             for method, step in (("mfef", 1), ("pcl", 4), ("kdcl", 6))
@@ -235,8 +235,9 @@ def test_an_interrupted_run_goes_on_with_the_same_bits(colours, tmp_path, method
     assert end_state(tmp_path / "broken") == end_state(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", ["mfef", pytest.param("dml", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["mfef", "dml"])
 def test_captured_steps_go_on_with_the_same_bits(colours, tmp_path, method):
     # Eight steps an epoch: three plain ones, then the graph; the warm-up ends within the captured ones.
     flags = ("--device", "cuda", "--deterministic", "-b", "3", *ALL)
@@ -256,6 +257,7 @@ def test_captured_steps_go_on_with_the_same_bits(colours, tmp_path, method):
     assert end_state(outs[1]) == end_state(outs[0])
 
 
+@pytest.mark.slow
 def test_verify_resume_compares_averages_too(colours, tmp_path, capsys):
     assert run_here(arguments(colours, tmp_path / "run", "--verify-resume", *ALL)) == 0
     assert capsys.readouterr().out.startswith("resume verified: 3 breaks in 6 steps change no bit of ")
