@@ -67,7 +67,7 @@ def test_metrics_are_a_line_an_epoch(folder):
     assert [row["epoch"] for row in rows] == list(range(EPOCHS))
     for row in rows:
         assert list(row["test"]) == list(row["validation"]) == PREDICTORS
-        assert set(row["test"]["fused"]) == {"top1_error", "top5_error", "nll", "ece"}
+        assert set(row["test"]["fused"]) == {"top1_error", "top5_error", "nll", "ece", "balanced_error"}
         terms = dict(row["train"])
         assert terms.pop("loss") == pytest.approx(sum(terms.values()))
         assert {"ce/student0", "ce/student1", "ce/fused", "kl/fused->student0", "kl/ensemble->fused"} <= set(terms)
