@@ -166,22 +166,25 @@ def norm_forward(
 def norm_backward(
     gradients: Sequence[Maps],
     features: Maps,
-    result: Maps | None,
     mean: Channels,
     inverse: Channels,
     weight: Channels,
+    result: Maps | Channels | None,
 ) -> tuple[Maps, Channels, Channels, Maps]:
     """Compute the gradients of features, weight, bias and shortcut, from those of a result that is used once or twice.
 
-    `result` is there where ReLU was applied.
+    `result` is there where ReLU was applied; or, where nothing was added, the bias, from which its sign is computed
+    again: maps of float32 take longer to read than that.
     """
     reached = rows(gradients[0] if len(gradients) == 1 else gradients[0] + gradients[1])
+    centred = wide(rows(features)) - mean
     if result is not None:
-        reached = torch.where(rows(result) > 0, reached, 0)
-    values, normalised = wide(reached), (wide(rows(features)) - mean) * inverse
+        passed = rows(result) if result.ndim == 4 else centred * (inverse * weight) + result
+        reached = torch.where(passed > 0, reached, 0)
+    values, normalised = wide(reached), centred * inverse
     of_bias, of_weight = total(values), total(values * normalised)
-    count = values.shape[0] * values.shape[1]
-    of_features = (values - of_bias / count - normalised * (of_weight / count)) * (weight * inverse)
+    part = 1 / (values.shape[0] * values.shape[1])  # a division for each of all values would take longer
+    of_features = (values - of_bias * part - normalised * (of_weight * part)) * (weight * inverse)
     return maps(of_features.to(features.dtype), features), of_weight, of_bias, maps(reached, features)
 
 
@@ -199,9 +202,9 @@ def norm_forward_chain(epsilon: float, act: bool) -> Chain:
 def norm_backward_chain(act: bool, added: bool) -> Chain:
     """Return the chain of its gradients, with or without that of a shortcut; the result's are one or two."""
 
-    def backward(features: Maps, mean: Channels, inverse: Channels, weight: Channels, *more: Maps) -> Any:
+    def backward(features: Maps, mean: Channels, inverse: Channels, weight: Channels, *more: Tensor) -> Any:
         result, gradients = (more[0], more[1:]) if act else (None, more)
-        return norm_backward(gradients, features, result, mean, inverse, weight)[: 3 + added]
+        return norm_backward(gradients, features, mean, inverse, weight, result)[: 3 + added]
 
     return Chain(backward)
 
@@ -219,7 +222,8 @@ class _NormAct(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         features, added = last(features), () if shortcut is None else (last(shortcut),)
         result, mean, inverse, variance = norm_forward_chain(epsilon, act)(features, weight, bias, *added)
-        ctx.save_for_backward(features, mean, inverse, weight, *([result] if act else []))
+        sign = bias if shortcut is None and features is wide(features) else result
+        ctx.save_for_backward(features, mean, inverse, weight, *([sign] if act else []))
         ctx.act, ctx.added = act, shortcut is not None
         ctx.mark_non_differentiable(mean, variance)
         return result, result.detach(), mean, variance
