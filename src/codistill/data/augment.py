@@ -19,7 +19,7 @@ from codistill.data.policy import Transforms, balanced_order
 from codistill.data.warp import warped
 
 PaddingMode = Literal["zeros", "reflect"]
-CACHED = 1 << 16
+CACHED = 1 << 18
 """Values of pixels that a core works on at a time."""
 
 

@@ -273,13 +273,13 @@ def balanced_order(labels: npt.NDArray[np.int64], seed: int, epoch: int) -> npt.
     as often as the others or once more. Which classes have an image more than others is drawn, too.
     """
     source = np.random.default_rng(stream_seed(seed, AUGMENT_STREAM, epoch, 5))
-    present = source.permutation(np.unique(labels))
+    by_class = np.argsort(labels, kind="stable")
+    members = np.split(by_class, np.unique(labels[by_class], return_index=True)[1][1:])
     chosen = []
-    for index, each in enumerate(present):
-        members = np.flatnonzero(labels == each)
-        wanted = len(labels) // len(present) + (index < len(labels) % len(present))
-        rounds = math.ceil(wanted / len(members))
-        chosen.append(np.concatenate([source.permutation(members) for _ in range(rounds)])[:wanted])
+    for index, own in enumerate(source.permutation(len(members)).tolist()):
+        wanted = len(labels) // len(members) + (index < len(labels) % len(members))
+        rounds = math.ceil(wanted / len(members[own]))
+        chosen.append(np.concatenate([source.permutation(members[own]) for _ in range(rounds)])[:wanted])
     return source.permutation(np.concatenate(chosen))
 
 

@@ -56,8 +56,10 @@ class AugmentSettings(Policy):
             return None
         used = data.train.labels if training is None else data.train.labels[training.numpy()]
         weights = balanced_weights(used, data.num_classes) if self.class_weights == "balanced" else None
-        policy = Policy(**{name: getattr(self, name) for name in Policy.__dataclass_fields__})
-        balanced = self.sampling == "balanced"
         return Transforms(
-            policy=policy, size=data.image_size, classes=data.num_classes, class_weights=weights, balanced=balanced
+            policy=self,
+            size=data.image_size,
+            classes=data.num_classes,
+            class_weights=weights,
+            balanced=self.sampling == "balanced",
         )
