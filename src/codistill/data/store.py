@@ -270,7 +270,7 @@ class _Store:
             first = int(kept["position"][-1]) if len(kept) else -1
             self._refuse_without_room(sum(position > first for position in missing) * files.row)
             remove_unused(self.path.parent)
-            total = f"{len(files.names):,} images, {len(files.names) * files.row / 1e9:.1f} GB"
+            total = f"{len(files.names):,} images, {len(files.names) * files.row / 1e6:,.1f} MB"
             begun = f"{len(kept):,} are there already; " if len(kept) else ""
             note(f"{files.title}: decoding {total}, once, into {self.path} ({begun}--data-cache names another place)")
             bad: dict[int, str] = {}
