@@ -224,4 +224,4 @@ def test_a_report_measures_latency_on_request(run, monkeypatch, capsys, tmp_path
     monkeypatch.setattr(commands, "complete_pictures", lambda *_: None)
     assert main(["report", str(run.path), "--latency"]) == 0
     printed = capsys.readouterr().out
-    assert "batch 1" in printed and "student0" in printed and "1.5" in printed
+    assert "batch 1" in printed and "student0" in printed and "…" not in printed and "1.5" in printed

@@ -229,12 +229,13 @@ def report_command(arguments: Sequence[str]) -> None:
     runs = [Run(path) for path in run_folders(chosen.runs)]
     for run in runs if chosen.latency else ():
         headings, *cells = rows(measure_latency(run), run.summary.get("top1_error", {}) if run.status else {})
-        table = Table(*headings[:2], title=f"{run.path}: uint8 pixels to logits")
+        table = Table(*headings[:2], title=f"{run.path}: uint8 pixels to logits", box=None)
         for heading in headings[2:]:
-            table.add_column(heading, justify="right")
+            table.add_column(heading.replace(", ", "\n"), justify="right")
         for line in cells:
             table.add_row(*line)
-        lasting_console(True).print(table)
+        console = lasting_console(True)
+        console.print(table, width=max(console.width, 100), crop=False)
     if len(runs) == 1:
         complete_pictures(runs[0], chosen.data_dir, chosen.skip_bad)
     print(f"ok: {write_pages(runs, chosen.out)}")

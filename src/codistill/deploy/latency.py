@@ -365,6 +365,11 @@ def rows(found: Latency, errors: Mapping[str, float], predictors: Sequence[str] 
             error = [f"{errors[name]:.2f}" if name in errors else ""] if errors else []
             size = f"{cost.bytes[runtime] / 1024:,.0f}" if runtime in cost.bytes else ""
             measured = [known.get((name, runtime, *way)) for way in ways]
-            times = [f"{each.milliseconds:.3g}" if each else "" for each in measured]
+            times = [written(each.milliseconds) if each else "" for each in measured]
             cells.append([name, runtime, *error, f"{cost.parameters:,}", f"{cost.flops / 1e6:,.1f}", size, *times])
     return cells
+
+
+def written(milliseconds: float) -> str:
+    """Write a time with three digits, and all of its whole milliseconds."""
+    return f"{milliseconds:,.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
