@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import codistill as cd
 from codistill.core.errors import DataError, UsageError
 from codistill.data.augment import DeviceImages
-from codistill.evaluation.evaluation import evaluate
+from codistill.evaluation.evaluation import Evaluation, evaluate
 from codistill.runs.evaluate import evaluate_run
 
 from .. import tiny
@@ -139,3 +139,22 @@ def test_the_normalisation_is_that_of_the_training(run, tmp_path):
 def test_a_wrong_device_is_refused(run):
     with pytest.raises(UsageError, match="device 'tpu'"):
         evaluate_run(run, device="tpu")
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+def test_predictions_of_a_captured_pass_are_those_of_the_weights_of_now():
+    data, device = tiny.data(test=50), torch.device("cuda")
+    method = tiny.method().to(device)
+    images = DeviceImages(data.test, data.statistics, device)
+    captured, plain = (Evaluation(method, {"test": images}, batch_size=20, captured=each) for each in (True, False))
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in method.parameters():
+                parameter.add_(torch.randn(parameter.shape).to(device), alpha=0.3)
+        captured.run()
+        plain.run()
+        found, wanted = (each.predictions()["test"].predictors for each in (captured, plain))
+        for name, ranked in wanted.items():
+            assert (found[name].classes == ranked.classes).all()
+            np.testing.assert_allclose(found[name].log_probabilities, ranked.log_probabilities, rtol=1e-4, atol=1e-5)
