@@ -168,7 +168,7 @@ def measured(line: list[str]) -> dict[str, Any]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(text)
-    shown = [each.strip() for each in text.splitlines() if "images/s" in each]
+    shown = [each.strip() for each in text.splitlines() if "images/s" in each][-1:]
     seconds, processor = time.perf_counter() - started, usage.ru_utime + usage.ru_stime
     times = {"seconds": round(seconds, 1), "processor_seconds": round(processor, 1)}
     return times | {"peak_rss_bytes": usage.ru_maxrss * 1024, "lines": shown}
