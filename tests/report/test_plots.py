@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from codistill.report.curves import colour_of
 from codistill.report.plots import Axis, Line, Point, line_plot, log_ticks, nice_ticks, number, scatter_plot
 
 
@@ -78,3 +79,8 @@ def test_points_on_the_front_are_filled_and_joined():
     circles = [each.get("class", "") for each in ET.fromstring(svg).iter("circle")]
     assert [each.split()[1] for each in circles] == ["best", "best", "other"]
     assert len(paths(svg, "thin")) == 1 and svg.count('class="bar') == 1
+
+
+def test_an_average_of_weights_has_the_colour_of_its_student():
+    assert colour_of("student1-ema") == colour_of("student1") != colour_of("student0")
+    assert colour_of("fused-ema") == colour_of("fused")

@@ -79,7 +79,7 @@ def test_images_are_streamed_where_they_would_fill_memory(tmp_path, monkeypatch,
     assert "they are read from the file of decoded images during training (--stream)" in capsys.readouterr().err
     assert not on_device(split, STATISTICS, CPU, "off").streams
     monkeypatch.setattr(stream, "free_on", lambda device: size - 1)
-    with pytest.raises(ResourceError, match="leave out --stream off, and they are read during training"):
+    with pytest.raises(ResourceError, match="with --stream on they are read during training"):
         on_device(split, STATISTICS, CPU, "off")
 
 

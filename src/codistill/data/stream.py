@@ -31,18 +31,21 @@ Streaming = Literal["auto", "on", "off"]
 def on_device(split: Split, statistics: Statistics, device: torch.device, stream: Streaming = "auto") -> DeviceImages:
     """Put a split on a device, or have it streamed from its file, if it is mapped, where it would take too much memory.
 
+    On a GPU only where that is asked for: streaming to one has not been run yet.
+
     Raises:
         ResourceError: The images are not to be streamed, and do not fit into memory.
     """
     wanted, free = split.images.nbytes, free_on(device)
     sizes = f"{wanted / 1e9:.1f} GB of images, and {free / 1e9:.1f} GB of memory are free"
     mapped = is_mapped(split.images) and wanted > 0
-    if mapped and (stream == "on" or (stream == "auto" and wanted > SHARE * free)):
-        if stream == "auto":
+    auto = stream == "auto" and device.type == "cpu"
+    if mapped and (stream == "on" or (auto and wanted > SHARE * free)):
+        if auto:
             note(f"{sizes}: they are read from the file of decoded images during training (--stream)")
         return StreamedImages(split, statistics, device)
     if mapped and wanted > free:
-        raise ResourceError(f"{sizes}: leave out --stream off, and they are read during training")
+        raise ResourceError(f"{sizes}: with --stream on they are read during training")
     return DeviceImages(split, statistics, device)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from codistill.evaluation.metrics import AVERAGED
 from codistill.report.groups import Group
 from codistill.report.plots import Line, line_plot
 
@@ -40,10 +41,11 @@ class Chart:
 
 
 def colour_of(predictor: str) -> str:
-    """Return the colour class of a predictor, the same one in all plots of a run."""
-    if predictor.startswith("student"):
-        return f"c{int(predictor.removeprefix('student') or 0) % 6}"
-    return predictor if predictor in ("ensemble", "fused") else "ink"
+    """Return the colour class of a predictor, the same one in all plots of a run; an average has that of its weights."""
+    name = predictor.removesuffix(AVERAGED)
+    if name.startswith("student"):
+        return f"c{int(name.removeprefix('student') or 0) % 6}"
+    return name if name in ("ensemble", "fused") else "ink"
 
 
 def over_seeds(group: Group, value: Value) -> tuple[list[int], list[float], list[float], list[float]]:

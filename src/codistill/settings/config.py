@@ -146,7 +146,7 @@ class ExecutionSettings:
     """Folder for images that are decoded once (docs/large-data.md). None: in the user's cache folder; off: none."""
     stream: Literal["auto", "on", "off"] = field(default="auto", metadata=PLACE | COMMON)
     """Whether images are read from the file of decoded images, a batch at a time, instead of being held in memory; the
-    results are the same. auto: where they would take more than half of the free memory."""
+    results are the same. auto: on a CPU, where they would take more than half of the free memory."""
     track: tuple[str, ...] = field(default=(), metadata=PLACE | {"metavar": "{trackio,wandb,mlflow} .."})
     """Trackers that are told of each epoch beside TensorBoard."""
 
