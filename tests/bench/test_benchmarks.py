@@ -64,6 +64,7 @@ def test_all_methods_on_digits(all_methods, tiny_registered, tmp_path, capsys, s
     assert tiny.listing(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_all_methods_resumes_where_it_was_stopped(all_methods, tiny_registered, tmp_path, monkeypatch, capsys):
     def interrupt(step):
         raise KeyboardInterrupt

@@ -211,7 +211,7 @@ def test_help_of_a_command(capsys, command):
 USAGE = {
     "trian": "unknown command 'trian': did you mean train",
     "train --networks tiny tiny": "no data set: name one with --data",
-    "train --data digits": "no networks: name one for each student",
+    "train --data digits --networks": "no networks: name one for each student",
     "train --data digitz --networks resnet20 resnet20": "unknown data set 'digitz': did you mean digits",
     "train --data digits --networks resnet21 resnet20": "unknown network 'resnet21': did you mean .*resnet20",
     "train --data digits --networks resnet20:shortcut=Z resnet20": "option shortcut is 'Z': choose from A, B",

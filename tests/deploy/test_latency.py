@@ -9,20 +9,9 @@ from hypothesis import strategies as st
 
 import codistill as cd
 from codistill.core.errors import CheckpointError
-from codistill.deploy.latency import (
-    Cost,
-    Latency,
-    Timing,
-    in_turn,
-    known_latency,
-    measure_latency,
-    pareto,
-    read_latency,
-    rows,
-    this_machine,
-    write_latency,
-)
+from codistill.deploy.latency import in_turn, known_latency, measure_latency, this_machine
 from codistill.networks.probe import forward_flop
+from codistill.runs.latency import Cost, Latency, Timing, pareto, read_latency, rows, write_latency
 
 from .. import tiny
 

@@ -10,6 +10,7 @@ import torch
 
 from codistill.cli import main
 from codistill.methods import METHODS
+from codistill.settings.augment import AugmentSettings
 from codistill.settings.config import ExecutionSettings, RunConfig, TeacherSettings, TrainSettings
 
 from .. import tiny
@@ -18,7 +19,12 @@ from .asserting import refused
 ONLINE = sorted(set(METHODS) - {"independent", "byot", "kd"})
 WRONG_TYPE = {int: '"ten"', float: '"fast"', bool: "1", str: "3"}
 
-GROUPS = {"train": TrainSettings, "execution": ExecutionSettings, "teaching": TeacherSettings}
+GROUPS = {
+    "train": TrainSettings,
+    "augment": AugmentSettings,
+    "execution": ExecutionSettings,
+    "teaching": TeacherSettings,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +61,7 @@ def recipe(tmp_path):
         ("epochs = 3\nlearning_rte = 0.1", 2, "learning_rte", "learning_rate"),
         ('\n# one\n"eposch" = 3', 3, "eposch", "epochs"),
         ('seed = 1\n[method]\nname = "mfef"\ntemprature = 3', 4, "temprature", "temperature"),
-        ("[augmentation]\nflipp = true", 1, "augmentation", "padding"),
+        ("[augmentation]\nflipp = true", 1, "augmentation", "augment"),
     ],
 )
 def test_an_unknown_key_of_a_recipe(capsys, tmp_path, recipe, text, line, key, near):

@@ -106,6 +106,7 @@ def test_divergence_ends_all_ranks_with_one_line(work, capfd):
     assert "not restarted" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.fault(38)
 def test_torchrun_restarts_the_ranks_which_resume_the_run(undisturbed, work):
     """Under torchrun itself, without a folder named: the first rank chooses one, and finds it again."""

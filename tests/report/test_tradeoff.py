@@ -5,10 +5,10 @@ import re
 import pytest
 
 import codistill as cd
-from codistill.deploy.latency import FILE, Cost, Latency, Timing, write_latency
 from codistill.report.comparison import write_pages
 from codistill.report.page import run_page
 from codistill.report.tradeoff import ways
+from codistill.runs.latency import FILE, Cost, Latency, Timing, write_latency
 
 from .. import tiny
 

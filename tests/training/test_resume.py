@@ -188,7 +188,9 @@ def test_the_host_waits_once_an_epoch(colours, tmp_path, monkeypatch, more):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("more", [(), ("--seeds", "0", "1")], ids=["one run", "fleet"])
+@pytest.mark.parametrize(
+    "more", [(), pytest.param(("--seeds", "0", "1"), marks=pytest.mark.slow)], ids=["one run", "fleet"]
+)
 @pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 8, pytest.param(13, marks=pytest.mark.slow)])
 def test_captured_steps_go_on_with_the_same_bits(colours, tmp_path, step, more):
     # Eight steps an epoch: three plain ones, then the graph; and a last batch of another size.

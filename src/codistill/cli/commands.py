@@ -28,7 +28,7 @@ from codistill.deploy.budget import BEST, choose_predictor
 from codistill.deploy.card import export_folder, is_folder, refuse_taken
 from codistill.deploy.classifier import load_classifier
 from codistill.deploy.export import RUNTIMES, choose_format, export_predictor
-from codistill.deploy.latency import measure_latency, rows
+from codistill.deploy.latency import measure_latency
 from codistill.deploy.predict import answers
 from codistill.deploy.run import Run
 from codistill.evaluation.presentation import as_json, scores_table, where_wrong
@@ -38,6 +38,7 @@ from codistill.report.comparison import run_folders, write_pages
 from codistill.report.pictures import complete_pictures
 from codistill.runs.choice import choice
 from codistill.runs.evaluate import evaluate_images
+from codistill.runs.latency import rows
 from codistill.runs.predictions import write_predictions_csv
 from codistill.settings.automatic import automatic, look_up, shown
 from codistill.settings.config import RunConfig, default_config
@@ -115,7 +116,7 @@ def train_options(
     values |= {**written, "method": values["method"] | written["method"]}
     chosen, values = parse_with_settings(options.TrainOptions, flags, command, defaults := values)
     refuse_two_sources(chosen, command)
-    if not values["networks"] and values["data"]:
+    if not values["networks"] and values["data"] and "--networks" not in flags:
         values = with_automatic(flags, command, defaults, values, written)
 
     def where(key: str) -> str:

@@ -6,9 +6,10 @@ from typing import Any
 
 from codistill.core.errors import UsageError
 from codistill.data.dataset import Pixels
-from codistill.deploy.latency import Runtime, known_latency, measure_latency
+from codistill.deploy.latency import known_latency, measure_latency
 from codistill.runs.choice import ERRORS
 from codistill.runs.folder import RunFolder
+from codistill.runs.latency import Runtime
 
 BEST = "best"
 NEAREST = 3  # predictors that a refusal names

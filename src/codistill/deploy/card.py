@@ -19,7 +19,6 @@ from codistill.data.dataset import Dataset
 from codistill.deploy.classifier import load_classifier, run_predictor
 from codistill.deploy.export import MAX_ACCURACY_LOSS, Exported, export_predictor
 from codistill.deploy.formats import SUFFIXES
-from codistill.deploy.latency import read_latency, rows
 from codistill.evaluation.analysis import (
     Counts,
     balanced_error,
@@ -30,6 +29,7 @@ from codistill.evaluation.analysis import (
 from codistill.networks.probe import forward_flop
 from codistill.runs.choice import ERRORS
 from codistill.runs.folder import RunFolder
+from codistill.runs.latency import read_latency, rows
 from codistill.runs.metadata import split_digests
 
 TEXTS = {
@@ -46,8 +46,9 @@ LICENCE = "unknown"
 
 
 def is_folder(out: str) -> bool:
-    """Whether a place for an export is a folder: it ends in a slash, is one, or has no ending of a file."""
-    return out.endswith(("/", os.sep)) or Path(out).is_dir() or not Path(out).suffix
+    """Whether a place for an export is a folder: it ends in a slash, has no ending, or is one without a file's name."""
+    named = out.endswith(tuple(SUFFIXES.values()))
+    return out.endswith(("/", os.sep)) or not Path(out).suffix or (Path(out).is_dir() and not named)
 
 
 def export_folder(

@@ -13,9 +13,10 @@ from codistill.core.files import replaced, system_error, write_atomically
 from codistill.data.dataset import Dataset
 from codistill.deploy.classifier import Classifier, from_module, load_classifier, make_card, run_predictor
 from codistill.deploy.formats import SUFFIXES, WRITERS, calibration_images, quantise
-from codistill.deploy.latency import Runtime, onnx_pace
+from codistill.deploy.latency import onnx_pace
 from codistill.networks.network import parameter_count
 from codistill.runs.folder import RunFolder
+from codistill.runs.latency import Runtime
 
 COMPARED_IMAGES = 1000
 COMPARED_BATCHES = (1, 2, 7)

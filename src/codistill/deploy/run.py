@@ -5,11 +5,12 @@ from pathlib import Path
 
 from codistill.deploy.card import export_folder, is_folder
 from codistill.deploy.export import export_predictor
-from codistill.deploy.latency import Latency, Runtime, measure_latency
+from codistill.deploy.latency import measure_latency
 from codistill.evaluation.metrics import Scores
 from codistill.evaluation.predictions import Predictions
 from codistill.runs.evaluate import EvaluatedSplit, evaluate_run
 from codistill.runs.folder import RunFolder
+from codistill.runs.latency import Latency, Runtime
 from codistill.runs.predictions import read_predictions
 
 

@@ -41,7 +41,7 @@ class Chart:
 
 
 def colour_of(predictor: str) -> str:
-    """Return the colour class of a predictor, the same one in all plots of a run; an average has that of its weights."""
+    """Return the colour class of a predictor, the same in all plots of a run; an average has that of its weights."""
     name = predictor.removesuffix(AVERAGED)
     if name.startswith("student"):
         return f"c{int(name.removeprefix('student') or 0) % 6}"

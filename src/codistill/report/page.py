@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from codistill.core.console import duration, warn
 from codistill.core.errors import CheckpointError
 from codistill.core.files import write_atomically
-from codistill.deploy.latency import FILE as LATENCY
-from codistill.deploy.latency import read_latency
 from codistill.evaluation.analysis import Analysis, analyse, wilson_interval
 from codistill.evaluation.predictions import Predictions
 from codistill.report.advice import advice
@@ -26,6 +24,8 @@ from codistill.report.pictures import read_pictures
 from codistill.report.tradeoff import run_tradeoff
 from codistill.runs.choice import choice, chosen_by, lowest_student, top1_errors
 from codistill.runs.folder import RunFolder
+from codistill.runs.latency import FILE as LATENCY
+from codistill.runs.latency import read_latency
 from codistill.runs.predictions import read_predictions
 from codistill.settings.config import default_config
 

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from codistill.deploy.latency import Latency, pareto, read_latency, rows
 from codistill.report.curves import Chart, colour_of
 from codistill.report.groups import Group, Seen
 from codistill.report.plots import Point, scatter_plot
 from codistill.runs.choice import top1_errors
+from codistill.runs.latency import Latency, pareto, read_latency, rows
 
 Way = tuple[str, str, int, int | None]
 """Runtime, device, images in a call, threads."""

@@ -21,9 +21,9 @@ from codistill.core.files import system_error, write_json
 from codistill.core.imports import import_flags, split_imports
 from codistill.core.registry import near_matches
 from codistill.core.signals import Interrupted, Terminated
-from codistill.deploy.latency import read_latency
 from codistill.methods import METHODS
 from codistill.runs.folder import ANOTHER, RunFolder
+from codistill.runs.latency import read_latency
 from codistill.runs.lock import lock_folder
 from codistill.settings.build import load_named_data
 from codistill.settings.config import RunConfig
