@@ -82,6 +82,14 @@ def test_an_unknown_flag(capsys, tmp_path, colours, flag, near):
 
 
 BAD_VALUES = {
+    "randaugment_operations": ("0", "17", "-1"),
+    "randaugment_magnitude": ("-1", "31"),
+    "resized_crop": ("0", "1.5", "-0.1", "nan"),
+    "color_jitter": ("-0.1", "1.5", "nan"),
+    "random_erasing": ("-0.1", "1.5", "nan"),
+    "mixup": ("-0.1", "nan", "inf"),
+    "cutmix": ("-0.1", "nan", "inf"),
+    "label_smoothing": ("-0.1", "1", "nan"),
     "epochs": ("0", "-3", "99999999999", "1" * 400),
     "batch_size": ("0", "-1", "1"),
     "learning_rate": ("0", "-0.1", "nan", "inf", "-inf"),
@@ -104,6 +112,14 @@ BAD_VALUES = {
     "teacher_temperature": ("0", "-3", "nan", "inf"),
 }
 RANGES = {
+    "randaugment_operations": "from 1 to 16",
+    "randaugment_magnitude": "from 0 to 30",
+    "resized_crop": "above 0 and at most 1",
+    "color_jitter": "from 0 to 1",
+    "random_erasing": "from 0 to 1",
+    "mixup": "a number, at least 0",
+    "cutmix": "a number, at least 0",
+    "label_smoothing": "from 0 to below 1",
     "epochs": "at least 1|from 1 to 2147483647",
     "batch_size": "at least 2",
     "learning_rate": "a number above 0",
