@@ -96,7 +96,7 @@ def test_what_is_looked_up_of_a_folder(tmp_path):
 
 
 def test_a_folder_without_images_is_one_line(tmp_path):
-    with pytest.raises(DataError, match="holds no image files: name the folder that does"):
+    with pytest.raises(DataError, match="holds no class folders"):
         look_up("folder", str(tmp_path))
     (tmp_path / "bad.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"none of the images .* can be read, such as .*bad\.png"):

@@ -20,6 +20,7 @@ from codistill.data.images import SUFFIXES
 from codistill.data.listing import PARTS
 from codistill.methods import METHODS
 from codistill.networks import network
+from codistill.networks.probe import forward_flop
 
 PROBED = 100  # images whose size is looked at
 PASSES, LEAST_PASSES, MOST_PASSES = 2_000_000, 30, 200  # images seen in all; epochs
@@ -72,15 +73,13 @@ def look_up(spec: str, root: str | None) -> Known:
         DataError: No images there, or none that can be read.
     """
     name, options = parse_spec(spec)
-    parameters = inspect.signature(DATASETS[name]).parameters
-    if "resize" not in parameters or options.get("resize") or root is None:
-        data = dataset(spec, root)
-        return Known(len(data.train), data.image_size, validation=getattr(data, "validation", None) is not None)
-    place = Path(root)
+    resizable = "resize" in inspect.signature(DATASETS[name]).parameters and not options.get("resize")
+    place = Path(root or "")
     training = place / "train" if (place / "train").is_dir() else place
-    files = list(image_files(training if training.is_dir() else place.parent))
-    if not files:
-        raise DataError(f"{root}: holds no image files: name the folder that does with --data-dir")
+    files = list(image_files(training if training.is_dir() else place.parent)) if root and resizable else []
+    if not files:  # images that are no files of their own; or the data set says what is wrong
+        data = dataset(spec, root)
+        return Known(len(data.train), data.image_size, validation=data.validation is not None)
     sizes = Counter(size for path in files[:: math.ceil(len(files) / PROBED)] if (size := header_size(path)))
     if not sizes:
         raise DataError(f"{root}: none of the images that were looked at can be read, such as {files[0]}")
@@ -181,17 +180,9 @@ def _epochs(images: int, flops: float, gpu: bool) -> tuple[int, str]:
     return least, f"about what {CPU_MINUTES} minutes of this CPU allow; {wanted} would be better"
 
 
-def forward_flops(networks: tuple[str, ...], size: tuple[int, int]) -> float:
-    """Return operations of a forward pass of some networks on one image; nothing is computed."""
-    from torch.utils.flop_counter import FlopCounterMode  # takes long to import
-
-    counter = FlopCounterMode(display=False)
-    with torch.device("meta"):
-        students = [network(spec, 10).eval() for spec in networks]
-        with torch.no_grad(), counter:
-            for each in students:
-                each(torch.zeros(1, 3, *size))
-    return counter.get_total_flops()
+def forward_flops(networks: tuple[str, ...], size: tuple[int, int]) -> int:
+    """Return floating-point operations of a forward pass of some networks on one image."""
+    return sum(forward_flop(network(spec, 10).eval(), size) for spec in networks)
 
 
 def shown(known: Known, choices: tuple[Choice, ...]) -> list[str]:
