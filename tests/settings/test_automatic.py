@@ -98,9 +98,16 @@ def test_what_is_looked_up_of_a_folder(tmp_path):
 def test_a_folder_without_images_is_one_line(tmp_path):
     with pytest.raises(DataError, match="holds no class folders"):
         look_up("folder", str(tmp_path))
-    (tmp_path / "bad.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"none of the images .* can be read, such as .*bad\.png"):
-        look_up("folder", str(tmp_path))
+    for root in (tmp_path / "none", tmp_path / "file.txt"):
+        (tmp_path / "file.txt").write_text("no folder")
+        with pytest.raises(DataError, match=str(root)):
+            look_up("folder", str(root))
+    pictures(tmp_path / "one/a", (8, 9))
+    assert look_up("folder", str(tmp_path / "one")).images == 1
+    (tmp_path / "bad/a").mkdir(parents=True)
+    (tmp_path / "bad/a/1.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"none of the images .* can be read, such as .*1\.png"):
+        look_up("folder", str(tmp_path / "bad"))
 
 
 def test_one_command_with_nothing_else_known(tmp_path, monkeypatch, capsys):

@@ -76,7 +76,7 @@ def look_up(spec: str, root: str | None) -> Known:
     resizable = "resize" in inspect.signature(DATASETS[name]).parameters and not options.get("resize")
     place = Path(root or "")
     training = place / "train" if (place / "train").is_dir() else place
-    files = list(image_files(training if training.is_dir() else place.parent)) if root and resizable else []
+    files = list(image_files(training)) if root and resizable else []  # none of a file or a missing folder
     if not files:  # images that are no files of their own; or the data set says what is wrong
         data = dataset(spec, root)
         return Known(len(data.train), data.image_size, validation=data.validation is not None)
@@ -84,7 +84,7 @@ def look_up(spec: str, root: str | None) -> Known:
     if not sizes:
         raise DataError(f"{root}: none of the images that were looked at can be read, such as {files[0]}")
     held = any((place / each).is_dir() for each in PARTS["validation"])
-    images = len(files) if training != place and (held or (place / "test").is_dir()) else len(files) * 4 // 5
+    images = len(files) if training != place and (held or (place / "test").is_dir()) else max(1, len(files) * 4 // 5)
     return Known(images, sizes.most_common(1)[0][0], len(sizes) == 1, True, held and (place / "test").is_dir())
 
 
