@@ -121,6 +121,10 @@ class TermSums:
         """Set all sums to 0."""
         self.sums.zero_()
 
+    def rename(self) -> None:
+        """Begin with terms of other names."""
+        self.names = ()
+
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint inside an epoch holds."""
         return {"names": list(self.names), "sums": self.sums}

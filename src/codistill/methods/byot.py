@@ -120,23 +120,14 @@ class BYOT(Method):
 
     def forward(self, images: Images) -> Outputs:
         """Run all students, stage by stage, and their exits on normalised images."""
-        shared = [images]
-        low = images.flatten(0, -4)
-        for stage in self.cohort[0].stages[: self.cohort.shared_stages]:
-            low = stage(low)
-            shared.append(low.reshape(*images.shape[:-3], *low.shape[1:]))
 
-        def branch(index: int) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-            maps = [each if each.ndim == 4 else each[index] for each in shared]
-            for stage in self.cohort[index].stages[self.cohort.shared_stages :]:
-                maps.append(stage(maps[-1]))
+        def finish(index: int, maps: tuple[FeatureMap, ...]) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
             exits = self.exits[index]
             assert isinstance(exits, nn.ModuleList)
-            # maps[0] are the images, maps[1] is the output of the stem.
-            left = [leave(each) for leave, each in zip(exits, maps[2:-1], strict=True)]
+            left = [leave(each) for leave, each in zip(exits, maps[1:-1], strict=True)]  # maps[0] is the stem's
             return maps[-1], self.cohort[index].head(maps[-1]), left
 
-        maps, logits, left = zip(*self.cohort.each_student(branch), strict=True)
+        maps, logits, left = zip(*self.cohort.each_staged(images, finish), strict=True)
         extras: dict[str, Tensor] = {}
         for index, pairs in enumerate(left):
             for number, (features, exit_logits) in enumerate(pairs, start=1):

@@ -32,6 +32,8 @@ class Outputs:
             your own may have other forms, such as [batch, tokens, channels].
         fused_logits: [batch, classes] of the fused classifier or a gated ensemble, where the method has one.
         teacher_logits: [batch, classes] of a frozen teacher, where one is given; one per student with a view each.
+        stage_maps: Outputs of all stages of each student, where the method needs them; the last one is its feature map.
+        teacher_maps: Outputs of all stages of a frozen teacher, where the method needs them, [*view, batch, ..].
         extras: Further tensors by name, for the method's own losses.
     """
 
@@ -39,6 +41,8 @@ class Outputs:
     feature_maps: tuple[AnyMap, ...]
     fused_logits: Float[Tensor, "batch _class"] | None = None
     teacher_logits: Float[Tensor, "*student batch _class"] | None = None
+    stage_maps: tuple[tuple[AnyMap, ...], ...] = ()
+    teacher_maps: tuple[Tensor, ...] = ()
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -119,6 +123,22 @@ class Cohort(nn.Module):
 
         def branch(index: int) -> T:
             return finish(index, self[index].feature_map(low[index] if viewed else low, self.shared_stages))
+
+        return self.each_student(branch)
+
+    def each_staged(self, images: Images, finish: Callable[[int, tuple[FeatureMap, ...]], T]) -> list[T]:
+        """Run the stages of each student on normalised images, then `finish` with its index and all stages' outputs."""
+        shared = []
+        low = images.flatten(0, -4)
+        for stage in self[0].stages[: self.shared_stages]:
+            low = stage(low)
+            shared.append(low.reshape(*images.shape[:-3], *low.shape[1:]))
+
+        def branch(index: int) -> T:
+            maps = [each if each.ndim == 4 else each[index] for each in (images, *shared)]
+            for stage in self[index].stages[self.shared_stages :]:
+                maps.append(stage(maps[-1]))
+            return finish(index, tuple(maps[1:]))
 
         return self.each_student(branch)
 

@@ -10,8 +10,9 @@ from codistill.methods.cohort import Outputs
 from codistill.methods.independent import IndependentSettings
 from codistill.methods.losses import Labels, Scalar, Terms
 from codistill.methods.method import METHODS, Method
-from codistill.methods.teacher import Teacher
-from codistill.methods.terms import cross_entropy_terms
+from codistill.methods.teacher import Teacher, staged
+from codistill.methods.terms import cross_entropy_terms, weighted
+from codistill.networks.origin import DRAWN, mark
 from codistill.networks.probe import count_classes, probing
 
 
@@ -20,7 +21,8 @@ def WithTeacher(method: Method, teacher: nn.Module, weight: float = 1.0, tempera
 
     Adds `kl/teacher->student<j>`, b T^2 KL(softmax(z_t / T) || softmax(z_j / T)), to the terms of the method. The
     teacher runs in training only, in evaluation mode without gradients. It follows the method to its device, and
-    belongs neither to its parameters nor to its checkpoints.
+    belongs neither to its parameters nor to its checkpoints; modules that a method puts between students and teacher
+    (`Method.connect`) are made here, and belong to both.
 
     Args:
         method: Changed in place.
@@ -29,8 +31,8 @@ def WithTeacher(method: Method, teacher: nn.Module, weight: float = 1.0, tempera
         temperature: T > 0.
 
     Raises:
-        UsageError: The teacher is no module, has another number of classes, cannot take images of that size, or
-            returns something else than logits.
+        UsageError: The teacher is no module, has another number of classes, cannot take images of that size, returns
+            something else than logits, or has no stages or widths that the method can use.
 
     Source: Hinton et al., arXiv 1503.02531.
     """
@@ -43,6 +45,10 @@ def WithTeacher(method: Method, teacher: nn.Module, weight: float = 1.0, tempera
         classes = count_classes(probe.eval(), torch.zeros(2, 3, *method.image_size, device=device), "the teacher")
     if classes != method.num_classes:
         raise UsageError(f"the teacher has {classes} classes, but the students {method.num_classes}")
+    if method.teacher_maps:
+        staged(teacher)
+    method.connectors = nn.ModuleList(method.connect(teacher)).to(next(method.parameters()))
+    mark(method.connectors, DRAWN)
     method.taught_by = Teacher(teacher.eval().requires_grad_(False), weight, temperature)
     return method
 
@@ -78,6 +84,5 @@ class KD(Method):
 
     def losses(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
         """Compute a CE(z_j), `ce/student<j>`, and the KL to the teacher, `kl/teacher->student<j>`, of each student."""
-        cross_entropies = cross_entropy_terms(outputs.logits, labels)
-        terms = {name: self.settings.ce_weight * value for name, value in cross_entropies.items()}
+        terms = weighted(self.settings.ce_weight, cross_entropy_terms(outputs.logits, labels))
         return terms | self.taught_by.terms(outputs) if self.taught_by else terms

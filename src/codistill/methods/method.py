@@ -88,13 +88,16 @@ def with_teacher_terms(losses: Callable[..., Terms]) -> Callable[..., Terms]:
 
     @functools.wraps(losses)
     def added(method: "Method", outputs: Outputs, labels: Labels, progress: Scalar | float | int) -> Terms:
+        if method.initialising:
+            return checked_terms(type(method), method.initial_losses(outputs, labels))
         if not isinstance(progress, Tensor):
             if not 0 <= progress <= 1:
                 raise UsageError(f"progress is {progress}; it must be epoch / epochs, 0 to 1")
             progress = torch.tensor(float(progress), device=labels.device)
         terms = checked_terms(type(method), losses(method, outputs, labels, progress))
         teacher = method.taught_by
-        return terms if teacher is None or TEACHER_TERM in terms else terms | teacher.terms(outputs)
+        adds = teacher is not None and method.adds_teacher_terms and TEACHER_TERM not in terms
+        return terms | teacher.terms(outputs) if teacher is not None and adds else terms
 
     return added
 
@@ -117,6 +120,8 @@ class Method(Marked):
         cohort: The students, with the stages that they share.
         settings: As above; `Settings` is the class that the annotation names.
         taught_by: A frozen teacher, set by `WithTeacher`, whose terms are added to the method's own.
+        connectors: Modules between students and teacher, made by `connect`; empty without a teacher.
+        initialising: Whether the run is in its initialisation, of methods that have one; set by the loop.
 
     Raises:
         UsageError: Too few or too many students, or settings that cannot work with them.
@@ -130,6 +135,11 @@ class Method(Marked):
     max_students: ClassVar[int | None] = None
     teacher: ClassVar[TeacherRule] = "refused"
     """Whether a frozen teacher must, may or must not be given beside the students."""
+    teacher_maps: ClassVar[bool] = False
+    """Whether the outputs of a training step hold the maps of the teacher's stages; it must then be a `Network`."""
+    adds_teacher_terms: ClassVar[bool] = True
+    """Whether the KL terms of a frozen teacher are added to what `losses` returns."""
+    initialising: bool = False
     capturable: bool = True
     """Whether a step may be captured as a CUDA graph."""
     memory_format: torch.memory_format = torch.channels_last
@@ -165,6 +175,7 @@ class Method(Marked):
             )
         self.cohort = Cohort(students, self.settings.shared_stages)
         self.build()
+        self.connectors = nn.ModuleList()
         mark(self, DRAWN, but=self.cohort)
 
     def require_students(self, count: int, minimum: int, fix: str = "name more --networks") -> None:
@@ -179,7 +190,10 @@ class Method(Marked):
         outputs: Outputs = super().__call__(images)
         if self.taught_by is None or not self.training:
             return outputs
-        return replace(outputs, teacher_logits=self.taught_by.logits(images))
+        if not self.teacher_maps:
+            return replace(outputs, teacher_logits=self.taught_by.logits(images))
+        maps, logits = self.taught_by.maps_and_logits(images)
+        return replace(outputs, teacher_logits=logits, teacher_maps=maps)
 
     def _apply(self, *arguments: Any, **options: Any) -> "Method":
         if self.taught_by is not None:
@@ -221,6 +235,32 @@ class Method(Marked):
         raise UsageError(f"{title(type(self))} defines no losses(outputs, labels, progress)")
 
     # Some methods override the rest.
+
+    def connect(self, teacher: nn.Module) -> Sequence[nn.Module]:
+        """Make the modules between students and a teacher, `connectors`, which are trained; by default none.
+
+        `forward` applies them, for it runs in the precision of the run, and `losses` in float32.
+
+        Raises:
+            UsageError: The method has no answer to their unlike widths or stages.
+        """
+        return ()
+
+    def initial_epochs(self, epochs: int) -> int:
+        """Return how many of the first epochs of a run are its initialisation; by default none.
+
+        In it `initialising` is set: `losses` returns `initial_losses`, which train `initial_parameters` alone. At its
+        end the momentum of all parameters is 0 again. Learning rate and progress are those of the whole run.
+        """
+        return 0
+
+    def initial_losses(self, outputs: Outputs, labels: Labels) -> Terms:
+        """Compute the named terms of the initialisation; as `losses`, but without a ramp-up and a teacher's KL."""
+        raise UsageError(f"{title(type(self))} defines no initial_losses(outputs, labels)")
+
+    def initial_parameters(self) -> Sequence[nn.Parameter]:
+        """Return the parameters that the initialisation trains; the others stay as they are."""
+        return tuple(self.parameters())
 
     def forward(self, images: Images) -> Outputs:
         """Run all students on one batch of normalised images or, with a leading axis, a view of it for each."""

@@ -6,8 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from codistill.core.errors import UsageError
 from codistill.methods.cohort import Images, Outputs
 from codistill.methods.losses import Terms, students_kl
+from codistill.networks import Network
 
 TEACHER_TERM = "kl/teacher->student0"
 
@@ -28,8 +30,36 @@ class Teacher:
             logits: Tensor = self.network(images.flatten(0, -4))
         return logits.reshape(*images.shape[:-3], -1)
 
+    def maps_and_logits(self, images: Images) -> tuple[tuple[Tensor, ...], Float[Tensor, "*view batch class"]]:
+        """Compute the maps of its stages, [*view, batch, channels, height, width], and its logits, likewise."""
+        prepare, network = staged(self.network)
+        views = images.shape[:-3]
+        with torch.no_grad():
+            maps = [prepare(images.flatten(0, -4))]
+            for stage in network.stages:
+                maps.append(stage(maps[-1]))
+            logits = network.head(maps[-1])
+        return tuple(each.reshape(*views, *each.shape[1:]) for each in maps[1:]), logits.reshape(*views, -1)
+
     def terms(self, outputs: Outputs) -> Terms:
         """Compute `kl/teacher->student<j>`, b T^2 KL(softmax(z_t / T) || softmax(z_j / T)), of each student."""
         if outputs.teacher_logits is None:
             raise ValueError("the outputs have no teacher logits: they were computed in evaluation mode")
         return students_kl("teacher", outputs.logits, outputs.teacher_logits, self.temperature, self.weight)
+
+
+def staged(teacher: nn.Module) -> tuple[nn.Module, Network]:
+    """Split a teacher into what prepares the students' images for it, and the network whose stages have maps.
+
+    Raises:
+        UsageError: It is no network with stages, as an ensemble is not.
+    """
+    prepare: nn.Module = nn.Identity()
+    if isinstance(teacher, nn.Sequential) and len(teacher) == 2:  # from a run with statistics of its own
+        prepare, teacher = teacher
+    if not isinstance(teacher, Network):
+        raise UsageError(
+            f"the teacher is a {type(teacher).__name__} without stages, but this method needs their maps: name a "
+            "student of the run with --teacher-predictor, or a Network"
+        )
+    return prepare, teacher

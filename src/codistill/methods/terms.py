@@ -70,3 +70,8 @@ def cross_entropy_terms(logits: Sequence[Logits], labels: Labels, **others: Logi
     names = [*(f"student{index}" for index in range(len(logits))), *others]
     losses = cross_entropy(torch.stack([*logits, *others.values()]), labels)
     return {f"ce/{name}": loss for name, loss in zip(names, losses.unbind(), strict=True)}
+
+
+def weighted(weight: float, terms: Terms) -> Terms:
+    """Multiply all terms by a factor."""
+    return {name: weight * value for name, value in terms.items()}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from codistill.core.errors import UsageError
 from codistill.core.randomness import CPU, INIT_STREAM, draws_kept, seed_draws, stream_seed
@@ -132,7 +132,10 @@ def drawn_like(method: Method, seed: int, own: bool = True) -> Method | None:
                 )
                 if own and index not in mine:
                     take_own(students[-1], student)
-            return type(method)(students, method.num_classes, method.settings, method.image_size)
+            like = type(method)(students, method.num_classes, method.settings, method.image_size)
+            if method.taught_by is not None:
+                like.connectors = nn.ModuleList(like.connect(method.taught_by.network))
+            return like
     except UsageError:  # networks that are not what they are called
         return None
     finally:

@@ -41,6 +41,8 @@ def train_loop(
         for epoch in range(trainers[0].position[0], trainers[0].config.train.epochs):
             if not active:
                 break
+            if any(epoch == trainer.initial_epochs > 0 for trainer in active):
+                steps = None  # what was captured of the initialisation is over
             steps = steps or make_fleet([trainer.step for trainer in active])
             handle = functools.partial(handle_signals, requests, active, epoch)
             for number in train_epoch(active, steps, epoch):

@@ -36,7 +36,10 @@ def rehearse(method: Method, data: Dataset, epochs: int, device: torch.device, s
     with probing(method, device) as probe, torch.enable_grad():
         probe.train()
         names: tuple[str, ...] = ()
-        for progress in (0.0, (epochs - 1) / epochs):
+        with blamed(kind, "initial_epochs"):
+            initial = probe.initial_epochs(epochs)
+        progresses = {0.0: initial > 0, initial / epochs: False, (epochs - 1) / epochs: False}
+        for progress, probe.initialising in progresses.items():
             try:
                 with blamed(kind, "forward"):
                     outputs = probe(pixels.expand(probe.views, *pixels.shape) if probe.views > 1 else pixels)
@@ -52,7 +55,7 @@ def rehearse(method: Method, data: Dataset, epochs: int, device: torch.device, s
             refuse_dead_terms(probe, terms)
             with blamed(kind, "the backward pass of its losses"):
                 torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
-            names = tuple(terms)
+            names = () if probe.initialising else tuple(terms)
         for part in ("parameter_groups", "alternating_updates", "after_step", "after_epoch"):
             with blamed(kind, part):
                 getattr(probe, part)()

@@ -77,6 +77,8 @@ class TrainStep:
             The terms and the norm of each gradient, of the whole batch.
         """
         outputs, kind = self.forward(images), type(self.method)
+        if self.method.initialising:
+            of = self.method.initial_parameters()
         with blamed(kind, "losses"):
             terms = in_order(kind, self.method.losses(outputs, labels, progress), self.sums.names)
         with blamed(kind, "the backward pass of its losses"):
@@ -105,7 +107,9 @@ class AlternatingStep(TrainStep):
     def update(
         self, images: Tensor, labels: Tensor, progress: Tensor, share: float, of: Sequence[nn.Parameter] | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Update each group; see `TrainStep.update`."""
+        """Update each group, or what the initialisation trains at once; see `TrainStep.update`."""
+        if self.method.initialising:
+            return super().update(images, labels, progress, share)
         terms: dict[str, Tensor] = {}
         sizes: dict[str, Tensor] = {}
         for parameters in self.method.alternating_updates():

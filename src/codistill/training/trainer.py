@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -114,6 +115,11 @@ class Trainer:
         """Set the learning rate and draw the order and the augmentation of an epoch."""
         settings = self.config.train
         self.set_rate(epoch)
+        self.method.initialising = epoch < self.initial_epochs
+        if epoch == self.initial_epochs > 0 and self.first_step(epoch) == 0:
+            self.step.sums.rename()
+            for tensor in optimizer_tensors(self.step.optimizer):
+                tensor.zero_()
         self.evaluates = settings.evaluates(epoch)
         self.display.begin_epoch(epoch)
         self.pace.pause()
@@ -165,6 +171,12 @@ class Trainer:
         if self.step.ranks.leads:
             self.evaluation.run()
         between()
+
+    @functools.cached_property
+    def initial_epochs(self) -> int:
+        """Epochs of the initialisation, which an extension of the run does not change; 0: it has none."""
+        planned = [each["epochs"] for each in self.run.extensions]
+        return self.method.initial_epochs(planned[0] if planned else self.config.train.epochs)
 
     @property
     def over(self) -> bool:

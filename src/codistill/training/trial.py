@@ -103,8 +103,10 @@ def train_and_evaluate(
         step = make_step(probe, few, augmentation, settings, precision)
         indices = epoch_indices(len(few), 0, 0, augmentation, few.device, probe.views)
         with reads if few.device.type == "cuda" else contextlib.nullcontext():
-            step.update(*few.augmented(indices, augmentation), torch.zeros((), device=few.device), 1.0)
-            probe.after_step()
+            for initialising in (True, False) if method.initial_epochs(settings.epochs) else (False,):
+                probe.initialising = initialising
+                step.update(*few.augmented(indices, augmentation), torch.zeros((), device=few.device), 1.0)
+                probe.after_step()
             with torch.no_grad(), autocast(few.device, precision):
                 probe.eval().predictions(probe(few.normalised(few.images)))
     return reads.found
