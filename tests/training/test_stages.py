@@ -17,7 +17,9 @@ from codistill.methods.losses import squared_distance
 from codistill.methods.method import Method
 from codistill.methods.offline import TwoStageMethod, TwoStageSettings
 from codistill.methods.terms import cross_entropy_terms
-from codistill.training import trainer as loop
+from codistill.training import loop
+from codistill.training import trainer as trainers
+from codistill.training.capture import make_fleet
 from codistill.training.optim import optimizer_tensors
 from codistill.training.resume import resume
 
@@ -64,6 +66,11 @@ def follow(monkeypatch):
     monkeypatch.setitem(METHODS._entries, "follow", Follow)
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(trainers, "keep_pictures", lambda *arguments: None)
+
+
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory) -> str:
     return str(tiny.write_npz(tmp_path_factory.mktemp("stages") / "colours.npz", tiny.data(train=20, test=21)))
@@ -73,7 +80,7 @@ def colours(tmp_path_factory) -> str:
 def teacher(colours, tmp_path_factory) -> tuple[str, str]:
     out = tmp_path_factory.mktemp("teacher") / "run"
     with pytest.MonkeyPatch.context() as patch, tiny.registered():
-        patch.setattr(loop, "write_report", lambda *arguments: None)
+        patch.setattr(trainers, "write_report", lambda *arguments: None)
         assert run_here(arguments(colours, out, method="independent")) == 0
     return "--teacher", str(out)
 
@@ -150,15 +157,28 @@ def test_an_extension_does_not_move_the_border(colours, teacher, tmp_path):
     assert terms(cd.Run(tmp_path / "run")) == [{"hint"}] * 2 + [{"ce"}] * 6
 
 
-@pytest.mark.parametrize("more", [(), pytest.param(("--device", "cuda"), marks=pytest.mark.gpu)], ids=["cpu", "gpu"])
-def test_side_by_side_with_its_own_seed(colours, teacher, tmp_path, more):
-    # On a GPU the step is captured twice: of each stage.
-    deterministic = (*more, "--deterministic", "-b", "3") if more else ()
-    trained_seeds = arguments(colours, tmp_path / "both", *EPOCHS, *teacher, *deterministic, method="follow")
-    assert run_here([*trained_seeds, "--seeds", "0", "1"]) == 0
-    alone = trained(colours, tmp_path / "alone", *teacher, *deterministic, "--seed", "1")
-    assert terms(alone) == [{"hint"}, {"hint"}, {"ce"}, {"ce"}]
-    assert end_state(tmp_path / "both" / "seed1") == end_state(alone.path)
+def test_what_was_captured_of_the_initialisation_is_left(colours, teacher, tmp_path, monkeypatch):
+    made = []
+
+    def noted(steps):
+        made.append(steps[0].method.initialising)
+        return make_fleet(steps)
+
+    monkeypatch.setattr(loop, "make_fleet", noted)
+    trained(colours, tmp_path / "run", *teacher)
+    assert len(made) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+def test_captured_steps_across_the_border(colours, teacher, tmp_path):
+    # Seven steps an epoch: three plain ones, then the graph; and again of the main stage.
+    captured = ("--device", "cuda", "--deterministic", "-b", "3", "--epochs", "2")
+    run = trained(colours, tmp_path / "alone", *teacher, *captured)
+    assert terms(run) == [{"hint"}, {"ce"}]
+    seeds = arguments(colours, tmp_path / "both", *EPOCHS, *teacher, *captured, method="follow")
+    assert run_here([*seeds, "--seeds", "0", "1"]) == 0
+    assert end_state(tmp_path / "both" / "seed0") == end_state(run.path)
 
 
 def test_a_run_is_evaluated_without_its_teacher(colours, teacher, tmp_path):
@@ -181,7 +201,7 @@ def test_connectors_begin_as_the_seed_says(colours, teacher, tmp_path):
 
 
 def test_a_teacher_without_stages_is_refused():
-    method, teacher = tiny.method(Follow), nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 3))
+    method, teacher = tiny.method(Follow), nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 3), nn.Identity())
     with pytest.raises(
         UsageError, match="the teacher is a Sequential without stages, but this method needs their maps"
     ):
