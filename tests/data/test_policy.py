@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import RandAugment, TrivialAugmentWide
 from torchvision.transforms.v2 import functional as F
 
+from codistill.core.errors import UsageError
 from codistill.data import Dataset, Split
 from codistill.data.augment import Augmentation, DeviceImages
-from codistill.data.policy import Policy, Transforms, balanced_order, balanced_weights
+from codistill.data.policy import Policy, Transforms, balanced_order, balanced_weights, paired_order
 from codistill.settings.augment import AugmentSettings
 
 CPU = torch.device("cpu")
@@ -26,7 +28,7 @@ def split(count: int, height: int = HEIGHT, width: int = WIDTH) -> Split:
 
 
 def augmentation(padding: int = 0, flip: bool = False, **settings) -> Augmentation:
-    own = {name: settings.pop(name) for name in ("class_weights", "balanced") if name in settings}
+    own = {name: settings.pop(name) for name in ("class_weights", "sampling", "batch_size") if name in settings}
     transforms = Transforms(policy=Policy(**settings), size=(HEIGHT, WIDTH), classes=3, **own)
     return Augmentation(padding=padding, flip=flip, transforms=transforms)
 
@@ -210,9 +212,54 @@ def test_balanced_sampling_takes_equally_many_of_each_class():
     assert not np.array_equal(orders[0], balanced_order(labels, 1, 0))
     images = DeviceImages(Split(np.zeros((102, 4, 4, 3), np.uint8), labels), NO_STATISTICS, CPU)
     part = images.subset(torch.arange(0, 102, 3))
-    plan = part.epoch(0, 0, augmentation(balanced=True), 1)
+    plan = part.epoch(0, 0, augmentation(sampling="balanced"), 1)
     assert set(plan.image.tolist()) <= set(part.positions.tolist())
     assert sorted(np.bincount(labels[plan.image], minlength=4).tolist()) == [0, 11, 11, 12]
+
+
+@pytest.mark.parametrize("batch_size", [4, 6, 16])
+def test_batches_by_pairs_have_two_images_of_each_class(batch_size):
+    labels = np.array([0] * 40 + [1] * 9 + [3] * 3 + [4] * 2 + [7] * 7)  # 61, so that the last batch is odd
+    orders = [paired_order(labels, batch_size, 0, epoch) for epoch in range(3)]
+    for order in orders:
+        assert len(order) == len(labels)
+        batches = np.split(order, range(batch_size, len(order), batch_size))
+        for batch in batches:
+            counts = np.bincount(labels[batch])
+            assert sum(counts % 2) == len(batch) % 2 and counts.max() <= 2 * math.ceil(len(batch) / 10)
+            if len(batch) <= 10:
+                assert len(set(batch.tolist())) == len(batch)
+        for own in (0, 1, 7):
+            times = np.bincount(order, minlength=len(labels))[labels == own]
+            assert times.max() - times.min() <= 1 + (own != 0)  # an odd image waits for another round
+    assert not np.array_equal(orders[0], orders[1])
+    assert np.array_equal(orders[0], paired_order(labels, batch_size, 0, 0))
+    assert not np.array_equal(orders[0], paired_order(labels, batch_size, 1, 0))
+
+
+def test_an_epoch_of_used_images_is_sampled_by_pairs():
+    labels = np.arange(40) % 4
+    images = DeviceImages(Split(np.zeros((40, 4, 4, 3), np.uint8), labels), NO_STATISTICS, CPU)
+    part = images.subset(torch.arange(0, 40, 3))
+    plan = part.epoch(0, 0, augmentation(sampling="class-pairs", batch_size=6), 1)
+    assert set(plan.image.tolist()) <= set(part.positions.tolist())
+    assert all(
+        sorted(np.bincount(labels[plan.image[start : start + 6]], minlength=4)) == [0, 2, 2, 2] for start in (0, 6)
+    )
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "training", "line"),
+    [
+        (7, range(9), "batch_size is 7: use an even one"),
+        (4, (0, 3, 1, 4, 2), "two training images of each class, but of c there is one: train on more images"),
+        (4, (0, 1, 2), "of a, b, c there is one"),
+    ],
+)
+def test_classes_that_cannot_be_paired_are_refused(batch_size, training, line):
+    data = Dataset("own", split(9), split(6), ("a", "b", "c"))
+    with pytest.raises(UsageError, match=line):
+        AugmentSettings(sampling="class-pairs").transforms(data, torch.tensor(training), batch_size)
 
 
 def test_balanced_weights_have_the_mean_one():

@@ -221,7 +221,8 @@ def permuted(method: Method, order: list[int]) -> dict[str, Tensor]:
     state = {}
     for name, tensor in method.state_dict().items():
         owner = re.match(
-            r"(cohort\.students|connectors|enhancements|exits|means\.students|fusion\.adapters)\.(\d+)\.", name
+            r"(cohort\.students|connectors|embeddings|enhancements|exits|means\.students|fusion\.adapters)\.(\d+)\.",
+            name,
         )
         if owner:
             name = f"{owner[1]}.{place[owner[2]]}.{name[owner.end() :]}"

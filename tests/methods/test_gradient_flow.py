@@ -19,7 +19,7 @@ NAMES = list(METHODS)
 TEACHABLE = [name for name in NAMES if METHODS[name].teacher != "refused" and METHODS[name].adds_teacher_terms]
 SEEDS = range(6)  # so many because a hidden layer of one unit may be dead at the start
 KINDS = {"branch": "branch", "branches": "branch", "enhancement": "enhancement", "enhancements": "enhancement"}
-KINDS |= {"head": "head", "heads": "head", "connector": "connector"}
+KINDS |= {"head": "head", "heads": "head", "connector": "connector", "embedding": "embedding"}
 
 
 def small_network() -> Network:
@@ -55,7 +55,7 @@ def parts(method: Method) -> dict[str, nn.Module]:
             found[f"branch{index}/stage{number}"] = stage
         found[f"head{index}"] = student.head
     for name, module in method.named_children():
-        if name in ("enhancements", "connectors"):
+        if name in ("enhancements", "connectors", "embeddings"):
             found |= {f"{name[:-1]}{index}": each for index, each in enumerate(module)}
         elif name == "exits":
             for index, exits in enumerate(module):
@@ -87,7 +87,14 @@ def expand(group: str, term: str, count: int, known: Iterable[str]) -> set[str]:
     owner = re.search(r"student(\d+)(?:/exit(\d+))?$", term)
     own, number = (int(owner[1]), int(owner[2] or 0)) if owner else (None, 0)
     others = [index for index in range(count) if index != own]
-    whose = {"own": [own], "other": others, "all": range(count), "peer": [each for each in others if each < count - 1]}
+    source = [int(each) for each in re.findall(r"student(\d+)->", term)]
+    whose = {
+        "own": [own],
+        "source": source,
+        "other": others,
+        "all": range(count),
+        "peer": [each for each in others if each < count - 1],
+    }
     word, _, kind = group.partition(" ")
     if group == "own stages up to the exit":
         return {f"branch{own}/stage{stage}" for stage in range(number + 1)} & set(known)

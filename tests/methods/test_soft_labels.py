@@ -129,6 +129,7 @@ def test_an_own_method_that_needs_class_indices_is_refused_in_one_line():
         ({"randaugment_operations": 0}, "randaugment_operations is 0; it must be from 1 to 16"),
         ({"auto_augment": "randaug"}, "auto_augment is 'randaug': did you mean randaugment"),
         ({"class_weights": "balanced", "sampling": "balanced"}, "which counts small classes twice: use one"),
+        ({"class_weights": "balanced", "sampling": "class-pairs"}, "are balanced and class-pairs, which counts small"),
     ],
 )
 def test_settings_that_cannot_be(settings, line):

@@ -44,7 +44,11 @@ def augmentation(**settings) -> Augmentation:
 
 @pytest.mark.parametrize(
     ("more", "step"),
-    [pytest.param(FLAGS, 2, id="sampling", marks=pytest.mark.slow), pytest.param(BALANCED, 6, id="weights and views")],
+    [
+        pytest.param(FLAGS, 2, id="sampling", marks=pytest.mark.slow),
+        pytest.param(BALANCED, 6, id="weights and views"),
+        pytest.param(["--sampling", "class-pairs"], 2, id="pairs"),
+    ],
 )
 def test_an_augmented_run_resumes_bit_for_bit(tmp_path, more, step):
     colours = str(tiny.write_npz(tmp_path / "colours.npz", tiny.data(train=20, test=9)))
@@ -54,7 +58,7 @@ def test_an_augmented_run_resumes_bit_for_bit(tmp_path, more, step):
         assert run_here(arguments(colours, tmp_path / "broken", *more)) == 143
     resume(tmp_path / "broken", show=False)
     assert end_state(tmp_path / "broken") == end_state(tmp_path / "whole")
-    assert cd.Run(tmp_path / "whole").config.augment.mixup == 0.4
+    assert cd.Run(tmp_path / "whole").config.augment != AugmentSettings()
 
 
 @pytest.mark.slow

@@ -134,10 +134,11 @@ def test_a_streamed_run_is_the_run_in_memory(photos, tmp_path, monkeypatch, meth
 @pytest.mark.fault(152)
 @pytest.mark.parametrize("step", [2, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_streamed_run_goes_on_with_the_same_bits(photos, tmp_path, step):
-    assert run_here(command(photos, tmp_path / "whole", "--stream", "off")) == 0
+    pairs = ("--sampling", "class-pairs")
+    assert run_here(command(photos, tmp_path / "whole", "--stream", "off", *pairs)) == 0
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, step, lambda _: signal.raise_signal(signal.SIGTERM))
-        assert run_here(command(photos, tmp_path / "broken", "--stream", "on")) == 143
+        assert run_here(command(photos, tmp_path / "broken", "--stream", "on", *pairs)) == 143
     resume(tmp_path / "broken", show=False)
     assert end_state(tmp_path / "broken") == end_state(tmp_path / "whole")
 

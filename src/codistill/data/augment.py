@@ -15,7 +15,7 @@ from codistill.data.colour import recolour
 from codistill.data.dataset import Split
 from codistill.data.mapped import in_memory
 from codistill.data.mixing import erased, mixed, soft_labels
-from codistill.data.policy import Transforms, balanced_order
+from codistill.data.policy import Transforms, balanced_order, paired_order
 from codistill.data.warp import warped
 
 PaddingMode = Literal["zeros", "reflect"]
@@ -85,15 +85,18 @@ def epoch_indices(
     Args:
         images: Number of training images, or positions of those that are used, on the host.
         views: With more than one, each table gets a leading axis: the same images, other crops and flips.
-        labels: Those of these images, on the host, for an augmentation that is balanced; None: it is not.
+        labels: Those of these images, on the host, for a sampling by classes; None: the order is shuffled.
     """
     source = generator(seed, EPOCH_STREAM, epoch)
     count = images if isinstance(images, int) else len(images)
     shape = (count,) if views == 1 else (views, count)
     order = torch.randperm(count, generator=source)
     transforms = augmentation.transforms
-    if transforms is not None and transforms.balanced and labels is not None:
-        order = torch.from_numpy(balanced_order(labels.numpy(), seed, epoch))
+    if transforms is not None and labels is not None:
+        if transforms.sampling == "balanced":
+            order = torch.from_numpy(balanced_order(labels.numpy(), seed, epoch))
+        elif transforms.sampling == "class-pairs":
+            order = torch.from_numpy(paired_order(labels.numpy(), transforms.batch_size, seed, epoch))
     index = (order if isinstance(images, int) else images[order]).expand(shape).contiguous()
     offsets = torch.randint(0, 2 * augmentation.padding + 1, (2, *shape), generator=source)
     mirror = torch.rand(shape, generator=source) < 0.5 if augmentation.flip else torch.zeros(shape, dtype=torch.bool)

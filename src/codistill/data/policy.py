@@ -15,6 +15,7 @@ from torch import Tensor
 from codistill.core.randomness import AUGMENT_STREAM, stream_seed
 
 AutoAugment = Literal["none", "randaugment", "trivialaugment"]
+Sampling = Literal["shuffled", "balanced", "class-pairs"]
 Numbers = npt.NDArray[np.float32]
 # Operations on colours, by their numbers in a table; 0 leaves an image as it is, and so do geometric ones there.
 COLOURS = ("none", "brightness", "contrast", "posterize", "solarize", "autocontrast", "equalize", "color", "sharpness")
@@ -67,7 +68,8 @@ class Transforms:
     size: tuple[int, int]  # height and width, pixels
     classes: int
     class_weights: tuple[float, ...] | None = None  # of the cross-entropy; None: all 1
-    balanced: bool = False  # whether an epoch has equally many images of each class
+    sampling: Sampling = "shuffled"  # which images an epoch has, and in which order
+    batch_size: int = 0  # of sampling by class-pairs
 
     @property
     def softens(self) -> bool:
@@ -266,6 +268,20 @@ def mixtures(
     return share.astype(np.float32)[None], blend.astype(np.float32)[None], pasted.astype(np.float32)
 
 
+def by_class(labels: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+    """Return the places of the images of each class that has any."""
+    places = np.argsort(labels, kind="stable")
+    return np.split(places, np.unique(labels[places], return_index=True)[1][1:])
+
+
+def in_rounds(
+    source: np.random.Generator, members: npt.NDArray[np.int64], wanted: int, whole: int
+) -> npt.NDArray[np.int64]:
+    """Draw so many members, in rounds of `whole` different ones, so that all come equally often or once more."""
+    rounds = range(math.ceil(wanted / whole))
+    return np.concatenate([source.permutation(members)[:whole] for _ in rounds])[:wanted]
+
+
 def balanced_order(labels: npt.NDArray[np.int64], seed: int, epoch: int) -> npt.NDArray[np.int64]:
     """Draw the order of an epoch with equally many images of each class, as many as there are images in all.
 
@@ -273,14 +289,42 @@ def balanced_order(labels: npt.NDArray[np.int64], seed: int, epoch: int) -> npt.
     as often as the others or once more. Which classes have an image more than others is drawn, too.
     """
     source = np.random.default_rng(stream_seed(seed, AUGMENT_STREAM, epoch, 5))
-    by_class = np.argsort(labels, kind="stable")
-    members = np.split(by_class, np.unique(labels[by_class], return_index=True)[1][1:])
-    chosen = []
+    members, chosen = by_class(labels), []
     for index, own in enumerate(source.permutation(len(members)).tolist()):
         wanted = len(labels) // len(members) + (index < len(labels) % len(members))
-        rounds = math.ceil(wanted / len(members[own]))
-        chosen.append(np.concatenate([source.permutation(members[own]) for _ in range(rounds)])[:wanted])
+        chosen.append(in_rounds(source, members[own], wanted, len(members[own])))
     return source.permutation(np.concatenate(chosen))
+
+
+def paired_order(labels: npt.NDArray[np.int64], batch_size: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """Draw the order of an epoch whose batches have two different images of each of their classes.
+
+    Each batch draws its classes: different ones, or, where it has more pairs than there are classes, all of them before
+    one comes again. Of a class all images come equally often but for one, as far as that goes. A last batch of an odd
+    size has a single image of one class.
+
+    Args:
+        labels: Those of the training images; their number is that of the images in an epoch.
+        batch_size: Even.
+
+    Source: the sampler of mutual contrastive learning, authors' code winycg/MCL at 61f20d1, dataset/class_sampler.py.
+    Differs: there each batch draws images anew, so that in an epoch some come several times and others not at all, more
+        classes than half of a batch are required, and a last batch that is smaller is left out.
+    """
+    source = np.random.default_rng(stream_seed(seed, AUGMENT_STREAM, epoch, 6))
+    members, count = by_class(labels), len(labels)
+    batches = [slice(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    owners = np.empty(count, np.int64)
+    for batch in batches:
+        pairs = math.ceil((batch.stop - batch.start) / 2)
+        rounds = [source.permutation(len(members)) for _ in range(math.ceil(pairs / len(members)))]
+        owners[batch] = np.repeat(np.concatenate(rounds)[:pairs], 2)[: batch.stop - batch.start]
+    order = np.empty(count, np.int64)
+    for own, places in zip(np.unique(owners).tolist(), by_class(owners), strict=True):
+        # An odd image is left out of a round, or it would be paired with itself.
+        whole = max(1, len(members[own]) // 2 * 2)
+        order[places] = in_rounds(source, members[own], len(places), whole)
+    return np.concatenate([source.permutation(order[batch]) for batch in batches])
 
 
 def balanced_weights(labels: npt.NDArray[np.int64], classes: int) -> tuple[float, ...]:

@@ -152,6 +152,33 @@ def squared_distance(
     return difference.square().flatten(1).sum(dim=1).mean()
 
 
+def supervised_contrast(similarities: Float[Tensor, "*pair batch batch"], labels: Labels) -> Float[Tensor, " *pair"]:
+    """Compute the supervised contrast: mean over images p and their positives q of -log(e^S_pq / sum_{k != p} e^S_pk).
+
+    Positives of p are the other images of its class. Images without any are left out of the mean, which is 0 where no
+    image has one.
+
+    Args:
+        similarities: S, of each image of a batch (row) to each (column); of several pairs of embeddings at once.
+        labels: Class indices; or the share of each class, the class of an image then being that with its largest share.
+
+    Returns:
+        One loss per pair, in nats.
+
+    Source: Khosla et al., "Supervised Contrastive Learning", NeurIPS 2020, arXiv 2004.11362, Eq. (2); as VCL and ICL of
+        mutual contrastive learning: winycg/MCL at 61f20d1, losses/cifar_sup_mcl_loss.py.
+    Differs: in that code an image without a positive makes the loss NaN.
+    """
+    similarities = at_least_float32(similarities)
+    classes = labels.argmax(dim=1) if labels.is_floating_point() else labels
+    itself = torch.eye(len(classes), dtype=torch.bool, device=classes.device)
+    positive = (classes[:, None] == classes) & ~itself
+    number = positive.sum(dim=1)
+    log_shares = similarities - similarities.masked_fill(itself, -math.inf).logsumexp(dim=-1, keepdim=True)
+    means = (log_shares * positive).sum(dim=-1) / number.clamp(min=1)
+    return -means.sum(dim=-1) / (number > 0).sum().clamp(min=1)
+
+
 def mean_logits(logits: Sequence[Logits]) -> Logits:
     """Compute the mean of the logits of several students, z_a = 1/n sum_j z_j.
 

@@ -4,13 +4,15 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args, get_type_hints
 
+import numpy as np
+import numpy.typing as npt
 from jaxtyping import Int
 from torch import Tensor
 
 from codistill.core.errors import UsageError
 from codistill.core.registry import near_matches
 from codistill.data.dataset import Dataset
-from codistill.data.policy import LEVELS, Policy, Transforms, balanced_weights
+from codistill.data.policy import LEVELS, Policy, Sampling, Transforms, balanced_weights
 from codistill.settings.kinds import take_kinds
 
 CHOICES = ("auto_augment", "class_weights", "sampling")
@@ -22,9 +24,10 @@ class AugmentSettings(Policy):
 
     class_weights: Literal["none", "balanced"] = "none"
     """Weights of the classes in the cross-entropy: none, or balanced, as if all classes had equally many images."""
-    sampling: Literal["shuffled", "balanced"] = "shuffled"
+    sampling: Sampling = "shuffled"
     """Order of an epoch: all images once (shuffled), or as many but equally many of each class (balanced): of large
-    classes some images are left out, those of small ones come several times."""
+    classes some images are left out, those of small ones come several times. class-pairs: each batch has two images of
+    each of its classes, which are drawn, for methods that compare images of a class."""
 
     def __post_init__(self) -> None:
         take_kinds(self)
@@ -47,19 +50,43 @@ class AugmentSettings(Policy):
             value, choices = getattr(self, name), get_args(get_type_hints(type(self))[name])
             if value not in choices:
                 raise UsageError(f"{name} is {value!r}: {near_matches(str(value), choices)}")
-        if self.class_weights == self.sampling == "balanced":
-            raise UsageError("class_weights and sampling are both balanced, which counts small classes twice: use one")
+        if self.class_weights == "balanced" and self.sampling != "shuffled":
+            both = "are both balanced" if self.sampling == "balanced" else f"are balanced and {self.sampling}"
+            raise UsageError(f"class_weights and sampling {both}, which counts small classes twice: use one")
 
-    def transforms(self, data: Dataset, training: Int[Tensor, " image"] | None = None) -> Transforms | None:
-        """Return what is done to the images of a data set, of which those at positions are used; None: nothing."""
+    def transforms(
+        self, data: Dataset, training: Int[Tensor, " image"] | None = None, batch_size: int = 128
+    ) -> Transforms | None:
+        """Return what is done to the images of a data set, of which those at positions are used; None: nothing.
+
+        Raises:
+            UsageError: Batches of that size, or the classes, cannot be sampled by pairs.
+        """
         if self == AugmentSettings():
             return None
         used = data.train.labels if training is None else data.train.labels[training.numpy()]
+        if self.sampling == "class-pairs":
+            self.check_pairs(data, used, batch_size)
         weights = balanced_weights(used, data.num_classes) if self.class_weights == "balanced" else None
         return Transforms(
             policy=self,
             size=data.image_size,
             classes=data.num_classes,
             class_weights=weights,
-            balanced=self.sampling == "balanced",
+            sampling=self.sampling,
+            batch_size=batch_size,
         )
+
+    @staticmethod
+    def check_pairs(data: Dataset, labels: npt.NDArray[np.int64], batch_size: int) -> None:
+        """Refuse batches that pairs do not fill, and classes that have none."""
+        if batch_size % 2:
+            raise UsageError(
+                f"sampling class-pairs fills batches by twos, but batch_size is {batch_size}: use an even one"
+            )
+        single = [data.class_names[each] for each in np.flatnonzero(np.bincount(labels) == 1)]
+        if single:
+            raise UsageError(
+                f"sampling class-pairs needs two training images of each class, but of {', '.join(single[:3])}"
+                f"{', ..' if len(single) > 3 else ''} there is one: train on more images, or use another sampling"
+            )

@@ -219,7 +219,8 @@ class RunConfig:
 
     def augmentation(self, data: Dataset, training: Int[Tensor, " image"] | None = None) -> Augmentation:
         """Decide on the augmentation for a data set, of which the training images at positions are used; None: all."""
-        return dataclasses.replace(self.train.augmentation(data), transforms=self.augment.transforms(data, training))
+        transforms = self.augment.transforms(data, training, self.train.batch_size)
+        return dataclasses.replace(self.train.augmentation(data), transforms=transforms)
 
     def in_precision(self, precision: Literal["float32", "bf16"]) -> "RunConfig":
         """Return the run with the precision that was chosen for it."""
