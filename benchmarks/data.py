@@ -152,7 +152,8 @@ students = [Network([conv_bn_act(3, 8, 7, 8), conv_bn_act(8, 16, 3, 2)], PooledL
 for student in students:
     initialise(student)
 method = cd.DML(students, num_classes=10, image_size=data.image_size)
-settings = cd.TrainSettings(batch_size=int(batch), train_limit=int(batch) * int(steps), learning_rate=0.01)
+limit = int(batch) * int(steps) or None
+settings = cd.TrainSettings(batch_size=int(batch), train_limit=limit, learning_rate=0.01)
 execution = cd.ExecutionSettings(stream="on", threads=1, compile="off")
 cd.train(method, data, epochs=1, settings=settings, execution=execution, out=out)
 """
@@ -175,7 +176,7 @@ def measured(line: list[str]) -> dict[str, Any]:
 
 
 def stream(folder: Path, images: int, steps: int) -> dict[str, Any]:
-    """Train two tiny networks on a memory map of 224 x 224 images for some steps, and measure the memory it takes.
+    """Train two tiny networks on a memory map of 224 x 224 images for an epoch, and measure the memory it takes.
 
     The images are of noise, so that they are quick to make; what is measured does not depend on them.
     """
@@ -193,7 +194,7 @@ def stream(folder: Path, images: int, steps: int) -> dict[str, Any]:
     line = [sys.executable, "-c", STREAM, str(folder / "images.npy"), str(folder / "labels.npy")]
     found = measured([*line, str(folder / "run"), str(steps), str(batch)])
     about = {"images": images, "size": [side, side], "gigabytes": images * side * side * 3 / 1e9}
-    about |= {"steps": steps, "batch_size": batch}
+    about |= {"images_read": min(images, steps * batch) if steps else images, "batch_size": batch}
     return about | found | {"within_2_GiB": found["peak_rss_bytes"] <= 2 << 30}
 
 
@@ -204,7 +205,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("data-benchmark"), help="made, and removed at the end")
     parser.add_argument("--images", type=int, help="10,000, of stream 100,000")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=0, help="of stream; 0: every image once")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     images = asked.images or (100_000 if asked.what == "stream" else 10_000)

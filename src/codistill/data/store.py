@@ -31,7 +31,7 @@ from codistill.core.files import PLACES, system_error, write_json
 from codistill.core.host import cache_folder, cores, free_memory
 from codistill.data.dataset import Pixels, size_of
 from codistill.data.images import FIX, MAX_FILE, Interpolation, decode_image
-from codistill.data.mapped import Facts, RowReader, facts, pieces
+from codistill.data.mapped import Facts, RowReader, begun_digest, digest, first_wrong, histogram
 from codistill.data.untrusted import read_file, reason
 
 FORMAT = 1
@@ -110,7 +110,7 @@ class _Files:
             pixels[kept] = image
             rows[kept] = position, zlib.crc32(pixels[kept].data)
             kept += 1
-        return _Batch(pixels[:kept], rows[:kept], bad, unlike)
+        return _Batch(pixels[:kept], rows[:kept], histogram(pixels[:kept]), bad, unlike)
 
     def batches(self, positions: Sequence[int]) -> "Iterator[_Batch]":
         """Decode files by all cores, in order; Pillow works outside Python's global lock.
@@ -134,6 +134,7 @@ class _Files:
 class _Batch:
     pixels: Pixels
     rows: npt.NDArray[Any]
+    histogram: npt.NDArray[np.int64]
     bad: dict[int, str]
     unlike: dict[int, str]
 
@@ -260,9 +261,16 @@ class _Store:
     def _make(self) -> None:
         """Decode what is missing, read it all again, and write about.json."""
         files, started = self.files, time.monotonic()
+        # Of what is decoded now, in passing; it is that of all images if all files are, and can be used.
+        digested, counts = begun_digest(np.uint8, (len(files.names), *files.size, 3)), np.zeros((3, 256), np.int64)
         if self.pixels.exists() and not self.part.exists():  # it was killed between the last two steps
             self.pixels.rename(self.part)
-        with open(self.part, "ab") as pixels, open(self.rows, "ab") as rows:
+        with (
+            open(self.part, "ab") as pixels,
+            open(self.rows, "ab") as rows,
+            ThreadPoolExecutor(1, "flushing") as flusher,  # the disk writes while the cores decode
+        ):
+            flushed = flusher.submit(os.fsync, pixels.fileno())
             kept = self._whole(pixels, rows)
             done = set(kept["position"].tolist())
             missing = [position for position in range(len(files.names)) if position not in done]
@@ -282,6 +290,11 @@ class _Store:
                 pixels.flush()  # first, so that no row is without its pixels
                 rows.write(batch.rows[late].tobytes())
                 rows.flush()
+                if flushed.done():
+                    flushed.result()
+                    flushed = flusher.submit(os.fsync, pixels.fileno())
+                digested.update(batch.pixels.data)
+                counts += batch.histogram
                 bad.update(batch.bad)
                 unlike.update(batch.unlike)
                 for position in batch.rows["position"][~late].tolist():
@@ -290,11 +303,21 @@ class _Store:
                 if time.monotonic() - shown > 60 and len(batch.rows):
                     shown, position = time.monotonic(), int(batch.rows["position"][-1]) + 1
                     note(f"{files.title}: {position:,} of {len(files.names):,} after {duration(shown - started)}")
+            flushed.result()
             for file in (pixels, rows):
                 os.fsync(file.fileno())
         records = np.fromfile(self.rows, ROW)
+        images = self._map(self.part, len(records))
+        if first_wrong(images, records["crc"]) < len(records):
+            fix = "repair or replace the disk, or name another folder with --data-cache"
+            raise ResourceError(f"{self.part}: does not hold what was written to it: {fix}")
+        if len(kept) or len(records) < len(files.names):
+            sha256, counts = digest(images), histogram(images)
+        else:
+            sha256 = digested.hexdigest()
         about = {"format": FORMAT, "key": self.key, "root": os.fspath(files.root), "size": list(files.size)}
-        about |= {"images": len(records), "rows_crc": zlib.crc32(records.tobytes())} | self._facts(records)
+        about |= {"images": len(records), "rows_crc": zlib.crc32(records.tobytes())}
+        about |= {"sha256": sha256, "histogram": counts.tolist()}
         about |= {"bad": {str(each): line for each, line in bad.items()}}
         about |= {"unlike": {str(each): line for each, line in unlike.items()}}
         self.part.rename(self.pixels)
@@ -308,15 +331,7 @@ class _Store:
         within = (records["position"] >= 0) & (records["position"] < len(self.files.names))
         risen = np.diff(records["position"], prepend=-1) > 0
         records = records[: int(np.argmin(np.append(within & risen, False)))]
-        if len(records):
-            right, start = 0, 0
-            for piece in pieces(self._map(self.part, len(records))):
-                sums = [zlib.crc32(each.data) for each in piece]
-                wrong = np.flatnonzero(np.array(sums, np.uint32) != records["crc"][start : start + len(piece)])
-                right, start = start + (int(wrong[0]) if len(wrong) else len(piece)), start + len(piece)
-                if len(wrong):
-                    break
-            records = records[:right]
+        records = records[: first_wrong(self._map(self.part, len(records)), records["crc"])]
         pixels.truncate(len(records) * self.files.row)
         rows.truncate(len(records) * ROW.itemsize)
         return records
@@ -325,15 +340,6 @@ class _Store:
         if count * self.files.row == 0:  # nothing can be mapped
             return np.empty((count, *self.files.size, 3), np.uint8)
         return np.memmap(path, np.uint8, "r", shape=(count, *self.files.size, 3))
-
-    def _facts(self, records: npt.NDArray[Any]) -> dict[str, Any]:
-        """Read all images again: compare them with their checksums, and compute their digest and histogram."""
-        try:
-            found = facts(self._map(self.part, len(records)), records["crc"])
-        except ValueError:
-            fix = "repair or replace the disk, or name another folder with --data-cache"
-            raise ResourceError(f"{self.part}: does not hold what was written to it: {fix}") from None
-        return {"sha256": found.sha256, "histogram": found.histogram.tolist()}
 
     def _read(self) -> Decoded:
         """Return the images of a whole store, some of which are compared with their checksums."""

@@ -52,7 +52,8 @@ def visible(folder: Path, fix: str) -> list[Path]:
 def read_file(path: Path, limit: int, fix: str) -> bytes:
     """Read a whole file of at most `limit` bytes; a larger one is a DataError."""
     with reading(path, fix), path.open("rb") as file:
-        content = file.read(limit + 1)
+        size = os.fstat(file.fileno()).st_size  # memory for that many bytes is taken; 0 also of what is no plain file
+        content = file.read(size + 1 if 0 < size < limit else limit + 1)
     if len(content) > limit:
         raise DataError(f"{path}: has {path.stat().st_size} bytes, more than the {limit} possible: {fix}")
     return content
