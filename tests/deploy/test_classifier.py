@@ -12,7 +12,7 @@ import torch
 import codistill as cd
 from codistill.core.errors import CheckpointError, UsageError
 from codistill.data.augment import DeviceImages
-from codistill.deploy.classifier import CARD_KEY, load_classifier, load_predictor, make_card
+from codistill.deploy.classifier import CARD_KEY, Classifier, load_classifier, load_predictor, make_card
 from codistill.deploy.export import export_predictor
 
 from .. import tiny
@@ -60,6 +60,19 @@ def test_batches_do_not_matter(files, images, name):
     whole = classifier.logits(images)
     torch.testing.assert_close(classifier.logits(images, batch_size=7), whole, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(classifier.logits(images[::-1]), whole.flip(0), rtol=1e-5, atol=1e-5)
+
+
+def test_large_images_of_a_file_are_read_and_computed_a_few_at_a_time(tmp_path):
+    np.save(tmp_path / "images.npy", np.arange(40, dtype=np.uint8).repeat(3 * 256 * 256).reshape(40, 256, 256, 3))
+    seen = []
+
+    def compute(planes):
+        seen.append(len(planes))
+        return planes[:, :2, 0, 0].float()
+
+    mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
+    logits = Classifier({}, compute).logits(mapped)
+    assert seen == [32, 8] and logits.tolist() == [[each, each] for each in range(40)]
 
 
 def test_each_predictor_of_a_run(run, images):

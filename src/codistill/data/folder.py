@@ -1,5 +1,6 @@
 """A folder of images: train/<class>/*, test/<class>/* and val/<class>/*, train/ alone, or <class>/* alone."""
 
+import os
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -176,4 +177,4 @@ def _listed(root: Path, files: Files) -> Listed:
 
 
 def _name(root: Path, path: Path) -> str:
-    return path.relative_to(root).as_posix()
+    return os.fspath(path).removeprefix(os.path.join(root, ""))

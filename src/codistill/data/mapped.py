@@ -6,9 +6,10 @@ import mmap
 import os
 import weakref
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,8 @@ from codistill.core.host import cores
 
 PIECE = 8 << 20  # bytes that are looked at together; a larger block the C library takes from the kernel each time
 COUNTED = 256 << 10  # bytes whose values are counted together
+
+T = TypeVar("T")
 
 
 class Facts(NamedTuple):
@@ -48,14 +51,15 @@ def facts_of(images: npt.NDArray[Any]) -> Facts | None:
 def in_memory(images: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return images that are in memory and can be written to, as torch wants; a file is read without its map."""
     if is_mapped(images):
-        return RowReader(images).read(range(len(images)))
+        reader, out = RowReader(images), np.empty(images.shape, images.dtype)
+        deque(_by_all_cores(images, lambda start, stop: reader.read(range(start, stop), out[start:stop])), maxlen=0)
+        return out
     return np.require(images, requirements=["C", "W"])
 
 
-def pieces(images: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
-    """Yield the images a piece at a time; of a mapped file the map itself stays untouched."""
-    count = max(1, PIECE // max(1, images[:1].nbytes))
-    reader = RowReader(images) if is_mapped(images) else None
+def pieces(images: npt.NDArray[Any], count: int | None = None) -> Iterator[npt.NDArray[Any]]:
+    """Yield the images some at a time, None: 8 MiB of them; of a mapped file the map itself stays untouched."""
+    count, reader = count or _in_a_piece(images), RowReader(images) if is_mapped(images) else None
     for start in range(0, len(images), count):
         if reader is None:
             yield np.ascontiguousarray(images[start : start + count])
@@ -78,18 +82,25 @@ def histogram(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
 
 def first_wrong(images: npt.NDArray[np.uint8], sums: npt.NDArray[np.uint32]) -> int:
     """Read images, by all cores, and return the position of the first whose CRC-32 is not its own; their number."""
-    count = max(1, PIECE // max(1, images[:1].nbytes))
     reader = RowReader(images) if is_mapped(images) else None
 
-    def wrong(start: int) -> int | None:
-        stop = min(start + count, len(images))
+    def wrong(start: int, stop: int) -> int | None:
         piece = images[start:stop] if reader is None else reader.read(range(start, stop))
         found = np.array([zlib.crc32(each.data) for each in piece], np.uint32) != sums[start:stop]
         return start + int(np.argmax(found)) if found.any() else None
 
+    return next((each for each in _by_all_cores(images, wrong) if each is not None), len(images))
+
+
+def _by_all_cores(images: npt.NDArray[Any], look: Callable[[int, int], T]) -> Iterator[T]:
+    """Yield in order what a function returns of each piece of images, from a position to before another."""
+    count = _in_a_piece(images)
     with ThreadPoolExecutor(min(32, cores())) as pool:
-        found = pool.map(wrong, range(0, len(images), count))
-        return next((each for each in found if each is not None), len(images))
+        yield from pool.map(lambda start: look(start, min(start + count, len(images))), range(0, len(images), count))
+
+
+def _in_a_piece(images: npt.NDArray[Any]) -> int:
+    return max(1, PIECE // max(1, images[:1].nbytes))
 
 
 def digest(array: npt.NDArray[Any]) -> str:

@@ -20,6 +20,8 @@ from codistill.core.imports import trained_with
 from codistill.data.affine import Affine, usable
 from codistill.data.dataset import Pixels
 from codistill.data.images import Interpolation, preprocessing
+from codistill.data.mapped import pieces
+from codistill.evaluation.evaluation import batch_for
 from codistill.evaluation.metrics import AVERAGED
 from codistill.runs.folder import RunFolder
 from codistill.runs.state import load_weights
@@ -73,10 +75,15 @@ class Classifier:
         return cast(Interpolation, scaling(self.card)["interpolation"])
 
     def logits(self, images: Pixels, batch_size: int = 250) -> Float[Tensor, "images class"]:
-        """Compute the logits of RGB images, uint8 [images, height, width, 3], `batch_size` at a time."""
-        planes = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+        """Compute the logits of RGB images, uint8 [images, height, width, 3].
+
+        At most `batch_size` are computed, and read from the file of mapped ones, at a time; above 64x64 pixels fewer.
+        """
+        found = []
         with torch.no_grad():
-            return torch.cat([self.compute(part) for part in torch.split(planes, batch_size)])
+            for part in pieces(images, batch_for(images.shape[1:3], batch_size)):
+                found.append(self.compute(torch.from_numpy(np.ascontiguousarray(part.transpose(0, 3, 1, 2)))))
+        return torch.cat(found)
 
 
 def make_card(run: RunFolder, predictor: str) -> dict[str, Any]:

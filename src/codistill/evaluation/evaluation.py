@@ -1,6 +1,6 @@
 """Evaluation of every predictor of a method in one pass over a split."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,9 @@ EVALUATION_BATCH = 500
 PIXELS = 2 << 20  # of a batch: images above 64x64 are evaluated in smaller batches, or their maps would fill memory
 
 
-def batch_for(images: DeviceImages, most: int = EVALUATION_BATCH) -> int:
-    """Return how many images are evaluated together."""
-    height, width = images.images.shape[1:3]
+def batch_for(size: Sequence[int], most: int = EVALUATION_BATCH) -> int:
+    """Return how many images of a height and width, pixels, are evaluated together."""
+    height, width = size
     return max(1, min(most, PIXELS // (height * width)))
 
 
@@ -84,7 +84,7 @@ class Evaluation:
     def _pass(self, between: Callable[[], None]) -> None:
         for name, images in self.splits.items():
             sums, rankings = self._sums[name], self._rankings[name]
-            size = batch_for(images, self.batch_size)
+            size = batch_for(images.images.shape[1:3], self.batch_size)
             for start, (pixels, labels) in zip(range(0, len(images), size), images.batches(size), strict=True):
                 with autocast(self.device, self.precision):
                     outputs, predictions = predicted(self.method, pixels, self._averaged)

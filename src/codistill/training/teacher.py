@@ -73,7 +73,7 @@ def top1_error(teacher: nn.Module, images: DeviceImages, precision: str) -> tupl
     """Return the top-1 error of a teacher on a test set, percent, and why it teaches nothing; empty: it can teach."""
     sums: ClassificationSums | None = None
     with draws_kept(images.device), autocast(images.device, precision):
-        for pixels, labels in images.batches(batch_for(images)):
+        for pixels, labels in images.batches(batch_for(images.images.shape[1:3])):
             logits = teacher(pixels)
             sums = sums or ClassificationSums(logits.shape[1], images.device)
             sums.update(logits, labels)
