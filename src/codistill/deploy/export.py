@@ -170,9 +170,7 @@ def quantised(done: Exported, file: Path, card: dict[str, Any], data: Dataset, a
     # Its batches of 1, 2 and 7 must answer like a large one: logits of int8 do not depend on what is beside them.
     found = compare(int8, int8, data)
     if not found["difference"] <= found["allowed"]:
-        raise CheckpointError(
-            f"{done.path}: not kept, for int8 answers batches of 1, 2 or 7 unlike large ones"
-        )
+        raise CheckpointError(f"{done.path}: not kept, for int8 answers batches of 1, 2 or 7 unlike large ones")
     compared = compare(floating, int8, data)
     named = [each.logits(data.test.images).argmax(dim=1).numpy() for each in (floating, int8)]
     errors = [float(100 * (each != data.test.labels).mean()) for each in named]
