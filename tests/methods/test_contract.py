@@ -56,6 +56,7 @@ def cases() -> list[tuple[str, str]]:
         for name in NAMES
         for cohort, shapes in COHORTS.items()
         if METHODS[name].min_students <= len(shapes) <= (METHODS[name].max_students or len(shapes))
+        and not (METHODS[name].like_students and len(set(shapes)) > 1)
     ]
 
 
@@ -379,8 +380,10 @@ def test_views(name, tiny_network, batch):
     method = METHODS[name](
         students, 3, METHODS[name].Settings(views_per_student=True, shared_stages=0), (8, 8)
     ).double()
-    assert (method.views, method.eval().views) == (len(students), 1)
-    views = torch.stack([batch[0].flip(3) if index else batch[0] for index in range(len(students))])
+    # One more where something beside the students sees a view of its own.
+    assert method.views >= len(students)
+    views = torch.stack([batch[0].flip(3) if index else batch[0] for index in range(method.views)])
+    assert method.eval().views == 1
     outputs = method(views)
     for index, logits in enumerate(outputs.logits):
         torch.testing.assert_close(logits, method(views[index]).logits[index])

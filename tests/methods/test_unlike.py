@@ -27,10 +27,19 @@ def forward(method: str, specs: tuple[str, ...], size: int = 32) -> list[tuple[i
 
 
 @pytest.mark.parametrize("pair", EACH_PAIR, ids="+".join)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if not METHODS[name].like_students])
 def test_unlike_students(method: str, pair: tuple[str, str]) -> None:
     specs = (*pair, pair[0]) if METHODS[method].min_students > 2 else pair
     assert set(forward(method, specs)) == {(4, 100)}
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].like_students])
+@pytest.mark.parametrize(
+    "pair", [PAIRS[0], ("resnet20", "resnet32"), ("resnet20", "resnet20:shortcut=A")], ids="+".join
+)
+def test_unlike_students_are_refused_where_all_must_be_the_same(method: str, pair: tuple[str, str]) -> None:
+    with pytest.raises(UsageError, match=f"{method} needs equal students, got {pair[0]} \\+ {pair[1]}: name one"):
+        forward(method, pair)
 
 
 @pytest.mark.parametrize("method", TRIPLES)

@@ -24,12 +24,12 @@ KINDS = {
     "mfef with one student's components for all": ("mfef", {"share_components": True}),
 }
 # They apply a layer more than once in a pass.
-REPEATED = ("okddip", "mfef with one student's components for all")
+REPEATED = ("okddip", "okdph", "mfef with one student's components for all")
 
 
 def images(method: cd.Method) -> Tensor:
     torch.manual_seed(1)
-    return torch.randn(*([len(method.cohort)] if method.views > 1 else []), 6, 3, 8, 8)
+    return torch.randn(*([method.views] if method.views > 1 else []), 6, 3, 8, 8)
 
 
 def gradients(method: cd.Method, forward) -> dict[str, Tensor | None]:

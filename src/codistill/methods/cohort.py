@@ -106,6 +106,13 @@ class Cohort(nn.Module):
                 raise UsageError(f"cannot share {asked} stages of {names}: unlike networks share nothing (use 0)")
         return asked
 
+    def require_likeness(self, method: str) -> None:
+        """Raise a UsageError for a method that needs equal students, where they are not."""
+        forms = [layout(nn.ModuleList([*student.stages, student.head])) for student in self]
+        if any(form != forms[0] for form in forms[1:]):
+            names = " + ".join(student.spec or type(student).__name__ for student in self)
+            raise UsageError(f"{method} needs equal students, got {names}: name one network several times")
+
     def trunk(self, images: Images) -> Float[Tensor, "*form"]:
         """Apply the shared stages once; to all views together where each student has its own."""
         low = images.flatten(0, -4)

@@ -133,6 +133,8 @@ class Method(Marked):
     settings: MethodSettings
     min_students: ClassVar[int] = 1
     max_students: ClassVar[int | None] = None
+    like_students: ClassVar[bool] = False
+    """Whether all students must be the same network."""
     teacher: ClassVar[TeacherRule] = "refused"
     """Whether a frozen teacher must, may or must not be given beside the students."""
     teacher_maps: ClassVar[bool] = False
@@ -174,6 +176,8 @@ class Method(Marked):
                 f"{self.name} takes at most {self.max_students} students, got {len(students)}: name fewer --networks"
             )
         self.cohort = Cohort(students, self.settings.shared_stages)
+        if self.like_students:
+            self.cohort.require_likeness(self.name)
         self.build()
         self.connectors = nn.ModuleList()
         mark(self, DRAWN, but=self.cohort)
@@ -300,7 +304,16 @@ class Method(Marked):
         """Do what follows an update, such as a moving average; by default nothing."""
 
     def after_epoch(self) -> None:
-        """Do what follows an epoch, such as new weights from gathered statistics; by default nothing."""
+        """Do what follows an epoch, such as new weights from gathered statistics; by default nothing.
+
+        It is called after the evaluation and is in the epoch's checkpoint: it must not change predictions.
+        """
+
+    def between_epochs(self) -> None:
+        """Do what comes before the first step of each epoch but the first; by default nothing.
+
+        Such as a change of weights: the evaluation and the checkpoint of the epoch before do not see it.
+        """
 
     def predictions(self, outputs: Outputs) -> dict[str, Logits]:
         """Name the logits to evaluate: of each student, of their ensemble, and the fused ones."""

@@ -43,6 +43,7 @@ NAMES = {
     "okddip": "OKDDip",
     "ffl": "FFL",
     "pcl": "PCL",
+    "okdph": "OKDPH",
     "kd": "KD",
 }
 

@@ -56,7 +56,7 @@ def rehearse(method: Method, data: Dataset, epochs: int, device: torch.device, s
             with blamed(kind, "the backward pass of its losses"):
                 torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
             names = () if probe.initialising else tuple(terms)
-        for part in ("parameter_groups", "alternating_updates", "after_step", "after_epoch"):
+        for part in ("parameter_groups", "alternating_updates", "after_step", "after_epoch", "between_epochs"):
             with blamed(kind, part):
                 getattr(probe, part)()
         with torch.no_grad():

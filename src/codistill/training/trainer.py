@@ -120,6 +120,9 @@ class Trainer:
             self.step.sums.rename()
             for tensor in optimizer_tensors(self.step.optimizer):
                 tensor.zero_()
+        if epoch > 0 and self.first_step(epoch) == 0:
+            with blamed(type(self.method), "between_epochs"):
+                self.method.between_epochs()
         self.evaluates = settings.evaluates(epoch)
         self.display.begin_epoch(epoch)
         self.pace.pause()
