@@ -18,6 +18,7 @@ from codistill.deploy.run import Run
 from codistill.evaluation.diversity import Diversity, health_warnings
 from codistill.evaluation.evaluation import Evaluation
 from codistill.evaluation.metrics import Scores, own_student, read_together
+from codistill.methods.mistakes import blamed
 from codistill.report.page import write_report
 from codistill.report.pictures import keep_pictures
 from codistill.runs.choice import ERRORS, choice, evaluated, lowest_student
