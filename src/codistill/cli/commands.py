@@ -45,6 +45,7 @@ from codistill.settings.config import RunConfig, default_config
 from codistill.settings.mapping import run_from_mapping, typed_mapping
 from codistill.settings.presets import PRESETS, completed, find_preset, preset_config
 from codistill.settings.recipe import read_recipe
+from codistill.sweeps.chain import is_chain, train_chain
 from codistill.sweeps.driver import own_program, sweep
 from codistill.training.fleet import train_fleet, train_seeds
 from codistill.training.resume import resume_together
@@ -91,10 +92,23 @@ def train_command(arguments: Sequence[str]) -> None:
     if chosen.recipes:
         with kept_if_used(configs[0], chosen.out, "recipes") as out:
             refuse_diverged(train_fleet(configs, [out / path.stem for path in chosen.recipes]))
+    elif is_chain(configs[0]):
+        train_chains(configs[0], chosen.seeds, chosen.out)
     elif chosen.seeds:
         refuse_diverged(train_seeds(configs[0], chosen.seeds, chosen.out))
     else:
         train_from_config(configs[0], chosen.out)
+
+
+def train_chains(config: RunConfig, seeds: Sequence[int], out: Path | None) -> None:
+    """Train a chain, or one for each seed, one after the other."""
+    if not seeds:
+        train_chain(config, out)
+        return
+    with kept_if_used(config, out, "seeds") as folder:
+        for seed in seeds:
+            seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
+            train_chain(seeded, folder / f"seed{seed}")
 
 
 def train_options(

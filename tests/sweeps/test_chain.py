@@ -1,0 +1,84 @@
+"""`codistill train takd`: a chain of runs, each taught by the one before it."""
+
+import signal
+
+import pytest
+
+import codistill as cd
+from codistill.cli import main
+from codistill.training import trainer
+
+from .. import tiny
+from ..faults.running import at_step, end_state
+
+pytestmark = pytest.mark.usefixtures("tiny_registered", "no_pages")
+LINKS = ["0-tiny", "1-tiny", "2-drawing"]
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(trainer, "keep_pictures", lambda *arguments: None)
+
+
+@pytest.fixture
+def train(tmp_path):
+    colours = tiny.write_npz(tmp_path / "colours.npz", tiny.data(train=20, test=21))
+
+    def run(out: str, *more: str, networks=("tiny", "tiny", "drawing")) -> int:
+        flags = ["--data", "packed", "--data-dir", str(colours), "--epochs", "1", "-b", "8", "--lr", "0.05", *more]
+        return main(["train", "takd", "--networks", *networks, *flags, "--threads", "1", "--out", str(tmp_path / out)])
+
+    return run
+
+
+def test_each_link_is_a_run_that_the_one_before_it_teaches(train, tmp_path, capsys):
+    assert train("chain") == 0
+    assert sorted(each.name for each in (tmp_path / "chain").iterdir()) == LINKS
+    runs = [cd.Run(tmp_path / "chain" / name) for name in LINKS]
+    assert [run.config.method_name for run in runs] == ["independent", "takd", "takd"]
+    assert [run.config.networks for run in runs] == [("tiny",), ("tiny",), ("drawing",)]
+    assert [run.config.teaching.teacher for run in runs] == [None, *(str(run.path) for run in runs[:2])]
+    assert runs[2].summary["teacher_top1_error"] == pytest.approx(runs[1].summary["top1_error"]["student0"])
+    said = capsys.readouterr().out
+    for run in runs:
+        assert f"{run.summary['top1_error']['student0']:.2f}" in said.rpartition("chain")[2] + said[-600:]
+
+
+def test_the_same_command_goes_on(train, tmp_path, capsys):
+    assert train("whole") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 5, lambda _: signal.raise_signal(signal.SIGTERM))  # in the second link
+        assert train("broken") == 143
+    assert not (tmp_path / "broken" / LINKS[2]).exists()
+    capsys.readouterr()
+    assert train("broken") == 0
+    assert f"{LINKS[0]} is finished" in "".join(capsys.readouterr())
+    for name in LINKS[:2]:
+        assert end_state(tmp_path / "broken" / name) == end_state(tmp_path / "whole" / name)
+    assert cd.Run(tmp_path / "broken" / LINKS[2]).finished
+
+
+def test_a_chain_for_each_seed(train, tmp_path):
+    assert train("seeds", "--seeds", "0", "1", networks=("tiny", "tiny")) == 0
+    for seed in (0, 1):
+        assert cd.Run(tmp_path / "seeds" / f"seed{seed}" / "1-tiny").config.train.seed == seed
+
+
+def test_a_network_that_cannot_be_is_found_before_the_first_link(train, tmp_path, capsys):
+    assert train("chain", networks=("tiny", "resnet21")) == 2
+    assert "unknown network 'resnet21'" in capsys.readouterr().err
+    assert not (tmp_path / "chain").exists()
+
+
+def test_other_settings_are_refused(train, capsys):
+    assert train("chain", networks=("tiny", "tiny")) == 0
+    capsys.readouterr()
+    assert train("chain", "--seed", "1", networks=("tiny", "tiny")) == 2
+    assert "0-tiny holds a run with other settings: seed 0 -> 1: choose another --out" in capsys.readouterr().err
+
+
+def test_a_run_folder_is_no_chain(train, tmp_path, capsys):
+    assert train("run", networks=("tiny", "tiny")) == 0
+    capsys.readouterr()
+    assert train("run/0-tiny", networks=("tiny", "tiny")) == 2
+    assert "is a run folder: choose another --out for the chain" in capsys.readouterr().err
