@@ -84,5 +84,5 @@ class CLILR(Method):
         terms = {name: weight * term for name, term in cross_entropy_terms(logits, labels).items()}
         others = [[*logits[:index], *logits[index + 1 :]] for index in range(len(logits))]
         targets = [ensemble(each, chosen.ensemble_of, chosen.temperature) for each in others]
-        divergences = ramped_kl(kl_pairs("peers", logits, targets), progress, chosen, chosen.detach_teachers)
+        divergences = ramped_kl(kl_pairs("peers", logits, targets), labels, progress, chosen, chosen.detach_teachers)
         return terms | {name: (1 - weight) * divergence for name, divergence in divergences.items()}

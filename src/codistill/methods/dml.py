@@ -85,5 +85,5 @@ class DML(Method):
                 targets = {"peers": mean_logits(list(targets.values()))}
             pairs |= {f"kl/{name}->student{index}": (logits, target) for name, target in targets.items()}
         share = 1 / (count - 1) if settings.divide_by_peers and settings.target != "mean" else 1.0
-        divergences = ramped_kl(pairs, progress, settings, settings.detach_teachers)
+        divergences = ramped_kl(pairs, labels, progress, settings, settings.detach_teachers)
         return terms | {name: share * divergence for name, divergence in divergences.items()}

@@ -42,7 +42,7 @@ def fusion_terms(outputs: Outputs, labels: Labels, progress: Scalar, settings: F
     terms = cross_entropy_terms(outputs.logits, labels, fused=fused)
     mean = ensemble(outputs.logits, settings.ensemble_of, settings.temperature)
     pairs = {**kl_pairs("fused", outputs.logits, fused), "kl/ensemble->fused": (fused, mean)}
-    return terms | ramped_kl(pairs, progress, settings, settings.detach_teachers)
+    return terms | ramped_kl(pairs, labels, progress, settings, settings.detach_teachers)
 
 
 @METHODS.register("ffl")

@@ -1,5 +1,6 @@
 """KD: knowledge distillation from a frozen teacher."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from codistill.core.errors import UsageError
 from codistill.methods.cohort import Outputs
 from codistill.methods.independent import IndependentSettings
-from codistill.methods.losses import Labels, Scalar, Terms
+from codistill.methods.losses import KLForm, Labels, Scalar, Terms
 from codistill.methods.method import METHODS, Method
 from codistill.methods.teacher import Teacher, staged
 from codistill.methods.terms import cross_entropy_terms, weighted
@@ -16,7 +17,14 @@ from codistill.networks.origin import DRAWN, mark
 from codistill.networks.probe import count_classes, probing
 
 
-def WithTeacher(method: Method, teacher: nn.Module, weight: float = 1.0, temperature: float = 3.0) -> Method:
+def WithTeacher(
+    method: Method,
+    teacher: nn.Module,
+    weight: float = 1.0,
+    temperature: float = 3.0,
+    kl: KLForm = "kl",
+    kl_weights: Sequence[float] = (),
+) -> Method:
     """Attach a frozen teacher to a method, from which all its students learn too, and return the method.
 
     Adds `kl/teacher->student<j>`, b T^2 KL(softmax(z_t / T) || softmax(z_j / T)), to the terms of the method. The
@@ -29,6 +37,8 @@ def WithTeacher(method: Method, teacher: nn.Module, weight: float = 1.0, tempera
         teacher: Maps the students' normalised images to logits z_t of the same classes; frozen in place.
         weight: b, at least 0.
         temperature: T > 0.
+        kl: Another form of the terms, as the setting `kl` of methods (docs/kl.md).
+        kl_weights: Factors on the parts of that form; empty: the published ones.
 
     Raises:
         UsageError: The teacher is no module, has another number of classes, cannot take images of that size, returns
@@ -49,7 +59,7 @@ def WithTeacher(method: Method, teacher: nn.Module, weight: float = 1.0, tempera
         staged(teacher)
     method.connectors = nn.ModuleList(method.connect(teacher)).to(next(method.parameters()))
     mark(method.connectors, DRAWN)
-    method.taught_by = Teacher(teacher.eval().requires_grad_(False), weight, temperature)
+    method.taught_by = Teacher(teacher.eval().requires_grad_(False), weight, temperature, kl, tuple(kl_weights))
     return method
 
 
@@ -85,4 +95,4 @@ class KD(Method):
     def losses(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
         """Compute a CE(z_j), `ce/student<j>`, and the KL to the teacher, `kl/teacher->student<j>`, of each student."""
         terms = weighted(self.settings.ce_weight, cross_entropy_terms(outputs.logits, labels))
-        return terms | self.taught_by.terms(outputs) if self.taught_by else terms
+        return terms | self.taught_by.terms(outputs, labels) if self.taught_by else terms

@@ -21,8 +21,8 @@ from codistill.methods.losses import (
     mixture_logits,
     students_kl,
 )
-from codistill.methods.method import METHODS, Method, MethodSettings
-from codistill.methods.terms import cross_entropy_terms
+from codistill.methods.method import METHODS, Method
+from codistill.methods.terms import KLSettings, cross_entropy_terms
 
 StudentLogits = Float[Tensor, "student batch class"]
 LINEAR_STEPS = 16
@@ -32,7 +32,7 @@ RIDGE = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class KDCLSettings(MethodSettings):
+class KDCLSettings(KLSettings):
     """Settings of KDCL."""
 
     shared_stages: int | None = 0
@@ -50,7 +50,8 @@ class KDCLSettings(MethodSettings):
     @property
     def needs_full_batch(self) -> str:
         """The weights of variants general and linear come from all images; see `MethodSettings.needs_full_batch`."""
-        return f"method.variant {self.variant}" if self.variant in ("general", "linear") else ""
+        own = f"method.variant {self.variant}" if self.variant in ("general", "linear") else ""
+        return own or super().needs_full_batch
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -204,9 +205,9 @@ class KDCL(Method):
 
     def losses(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
         """Compute `ce/student<i>` and `kl/target->student<i>`; in training, variant general also gathers errors."""
-        logits, temperature = outputs.logits, self.settings.temperature
+        logits, chosen, temperature = outputs.logits, self.settings, self.settings.temperature
         target = self.target_logits(logits, labels)
-        distillation = students_kl("target", logits, target, temperature, self.settings.kl_weight)
+        distillation = students_kl("target", logits, target, labels, temperature, chosen.kl_weight, *chosen.form)
         if self.ensemble is not None and self.training:
             with torch.no_grad():
                 softened = at_least_float32(torch.stack(list(logits))) / temperature

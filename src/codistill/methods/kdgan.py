@@ -9,14 +9,14 @@ from torch import Tensor
 
 from codistill.methods.cohort import Images, Outputs
 from codistill.methods.independent import IndependentSettings
-from codistill.methods.losses import Labels, Logits, Scalar, Terms, at_least_float32, label_shares, soft_target_kl
+from codistill.methods.losses import Labels, Logits, Scalar, Terms, at_least_float32, distillation, label_shares
 from codistill.methods.method import METHODS, Method, ParameterGroup
-from codistill.methods.terms import cross_entropy_terms
+from codistill.methods.terms import KLSettings, cross_entropy_terms
 from codistill.networks import network
 
 
 @dataclass(frozen=True, kw_only=True)
-class KDGANSettings(IndependentSettings):
+class KDGANSettings(IndependentSettings, KLSettings):
     """Settings of KDGAN."""
 
     alpha: float = 0.2
@@ -100,8 +100,8 @@ class KDGAN(Method):
             terms[f"adversarial/student{index}"] = -weights[index] * F.softplus(score(named, own.detach())).mean()
         terms["adversarial/discriminator"] = believed
         classifier, teacher = outputs.logits
-        there = soft_target_kl(classifier, teacher, chosen.temperature)
-        back = soft_target_kl(teacher, classifier, chosen.temperature)
+        there = distillation(classifier, teacher, labels, chosen.temperature, *chosen.form)
+        back = distillation(teacher, classifier, labels, chosen.temperature, *chosen.form)
         terms["kl/student1->student0"] = chosen.student_kl_weight * there
         terms["kl/student0->student1"] = chosen.teacher_kl_weight * back
         return terms

@@ -14,6 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 EnsembleOf = Literal["logits", "probabilities"]
+KLForm = Literal["kl", "standardised", "dkd", "dist"]
+KL_WEIGHTS: dict[str, tuple[float, ...]] = {"dkd": (1.0, 8.0), "dist": (1.0, 1.0)}
+"""Factors on the two parts of the forms that have parts: target class and other classes; images and classes."""
 Labels = Int[Tensor, " batch"] | Float[Tensor, "batch class"]
 """Class indices; or, where labels are mixed, smoothed or weighted, the share of each class."""
 Logits = Float[Tensor, "batch class"]
@@ -104,16 +107,140 @@ def soft_target_kl(
     return temperature**2 * divergence
 
 
+def standardised(logits: Float[Tensor, "*head batch class"]) -> Float[Tensor, "*head batch class"]:
+    """Compute (z - mean) / (1e-7 + std) of each image's logits, with the unbiased standard deviation over the classes.
+
+    Source: Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024; authors' code
+        sunshangquan/logit-standardization-KD at f6e5aa5.
+    """
+    logits = at_least_float32(logits)
+    return (logits - logits.mean(dim=-1, keepdim=True)) / (1e-7 + logits.std(dim=-1, keepdim=True))
+
+
+def decoupled_kl(
+    logits: Float[Tensor, "*head batch class"],
+    target_logits: Float[Tensor, "*head batch class"],
+    labels: Labels,
+    temperature: float,
+    weights: Sequence[float] = KL_WEIGHTS["dkd"],
+) -> Float[Tensor, " *head"]:
+    """Compute T^2 [ a KL(b_t || b_s) + b KL(q_t || q_s) ], the decoupled distillation loss, averaged over the batch.
+
+    b = (p_y, 1 - p_y) are the softened probabilities of the label's class y and of all the others, q those of the
+    others among themselves. KL(p_t || p_s) is KL(b_t || b_s) + (1 - p_y of the teacher) KL(q_t || q_s).
+
+    Args:
+        logits: Student logits.
+        target_logits: Teacher logits; detached by the caller.
+        labels: Where they are shares of the classes, y is the class with the largest one, the first of equal ones.
+        temperature: T > 0.
+        weights: a and b.
+
+    Source: Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022, arXiv 2203.08679, Eq. (7); authors' code
+        megvii-research/mdistiller at e8c5bb3, mdistiller/distillers/DKD.py.
+    Differs: there -1000 on a logit takes the class out of the others; here minus infinity.
+    """
+    classes = labels.argmax(dim=1) if labels.is_floating_point() else labels
+    of_label = classes[:, None] == torch.arange(logits.shape[-1], device=logits.device)
+    sides = []
+    for each in (logits, target_logits):
+        scaled = at_least_float32(each) / temperature
+        others, total = scaled.masked_fill(of_label, -math.inf), scaled.logsumexp(dim=-1)
+        rest = others.logsumexp(dim=-1)
+        label = scaled.masked_fill(~of_label, 0).sum(dim=-1)
+        binary = torch.stack([label - total, rest - total], dim=-1)
+        sides.append((binary, (others - rest.unsqueeze(-1)).masked_fill(of_label, 0)))
+    (binary, among), (target_binary, target_among) = sides
+    of_target = (target_binary.exp() * (target_binary - binary)).sum(dim=-1)
+    shares = target_among.exp().masked_fill(of_label, 0)
+    of_others = (shares * (target_among - among)).sum(dim=-1)
+    return temperature**2 * (weights[0] * of_target + weights[1] * of_others).mean(dim=-1)
+
+
+def correlation_loss(
+    logits: Float[Tensor, "*head batch class"],
+    target_logits: Float[Tensor, "*head batch class"],
+    temperature: float,
+    weights: Sequence[float] = KL_WEIGHTS["dist"],
+) -> Float[Tensor, " *head"]:
+    """Compute T^2 [ b (1 - mean_i r(row i)) + g (1 - mean_c r(column c)) ] of the softened probabilities.
+
+    r is Pearson's correlation between student and teacher: of the probabilities of an image over the classes, and of
+    those of a class over the images. It is 1 where one side is a rising straight line of the other.
+
+    Args:
+        logits: Student logits.
+        target_logits: Teacher logits; detached by the caller.
+        temperature: T > 0.
+        weights: b, between the classes, and g, within them.
+
+    Source: Huang et al., "Knowledge Distillation from A Stronger Teacher" (DIST), NeurIPS 2022, arXiv 2205.10536;
+        authors' code hunto/DIST_KD at 6d93ca0, segmentation/losses/dist_kd.py, which adds 1e-8 to the product of norms.
+    Differs: that code has T = 1 only; T^2 is as in third parties' ports for classification.
+    """
+    values, targets = (F.softmax(at_least_float32(each) / temperature, dim=-1) for each in (logits, target_logits))
+
+    def distance(axis: int) -> Tensor:
+        own, other = (each - each.mean(dim=axis, keepdim=True) for each in (values, targets))
+        lengths = torch.linalg.vector_norm(own, dim=axis) * torch.linalg.vector_norm(other, dim=axis)
+        distances: Tensor = 1 - (own * other).sum(dim=axis) / (lengths + 1e-8)
+        return distances.mean(dim=-1)
+
+    return temperature**2 * (weights[0] * distance(-1) + weights[1] * distance(-2))
+
+
+def distillation(
+    logits: Float[Tensor, "*head batch class"],
+    target_logits: Float[Tensor, "*head batch class"],
+    labels: Labels,
+    temperature: float,
+    form: KLForm = "kl",
+    weights: Sequence[float] = (),
+    detach: bool = True,
+    epsilon: float = 0.0,
+) -> Float[Tensor, " *head"]:
+    """Compute a distillation loss of softened logits, in the form that a setting names.
+
+    Args:
+        logits: Student logits; gradients flow.
+        target_logits: Teacher logits.
+        labels: Those of the batch; only dkd looks at them.
+        temperature: T > 0.
+        form: `soft_target_kl`, the same of `standardised` logits, `decoupled_kl` or `correlation_loss`.
+        weights: Factors on the two parts of dkd or dist; empty: those of `KL_WEIGHTS`.
+        detach: Whether the teacher logits get no gradient.
+        epsilon: As in `soft_target_kl`; the forms dkd and dist have none.
+    """
+    target_logits = target_logits.detach() if detach else target_logits
+    weights = weights or KL_WEIGHTS.get(form, ())
+    if form == "dkd":
+        return decoupled_kl(logits, target_logits, labels, temperature, weights)
+    if form == "dist":
+        return correlation_loss(logits, target_logits, temperature, weights)
+    if form == "standardised":
+        logits, target_logits = standardised(logits), standardised(target_logits)
+    return soft_target_kl(logits, target_logits, temperature, detach, epsilon)
+
+
+def weights_fit(form: KLForm, weights: Sequence[float]) -> bool:
+    """Whether a form of the distillation loss can have these weights; see `distillation`."""
+    return not weights or (form in KL_WEIGHTS and len(weights) == 2 and all(0 <= each < math.inf for each in weights))
+
+
 def students_kl(
     source: str,
     logits: Sequence[Logits],
     target_logits: Float[Tensor, "*student batch class"],
+    labels: Labels,
     temperature: float,
     weight: float,
+    form: KLForm = "kl",
+    weights: Sequence[float] = (),
 ) -> Terms:
-    """Compute `kl/<source>->student<j>`, the weighted `soft_target_kl`, of each student; one target or one for each."""
+    """Compute `kl/<source>->student<j>`, the weighted `distillation`, of each student; one target or one for each."""
     students = torch.stack(list(logits))
-    divergences = weight * soft_target_kl(students, target_logits.expand_as(students), temperature)
+    targets = target_logits.expand_as(students)
+    divergences = weight * distillation(students, targets, labels, temperature, form, weights)
     return {f"kl/{source}->student{index}": each for index, each in enumerate(divergences.unbind())}
 
 

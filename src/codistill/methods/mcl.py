@@ -22,7 +22,7 @@ from codistill.methods.losses import (
     supervised_contrast,
 )
 from codistill.methods.method import METHODS, Method, MethodSettings
-from codistill.methods.terms import cross_entropy_terms
+from codistill.methods.terms import KLSettings, cross_entropy_terms
 from codistill.networks.probe import probe_shapes
 
 SIZE = 128
@@ -64,7 +64,7 @@ class ContrastSettings(MethodSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MCLSettings(ContrastSettings):
+class MCLSettings(ContrastSettings, KLSettings):
     """Settings of mutual contrastive learning."""
 
     kl_weight: float = 0.0
@@ -170,6 +170,7 @@ class MCL(Method):
         terms = cross_entropy_terms(outputs.logits, labels)
         terms |= contrast_terms([[each] for each in outputs.extras.values()], labels, self.settings)
         if self.settings.kl_weight:
-            mean = mean_logits(outputs.logits)
-            terms |= students_kl("ensemble", outputs.logits, mean, self.settings.temperature, self.settings.kl_weight)
+            mean, chosen = mean_logits(outputs.logits), self.settings
+            how = chosen.temperature, chosen.kl_weight, *chosen.form
+            terms |= students_kl("ensemble", outputs.logits, mean, labels, *how)
         return terms

@@ -97,7 +97,7 @@ def with_teacher_terms(losses: Callable[..., Terms]) -> Callable[..., Terms]:
         terms = checked_terms(type(method), losses(method, outputs, labels, progress))
         teacher = method.taught_by
         adds = teacher is not None and method.adds_teacher_terms and TEACHER_TERM not in terms
-        return terms | teacher.terms(outputs) if teacher is not None and adds else terms
+        return terms | teacher.terms(outputs, labels) if teacher is not None and adds else terms
 
     return added
 

@@ -160,7 +160,7 @@ class MFEF(Method):
         if self.settings.distillation == "ensemble":
             mean = ensemble(outputs.logits, self.settings.ensemble_of, self.settings.temperature)
             pairs = kl_pairs("ensemble", outputs.logits, mean)
-            terms |= ramped_kl(pairs, progress, self.settings, self.settings.detach_teachers)
+            terms |= ramped_kl(pairs, labels, progress, self.settings, self.settings.detach_teachers)
         return terms
 
     def parameter_groups(self) -> list[ParameterGroup]:

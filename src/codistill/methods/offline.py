@@ -66,7 +66,7 @@ class OfflineMethod(Method):
         """Compute the weighted `ce/student<j>` and, where they have a weight, the KL terms of the teacher."""
         terms = weighted(self.settings.ce_weight, cross_entropy_terms(outputs.logits, labels))
         if self.settings.kl_weight and self.taught_by is not None:
-            terms |= weighted(self.settings.kl_weight, self.taught_by.terms(outputs))
+            terms |= weighted(self.settings.kl_weight, self.taught_by.terms(outputs, labels))
         return terms
 
     def teacher_maps_for(self, index: int, outputs: Outputs) -> tuple[FeatureMap, ...]:

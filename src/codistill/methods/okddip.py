@@ -95,7 +95,7 @@ class OKDDip(Method):
         terms = cross_entropy_terms(outputs.logits, labels)
         pairs = kl_pairs("peers", outputs.logits, self.targets(outputs))
         # `targets` has detached the peers where asked for; the attention must learn through the targets.
-        return terms | ramped_kl(pairs, progress, self.settings, detach=False)
+        return terms | ramped_kl(pairs, labels, progress, self.settings, detach=False)
 
     def targets(self, outputs: Outputs) -> list[Logits]:
         """Compute each student's teacher logits: a weighted mean for each peer, the mean for the leader."""

@@ -21,14 +21,14 @@ from codistill.methods.losses import (
     mean_logits,
     students_kl,
 )
-from codistill.methods.method import METHODS, Method, MethodSettings
-from codistill.methods.terms import cross_entropy_terms
+from codistill.methods.method import METHODS, Method
+from codistill.methods.terms import KLSettings, cross_entropy_terms
 from codistill.networks.origin import DRAWN, mark, origin_of
 from codistill.networks.probe import copied
 
 
 @dataclass(frozen=True, kw_only=True)
-class OKDPHSettings(MethodSettings):
+class OKDPHSettings(KLSettings):
     """Settings of the parameter hub."""
 
     shared_stages: int | None = 0
@@ -138,7 +138,8 @@ class OKDPH(Method):
         terms = {name: chosen.ce_weight * term for name, term in terms.items()}
         terms["ce/hub"] = (1 - chosen.ce_weight) * cross_entropy(hub, labels)
         target = mean_logits([*outputs.logits, hub])
-        return terms | students_kl("target", outputs.logits, target, chosen.temperature, chosen.kl_weight)
+        how = chosen.temperature, chosen.kl_weight, *chosen.form
+        return terms | students_kl("target", outputs.logits, target, labels, *how)
 
     @torch.no_grad()
     def between_epochs(self) -> None:

@@ -93,7 +93,7 @@ class ONE(Method):
         """Compute `ce/student<j>` and `kl/fused->student<j>` of each student, and `ce/fused`."""
         terms = cross_entropy_terms(outputs.logits, labels, fused=outputs.fused)
         pairs = kl_pairs("fused", outputs.logits, outputs.fused)
-        return terms | ramped_kl(pairs, progress, self.settings, self.settings.detach_teachers)
+        return terms | ramped_kl(pairs, labels, progress, self.settings, self.settings.detach_teachers)
 
     def predictors(self) -> dict[str, nn.Module]:
         """Return the students, their ensemble and the gated ensemble."""

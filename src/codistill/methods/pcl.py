@@ -105,7 +105,7 @@ class PCL(Method):
             pairs[f"kl/fused->student{index}"] = (logits, fused)
             for peer in (each for each in range(count) if each != index):
                 pairs[f"kl/mean{peer}->student{index}"] = (logits, outputs.extras[f"mean{peer}"].detach())
-        divergences = ramped_kl(pairs, progress, chosen, chosen.detach_teachers)
+        divergences = ramped_kl(pairs, labels, progress, chosen, chosen.detach_teachers)
         shares = {name: 1 / (count - 1) if name.startswith("kl/mean") else 1.0 for name in pairs}
         return terms | {name: shares[name] * divergence for name, divergence in divergences.items()}
 

@@ -1,5 +1,6 @@
 """A frozen teacher beside the students of a method."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from codistill.core.errors import UsageError
 from codistill.methods.cohort import Images, Outputs
-from codistill.methods.losses import Terms, students_kl
+from codistill.methods.losses import KLForm, Labels, Terms, students_kl
 from codistill.networks import Network
 
 TEACHER_TERM = "kl/teacher->student0"
@@ -21,6 +22,8 @@ class Teacher:
     network: nn.Module
     weight: float
     temperature: float
+    kl: KLForm = "kl"
+    kl_weights: Sequence[float] = ()
     top1_error: float | None = None
     """Its error on the test set of the run, percent, known once the run begins."""
 
@@ -41,11 +44,12 @@ class Teacher:
             logits = network.head(maps[-1])
         return tuple(each.reshape(*views, *each.shape[1:]) for each in maps[1:]), logits.reshape(*views, -1)
 
-    def terms(self, outputs: Outputs) -> Terms:
+    def terms(self, outputs: Outputs, labels: Labels) -> Terms:
         """Compute `kl/teacher->student<j>`, b T^2 KL(softmax(z_t / T) || softmax(z_j / T)), of each student."""
         if outputs.teacher_logits is None:
             raise ValueError("the outputs have no teacher logits: they were computed in evaluation mode")
-        return students_kl("teacher", outputs.logits, outputs.teacher_logits, self.temperature, self.weight)
+        how = self.temperature, self.weight, self.kl, self.kl_weights
+        return students_kl("teacher", outputs.logits, outputs.teacher_logits, labels, *how)
 
 
 def staged(teacher: nn.Module) -> tuple[nn.Module, Network]:

@@ -7,7 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from codistill.methods.losses import EnsembleOf, Labels, Logits, Scalar, Terms, cross_entropy, ramp_up, soft_target_kl
+from codistill.methods.losses import (
+    EnsembleOf,
+    KLForm,
+    Labels,
+    Logits,
+    Scalar,
+    Terms,
+    cross_entropy,
+    distillation,
+    ramp_up,
+    weights_fit,
+)
 from codistill.methods.method import MethodSettings
 
 Pairs = Mapping[str, tuple[Logits, Logits]]
@@ -15,7 +26,33 @@ Pairs = Mapping[str, tuple[Logits, Logits]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillationSettings(MethodSettings):
+class KLSettings(MethodSettings):
+    """The form of a method's distillation terms (docs/kl.md)."""
+
+    kl: KLForm = "kl"
+    """Form of the distillation terms: KL; KL of standardised logits; decoupled into target class and others (dkd); or
+    correlation in place of KL (dist)."""
+    kl_weights: tuple[float, ...] = ()
+    """Factors on the two parts of dkd (target class, other classes) or dist (images, classes). Empty: 1 8 or 1 1."""
+
+    @property
+    def form(self) -> tuple[KLForm, tuple[float, ...]]:
+        """The form and its weights, as `losses.distillation` takes them."""
+        return self.kl, self.kl_weights
+
+    @property
+    def needs_full_batch(self) -> str:
+        """Correlations within classes come from all images; see `MethodSettings.needs_full_batch`."""
+        return "method.kl dist" if self.kl == "dist" else ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        bounds = "two numbers, at least 0, beside kl dkd or dist"
+        self.check("kl_weights", weights_fit(self.kl, self.kl_weights), bounds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationSettings(KLSettings):
     """Settings of the distillation terms."""
 
     temperature: float = 3.0
@@ -32,6 +69,8 @@ class DistillationSettings(MethodSettings):
         self.check("temperature", 0 < self.temperature < math.inf, "a number above 0")
         self.check("ramp_up", 0 <= self.ramp_up <= 1, "between 0 and 1, a share of the training")
         self.check("target_epsilon", 0 <= self.target_epsilon < 1, "at least 0 and below 1")
+        without = self.kl in ("dkd", "dist")
+        self.check("target_epsilon", not (without and self.target_epsilon), f"0 with kl {self.kl}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,17 +89,19 @@ def kl_pairs(
     return {f"kl/{source}->student{index}": pair for index, pair in enumerate(zip(logits, each, strict=True))}
 
 
-def ramped_kl(pairs: Pairs, progress: Scalar, settings: DistillationSettings, detach: bool) -> Terms:
+def ramped_kl(pairs: Pairs, labels: Labels, progress: Scalar, settings: DistillationSettings, detach: bool) -> Terms:
     """Compute r(t) T^2 KL(softmax(target / T) || softmax(logits / T)) of each pair, all at once.
 
     Args:
         pairs: As from `kl_pairs`.
+        labels: Those of the batch.
         progress: Share of the epochs that are done.
-        settings: T, ramp-up r and epsilon.
+        settings: T, ramp-up r and epsilon, and another form than KL.
         detach: Whether the teacher logits get no gradient.
     """
     logits, targets = (torch.stack(side) for side in zip(*pairs.values(), strict=True))
-    divergences = soft_target_kl(logits, targets, settings.temperature, detach, settings.target_epsilon)
+    chosen = settings.temperature, *settings.form, detach, settings.target_epsilon
+    divergences = distillation(logits, targets, labels, *chosen)
     ramped = ramp_up(progress, settings.ramp_up).to(divergences.dtype) * divergences
     return dict(zip(pairs, ramped.unbind(), strict=True))
 

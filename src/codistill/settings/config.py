@@ -16,6 +16,7 @@ from codistill.data.augment import Augmentation, PaddingMode
 from codistill.data.dataset import Dataset
 from codistill.data.splitting import checked_part, part_of
 from codistill.methods import METHODS, MethodSettings
+from codistill.methods.losses import KLForm, weights_fit
 from codistill.settings.augment import AugmentSettings
 from codistill.settings.kinds import take_kinds
 from codistill.settings.updates import UpdateSettings
@@ -185,6 +186,10 @@ class TeacherSettings:
     """Weight of the teacher's terms."""
     teacher_temperature: float = 3.0
     """T of the teacher's terms, > 0; they are multiplied by T^2."""
+    teacher_kl: KLForm = "kl"
+    """Form of the teacher's terms, as method.kl is that of the method's own (docs/kl.md)."""
+    teacher_kl_weights: tuple[float, ...] = ()
+    """Factors on the two parts of dkd or dist. Empty: 1 8 or 1 1."""
 
     def __post_init__(self) -> None:
         take_kinds(self)
@@ -192,6 +197,13 @@ class TeacherSettings:
             raise UsageError(f"teacher_temperature is {self.teacher_temperature}; it must be a number above 0")
         if not 0 <= self.teacher_weight < math.inf:
             raise UsageError(f"teacher_weight is {self.teacher_weight}; it must be a number, at least 0")
+        if self.teacher_kl not in get_args(KLForm):
+            raise UsageError(
+                f"teacher_kl is {self.teacher_kl!r}: {near_matches(str(self.teacher_kl), get_args(KLForm))}"
+            )
+        if not weights_fit(self.teacher_kl, self.teacher_kl_weights):
+            bounds = "two numbers, at least 0, beside teacher_kl dkd or dist"
+            raise UsageError(f"teacher_kl_weights is {self.teacher_kl_weights}; it must be {bounds}")
         if self.teacher is None and (self.teacher_network or self.teacher_predictor):
             raise UsageError("teacher_network and teacher_predictor describe a teacher, but --teacher names none")
 

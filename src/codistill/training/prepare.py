@@ -181,6 +181,8 @@ def check_parts(config: RunConfig, images: int, ranks: Ranks) -> None:
         return
     size, least, needs = min(config.train.batch_size, images), 2 * ranks.count, config.method.needs_full_batch
     last = 0 if config.train.drop_last else images % size
+    if not needs and config.teaching.teacher and config.teaching.teacher_kl == "dist":
+        needs = "teacher_kl dist"
     if needs:
         raise UsageError(f"{config.method_name} with {needs} needs the full batch in one process: omit torchrun")
     if size < least:
@@ -205,8 +207,10 @@ def build_taught(config: RunConfig, data: Dataset, own: Method | None = None, fr
     method = own if own is not None else build_method(config, data.num_classes, data.image_size, fresh)
     if config.teaching.teacher is None or taught:
         return method
-    teacher = load_teacher(config.teaching, data.class_names, data.statistics, data.image_size)
-    return WithTeacher(method, teacher, config.teaching.teacher_weight, config.teaching.teacher_temperature)
+    named = config.teaching
+    teacher = load_teacher(named, data.class_names, data.statistics, data.image_size)
+    how = named.teacher_weight, named.teacher_temperature, named.teacher_kl, named.teacher_kl_weights
+    return WithTeacher(method, teacher, *how)
 
 
 def check_teacher(method: type[Method], given: bool) -> None:

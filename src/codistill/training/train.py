@@ -129,7 +129,12 @@ def config_of(
     """Return the settings of a run with a method and a data set that are made already."""
     teacher, teaching = method.taught_by, TeacherSettings()
     if teacher is not None:
-        teaching = TeacherSettings(teacher_weight=teacher.weight, teacher_temperature=teacher.temperature)
+        teaching = TeacherSettings(
+            teacher_weight=teacher.weight,
+            teacher_temperature=teacher.temperature,
+            teacher_kl=teacher.kl,
+            teacher_kl_weights=tuple(teacher.kl_weights),
+        )
     return RunConfig(
         method_name=method.name,
         networks=tuple(student.spec for student in method.cohort),
