@@ -46,6 +46,7 @@ from codistill.settings.mapping import run_from_mapping, typed_mapping
 from codistill.settings.presets import PRESETS, completed, find_preset, preset_config
 from codistill.settings.recipe import read_recipe
 from codistill.sweeps.chain import is_chain, train_chain
+from codistill.sweeps.controls import CONTROLS
 from codistill.sweeps.driver import own_program, sweep
 from codistill.training.fleet import train_fleet, train_seeds
 from codistill.training.resume import resume_together
@@ -333,6 +334,7 @@ def list_command(arguments: Sequence[str]) -> None:
         kind: [{"name": name, "summary": (inspect.getdoc(each) or "").partition("\n")[0]} for name, each in all.items()]
         for kind, all in registries.items()
     }
+    entries["controls"] = [{"name": name, "summary": summary} for name, summary in CONTROLS.items()]
     for member in entries["methods"]:
         if preset := PRESETS.get(member["name"]):
             sets = {**preset.run, **{f"method.{key}": value for key, value in preset.settings.items()}}

@@ -160,6 +160,9 @@ class SweepOptions(DataOptions):
     """Number of processes at a time. None: one for each GPU; on a CPU by a short measurement of the first run."""
     side_by_side: bool | None = None
     """Whether runs that can train side by side share a process. None: on CUDA, where one graph holds them all."""
+    controls: bool = False
+    """Also train what a method has to beat: its students alone, with a moving average of the weights, for the same time
+    and with the same parameters; codistill list has them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -147,6 +147,14 @@ class Method(Marked):
     memory_format: torch.memory_format = torch.channels_last
     """Memory format of weights and images, as `choose_memory_format` has found it."""
 
+    @classmethod
+    def alone(cls, settings: Any) -> MethodSettings | None:
+        """Return settings with which one student trains alone, with all that a deployed student of a run carries.
+
+        None: a deployed student is its network and no more.
+        """
+        return None
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls.Settings = inspect.get_annotations(cls, eval_str=True).get("settings", cls.Settings)

@@ -1,6 +1,6 @@
 """MFEF: multi-scale feature extraction, dual attention and feature fusion."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -103,6 +103,12 @@ class MFEF(Method):
 
     settings: MFEFSettings
     teacher = "allowed"
+
+    @classmethod
+    def alone(cls, settings: MFEFSettings) -> MFEFSettings | None:
+        """Return the settings of Table 5's case B with one student, unless the deployed one carries no component."""
+        carried = {"raw": (), "msfe": (settings.multiscale,), "msfe_da": (settings.multiscale, settings.attention)}
+        return replace(settings, distillation="none") if any(carried[settings.head_input]) else None
 
     def build(self) -> None:
         """Make the components of each student and the fusion module."""

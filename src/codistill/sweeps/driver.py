@@ -27,6 +27,7 @@ from codistill.runs.latency import read_latency
 from codistill.runs.lock import lock_folder
 from codistill.settings.build import load_named_data
 from codistill.settings.config import RunConfig
+from codistill.sweeps.controls import with_controls
 from codistill.sweeps.engines import local
 from codistill.sweeps.naming import differences, digest
 from codistill.sweeps.spec import PlannedRun, read_spec
@@ -58,6 +59,7 @@ def sweep(
     slots: int | None = None,
     side_by_side: bool | None = None,
     skip_bad: bool = False,
+    controls: bool = False,
     program: Sequence[str] = PROGRAM,
     show: bool = True,
 ) -> list[Row]:
@@ -74,6 +76,7 @@ def sweep(
         slots: How many processes at a time. None: one for each GPU; on a CPU by a short measurement of the first run.
         side_by_side: Whether runs that can train side by side share a process. None: on CUDA, in one graph.
         skip_bad: Whether the runs leave out images of a folder that cannot be read.
+        controls: Whether to train the controls of the runs, too; see `codistill list`.
         program: What is put before `train ..` and `resume ..` to make a command.
         show: Whether to print progress and the final tables.
 
@@ -90,6 +93,8 @@ def sweep(
     runs, folder = read_spec(Path(spec), skip_bad), Path(out)
     lock = locked_folder(folder)
     try:
+        if controls:
+            runs = with_controls(runs, folder)
         return Sweep(Path(spec), folder, runs, program, show).train(slots, side_by_side)
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; {RESUMES}") from None
