@@ -23,7 +23,10 @@ from .faults.table import tests_by_case
 COMMANDS = ("resume", "evaluate", "predict", "export", "bench", "sweep", "list")
 PAIR = ("--networks", "resnet20", "resnet20")
 CASES: dict[str, tuple[str, ...]] = {
-    **{name: PAIR for name in ("cl-ilr", "dml", "ffl", "independent", "kdcl", "mcl", "mfef", "okdph", "one", "pcl")},
+    **{
+        name: PAIR
+        for name in ("ahbf", "cl-ilr", "dml", "ffl", "independent", "kdcl", "mcl", "mfef", "okdph", "one", "pcl")
+    },
     "okddip": (*PAIR, "resnet20"),
     "rocket": ("--networks", "resnet20", "resnet32"),
     "byot": ("--networks", "resnet20"),

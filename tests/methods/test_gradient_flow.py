@@ -57,6 +57,8 @@ def parts(method: Method) -> dict[str, nn.Module]:
     for name, module in method.named_children():
         if name in ("enhancements", "connectors", "embeddings"):
             found |= {f"{name[:-1]}{index}": each for index, each in enumerate(module)}
+        elif name == "assistants":
+            found |= {f"assistant{number}": each for number, each in enumerate(module.layers, start=1)}
         elif name == "exits":
             for index, exits in enumerate(module):
                 for number, each in enumerate(exits, start=1):

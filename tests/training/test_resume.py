@@ -44,7 +44,17 @@ def stopped(colours: str, out: Path, step: int, *more: str, method: str = "mfef"
 
 @pytest.mark.parametrize(
     ("method", "step"),
-    [("mfef", 2), ("mfef", 6), ("kdcl", 2), ("kdgan", 6), ("pcl", 6), ("dml", 2), ("rocket", 6), ("cl-ilr", 2)]
+    [
+        ("mfef", 2),
+        ("mfef", 6),
+        ("kdcl", 2),
+        ("kdgan", 6),
+        ("ahbf", 4),
+        ("pcl", 6),
+        ("dml", 2),
+        ("rocket", 6),
+        ("cl-ilr", 2),
+    ]
     + [("okdph", step) for step in (2, 3, 4, 6)],  # of an epoch of three steps: within, at and after its end
 )
 def test_summary_and_metrics_are_those_of_an_undisturbed_run(colours, tmp_path, method, step):

@@ -44,6 +44,7 @@ NAMES = {
     "ffl": "FFL",
     "pcl": "PCL",
     "okdph": "OKDPH",
+    "ahbf": "AHBF",
     "kd": "KD",
 }
 
