@@ -166,7 +166,7 @@ class AHBF(Method):
             pairs[f"kl/{name}->{below}"] = (learns, mixed)
             pairs[f"kl/{name}->{deeper}"] = (students[number], mixed)
             below, learns = name, mixed
-        divergences = ramped_kl(pairs, progress, chosen, chosen.detach_teachers)
+        divergences = ramped_kl(pairs, labels, progress, chosen, chosen.detach_teachers)
         for name, divergence in divergences.items():
             weight = chosen.branch_weight if name.startswith("kl/student") else chosen.assistant_weight
             terms[name] = chosen.kl_weight * weight * divergence
