@@ -92,7 +92,7 @@ def test_operators_of_one_run(tiny_registered, capsys):
 
     alone = operators()
     assert operators("--runs", "2") == alone and operators("-b", "32") == alone
-    assert operators("--method.no-attention") < alone
+    assert operators("--method.attention", "none") < alone
 
 
 def test_the_limit_has_each_convolution_and_product_of_a_step_and_nothing_else():

@@ -186,11 +186,15 @@ def test_list(capsys):
     assert {"independent", "ffl", "mfef"} <= set(names["methods"])
     assert {"resnet20", "wrn-40-2", "densenet-40-12", "mobilenetv2", "resnet18"} <= set(names["networks"])
     assert {"digits", "cifar10", "cifar100", "cinic10", "folder", "packed"} <= set(names["data"])
+    costs = {each["name"]: (each["map"], each["parameters"], each["flops"]) for each in entries["multiscale"]}
+    assert list(costs) == ["hs", "res2net", "pyconv", "psa", "aspp"]
+    assert costs["res2net"] == ([64, 8, 8], 6_912 + 96, 2 * 64 * 6_912)
     summaries = [each["summary"] for members in entries.values() for each in members]
     assert all(isinstance(summary, str) and summary.strip() for summary in summaries)
     assert main(["list"]) == 0
     table = capsys.readouterr().out
     assert all(name in table for members in names.values() for name in members)
+    assert "7,008 parameters, 884,736 flops" in " ".join(table.split())
 
 
 def test_the_usage_names_every_command(capsys):

@@ -29,6 +29,7 @@ def test_unknown_flags_name_their_neighbours(parsed):
         ("--out_dir=x", "does not exist: name the run folder with --out"),
         ("--sched=step", "does not exist: choose it with --schedule: step or cosine"),
         ("--aa=rand", "unknown option --aa=rand: codistill train mfef --help lists them"),
+        ("--method.no-attention", "does not exist: write --method.attention none"),
         ("-r", "unknown option -r: codistill train mfef --help lists them"),
     ],
 )

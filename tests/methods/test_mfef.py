@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from codistill.core.errors import UsageError
 from codistill.methods.independent import Independent
 from codistill.methods.mfef import MFEF, MFEFSettings
-from codistill.modules import DualAttention, FeatureFusion, MultiScaleExtraction
+from codistill.modules import ATTENTION, DualAttention, FeatureFusion, MultiScaleExtraction
 from codistill.networks import Network, network
 from codistill.networks.network import parameter_count
 
@@ -127,7 +127,7 @@ def test_teachers_learn_too_when_not_detached(make, batch):
 
 @pytest.mark.parametrize("detach", [True, False])
 def test_the_ensemble_as_the_students_teacher(make, batch, detach):
-    method = make(*UNLIKE, distillation="ensemble", multiscale=False, attention=False, detach_teachers=detach)
+    method = make(*UNLIKE, distillation="ensemble", multiscale="none", attention="none", detach_teachers=detach)
     value = method.losses(method(batch[0]), batch[1], FULL)["kl/ensemble->student0"]
     others = torch.autograd.grad(value, list(method.cohort[1].parameters()), allow_unused=True)
     assert any(gradient is not None and gradient.any() for gradient in others) == (not detach)
@@ -146,10 +146,10 @@ E, D, F_ = "MultiScaleExtraction", "DualAttention", "FeatureFusion"
 @pytest.mark.parametrize(
     ("settings", "modules", "more_terms", "enhancement"),
     [
-        ({"multiscale": False, "attention": False, "distillation": "none"}, set(), set(), 0),
-        ({"attention": False, "distillation": "none"}, {E}, set(), MSFE),
-        ({"multiscale": False, "attention": False, "distillation": "ensemble"}, set(), ENSEMBLE_TERMS, 0),
-        ({"attention": False}, {E, F_}, FUSION_TERMS, MSFE),
+        ({"multiscale": "none", "attention": "none", "distillation": "none"}, set(), set(), 0),
+        ({"attention": "none", "distillation": "none"}, {E}, set(), MSFE),
+        ({"multiscale": "none", "attention": "none", "distillation": "ensemble"}, set(), ENSEMBLE_TERMS, 0),
+        ({"attention": "none"}, {E, F_}, FUSION_TERMS, MSFE),
         ({}, {E, D, F_}, FUSION_TERMS, MSFE + DA),
     ],
     ids="ABCDE",
@@ -170,7 +170,7 @@ def test_table_5(make, batch, settings, modules, more_terms, enhancement):
 
 
 def test_case_a_is_independent_training_of_a_shared_trunk(make, batch, tiny_network):
-    method = make(multiscale=False, attention=False, distillation="none")
+    method = make(multiscale="none", attention="none", distillation="none")
     plain = Independent([tiny_network(), tiny_network()], 3, Independent.Settings(shared_stages=2)).double()
     plain.load_state_dict(method.state_dict())
     assert all(map(torch.equal, method(batch[0]).logits, plain(batch[0]).logits))
@@ -186,11 +186,57 @@ def test_terms_of_the_ensemble_as_teacher(make, batch):
         assert terms[f"kl/ensemble->student{index}"].item() == pytest.approx(expected.item(), rel=1e-8)
 
 
+# By hand for 8 channels. Res2Net, w = 2: 3 (9 * 4 + 4). PyConv, 2 channels a level in 1, 2, 2 and 2 groups:
+# 8 (2 * 9 + 25 + 49 + 81) + 16; PSA: a hidden unit more, 2 + 1 + 2 + 2. ASPP: 8.5 * 64 + 2 (10 + 8).
+@pytest.mark.parametrize(
+    ("block", "count"), [("res2net", 120), ("pyconv", 1_400), ("psa", 1_407), ("aspp", 580), ("hs", MSFE), ("none", 0)]
+)
+def test_multi_scale_blocks(make, batch, block, count):
+    method = make(multiscale=block)
+    sum(method.losses(method(batch[0]), batch[1], FULL).values()).backward()
+    assert all(each.grad is not None and each.grad.isfinite().all() for each in method.parameters())
+    assert parameter_count(method) == parameter_count(method.cohort) + 2 * (count + DA) + FUSION
+    method.eval()
+    logits = method(batch[0]).logits
+    for index in range(2):
+        assert torch.equal(method.deployed_student(index)(batch[0]), logits[index])
+
+
+def test_groups_are_those_of_res2net_too(make):
+    assert make(multiscale="res2net", groups=2).enhancements[0].steps[0].width == 4
+    with pytest.raises(UsageError, match="res2net: 8 channels do not divide into 3 equal groups: use 2, 4, 8"):
+        make(multiscale="res2net", groups=3)
+
+
+@pytest.mark.parametrize("kind", ATTENTION)
+def test_kinds_of_attention_and_their_maps(make, batch, kind):
+    method = make((8, 2), (8, 1), attention=kind)
+    sum(method.losses(method(batch[0]), batch[1], FULL).values()).backward()
+    assert all(each.grad is not None and each.grad.isfinite().all() for each in method.parameters())
+    maps = method.eval().attention_maps(batch[0])
+    assert list(maps) == ["student0", "student1", "fused"]
+    for name, (channels, places) in maps.items():
+        assert (channels is not None) == ("channel" in ATTENTION[kind])
+        assert (places is not None) == ("spatial" in ATTENTION[kind])
+        if channels is not None:
+            assert channels.shape == (6, 16 if name == "fused" else 8)
+        if places is not None:
+            assert places.shape == (6, *[4 if name == "student0" else 8] * 2)
+    (da, *_), feature_map = method.enhancements[0].steps[1:], method(batch[0]).feature_maps[0]
+    expected = da.maps(method.enhancements[0].steps[0](feature_map))
+    for one, other in zip(maps["student0"], expected, strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+
+
+def test_no_attention_has_no_maps(make, batch):
+    assert make(attention="none").attention_maps(batch[0]) == {}
+
+
 @pytest.mark.parametrize("point", ["raw", "msfe", "msfe_da"])
-@pytest.mark.parametrize("attention", [True, False])
+@pytest.mark.parametrize("attention", ["cbam", "none"])
 def test_head_input(make, batch, point, attention):
     method = make(head_input=point, attention=attention).eval()
-    assert kinds(method) == {E, F_} | ({D} if attention else set())
+    assert kinds(method) == {E, F_} | ({D} if attention == "cbam" else set())
     maps = method.cohort.feature_maps(batch[0])
     logits = method(batch[0]).logits
     for index, feature_map in enumerate(maps):
@@ -198,7 +244,7 @@ def test_head_input(make, batch, point, attention):
         seen = {"raw": feature_map, "msfe": msfe(feature_map), "msfe_da": da(msfe(feature_map))}[point]
         assert torch.equal(logits[index], method.cohort[index].head(seen))
         deployed = method.deployed_student(index)
-        own = {"raw": 0, "msfe": MSFE, "msfe_da": MSFE + DA * attention}[point]
+        own = {"raw": 0, "msfe": MSFE, "msfe_da": MSFE + DA * (attention == "cbam")}[point]
         assert parameter_count(deployed) == STUDENT + own
         assert torch.equal(deployed(batch[0]), logits[index])
 
@@ -223,7 +269,7 @@ def test_fusion_input(make, batch, point):
         ({"head_input": "raw", "fusion_input": "raw"}, {F_}),
         ({"head_input": "raw", "fusion_input": "msfe"}, {E, F_}),
         ({"head_input": "msfe_da", "fusion_input": "raw"}, {E, D, F_}),
-        ({"multiscale": False}, {D, F_}),
+        ({"multiscale": "none"}, {D, F_}),
     ],
 )
 def test_no_component_that_nothing_sees(make, batch, settings, modules):
@@ -241,7 +287,7 @@ def test_the_outputs_have_the_backbones_own_maps(make, batch):
 
 
 def test_one_student_without_distillation(make, batch):
-    method = make((8, 2), distillation="none", attention=False).eval()
+    method = make((8, 2), distillation="none", attention="none").eval()
     assert kinds(method) == {E}
     outputs = method(batch[0])
     assert list(method.losses(outputs, batch[1], FULL)) == ["ce/student0"]

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from torch import nn
 
 from codistill.core.errors import UsageError
-from codistill.modules import DualAttention
+from codistill.modules import ATTENTION, DualAttention
 from codistill.networks.network import parameter_count
 
 
@@ -57,6 +58,32 @@ def test_parameters(channels, parameters):
         cbam = DualAttention(channels, bias=True, norm=True)
         assert parameter_count(cbam) == parameters + channels // 16 + channels + 98 + 2
         assert parameter_count(DualAttention(channels, kernel_size=3)) == parameters + 18
+
+
+def test_parameters_of_one_part():
+    with torch.device("meta"):
+        counts = [parameter_count(DualAttention(64, kind=kind)) for kind in ATTENTION]
+    assert counts == [512 + 98, 512, 98, 512 + 98]
+
+
+@pytest.mark.parametrize("kind", ATTENTION)
+def test_the_parts_of_each_kind_in_their_order(kind):
+    whole = DualAttention(6, 2, 3, bias=True, norm=True).double()
+    attention = DualAttention(6, 2, 3, bias=True, norm=True, kind=kind).double()
+    nn.init.ones_(whole.spatial[1].weight)  # before anything is learnt, the spatial part is 1/2 everywhere
+    attention.load_state_dict({name: whole.state_dict()[name] for name in attention.state_dict()})
+    maps, expected = torch.randn(3, 6, 5, 4, dtype=torch.float64), {}
+    weighted = maps
+    for part in {"cbam": "channel spatial"}.get(kind, kind.replace("-", " ")).split():
+        expected[part] = getattr(whole, f"{part}_weights")(weighted)
+        weighted = expected[part] * weighted
+    torch.testing.assert_close(attention(maps), weighted, rtol=1e-12, atol=1e-12)
+    channels, places = attention.maps(maps)
+    assert (channels is not None, places is not None) == ("channel" in expected, "spatial" in expected)
+    if channels is not None:
+        torch.testing.assert_close(channels, expected["channel"][:, :, 0, 0])
+    if places is not None:
+        torch.testing.assert_close(places, expected["spatial"][:, 0])
 
 
 def test_hidden_units():
@@ -118,6 +145,11 @@ def test_an_even_kernel_is_refused(kernel_size):
 def test_a_reduction_below_one_is_refused(reduction):
     with pytest.raises(UsageError, match=rf"reduction is {reduction}; it must be at least 1"):
         DualAttention(8, reduction)
+
+
+def test_a_kind_that_there_is_not_is_refused():
+    with pytest.raises((UsageError, TypeCheckError), match=r"kind is 'spacial': did you mean spatial|type-?check"):
+        DualAttention(8, kind="spacial")
 
 
 @pytest.mark.parametrize("value", [0.0, 0.7, -0.7])

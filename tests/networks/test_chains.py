@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from codistill.modules import DualAttention
+from codistill.modules import MULTISCALE, DualAttention
 from codistill.networks.chains import Compiler, compiled_chains
 from codistill.networks.layers import BatchNormAct2d, conv_bn_act
 from codistill.networks.resnet import BasicBlock
@@ -69,13 +69,20 @@ def test_normalisation_addition_and_relu(size, act, shortcut, channels_last):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("options", [{}, {"bias": True, "norm": True, "kernel_size": 3}])
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": True, "norm": True, "kernel_size": 3}, {"kind": "spatial-channel"}, {"kind": "channel"}]
+)
 def test_dual_attention(channels_last, options):
     module = DualAttention(8, reduction=2, **options).double()
     layout = torch.channels_last if channels_last else torch.contiguous_format
     features = torch.randn(3, 8, 5, 6, dtype=torch.float64).to(memory_format=layout)
     features[0, :2, :2] = 3.0  # ties: the gradient goes to one place
     compare(module, features, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", MULTISCALE)
+def test_multi_scale_blocks(name):
+    compare(MULTISCALE[name](8).double(), torch.randn(3, 8, 5, 6, dtype=torch.float64), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("channels", [(4, 4, 1), (4, 6, 2)])

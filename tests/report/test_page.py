@@ -188,6 +188,21 @@ def test_pictures_are_those_of_the_test_set(run):
     assert np.allclose(pictures.places["fused"], mean, atol=1e-3)
 
 
+@pytest.mark.parametrize(("kind", "kept"), [("channel", "channels"), ("spatial", "places")])
+def test_attention_of_channels_or_of_places_alone(tmp_path, kind, kept):
+    method = tiny.method(cd.MFEF, attention=kind)
+    run = cd.train(method, tiny.data(), out=tmp_path / "run", settings=tiny.settings(epochs=1), show=False)
+    page, pictures = (run.path / "report.html").read_text(), read_pictures(run.path)
+    shown = {each: set(getattr(pictures, each)) for each in ("channels", "places")}
+    assert shown == {"channels": set(), "places": set()} | {kept: {"student0", "student1", "fused"}}
+    assert "attention" in headings(page)
+    section = page.partition('id="attention"')[2].partition("<h2")[0]
+    assert ('class="strip"' in section) == (kind == "channel")
+    assert ("weights the channels of its last" in section) == (kind == "channel")
+    assert ("here laid over the image" in section) == (kind == "spatial")
+    assert 'src=""' not in section and "None" not in section
+
+
 def test_a_method_without_attention_has_no_section_of_it(tmp_path):
     run = cd.train(tiny.method(cd.DML), tiny.data(), out=tmp_path / "run", settings=tiny.settings(epochs=1), show=False)
     page = (run.path / "report.html").read_text()

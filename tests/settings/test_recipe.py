@@ -40,7 +40,7 @@ padding_mode = "reflect"
 [method]
 name = "mfef"
 temperature = 4
-attention = false
+attention = "none"
 head_input = "raw"
 shared_stages = 0
 """
@@ -54,7 +54,7 @@ def test_a_recipe_is_a_whole_run(parsed, recipe):
         train=TrainSettings(
             epochs=12, learning_rate=0.05, milestones=(3, 9), nesterov=False, flip=True, padding_mode="reflect"
         ),
-        method=cd.MFEF.Settings(temperature=4.0, attention=False, head_input="raw", shared_stages=0),
+        method=cd.MFEF.Settings(temperature=4.0, attention="none", head_input="raw", shared_stages=0),
     )
 
 
@@ -64,7 +64,7 @@ def test_flags_override_the_recipe_wherever_they_stand(parsed, recipe):
     first = parsed("mfef", "--recipe", path, *flags)
     assert (first.train.epochs, first.train.nesterov, first.train.flip) == (20, True, False)
     assert first.networks == ("resnet32",) and first.method.temperature == 2.0
-    assert first.train.learning_rate == 0.05 and first.method.attention is False
+    assert first.train.learning_rate == 0.05 and first.method.attention == "none"
     assert parsed(*flags, f"--recipe={path}") == first
 
 
@@ -105,6 +105,14 @@ def test_a_recipe_may_leave_the_method_to_the_command(parsed, recipe):
         ("milestones = [1.5]", r"PATH:1: milestones is \[1.5\]; it must be a list of whole numbers"),
         ('padding_mode = "refect"', "PATH:1: padding_mode is 'refect'; it must be one of 'zeros', 'reflect'"),
         ('[method]\nname = "mfef"\nhead_input = "x"', "PATH:3: method.head_input is 'x'; it must be one of 'raw'"),
+        (
+            '[method]\nname = "mfef"\nattention = true',
+            "PATH:3: method.attention is True; .* of true write 'cbam'",
+        ),
+        (
+            '[method]\nname = "mfef"\nmultiscale = false',
+            "PATH:3: .* 'hs', .*; in place of false write 'none'",
+        ),
         ("seed = 1\nepochs = 0", "PATH:2: epochs is 0; it must be at least 1"),
         ("learning_rate = nan", "PATH:1: learning_rate is nan; "),
         ("seed = 3\nmilestones = [3, 2]", r"PATH:2: milestones are \[3, 2\]; "),

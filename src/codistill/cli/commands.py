@@ -33,7 +33,10 @@ from codistill.deploy.predict import answers
 from codistill.deploy.run import Run
 from codistill.evaluation.presentation import as_json, scores_table, where_wrong
 from codistill.methods import METHODS
+from codistill.modules import MULTISCALE
 from codistill.networks import NETWORKS
+from codistill.networks.network import parameter_count
+from codistill.networks.probe import forward_flop
 from codistill.report.comparison import run_folders, write_pages
 from codistill.report.pictures import complete_pictures
 from codistill.runs.choice import choice
@@ -52,6 +55,9 @@ from codistill.training.fleet import train_fleet, train_seeds
 from codistill.training.resume import resume_together
 from codistill.training.train import kept_if_used, train_from_config
 from codistill.training.verify import verify_resume
+
+LISTED_MAP = (64, 8, 8)
+"""Channels, height and width of the feature map that costs of blocks are listed for: ResNet-20's for 32x32 images."""
 
 
 def split_named(arguments: Sequence[str]) -> tuple[str | None, Sequence[str]]:
@@ -329,7 +335,12 @@ def export_command(arguments: Sequence[str]) -> None:
 def list_command(arguments: Sequence[str]) -> None:
     """Run `codistill list`."""
     chosen = parse(options.ListOptions, arguments, "codistill list")
-    registries: dict[str, Mapping[str, Any]] = {"methods": METHODS, "networks": NETWORKS, "data": DATASETS}
+    registries: dict[str, Mapping[str, Any]] = {
+        "methods": METHODS,
+        "networks": NETWORKS,
+        "data": DATASETS,
+        "multiscale": MULTISCALE,
+    }
     entries: dict[str, list[dict[str, Any]]] = {
         kind: [{"name": name, "summary": (inspect.getdoc(each) or "").partition("\n")[0]} for name, each in all.items()]
         for kind, all in registries.items()
@@ -339,13 +350,19 @@ def list_command(arguments: Sequence[str]) -> None:
         if preset := PRESETS.get(member["name"]):
             sets = {**preset.run, **{f"method.{key}": value for key, value in preset.settings.items()}}
             member["preset"] = {"source": preset.source, "sets": sets, "networks": dict(preset.networks)}
+    for member in entries["multiscale"]:
+        block = MULTISCALE[member["name"]](LISTED_MAP[0])
+        flops = forward_flop(block, LISTED_MAP[1:], channels=LISTED_MAP[0])
+        member |= {"map": LISTED_MAP, "parameters": parameter_count(block), "flops": flops}
     if chosen.json:
         print(json.dumps(entries, indent=2))
         return
+    titles = {"multiscale": f"multiscale, for a map of {' x '.join(map(str, LISTED_MAP))}"}
     for kind, members in entries.items():
-        table = Table(title=kind, title_justify="left", show_header=False, box=None)
+        table = Table(title=titles.get(kind, kind), title_justify="left", show_header=False, box=None)
         for member in members:
-            table.add_row(member["name"], escape(member["summary"]))
+            counts = [f"{member[each]:,} {each}" for each in ("parameters", "flops") if each in member]
+            table.add_row(member["name"], escape(member["summary"]), ", ".join(counts))
         Console().print(table)
     for member in entries["methods"]:
         if shown := member.get("preset"):

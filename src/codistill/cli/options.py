@@ -39,7 +39,7 @@ class SourceOptions(DataOptions):
     recipes: tuple[Path, ...] = ()
     """Train one run for each of these recipes, side by side on one device, in folders of OUT named like the files."""
     preset: str | None = None
-    """All settings of a paper: mfef, ffl, one, okddip, dml or kdcl; codistill list shows them."""
+    """All settings of a paper: mfef, ffl, one, okddip, dml, kdcl or okd-cheap; codistill list shows them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +184,7 @@ class BenchOptions(DataOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ListOptions:
-    """List methods, networks and data sets."""
+    """List methods, networks, data sets and the multi-scale blocks of MFEF with their costs."""
 
     json: bool = False
     """Print JSON instead of a table."""

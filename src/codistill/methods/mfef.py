@@ -1,7 +1,7 @@
 """MFEF: multi-scale feature extraction, dual attention and feature fusion."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from codistill.methods.ffl import FusionSettings, fusion_terms
 from codistill.methods.losses import Labels, Scalar, Terms, ensemble
 from codistill.methods.method import METHODS, Method, ParameterGroup
 from codistill.methods.terms import cross_entropy_terms, kl_pairs, ramped_kl
-from codistill.modules import DualAttention, FeatureFusion, MultiScaleExtraction
+from codistill.modules import MULTISCALE, DualAttention, FeatureFusion
 from codistill.modules.attention import AttentionMaps
 from codistill.modules.multiscale import Half
 from codistill.networks import Network
@@ -26,27 +26,27 @@ POINTS: tuple[FeaturePoint, ...] = ("raw", "msfe", "msfe_da")
 
 @dataclass(frozen=True, kw_only=True)
 class MFEFSettings(FusionSettings):
-    """Settings of MFEF; the ablation of the paper's Table 5 is the first three."""
+    """Settings of MFEF; the ablation of the paper's Table 5 is in the first three."""
 
-    multiscale: bool = True
-    """Component on or off: multi-scale feature extraction (MSFE)."""
-    attention: bool = True
-    """Component on or off: dual attention (DA)."""
+    multiscale: Literal["hs", "res2net", "pyconv", "psa", "aspp", "none"] = "hs"
+    """Multi-scale feature extraction (MSFE): the paper's hierarchical split (hs), another block, or none."""
+    attention: Literal["cbam", "channel", "spatial", "spatial-channel", "none"] = "cbam"
+    """Dual attention (DA): of channels, then places (cbam); of one of them; the other way round; or none."""
     distillation: Literal["fusion", "ensemble", "none"] = "fusion"
     """Teacher of the students: the fused classifier; the students' ensemble (Table 5, case C); or none (case B)."""
     head_input: FeaturePoint = "msfe_da"
     """Input of a student's classifier: its last map raw, after MSFE, or after MSFE and DA. The deployed student
-    carries these components. A component that is off is skipped."""
+    carries these components. A component that is none is skipped."""
     fusion_input: FeaturePoint = "msfe_da"
     """Input of the fusion module from each student, likewise."""
     share_components: bool = False
     """Whether all students use one MSFE and one DA instead of their own."""
     groups: int = 4
-    """p, the number of channel groups of MSFE, at least 2."""
+    """p, the number of channel groups of hs and res2net, at least 2."""
     exported_half: Half = "second"
-    """Half of a divided group that goes to MSFE's output; the other one is carried to the next group."""
+    """Half of a divided group of hs that goes to its output; the other one is carried to the next group."""
     depthwise: bool = False
-    """Whether MSFE's 3x3 convolutions are depthwise."""
+    """Whether the 3x3 convolutions of hs are depthwise."""
     attention_reduction: int = 16
     """Reduction of the channel attention's perceptron."""
     attention_kernel: int = 7
@@ -65,12 +65,15 @@ class Enhancement(nn.Module):
     def __init__(self, channels: int, settings: MFEFSettings, length: int) -> None:
         super().__init__()
         steps: list[nn.Module] = [nn.Identity(), nn.Identity()]
-        if settings.multiscale and length >= 1:
-            half, depthwise = settings.exported_half, settings.depthwise
-            steps[0] = MultiScaleExtraction(channels, settings.groups, half, depthwise=depthwise)
-        if settings.attention and length >= 2:
+        if settings.multiscale != "none" and length >= 1:
+            groups = {"groups": settings.groups}
+            halves = {"exported": settings.exported_half, "depthwise": settings.depthwise}
+            options: dict[str, dict[str, Any]] = {"hs": groups | halves, "res2net": groups}
+            steps[0] = MULTISCALE[settings.multiscale](channels, **options.get(settings.multiscale, {}))
+        if settings.attention != "none" and length >= 2:
             reduction, kernel = settings.attention_reduction, settings.attention_kernel
-            steps[1] = DualAttention(channels, reduction, kernel, settings.attention_bias, settings.attention_norm)
+            form = (settings.attention_bias, settings.attention_norm)
+            steps[1] = DualAttention(channels, reduction, kernel, *form, kind=settings.attention)
         self.steps = nn.ModuleList(steps)
 
     def forward(
@@ -108,7 +111,7 @@ class MFEF(Method):
     def alone(cls, settings: MFEFSettings) -> MFEFSettings | None:
         """Return the settings of Table 5's case B with one student, unless the deployed one carries no component."""
         carried = {"raw": (), "msfe": (settings.multiscale,), "msfe_da": (settings.multiscale, settings.attention)}
-        return replace(settings, distillation="none") if any(carried[settings.head_input]) else None
+        return replace(settings, distillation="none") if {*carried[settings.head_input]} - {"none"} else None
 
     def build(self) -> None:
         """Make the components of each student and the fusion module."""
@@ -119,7 +122,7 @@ class MFEF(Method):
             self.require_students(len(self.cohort), 2, fix)
         self.head_point = POINTS.index(chosen.head_input)
         self.fusion_point = POINTS.index(chosen.fusion_input) if fused else 0
-        late = self.fusion_point > self.head_point and (chosen.multiscale or chosen.attention)
+        late = self.fusion_point > self.head_point and {chosen.multiscale, chosen.attention} != {"none"}
         if chosen.detach_fusion_input and late:
             raise UsageError(
                 "mfef: detach_fusion_input would leave the components that only the fusion sees without a gradient: "
@@ -192,7 +195,7 @@ class MFEF(Method):
         return [step for step in enhancement.steps[:point] if not isinstance(step, nn.Identity)]
 
     def attention_maps(self, images: Images) -> dict[str, AttentionMaps]:
-        """Compute the weights of each student's dual attention and, for the fused classifier, of all that it sees.
+        """Compute the weights of each student's attention and, for the fused classifier, of all that it sees.
 
         Those of the fused classifier are the students' channels side by side, and the mean of their places.
         """
@@ -204,11 +207,13 @@ class MFEF(Method):
             if isinstance(attention, DualAttention):
                 found[f"student{index}"] = attention.maps(extraction(feature_map))
         if found and self.fusion is not None and POINTS[self.fusion_point] == "msfe_da":
-            places = [each.places[:, None] for each in found.values()]
-            size = [max(each.shape[axis] for each in places) for axis in (2, 3)]
+            channels = [each.channels for each in found.values() if each.channels is not None]
+            places = [each.places[:, None] for each in found.values() if each.places is not None]
+            size = [max((each.shape[axis] for each in places), default=0) for axis in (2, 3)]
             alike = [F.interpolate(each, size, mode="bilinear", align_corners=False) for each in places]
-            channels = torch.cat([each.channels for each in found.values()], dim=1)
-            found["fused"] = AttentionMaps(channels, torch.cat(alike, dim=1).mean(dim=1))
+            found["fused"] = AttentionMaps(
+                torch.cat(channels, dim=1) if channels else None, torch.cat(alike, dim=1).mean(dim=1) if alike else None
+            )
         return found
 
     def predictors(self) -> dict[str, nn.Module]:

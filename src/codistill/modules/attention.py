@@ -1,20 +1,31 @@
-"""Dual attention: channel attention, then spatial attention; MFEF's second component."""
+"""Dual attention: channel attention, then spatial attention; MFEF's second component. Either alone, or turned round."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from codistill.core.errors import UsageError
+from codistill.core.registry import near_matches
 from codistill.networks import chains
+
+Part = Literal["channel", "spatial"]
+AttentionKind = Literal["cbam", "channel", "spatial", "spatial-channel"]
+ATTENTION: dict[AttentionKind, tuple[Part, ...]] = {
+    "cbam": ("channel", "spatial"),
+    "channel": ("channel",),
+    "spatial": ("spatial",),
+    "spatial-channel": ("spatial", "channel"),
+}
+"""The parts of each kind of attention, in their order."""
 
 
 class AttentionMaps(NamedTuple):
-    """What dual attention weights with, for some images; all in (0, 1)."""
+    """What attention weights with, for some images; all in (0, 1); None: it does not weight these."""
 
-    channels: Float[Tensor, "batch channel"]
-    places: Float[Tensor, "batch height width"]
+    channels: Float[Tensor, "batch channel"] | None
+    places: Float[Tensor, "batch height width"] | None
 
 
 class DualAttention(nn.Module):
@@ -24,6 +35,7 @@ class DualAttention(nn.Module):
         w_s = sigmoid(conv(concat(mean over channels, maximum over channels))) of the map weighted by w_c
         output = w_s * w_c * input
 
+    Other kinds than `cbam` have one of the parts alone, or the spatial one first, whose result the other one then sees.
     Maxima are taken by index: their gradient then goes to exactly one place, also where bf16 rounding makes ties.
 
     Args:
@@ -32,9 +44,10 @@ class DualAttention(nn.Module):
         kernel_size: Side of the spatial convolution, odd, pixels.
         bias: Whether the two layers of W have biases.
         norm: Whether batch normalisation follows the spatial convolution.
+        kind: Which parts there are, and in which order: a key of `ATTENTION`.
 
     Raises:
-        UsageError: A reduction below 1, or an even kernel.
+        UsageError: A reduction below 1, an even kernel, or a kind that there is not.
 
     Source: MFEF (ICANN 2022), section 3.2, Eqs. (5)-(8), after Woo et al., "CBAM", arXiv 1807.06521; authors' code
         Jongchan/attention-module, MODELS/cbam.py.
@@ -47,23 +60,34 @@ class DualAttention(nn.Module):
     """
 
     def __init__(
-        self, channels: int, reduction: int = 16, kernel_size: int = 7, bias: bool = False, norm: bool = False
+        self,
+        channels: int,
+        reduction: int = 16,
+        kernel_size: int = 7,
+        bias: bool = False,
+        norm: bool = False,
+        kind: AttentionKind = "cbam",
     ) -> None:
         super().__init__()
         if reduction < 1:
             raise UsageError(f"dual attention: reduction is {reduction}; it must be at least 1")
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise UsageError(f"dual attention: kernel_size is {kernel_size}; it must be odd, for example 7 or 3")
-        hidden = max(1, channels // reduction)
-        self.channel = nn.Sequential(
-            nn.Linear(channels, hidden, bias=bias), nn.ReLU(), nn.Linear(hidden, channels, bias=bias)
-        )
-        spatial: list[nn.Module] = [nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False)]
-        if norm:
-            gate = nn.BatchNorm2d(1, momentum=0.01)
-            nn.init.zeros_(gate.weight)
-            spatial.append(gate)
-        self.spatial = nn.Sequential(*spatial)
+        if kind not in ATTENTION:
+            raise UsageError(f"dual attention: kind is {kind!r}: {near_matches(str(kind), ATTENTION)}")
+        self.parts = ATTENTION[kind]
+        if "channel" in self.parts:
+            hidden = max(1, channels // reduction)
+            self.channel = nn.Sequential(
+                nn.Linear(channels, hidden, bias=bias), nn.ReLU(), nn.Linear(hidden, channels, bias=bias)
+            )
+        if "spatial" in self.parts:
+            spatial: list[nn.Module] = [nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False)]
+            if norm:
+                gate = nn.BatchNorm2d(1, momentum=0.01)
+                nn.init.zeros_(gate.weight)
+                spatial.append(gate)
+            self.spatial = nn.Sequential(*spatial)
 
     def channel_weights(
         self, feature_map: Float[Tensor, "batch channel height width"]
@@ -82,17 +106,26 @@ class DualAttention(nn.Module):
 
     def maps(self, feature_map: Float[Tensor, "batch channel height width"]) -> AttentionMaps:
         """Compute the weights of channels and places, w_c and w_s, without their axes of length 1."""
-        channels = self.channel_weights(feature_map)
-        return AttentionMaps(channels[:, :, 0, 0], self.spatial_weights(channels * feature_map)[:, 0])
+        _, weights = self._weighted(feature_map)
+        channels, places = weights.get("channel"), weights.get("spatial")
+        return AttentionMaps(
+            None if channels is None else channels[:, :, 0, 0], None if places is None else places[:, 0]
+        )
 
     def forward(
         self, feature_map: Float[Tensor, "batch channel height width"]
     ) -> Float[Tensor, "batch channel height width"]:
         """Return the weighted map, of the same shape."""
-        if chains.on(self):
+        if self.parts == ATTENTION["cbam"] and chains.on(self):
             return chains.attend(feature_map, self._of_channels, self._of_places)
-        weighted = self.channel_weights(feature_map) * feature_map
-        return self.spatial_weights(weighted) * weighted
+        return self._weighted(feature_map)[0]
+
+    def _weighted(self, feature_map: Tensor) -> tuple[Tensor, dict[Part, Tensor]]:
+        found: dict[Part, Tensor] = {}
+        for part in self.parts:
+            found[part] = self.channel_weights(feature_map) if part == "channel" else self.spatial_weights(feature_map)
+            feature_map = found[part] * feature_map
+        return feature_map, found
 
     def _of_channels(self, pooled: Float[Tensor, "2 batch channel"]) -> Float[Tensor, "batch channel"]:
         of_average, of_maximum = self.channel(pooled)

@@ -149,15 +149,16 @@ def probe_shapes(built: Network, image_size: tuple[int, int]) -> list[tuple[int,
     return shapes
 
 
-def forward_flop(module: nn.Module, image_size: tuple[int, int], views: int = 1) -> int:
+def forward_flop(module: nn.Module, image_size: tuple[int, int], views: int = 1, channels: int = 3) -> int:
     """Count the floating-point operations of one image's forward pass; a multiplication and an addition are two.
 
     Runs a copy in the mode, training or evaluation, that the module is in, on a batch of two images of `views` views.
+    Of a part of a network the image is a feature map of so many channels.
     """
     # It imports Triton, which takes a second and 75 MiB.
     from torch.utils.flop_counter import FlopCounterMode
 
-    images = torch.zeros(*([views] if views > 1 else []), 2, 3, *image_size)
+    images = torch.zeros(*([views] if views > 1 else []), 2, channels, *image_size)
     with probing(module, CPU) as probe, torch.no_grad(), FlopCounterMode(display=False) as counter:
         probe(images)
     return int(counter.get_total_flops()) // 2

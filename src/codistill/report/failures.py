@@ -216,7 +216,8 @@ def _pairs(predictions: Predictions) -> dict[str, Any]:
 
 def attention_section(predictions: Predictions, pictures: Pictures, classes: Sequence[str]) -> dict[str, Any] | None:
     """Return the attention laid over images; None: the method has none."""
-    if not pictures.places:
+    names = list({**pictures.channels, **pictures.places})
+    if not names:
         return None
     where = {int(position): image for image, position in enumerate(predictions.positions)}
     images = []
@@ -225,10 +226,12 @@ def attention_section(predictions: Predictions, pictures: Pictures, classes: Seq
         if image is None or found is None:
             continue
         maps, says = [], []
-        for name, places in pictures.places.items():
-            channels = pictures.channels[name][index]
-            words = f"{places[index].min():.3f} to {places[index].max():.3f}"
-            maps.append((name, veil(places[index]), veil(channels[None]), words))
+        for name in names:
+            kinds = pictures.places.get(name), pictures.channels.get(name)
+            weights = [None if each is None else np.atleast_2d(each[index]) for each in kinds]
+            first = next(each for each in weights if each is not None)
+            words = f"{first.min():.3f} to {first.max():.3f}"
+            maps.append((name, *(None if each is None else veil(each) for each in weights), words))
             if name in predictions.predictors:
                 answer = predictions.predictors[name].named[image]
                 says.append(f"{name} {'right' if answer == predictions.labels[image] else f'says {classes[answer]}'}")
@@ -247,15 +250,18 @@ def attention_section(predictions: Predictions, pictures: Pictures, classes: Seq
     fused = "The fused classifier sees the maps of all students: the mean of their weights, and all their channels."
     height, width = pictures.images.shape[1:3]
     spans = [float((each.max(axis=(1, 2)) - each.min(axis=(1, 2))).max()) for each in pictures.places.values()]
+    span = max(spans, default=1.0)
     flat = (
-        f"Within each of these images the weights of places differ by at most {max(spans):.3f}: the attention hardly "
+        f"Within each of these images the weights of places differ by at most {span:.3f}: the attention hardly "
         "chooses between places, for its sigmoid is saturated. The pictures show the order of places, which has next "
         "to no effect here; `--method.attention_norm true` starts at 1/2."
     )
     return {
-        "flat": flat if max(spans) < FLAT else "",
+        "flat": flat if span < FLAT else "",
         "images": images,
-        "columns": 1 + len(pictures.places),
+        "columns": 1 + len(names),
         "ratio": f"{width} / {height}",
-        "fused": fused if "fused" in pictures.places else "",
+        "fused": fused if "fused" in names else "",
+        "places": bool(pictures.places),
+        "channels": bool(pictures.channels),
     }

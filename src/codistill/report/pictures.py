@@ -1,4 +1,4 @@
-"""Pictures of a report: test images, and the dual attention on some of them, kept small beside the run."""
+"""Pictures of a report: test images, and the attention on some of them, kept small beside the run."""
 
 import base64
 import io
@@ -50,8 +50,8 @@ class Pictures:
         positions: int64 [picture], of each one in the test split.
         images: uint8 [picture, height, width, 3].
         attended: int64 [attended], positions of those that attention was computed for.
-        channels: By predictor, float32 [attended, channel], weights of channels, 0 to 1.
-        places: By predictor, float32 [attended, height, width], weights of places, 0 to 1.
+        channels: By predictor that weights them, float32 [attended, channel], weights of channels, 0 to 1.
+        places: By predictor that weights them, float32 [attended, height, width], weights of places, 0 to 1.
     """
 
     positions: npt.NDArray[np.int64]
@@ -143,6 +143,8 @@ def keep_pictures(run: RunFolder, method: Method, predictions: Predictions, stud
         method.train(training)
     for name, maps in found.items():
         for kind, weights in maps._asdict().items():
+            if weights is None:
+                continue
             arrays[f"{kind}/{name}"] = weights.float().cpu().numpy().astype(np.float32)
     with replaced(run.path / NAME) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
@@ -190,11 +192,10 @@ def _check(pictures: Pictures) -> None:
     whole = images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3 and min(images.shape[1:3]) > 0
     listed = pictures.positions.dtype == np.int64 and pictures.positions.shape == images.shape[:1]
     attended = pictures.attended.dtype == np.int64 and pictures.attended.ndim == 1
-    alike = pictures.channels.keys() == places.keys()
     shaped = all(each.ndim == 3 and len(each) == len(pictures.attended) and each.size for each in places.values())
     beside = all(each.ndim == 2 and len(each) == len(pictures.attended) for each in pictures.channels.values())
     numbers = all(each.dtype == np.float32 for kind in (places, pictures.channels) for each in kind.values())
-    if not (whole and listed and attended and alike and shaped and beside and numbers):
+    if not (whole and listed and attended and shaped and beside and numbers):
         raise ValueError("no pictures of a report")
 
 

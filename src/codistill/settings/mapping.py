@@ -10,7 +10,7 @@ from codistill.core.registry import near_matches, unknown_name
 from codistill.methods import METHODS
 from codistill.settings.config import SETTINGS, RunConfig, default_config
 from codistill.settings.kinds import convert, describe, shown
-from codistill.settings.removed import instead
+from codistill.settings.removed import VALUES, instead
 
 T = TypeVar("T")
 Where = Callable[[str], str]
@@ -92,7 +92,9 @@ def _typed(key: str, value: Any, kind: Any, where: str) -> Any:
     try:
         return convert(value, kind)
     except TypeError:
-        raise UsageError(f"{where}: {key} is {shown(value)}; it must be {describe(kind)}") from None
+        now = VALUES.get((key, value)) if isinstance(value, bool) else None
+        use = f"; in place of {str(value).lower()} write {now!r}" if now else ""
+        raise UsageError(f"{where}: {key} is {shown(value)}; it must be {describe(kind)}{use}") from None
 
 
 LISTS = tuple(key for key, (_, field) in SETTINGS.items() if describe(field.type).startswith("a list"))

@@ -1,4 +1,4 @@
-"""Settings that were removed, or that other tools have, and what to use instead."""
+"""Settings and values that were removed, or that other tools have, and what to use instead."""
 
 import re
 from collections.abc import Iterable
@@ -11,6 +11,13 @@ REMOVED = {
     "max_restarts": f"give it to torchrun: {RANKS.replace('-m', '--max-restarts R -m')}",
 }
 """What to do instead of each, for error lines."""
+VALUES = {
+    ("method.multiscale", True): "hs",
+    ("method.multiscale", False): "none",
+    ("method.attention", True): "cbam",
+    ("method.attention", False): "none",
+}
+"""What to write in place of a setting's former values."""
 
 FOREIGN = {
     "optimiser optim opt adam adamw sgd": "choose it with --optimizer: sgd or adamw",
@@ -37,8 +44,10 @@ FOREIGN = {
     "resume continue": "an interrupted run continues with: codistill resume RUN",
     "launcher strategy distributed multiprocessing_distributed world_size local_rank": "torchrun starts the ranks",
     "config cfg": "settings are read from a file with --recipe",
+    "method.no_multiscale": "write --method.multiscale none",
+    "method.no_attention": "write --method.attention none",
 }
-"""What there is instead of settings of other tools, several names a line."""
+"""What there is instead of settings of other tools, or forms of our own, several names a line."""
 
 
 def instead(key: str, known: Iterable[str] | None = None) -> str | None:
