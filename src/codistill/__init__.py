@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from codistill.methods.kd import KD, WithTeacher
     from codistill.methods.kdcl import KDCL
     from codistill.methods.mfef import MFEF
+    from codistill.methods.okd_cheap import OKDCheap
     from codistill.methods.okddip import OKDDip
     from codistill.methods.one import ONE
     from codistill.methods.pcl import PCL
@@ -95,6 +96,7 @@ __all__ = [
     "Method",
     "MethodSettings",
     "Network",
+    "OKDCheap",
     "OKDDip",
     "Outputs",
     "ParameterGroup",

@@ -223,7 +223,7 @@ def permuted(method: Method, order: list[int]) -> dict[str, Tensor]:
     state = {}
     for name, tensor in method.state_dict().items():
         owner = re.match(
-            r"(cohort\.students|connectors|embeddings|enhancements|exits|means\.students|fusion\.adapters)\.(\d+)\.",
+            r"(cohort\.students|connectors|embeddings|enhancements|exits|means\.students|fusion\.(?:adapters|norms))\.(\d+)\.",
             name,
         )
         if owner:

@@ -400,3 +400,10 @@ def test_maps_of_unlike_resolution_depend_on_the_image_size(tiny_network):
         assert [len(adapter) for adapter in method.fusion.adapters] == [0, 1]
         assert method.fusion.adapters[1](torch.randn(2, 8, *size)).shape[2:] == shape
         assert method(torch.randn(2, 3, *size)).fused_logits.shape == (2, 3)
+
+
+def test_alone_a_student_has_the_components_that_it_carries():
+    chosen = MFEF.alone(MFEFSettings(multiscale="psa", attention="none"))
+    assert chosen is not None and (chosen.multiscale, chosen.distillation) == ("psa", "none")
+    assert MFEF.alone(MFEFSettings(multiscale="none", attention="none")) is None
+    assert MFEF.alone(MFEFSettings(multiscale="none", head_input="msfe")) is None

@@ -11,7 +11,13 @@ from codistill.networks.network import parameter_count
 from codistill.networks.probe import probe_shapes
 
 NAMES = [name for name in NETWORKS if "*" not in name]
-OPTIONS = ["resnet20:shortcut=A", "densenet-40-12-plain:initial_channels=24", "mobilenetv2:feature_point=last-block"]
+CHEAP = ["resnet8:conv=depthwise", "resnet8:conv=group,groups=4", "resnet8:conv=shift"]
+OPTIONS = [
+    "resnet20:shortcut=A",
+    "densenet-40-12-plain:initial_channels=24",
+    "mobilenetv2:feature_point=last-block",
+    *CHEAP,
+]
 # One network for each kind of block: what computes runs on these, shapes of all are checked on the meta device.
 KINDS = ["resnet20:shortcut=A", "resnet20:shortcut=B", "wrn-16-2", "densenet-40-12", "vgg8", *OPTIONS[1:]]
 

@@ -77,6 +77,7 @@ def test_what_the_sources_say():
         "ffl": (301, [150, 225], True, 1e-4, 3.0, 1e-7, True),
         "one": (300, [151, 225], False, 1e-4, 3.0, 1e-7, True),
         "okddip": (300, [150, 225], True, 5e-4, 3.0, 1e-7, False),
+        "okd-cheap": (300, [150, 225], False, 2e-4, 4.0, None, False),
         "dml": (200, [60, 120, 180], True, 1e-4, 1.0, None, None),
         "kdcl": (300, [150, 225], True, 1e-4, 2.0, None, None),
     }
@@ -172,7 +173,8 @@ def test_networks_of_a_recipe_are_renamed(chosen, tmp_path):
 
 def test_an_unknown_preset_is_refused(capsys, tmp_path):
     refused(capsys, tmp_path, "unknown preset 'okdip': did you mean okddip", "--preset", "okdip", *PAIR)
-    refused(capsys, tmp_path, "unknown preset 'x': choose from dml, ffl, kdcl, mfef, okddip, one", "--preset=x", *PAIR)
+    every = "dml, ffl, kdcl, mfef, okd-cheap, okddip, one"
+    refused(capsys, tmp_path, f"unknown preset 'x': choose from {every}", "--preset=x", *PAIR)
     refused(capsys, tmp_path, "--preset: name a value after it", *PAIR, "--preset")
 
 

@@ -54,6 +54,7 @@ def stopped(colours: str, out: Path, step: int, *more: str, method: str = "mfef"
         ("dml", 2),
         ("rocket", 6),
         ("cl-ilr", 2),
+        ("okd-cheap", 5),
     ]
     + [("okdph", step) for step in (2, 3, 4, 6)],  # of an epoch of three steps: within, at and after its end
 )
@@ -63,6 +64,20 @@ def test_summary_and_metrics_are_those_of_an_undisturbed_run(colours, tmp_path, 
     assert end_state(tmp_path / "broken") == end_state(tmp_path / "whole")
     whole = cd.Run(tmp_path / "whole").summary
     assert tiny.untimed(broken.summary) == tiny.untimed(whole)
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("okd-cheap", ("--networks", "resnet8:conv=shift", "resnet8:conv=group,groups=2")),
+        *(("mfef", ("--method.multiscale", each)) for each in ("psa", "aspp")),
+    ],
+    ids=["cheap", "psa", "aspp"],
+)
+def test_cheap_convolutions_and_multi_scale_blocks_resume_exactly(colours, tmp_path, method, more):
+    assert run_here(arguments(colours, tmp_path / "whole", *more, method=method)) == 0
+    resume(stopped(colours, tmp_path / "broken", 4, *more, method=method), show=False)
+    assert end_state(tmp_path / "broken") == end_state(tmp_path / "whole")
 
 
 @pytest.mark.fault(96)

@@ -67,6 +67,12 @@ PRESETS: dict[str, Preset] = {
         settings=_CODE | {"detach_teachers": False},
         networks={"resnet110": "resnet110-bottleneck"},
     ),
+    "okd-cheap": Preset(
+        method="okd-cheap",
+        source="EthanZhangYC/OD-cheap-convolution at a405c9e: no Nesterov, weight decay 2e-4, KL averaged over classes",
+        run=_RUN | {"nesterov": False, "weight_decay": 2e-4},
+        settings={"temperature": 4.0, "ramp_up": 0.0, "detach_teachers": False, "mean_over_classes": True},
+    ),
     "dml": Preset(
         method="dml",
         source="Zhang et al., CVPR 2018 (200 epochs, lr / 10 every 60), and their code: T = 1, in turn, no 1/(n-1)",
