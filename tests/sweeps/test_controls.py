@@ -14,6 +14,8 @@ from codistill.sweeps import controls
 from codistill.sweeps.controls import CONTROLS, measured_factor, with_controls
 from codistill.sweeps.spec import PlannedRun, read_spec
 
+from .. import tiny
+
 SPEC = """
 data = "digits"
 networks = ["resnet20", "resnet20"]
@@ -47,16 +49,6 @@ def test_each_run_has_its_controls_once(tmp_path, measured):
     runs = planned(tmp_path)
     added = {name: run for name, run in runs.items() if name.partition("-")[0] not in ("mfef", "dml")}
     # Both methods have the same networks: alone, its average, so many more epochs; mfef deploys components.
-    assert sorted(added) == sorted(
-        f"{kind}-{name}-seed{seed}".replace("independent-", "")
-        for kind, name in (
-            ("alone", "independent"),
-            ("ema", "independent"),
-            ("equal-compute", "independent"),
-            ("parameter-matched", "mfef"),
-        )
-        for seed in (0, 1)
-    ) or (sorted({run.group for run in added.values()}) and len(added) == 8)
     by_kind = {kind: [run for name, run in added.items() if name.startswith(kind)] for kind in CONTROLS}
     assert {kind: len(each) for kind, each in by_kind.items()} == dict.fromkeys(CONTROLS, 2)
     for run in added.values():
@@ -96,15 +88,13 @@ def test_what_was_measured_is_kept(tmp_path, measured):
         planned(tmp_path)
 
 
-def test_a_factor_is_measured(tmp_path):
-    (run, *_) = read_spec(_written(tmp_path))
+def test_a_factor_is_measured(tmp_path, tiny_registered):
+    colours = tiny.write_npz(tmp_path / "colours.npz", tiny.data())
+    text = f'data = "packed"\ndata_dir = "{colours}"\nnetworks = ["tiny", "tiny"]\nbatch_size = 8\n'
+    (tmp_path / "spec.toml").write_text(text)
+    (run,) = read_spec(tmp_path / "spec.toml")
     # Two networks and what lies between them take longer than one.
-    assert 1.2 < measured_factor(run.config, "resnet20") < 20
-
-
-def _written(folder: Path) -> Path:
-    (folder / "spec.toml").write_text(SPEC + "batch_size = [16]\n")
-    return folder / "spec.toml"
+    assert 1.1 < measured_factor(run.config, "tiny") < 50
 
 
 def test_they_are_listed(capsys):
@@ -115,6 +105,7 @@ def test_they_are_listed(capsys):
     assert [each["name"] for each in json.loads(capsys.readouterr().out)["controls"]] == list(CONTROLS)
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_them(tmp_path, measured, monkeypatch):
     text = 'data = "digits"\nmethod = "dml"\nnetworks = ["resnet8", "resnet8"]\nepochs = 1\ntrain_limit = 32\n'
     (tmp_path / "spec.toml").write_text(text + "batch_size = 16\nthreads = 1\nmilestones = []\n")
