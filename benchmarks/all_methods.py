@@ -4,7 +4,7 @@
         --train-limit 10000 --out runs/all-methods
 
 Each method gets two students (okddip three: two peers and the leader; rocket a light net and a booster; byot one).
-kd's teacher is the better student of a run of `independent` with --teacher-network, trained first. Another start
+The teacher of those that need one is a run of `independent` with --teacher-network, trained first. Another start
 resumes the runs that an interrupted one has started.
 """
 
@@ -44,13 +44,22 @@ class Options:
     seed: int = 0
     methods: tuple[str, ...] = ()
     """Which methods; none named: all."""
+    evaluate_every: int | None = None
+    """Epochs between evaluations; None: at the end alone."""
+    threads: int | None = None
+    """Threads of a run on a CPU; None: all."""
     side_by_side: int = 1
     """How many runs share the device at a time."""
 
 
 def config_of(method: str, options: Options) -> RunConfig:
-    train = TrainSettings(epochs=options.epochs, train_limit=options.train_limit, seed=options.seed)
-    execution = ExecutionSettings(precision=options.precision, device=options.device)
+    train = TrainSettings(
+        epochs=options.epochs,
+        evaluate_every=options.evaluate_every or options.epochs,
+        train_limit=options.train_limit,
+        seed=options.seed,
+    )
+    execution = ExecutionSettings(precision=options.precision, device=options.device, threads=options.threads)
     networks = (options.network,) * STUDENTS.get(method, 2)
     config = replace(default_config(method), networks=networks, data=options.data, data_dir=options.data_dir)
     return replace(config, train=train, execution=execution)
@@ -106,8 +115,9 @@ def main(options: Options) -> None:
     resume_started(list(outs.values()))
     wanted = [name for name, out in outs.items() if not is_started(out)]
     configs = {name: config_of(name, options) for name in wanted}
-    if "kd" in configs:
-        configs["kd"] = replace(configs["kd"], teaching=TeacherSettings(teacher=str(teacher)))
+    for name in wanted:
+        if METHODS[name].teacher == "required":
+            configs[name] = replace(configs[name], teaching=TeacherSettings(teacher=str(teacher)))
     for index in range(math.ceil(len(wanted) / options.side_by_side)):
         part = wanted[index * options.side_by_side : (index + 1) * options.side_by_side]
         train_fleet([configs[name] for name in part], [outs[name] for name in part])

@@ -101,6 +101,9 @@ class BYOT(Method):
     """
 
     settings: BYOTSettings
+    family = "self"
+    year = 2019
+    exchanges = "logits, features"
 
     def build(self) -> None:
         """Make the exits of each student."""

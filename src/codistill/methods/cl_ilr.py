@@ -68,6 +68,9 @@ class CLILR(Method):
     """
 
     settings: CLILRSettings
+    family = "online"
+    year = 2018
+    exchanges = "logits"
     teacher = "allowed"
     min_students = 2
 

@@ -57,6 +57,9 @@ class DML(Method):
     """
 
     settings: DMLSettings
+    family = "online"
+    year = 2018
+    exchanges = "logits"
     teacher = "allowed"
     min_students = 2
 

@@ -59,6 +59,9 @@ class FFL(Method):
     """
 
     settings: FusionSettings
+    family = "online"
+    year = 2020
+    exchanges = "logits, features"
     teacher = "allowed"
     min_students = 2
 

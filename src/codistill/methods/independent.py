@@ -24,6 +24,7 @@ class Independent(Method):
     """
 
     settings: IndependentSettings
+    family = "baseline"
 
     def losses(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
         """Compute `ce/student<j>` for each student."""

@@ -90,6 +90,9 @@ class KD(Method):
     """
 
     settings: KDSettings
+    family = "offline"
+    year = 2015
+    exchanges = "logits"
     teacher = "required"
 
     def losses(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:

@@ -186,6 +186,9 @@ class KDCL(Method):
     """
 
     settings: KDCLSettings
+    family = "online"
+    year = 2020
+    exchanges = "logits"
     teacher = "allowed"
     min_students = 2
 

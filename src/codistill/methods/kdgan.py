@@ -64,6 +64,9 @@ class KDGAN(Method):
     """
 
     settings: KDGANSettings
+    family = "offline"
+    year = 2018
+    exchanges = "logits"
     min_students = 2
     max_students = 2
 

@@ -150,6 +150,9 @@ class MCL(Method):
     """
 
     settings: MCLSettings
+    family = "online"
+    year = 2022
+    exchanges = "logits, embeddings"
     teacher = "allowed"
     min_students = 2
 

@@ -22,6 +22,8 @@ from codistill.networks.origin import DRAWN, Marked, mark
 from codistill.networks.probe import probing
 
 TeacherRule = Literal["required", "allowed", "refused"]
+Family = Literal["baseline", "offline", "online", "self"]
+"""Section 2 of MFEF (ICANN 2022): from a trained teacher, from each other, or from the network's own deeper parts."""
 MethodClass = type["Method"]
 
 
@@ -135,6 +137,12 @@ class Method(Marked):
     max_students: ClassVar[int | None] = None
     like_students: ClassVar[bool] = False
     """Whether all students must be the same network."""
+    family: ClassVar[Family | None] = None
+    """Its place in docs/methods.md, of methods of this package."""
+    year: ClassVar[int | None] = None
+    """Of the publication."""
+    exchanges: ClassVar[str] = "nothing"
+    """What students learn from each other or from a teacher: logits, features, embeddings, weights."""
     teacher: ClassVar[TeacherRule] = "refused"
     """Whether a frozen teacher must, may or must not be given beside the students."""
     teacher_maps: ClassVar[bool] = False

@@ -105,6 +105,9 @@ class MFEF(Method):
     """
 
     settings: MFEFSettings
+    family = "online"
+    year = 2022
+    exchanges = "logits, features"
     teacher = "allowed"
 
     @classmethod

@@ -76,6 +76,9 @@ class OKDDip(Method):
     """
 
     settings: OKDDipSettings
+    family = "online"
+    year = 2020
+    exchanges = "logits"
     teacher = "allowed"
     min_students = 3
 

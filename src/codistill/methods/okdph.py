@@ -83,6 +83,9 @@ class OKDPH(Method):
     """
 
     settings: OKDPHSettings
+    family = "online"
+    year = 2023
+    exchanges = "logits, weights"
     min_students = 2
     like_students = True
 

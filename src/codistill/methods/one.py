@@ -68,6 +68,9 @@ class ONE(Method):
     """
 
     settings: DistillationSettings
+    family = "online"
+    year = 2018
+    exchanges = "logits"
     teacher = "allowed"
     min_students = 2
 

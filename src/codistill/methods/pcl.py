@@ -70,6 +70,9 @@ class PCL(Method):
     """
 
     settings: PCLSettings
+    family = "online"
+    year = 2021
+    exchanges = "logits, features"
     teacher = "allowed"
     min_students = 2
 

@@ -46,6 +46,9 @@ class Rocket(Method):
     """
 
     settings: RocketSettings
+    family = "online"
+    year = 2018
+    exchanges = "logits"
     min_students = 2
     max_students = 2
 

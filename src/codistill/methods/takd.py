@@ -20,3 +20,6 @@ class TAKD(KD):
     """
 
     settings: KDSettings
+    family = "offline"
+    year = 2020
+    exchanges = "logits"
