@@ -55,6 +55,7 @@ def stopped(colours: str, out: Path, step: int, *more: str, method: str = "mfef"
         ("rocket", 6),
         ("cl-ilr", 2),
         ("okd-cheap", 5),
+        ("switokd", 2),
     ]
     + [("okdph", step) for step in (2, 3, 4, 6)],  # of an epoch of three steps: within, at and after its end
 )

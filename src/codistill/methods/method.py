@@ -78,11 +78,16 @@ class MethodSettings:
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters with one weight decay; `weight_decay` None means the run's own."""
+    """Parameters with one weight decay; `weight_decay` None means the run's own.
+
+    `pause` is a number on the device, 0 or 1, that `losses` may set in place: at 1 the step that follows leaves the
+    parameters, and what the optimiser keeps of them, as they are.
+    """
 
     name: str
     parameters: tuple[nn.Parameter, ...]
     weight_decay: float | None = None
+    pause: Tensor | None = None
 
 
 def with_teacher_terms(losses: Callable[..., Terms]) -> Callable[..., Terms]:

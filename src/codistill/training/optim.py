@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,28 @@ from codistill.methods import Method
 from codistill.settings.config import TrainSettings
 
 
+def pausing(step: Callable[[Any], Any]) -> Any:
+    """Have a fused step leave groups alone whose `pause` is 1, without a host read; see `ParameterGroup`."""
+
+    def step_by_groups(optimizer: Any) -> None:
+        groups = optimizer.param_groups
+        try:
+            for group in groups:
+                # What fused kernels skip a step for, when gradients overflow.
+                optimizer.param_groups, optimizer.found_inf = [group], group["pause"]
+                step(optimizer)
+        finally:
+            optimizer.param_groups = groups
+
+    return step_by_groups
+
+
 class SGD(torch.optim.SGD):
     """SGD that does not import the compiler, for which a first step would wait 2 s; nothing here compiles updates."""
 
     add_param_group = inspect.unwrap(torch.optim.SGD.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.SGD.zero_grad)
-    step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
+    step = pausing(torch.no_grad()(inspect.unwrap(torch.optim.SGD.step)))
 
 
 class AdamW(torch.optim.AdamW):
@@ -24,7 +40,7 @@ class AdamW(torch.optim.AdamW):
 
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    step = pausing(torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step)))
     _warned_capturable_if_run_uncaptured = True  # the first steps before a capture are plain ones
 
 
@@ -43,9 +59,9 @@ def make_optimizer(method: Method, settings: TrainSettings) -> torch.optim.Optim
         decay = settings.weight_decay if group.weight_decay is None else group.weight_decay
         decayed = [each for each in group.parameters if settings.decays_norms or each.ndim > 1]
         kept = {id(each) for each in decayed}
-        groups.append({"params": decayed, "weight_decay": decay, "name": group.name})
+        groups.append({"params": decayed, "weight_decay": decay, "name": group.name, "pause": group.pause})
         if plain := [each for each in group.parameters if id(each) not in kept]:
-            groups.append({"params": plain, "weight_decay": 0.0, "name": f"{group.name}, not decayed"})
+            groups.append({**groups[-1], "params": plain, "weight_decay": 0.0, "name": f"{group.name}, not decayed"})
     device = next(method.parameters()).device
     rate = torch.tensor(settings.learning_rate, device=device)
     optimizer: torch.optim.Optimizer
