@@ -18,6 +18,7 @@ from codistill.training.resume import resume
 
 from .. import tiny
 from ..faults.running import arguments, at_step, end_state, evaluate_in_batches, run_here
+from .rank_program import forked, program
 
 pytestmark = pytest.mark.usefixtures("tiny_registered", "no_pages")
 
@@ -129,6 +130,23 @@ def test_a_streamed_run_is_the_run_in_memory(photos, tmp_path, monkeypatch, meth
     for out, how in (("memory", "off"), ("streamed", "on")):
         assert run_here(command(photos, tmp_path / out, "--stream", how, "--validation", "5", method=method)) == 0
     assert end_state(tmp_path / "streamed") == end_state(tmp_path / "memory")
+
+
+MIXED = ["--mixup", "0.4", "--cutmix", "1.0", "--sampling", "balanced", "--auto-augment", "randaugment"]
+
+
+@pytest.mark.parametrize("mixed", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_streamed_ranks_end_as_those_with_images_in_memory(photos, tmp_path, mixed):
+    for out, how in (("memory", "off"), ("streamed", "on")):
+        line = command(photos, tmp_path / out, "--stream", how, *(MIXED if mixed else []), method="dml")
+        assert forked(lambda line=line: program(line)) == [0, 0]
+    assert end_state(tmp_path / "streamed") == end_state(tmp_path / "memory")
+
+
+def test_streamed_runs_side_by_side_end_as_those_alone_in_memory(photos, tmp_path):
+    assert run_here(command(photos, tmp_path / "several", "--stream", "on", *MIXED, "--seeds", "0", "1")) == 0
+    assert run_here(command(photos, tmp_path / "alone", "--stream", "off", *MIXED, "--seed", "1")) == 0
+    assert end_state(tmp_path / "several" / "seed1") == end_state(tmp_path / "alone")
 
 
 @pytest.mark.fault(152)
