@@ -88,11 +88,35 @@ def test_what_is_looked_up_of_a_folder(tmp_path):
     pictures(tmp_path / "photos/train/a", (8, 9), (8, 9))
     pictures(tmp_path / "photos/train/b", (8, 9), (7, 9))
     pictures(tmp_path / "photos/test/a", (1, 1))
+    (tmp_path / "photos/test/b").mkdir()
     (tmp_path / "photos/train/a/bad.png").write_bytes(b"no image")
     assert look_up("folder", str(tmp_path / "photos")) == Known(5, (8, 9), False, True)
-    pictures(tmp_path / "flat/a", *[(8, 9)] * 10)
+    for name in ("a", "b"):
+        pictures(tmp_path / "flat" / name, *[(8, 9)] * 5)
     assert look_up("folder", str(tmp_path / "flat")) == Known(8, (8, 9), True, True)
+    assert look_up("folder:resize=4", str(tmp_path / "flat")).size == (4, 4)
     assert look_up("digits", None).size == (32, 32)
+
+
+def test_what_is_looked_up_of_a_table(tmp_path):
+    pictures(tmp_path / "photos", (8, 9), (8, 9), (8, 9), (6, 9), (5, 9))
+    lines = [f"photos/{number}.png,{'ab'[number % 2]}" for number in range(5)]
+    (tmp_path / "labels.csv").write_text("\n".join(["file,class", *lines]))
+    assert look_up("table", str(tmp_path / "labels.csv")) == Known(4, (8, 9), False, True)
+    splits = ("train", "train", "train", "val", "test")
+    lines = [f"{line},{split}" for line, split in zip(lines, splits, strict=True)]
+    (tmp_path / "splits.tsv").write_text("\n".join(["file,which,split", *lines]).replace(",", "\t"))
+    asked = f"table:label=which,images={tmp_path}"
+    assert look_up(asked, str(tmp_path / "splits.tsv")) == Known(3, (8, 9), True, True, validation=True)
+
+
+def test_what_is_looked_up_of_a_saved_data_set(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    photos = [Image.new("RGB", (9, 8 + number // 4)) for number in range(5)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    saved = datasets.Dataset.from_dict({"image": photos, "label": [0, 1, 0, 1, 0]}, features=features)
+    datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(str(tmp_path / "saved"))
+    assert look_up("huggingface", str(tmp_path / "saved")) == Known(5, (8, 9), False, True)
 
 
 def test_a_folder_without_images_is_one_line(tmp_path):
@@ -102,11 +126,11 @@ def test_a_folder_without_images_is_one_line(tmp_path):
         (tmp_path / "file.txt").write_text("no folder")
         with pytest.raises(DataError, match=str(root)):
             look_up("folder", str(root))
-    pictures(tmp_path / "one/a", (8, 9))
-    assert look_up("folder", str(tmp_path / "one")).images == 1
-    (tmp_path / "bad/a").mkdir(parents=True)
-    (tmp_path / "bad/a/1.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"none of the images .* can be read, such as .*1\.png"):
+    for name in ("a", "b"):
+        (tmp_path / "bad" / name).mkdir(parents=True)
+        for number in range(2):
+            (tmp_path / "bad" / name / f"{number}.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"none of the images .* can be read, such as a/.\.png"):
         look_up("folder", str(tmp_path / "bad"))
 
 

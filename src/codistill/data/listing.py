@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,6 +102,31 @@ class Reading:
         return (sides[0], sides[-1]) if sides[0] else None
 
 
+class _Found(Exception):
+    """Carries what a data set has listed past it, to whom `listed_by` returns it."""
+
+    def __init__(self, root: Path, parts: Mapping[str, Listed]) -> None:
+        super().__init__()
+        self.root, self.parts = root, parts
+
+
+_listing: ContextVar[bool] = ContextVar("whether images are listed only", default=False)
+
+
+def listed_by(load: Callable[[], Dataset]) -> tuple[Path, Mapping[str, Listed]] | Dataset:
+    """Return the images of each split that a data set of image files would decode, and the folder of their names.
+
+    Of another one, which lists nothing, return the data set itself.
+    """
+    token = _listing.set(True)
+    try:
+        return load()
+    except _Found as found:
+        return found.root, found.parts
+    finally:
+        _listing.reset(token)
+
+
 def in_order(classes: Iterable[str]) -> list[str]:
     """Return the names of classes sorted: as numbers, if all are whole numbers."""
     names = sorted(classes)
@@ -143,6 +169,8 @@ def read_listed(
         UsageError: Test images are to be drawn where there are some.
     """
     parts, drawn = _with_test(root, parts, reading)
+    if _listing.get():
+        raise _Found(root, parts)
     size = reading.size or _usual_size(root, parts["train"])
     unlike: dict[str, str] = {}
     splits: dict[str, Split] = {}

@@ -1,10 +1,10 @@
 """A recipe for a data set of which nothing else is known: each choice with its reason."""
 
 import inspect
+import io
 import math
-import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,8 @@ from PIL import Image
 from codistill.core.errors import DataError
 from codistill.core.host import cores
 from codistill.core.registry import parse_spec, with_options
-from codistill.data.dataset import DATASETS, dataset
-from codistill.data.images import SUFFIXES
-from codistill.data.listing import PARTS
+from codistill.data.dataset import DATASETS, Dataset, dataset
+from codistill.data.listing import Listed, listed_by
 from codistill.methods import METHODS
 from codistill.networks import network
 from codistill.networks.probe import forward_flop
@@ -74,33 +73,26 @@ def look_up(spec: str, root: str | None) -> Known:
     """
     name, options = parse_spec(spec)
     resizable = "resize" in inspect.signature(DATASETS[name]).parameters and not options.get("resize")
-    place = Path(root or "")
-    training = place / "train" if (place / "train").is_dir() else place
-    files = list(image_files(training)) if root and resizable else []  # none of a file or a missing folder
-    if not files:  # images that are no files of their own; or the data set says what is wrong
-        data = dataset(spec, root)
-        return Known(len(data.train), data.image_size, validation=data.validation is not None)
-    sizes = Counter(size for path in files[:: math.ceil(len(files) / PROBED)] if (size := header_size(path)))
+    found = listed_by(lambda: dataset(spec, root)) if resizable else dataset(spec, root)
+    if isinstance(found, Dataset):
+        return Known(len(found.train), found.image_size, validation=found.validation is not None)
+    place, parts = found
+    listed = parts["train"]
+    positions = range(0, len(listed), math.ceil(len(listed) / PROBED)) if len(listed) else ()
+    sizes = Counter(size for position in positions if (size := header_size(place, listed, position)))
     if not sizes:
-        raise DataError(f"{root}: none of the images that were looked at can be read, such as {files[0]}")
-    held = any((place / each).is_dir() for each in PARTS["validation"])
-    images = len(files) if training != place and (held or (place / "test").is_dir()) else max(1, len(files) * 4 // 5)
-    return Known(images, sizes.most_common(1)[0][0], len(sizes) == 1, True, held and (place / "test").is_dir())
+        first = f", such as {listed.names[0]}" if listed.names else ""
+        raise DataError(f"{root}: none of the images that were looked at can be read{first}")
+    return Known(len(listed), sizes.most_common(1)[0][0], len(sizes) == 1, True, "validation" in parts)
 
 
-def image_files(place: Path) -> Iterator[Path]:
-    """Yield image files below a folder, by their names, in order."""
-    for folder, inner, files in os.walk(place):
-        inner[:] = sorted(each for each in inner if not each.startswith("."))
-        yield from (Path(folder, each) for each in sorted(files) if Path(each).suffix.lower() in SUFFIXES)
-
-
-def header_size(path: Path) -> tuple[int, int] | None:
-    """Return height and width of an image file as its header has them, pixels; None: it cannot be read."""
+def header_size(place: Path, listed: Listed, position: int) -> tuple[int, int] | None:
+    """Return height and width of a listed image as its header has them, pixels; None: it cannot be read."""
     try:
-        with Image.open(path) as image:
+        file = place / listed.names[position] if listed.read is None else io.BytesIO(listed.read(position))
+        with Image.open(file) as image:
             return image.height, image.width
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except (DataError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
 
 
