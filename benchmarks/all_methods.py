@@ -3,9 +3,9 @@
     python benchmarks/all_methods.py --data packed --data-dir cifar100.npz --network resnet20 --epochs 3 \
         --train-limit 10000 --out runs/all-methods
 
-Each method gets two students (okddip three: two peers and the leader; rocket a light net and a booster; byot one).
-The teacher of those that need one is a run of `independent` with --teacher-network, trained first. Another start
-resumes the runs that an interrupted one has started.
+Each method gets two students (okddip and ffsd three: two peers and the leader; rocket a light net and a booster; byot
+one). The teacher of those that need one is a run of `independent` with --teacher-network, trained first. Another
+start resumes the runs that an interrupted one has started.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from codistill.training.fleet import train_fleet
 from codistill.training.resume import resume_together
 from codistill.training.train import train_from_config
 
-STUDENTS = {"okddip": 3, "byot": 1}
+STUDENTS = {"okddip": 3, "ffsd": 3, "byot": 1}
 
 
 @dataclass(frozen=True)

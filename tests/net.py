@@ -28,6 +28,7 @@ CASES: dict[str, tuple[str, ...]] = {
         for name in ("ahbf", "cl-ilr", "dml", "ffl", "independent", "kdcl", "mcl", "mfef", "okdph", "one", "pcl")
     },
     "okddip": (*PAIR, "resnet20"),
+    "ffsd": (*PAIR, "resnet20"),
     "switokd": ("--networks", "resnet20", "resnet32"),
     "rocket": ("--networks", "resnet20", "resnet32"),
     "byot": ("--networks", "resnet20"),

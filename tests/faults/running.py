@@ -26,7 +26,8 @@ STEPS, EPOCHS = 3, 2
 
 def arguments(data: str, out: Path, *more: str, method: str = "mfef") -> list[str]:
     """The command line of a tiny training."""
-    flags = ["--networks", "tiny", "tiny", "--data", "packed", "--data-dir", data, "--epochs", str(EPOCHS)]
+    students = ["tiny"] * max(2, cd.METHODS[method].min_students)
+    flags = ["--networks", *students, "--data", "packed", "--data-dir", data, "--epochs", str(EPOCHS)]
     return ["train", method, *flags, "-b", "8", "--lr", "0.05", "--threads", "1", "--out", str(out), *more]
 
 

@@ -188,7 +188,7 @@ def test_no_number_of_a_method_may_be_nan_infinite_or_negative(capsys, tmp_path,
                 flag = f"--method.{each.name}={value}"
                 refused(capsys, train(colours, flag, method=method), 2, f"method.{each.name} is {float(value)}", "must")
         elif each.type in (int, int | None):
-            students = ("tiny",) * 3 if method == "okddip" else ("tiny", "tiny")
+            students = ("tiny",) * max(2, METHODS[method].min_students)
             line = refused(
                 capsys, train(colours, f"--method.{each.name}=-1", method=method, networks=students), 2, "-1"
             )

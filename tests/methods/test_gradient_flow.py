@@ -19,7 +19,7 @@ NAMES = list(METHODS)
 TEACHABLE = [name for name in NAMES if METHODS[name].teacher != "refused" and METHODS[name].adds_teacher_terms]
 SEEDS = range(6)  # so many because a hidden layer of one unit may be dead at the start
 KINDS = {"branch": "branch", "branches": "branch", "enhancement": "enhancement", "enhancements": "enhancement"}
-KINDS |= {"head": "head", "heads": "head", "connector": "connector", "embedding": "embedding"}
+KINDS |= {"head": "head", "heads": "head", "connector": "connector", "decoder": "decoder", "embedding": "embedding"}
 
 
 def small_network() -> Network:
@@ -55,7 +55,7 @@ def parts(method: Method) -> dict[str, nn.Module]:
             found[f"branch{index}/stage{number}"] = stage
         found[f"head{index}"] = student.head
     for name, module in method.named_children():
-        if name in ("enhancements", "connectors", "embeddings"):
+        if name in ("enhancements", "connectors", "decoders", "embeddings"):
             found |= {f"{name[:-1]}{index}": each for index, each in enumerate(module)}
         elif name == "assistants":
             found |= {f"assistant{number}": each for number, each in enumerate(module.layers, start=1)}
@@ -100,6 +100,8 @@ def expand(group: str, term: str, count: int, known: Iterable[str]) -> set[str]:
     word, _, kind = group.partition(" ")
     if group == "own stages up to the exit":
         return {f"branch{own}/stage{stage}" for stage in range(number + 1)} & set(known)
+    if group == "own stages but the last":
+        return set(sorted(part for part in known if part.startswith(f"branch{own}/"))[:-1])
     if group.startswith("own exit's "):
         kind = group.removeprefix("own exit's ")
         return {f"exit{own}/{number}/{kind}"} & set(known)

@@ -39,7 +39,7 @@ from ..faults.asserting import refused
 
 CPU = torch.device("cpu")
 TINY = ["--networks", "tiny", "tiny", "--data", "packed", "--batch-size", "8", "--lr", "0.05", "--threads", "1"]
-STUDENTS = {"okddip": 3, "byot": 1}
+STUDENTS = {"okddip": 3, "ffsd": 3, "byot": 1}
 on_every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 on_every_device_slowly = pytest.mark.parametrize(
     "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.slow])]

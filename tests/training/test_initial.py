@@ -21,7 +21,7 @@ from .. import tiny
 from ..faults.running import at_step
 
 pytestmark = [pytest.mark.fault(97), pytest.mark.usefixtures("tiny_registered", "no_pages")]
-STUDENTS = {"byot": 1, "okddip": 3, "kd": 1}
+STUDENTS = {"byot": 1, "okddip": 3, "ffsd": 3, "kd": 1}
 
 
 def students(count: int = 2) -> list[cd.Network]:

@@ -50,6 +50,7 @@ def stopped(colours: str, out: Path, step: int, *more: str, method: str = "mfef"
         ("kdcl", 2),
         ("kdgan", 6),
         ("ahbf", 4),
+        ("ffsd", 4),
         ("pcl", 6),
         ("dml", 2),
         ("rocket", 6),

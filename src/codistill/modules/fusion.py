@@ -78,10 +78,17 @@ class FeatureFusion(nn.Module):
         self.head = PooledLinear(smallest, num_classes)
         initialise(self)
 
+    def fuse(
+        self, feature_maps: Sequence[Float[Tensor, "batch _channel _height _width"]]
+    ) -> Float[Tensor, "batch channel height width"]:
+        """Map one feature map per student to the fused map."""
+        alike = [adapter(feature_map) for adapter, feature_map in zip(self.adapters, feature_maps, strict=True)]
+        fused: Tensor = self.transfer(torch.cat(alike, dim=1))
+        return fused
+
     def forward(
         self, feature_maps: Sequence[Float[Tensor, "batch _channel _height _width"]]
     ) -> Float[Tensor, "batch class"]:
         """Map one feature map per student to the fused logits."""
-        alike = [adapter(feature_map) for adapter, feature_map in zip(self.adapters, feature_maps, strict=True)]
-        logits: Tensor = self.head(self.transfer(torch.cat(alike, dim=1)))
+        logits: Tensor = self.head(self.fuse(feature_maps))
         return logits

@@ -42,6 +42,7 @@ NAMES = {
     "one": "ONE",
     "okddip": "OKDDip",
     "ffl": "FFL",
+    "ffsd": "FFSD",
     "pcl": "PCL",
     "okdph": "OKDPH",
     "ahbf": "AHBF",
