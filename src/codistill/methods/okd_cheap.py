@@ -60,6 +60,9 @@ class OKDCheap(Method):
     """
 
     settings: OKDCheapSettings
+    family = "online"
+    year = 2019
+    exchanges = "logits, features"
     teacher = "allowed"
     min_students = 2
 
