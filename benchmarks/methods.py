@@ -148,7 +148,8 @@ def needs(kind: type[Method]) -> str:
     """Return what a method needs beside one student, in a few words."""
     words = {"required": "a trained teacher", "allowed": "", "refused": ""}[kind.teacher]
     least, most = kind.min_students, kind.max_students
-    students = f"{least} students" if most == least > 1 else f"at least {least} students" if least > 1 else ""
+    like = "equal " if kind.like_students else ""
+    students = "" if least == 1 else f"{least} {like}students" if most == least else f"at least {least} {like}students"
     return ", ".join(each for each in (words, students) if each) or "nothing"
 
 
