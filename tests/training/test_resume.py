@@ -30,6 +30,9 @@ from ..faults.running import arguments, at_step, end_state, run_here
 pytestmark = pytest.mark.usefixtures("tiny_registered", "no_pages")
 
 
+STUDENTS = {"okddip": 3, "takd": 1}
+
+
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory) -> str:
     return str(tiny.write_npz(tmp_path_factory.mktemp("resume") / "colours.npz", tiny.data(train=20, test=21)))
@@ -42,27 +45,28 @@ def stopped(colours: str, out: Path, step: int, *more: str, method: str = "mfef"
     return out
 
 
+@pytest.fixture(scope="module")
+def teacher(colours, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("teacher") / "run"
+    with tiny.registered(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "write_report", lambda *arguments: None)
+        patch.setattr(loop, "keep_pictures", lambda *arguments: None)
+        assert run_here(arguments(colours, out, method="independent")) == 0
+    return out
+
+
+# Within the first epoch of three steps, at its end, at the border of two stages, and within the second one.
 @pytest.mark.parametrize(
     ("method", "step"),
-    [
-        ("mfef", 2),
-        ("mfef", 6),
-        ("kdcl", 2),
-        ("kdgan", 6),
-        ("ahbf", 4),
-        ("ffsd", 4),
-        ("pcl", 6),
-        ("dml", 2),
-        ("rocket", 6),
-        ("cl-ilr", 2),
-        ("okd-cheap", 5),
-        ("switokd", 2),
-    ]
-    + [("okdph", step) for step in (2, 3, 4, 6)],  # of an epoch of three steps: within, at and after its end
+    [(method, (2, 3, 4, 6)[number % 4]) for number, method in enumerate(cd.METHODS)]
+    + [("mfef", 2), ("mfef", 6), *(("okdph", step) for step in (2, 3, 4, 6))],
 )
-def test_summary_and_metrics_are_those_of_an_undisturbed_run(colours, tmp_path, method, step):
-    assert run_here(arguments(colours, tmp_path / "whole", method=method)) == 0
-    broken = resume(stopped(colours, tmp_path / "broken", step, method=method), show=False)
+def test_summary_and_metrics_are_those_of_an_undisturbed_run(colours, teacher, tmp_path, monkeypatch, method, step):
+    monkeypatch.setattr(loop, "keep_pictures", lambda *arguments: None)
+    more = ("--networks", *["tiny"] * STUDENTS.get(method, 2))
+    more += ("--teacher", str(teacher)) if cd.METHODS[method].teacher == "required" else ()
+    assert run_here(arguments(colours, tmp_path / "whole", *more, method=method)) == 0
+    broken = resume(stopped(colours, tmp_path / "broken", step, *more, method=method), show=False)
     assert end_state(tmp_path / "broken") == end_state(tmp_path / "whole")
     whole = cd.Run(tmp_path / "whole").summary
     assert tiny.untimed(broken.summary) == tiny.untimed(whole)
