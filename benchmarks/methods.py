@@ -7,6 +7,7 @@
 for the ratio of times; and each of the two in a process of its own, for the ratio of their largest memory.
 """
 
+import contextlib
 import inspect
 import json
 import statistics
@@ -21,6 +22,7 @@ import torch
 import tyro
 
 from codistill.bench.loops import random_images, resident_loop
+from codistill.core.errors import UsageError
 from codistill.methods import METHODS, Method
 from codistill.methods.kd import WithTeacher
 from codistill.networks import network
@@ -29,7 +31,6 @@ from codistill.runs.metadata import environment
 from codistill.settings.build import build_method
 from codistill.settings.config import RunConfig, default_config
 from codistill.sweeps.controls import CONTROLS
-from codistill.training.sharing import peak_memory
 
 ROOT = Path(__file__).parent.parent
 PAGE, COST = ROOT / "docs" / "methods.md", ROOT / "results" / "methods-cost-cpu" / "cost.json"
@@ -135,19 +136,34 @@ def memory_of(name: str, students: int, options: Measure) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
+def largest() -> float:
+    """Return the most memory that this program has held, bytes; `ru_maxrss` would be that of its parent, too."""
+    status = Path("/proc/self/status").read_text()
+    return 1024.0 * float(status.partition("VmHWM:")[2].split()[0])
+
+
 def one(options: One) -> None:
     """Train three steps."""
     torch.set_num_threads(options.threads)
-    before = peak_memory()
+    before = largest()
     config = config_of(options.method, options.students, options.network, options.batch_size)
     resident_loop([built(config, options.teacher_network)], config, CPU, random_images())(3)
-    print(peak_memory() - before)
+    print(largest() - before)
+
+
+def least_students(kind: type[Method]) -> int:
+    """Return how many students a method needs at least at its default settings."""
+    for count in range(kind.min_students, 5):
+        with contextlib.suppress(UsageError):
+            kind([network("resnet8", 10) for _ in range(count)], 10)
+            return count
+    raise AssertionError(f"{kind.name} cannot be built with one to four students")
 
 
 def needs(kind: type[Method]) -> str:
     """Return what a method needs beside one student, in a few words."""
     words = {"required": "a trained teacher", "allowed": "", "refused": ""}[kind.teacher]
-    least, most = kind.min_students, kind.max_students
+    least, most = least_students(kind), kind.max_students
     like = "equal " if kind.like_students else ""
     students = "" if least == 1 else f"{least} {like}students" if most == least else f"at least {least} {like}students"
     return ", ".join(each for each in (words, students) if each) or "nothing"
