@@ -127,6 +127,9 @@ class AHBF(Method):
     """
 
     settings: AHBFSettings
+    family = "online"
+    year = 2023
+    exchanges = "logits, features"
     teacher = "allowed"
     min_students = 2
 

@@ -145,6 +145,9 @@ class FFSD(Method):
     """
 
     settings: FFSDSettings
+    family = "online"
+    year = 2022
+    exchanges = "logits, features"
     min_students = 3
     like_students = True
 

@@ -90,6 +90,9 @@ class SwitOKD(Method):
     """
 
     settings: SwitOKDSettings
+    family = "online"
+    year = 2022
+    exchanges = "logits"
     min_students = 2
     max_students = 2
 
