@@ -201,12 +201,13 @@ def resume_command(arguments: Sequence[str]) -> None:
     chosen = parse(options.ResumeOptions, arguments, "codistill resume")
     if not chosen.runs:
         raise UsageError("codistill resume: no run: name at least one run folder")
-    changed: dict[str, Any] = {}
+    named: dict[str, list[Any]] = {}
     for each in chosen.override:
         key, equals, value = each.partition("=")
         if not equals:
             raise UsageError(f"codistill resume --override {each}: write it as key=value, for example device=cpu")
-        changed[key] = int(value) if key == "threads" and value.isdecimal() else value
+        named.setdefault(key, []).append(int(value) if key == "threads" and value.isdecimal() else value)
+    changed = {key: values if len(values) > 1 else values[0] for key, values in named.items()}
     together = functools.partial(resume_together, chosen.runs, chosen.data_dir, override=changed)
     refuse_diverged(together(skip_bad=chosen.skip_bad, epochs=chosen.epochs))
 

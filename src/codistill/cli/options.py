@@ -64,7 +64,8 @@ class ResumeOptions(MovedDataOptions):
     epochs: int | None = None
     """Train until N epochs in all, also a finished run; it then goes on as a run of N epochs (docs/training.md)."""
     override: tuple[str, ...] = field(default=(), metadata={"metavar": "KEY=VALUE .."})
-    """New values of settings that do not affect results: device=cpu threads=1 data_dir=FOLDER teacher=PATH."""
+    """New values of settings that do not affect results: device=cpu threads=1 data_dir=FOLDER teacher=PATH.
+    Several teachers: a teacher=PATH for each, in their order."""
 
 
 @dataclass(frozen=True, kw_only=True)

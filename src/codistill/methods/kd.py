@@ -11,7 +11,7 @@ from codistill.methods.cohort import Outputs
 from codistill.methods.independent import IndependentSettings
 from codistill.methods.losses import KLForm, Labels, Scalar, Terms
 from codistill.methods.method import METHODS, Method
-from codistill.methods.teacher import Teacher, staged
+from codistill.methods.teacher import Teacher, TeacherEnsemble, staged
 from codistill.methods.terms import cross_entropy_terms, weighted
 from codistill.networks.origin import DRAWN, mark
 from codistill.networks.probe import count_classes, probing
@@ -19,7 +19,7 @@ from codistill.networks.probe import count_classes, probing
 
 def WithTeacher(
     method: Method,
-    teacher: nn.Module,
+    teacher: nn.Module | Sequence[nn.Module],
     weight: float = 1.0,
     temperature: float = 3.0,
     kl: KLForm = "kl",
@@ -34,7 +34,8 @@ def WithTeacher(
 
     Args:
         method: Changed in place.
-        teacher: Maps the students' normalised images to logits z_t of the same classes; frozen in place.
+        teacher: Maps the students' normalised images to logits z_t of the same classes; frozen in place. Of several, in
+            a list, the mean of their softened predictions teaches, see `TeacherEnsemble`.
         weight: b, at least 0.
         temperature: T > 0.
         kl: Another form of the terms, as the setting `kl` of methods (docs/kl.md).
@@ -46,15 +47,20 @@ def WithTeacher(
 
     Source: Hinton et al., arXiv 1503.02531.
     """
-    if not isinstance(teacher, nn.Module):
-        raise UsageError(
-            f"the teacher is a {type(teacher).__name__}: hand in a torch.nn.Module, as load_teacher returns"
-        )
-    with probing(teacher) as probe, torch.no_grad():
-        device = next((each.device for each in probe.parameters()), None)
-        classes = count_classes(probe.eval(), torch.zeros(2, 3, *method.image_size, device=device), "the teacher")
-    if classes != method.num_classes:
-        raise UsageError(f"the teacher has {classes} classes, but the students {method.num_classes}")
+    several = [teacher] if isinstance(teacher, nn.Module) or not isinstance(teacher, Sequence) else list(teacher)
+    if not several:
+        raise UsageError("there is no teacher in the list: hand in at least one")
+    for each in several:
+        if not isinstance(each, nn.Module):
+            raise UsageError(
+                f"the teacher is a {type(each).__name__}: hand in a torch.nn.Module, as load_teacher returns"
+            )
+        with probing(each) as probe, torch.no_grad():
+            device = next((each.device for each in probe.parameters()), None)
+            classes = count_classes(probe.eval(), torch.zeros(2, 3, *method.image_size, device=device), "the teacher")
+        if classes != method.num_classes:
+            raise UsageError(f"the teacher has {classes} classes, but the students {method.num_classes}")
+    teacher = several[0] if len(several) == 1 else TeacherEnsemble(several, temperature)
     if method.teacher_maps:
         staged(teacher)
     method.connectors = nn.ModuleList(method.connect(teacher)).to(next(method.parameters()))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from codistill.core.errors import UsageError
 from codistill.methods.cohort import Images, Outputs
-from codistill.methods.losses import KLForm, Labels, Terms, students_kl
+from codistill.methods.losses import KLForm, Labels, Logits, Terms, mixture_logits, students_kl
 from codistill.networks import Network
 
 TEACHER_TERM = "kl/teacher->student0"
@@ -52,12 +52,34 @@ class Teacher:
         return students_kl("teacher", outputs.logits, outputs.teacher_logits, labels, *how)
 
 
+class TeacherEnsemble(nn.Module):
+    """Several teachers as one: its softened predictions are the mean of theirs.
+
+    Args:
+        teachers: Networks that take the same images and return logits of the same classes.
+        temperature: T at which their probabilities are averaged.
+
+    Source: You et al., "Learning from Multiple Teacher Networks", KDD 2017.
+    """
+
+    def __init__(self, teachers: Sequence[nn.Module], temperature: float) -> None:
+        super().__init__()
+        self.teachers = nn.ModuleList(teachers)
+        self.temperature = temperature
+
+    def forward(self, images: Float[Tensor, "batch channel height width"]) -> Logits:
+        """Return logits whose softmax at T is the mean of the teachers'."""
+        return mixture_logits([teacher(images) for teacher in self.teachers], self.temperature)
+
+
 def staged(teacher: nn.Module) -> tuple[nn.Module, Network]:
     """Split a teacher into what prepares the students' images for it, and the network whose stages have maps.
 
     Raises:
         UsageError: It is no network with stages, as an ensemble is not.
     """
+    if isinstance(teacher, TeacherEnsemble):
+        raise UsageError(f"there are {len(teacher.teachers)} teachers, but this method needs the maps of one: name one")
     prepare: nn.Module = nn.Identity()
     if isinstance(teacher, nn.Sequential) and len(teacher) == 2:  # from a run with statistics of its own
         prepare, teacher = teacher

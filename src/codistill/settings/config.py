@@ -175,13 +175,15 @@ class ExecutionSettings:
 class TeacherSettings:
     """A frozen teacher: kd needs one, other methods may have one."""
 
-    teacher: str | None = field(default=None, metadata=MOVES | {"metavar": "PATH"})
-    """A run folder, a .safetensors file that export wrote, or a checkpoint with teacher_network."""
+    teacher: str | tuple[str, ...] | None = field(default=None, metadata=MOVES | {"metavar": "PATH .."})
+    """A run folder, a .safetensors file that export wrote, or a checkpoint with teacher_network; of several the mean of
+    their softened predictions teaches."""
     teacher_predictor: str | None = None
-    """The predictor of a run folder that teaches. None: its best student."""
+    """The predictor of a run folder that teaches, the same of several. None: its best student."""
     teacher_network: str | None = None
-    """The network whose weights a checkpoint holds, as of RepDistiller or mdistiller: any name of --networks, such as
-    resnet8 to resnet110, resnet8x4, resnet32x4, wrn-16-1 to wrn-40-2, vgg8, vgg13; `codistill list` shows all."""
+    """The network whose weights a checkpoint holds, the same of several: any name of --networks, such as those of
+    RepDistiller or mdistiller, resnet8 to resnet110, resnet8x4, resnet32x4, wrn-16-1 to wrn-40-2, vgg8, vgg13;
+    `codistill list` shows all."""
     teacher_weight: float = 1.0
     """Weight of the teacher's terms."""
     teacher_temperature: float = 3.0
@@ -191,8 +193,15 @@ class TeacherSettings:
     teacher_kl_weights: tuple[float, ...] = ()
     """Factors on the two parts of dkd or dist. Empty: 1 8 or 1 1."""
 
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The places of all teachers; empty: there is none."""
+        return (self.teacher,) if isinstance(self.teacher, str) else self.teacher or ()
+
     def __post_init__(self) -> None:
         take_kinds(self)
+        if not isinstance(self.teacher, str) and len(self.teachers) < 2:
+            object.__setattr__(self, "teacher", self.teachers[0] if self.teachers else None)
         if not 0 < self.teacher_temperature < math.inf:
             raise UsageError(f"teacher_temperature is {self.teacher_temperature}; it must be a number above 0")
         if not 0 <= self.teacher_weight < math.inf:

@@ -82,7 +82,7 @@ def train_chain(config: RunConfig, out: Path | None = None, show: bool = True) -
         runs.append(run)
     table = Table("link", "network", "learned from", "top-1 error %", title=f"chain {folder}")
     for run in runs:
-        source = "labels" if run.config.teaching.teacher is None else Path(run.config.teaching.teacher).name
+        source = " ".join(Path(each).name for each in run.config.teaching.teachers) or "labels"
         table.add_row(run.path.name, run.config.networks[0], source, f"{run.summary['top1_error']['student0']:.2f}")
     lasting_console(show).print(table)
     return runs

@@ -22,8 +22,8 @@ def identity(config: RunConfig) -> dict[str, Any]:
     mapping = config.as_mapping()
     method = {f"method.{key}": value for key, value in mapping.pop("method").items()}
     settings = {**method, **{key: value for key, value in mapping.items() if key not in PLACES}}
-    if settings["teacher"] is not None:
-        settings["teacher"] = str(Path(settings["teacher"]).absolute())
+    places = [str(Path(each).absolute()) for each in config.teaching.teachers]
+    settings["teacher"] = places if len(places) > 1 else next(iter(places), None)
     files = [each.partition("=") for each in settings["weights"]]
     settings["weights"] = [f"{name}={Path(file).absolute()}" for name, _, file in files]
     return settings

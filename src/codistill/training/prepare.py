@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from codistill.core.console import note, note_once, warn, warn_once
 from codistill.core.device import choose_precision, fast_bf16, set_up_gpu
@@ -26,6 +26,7 @@ from codistill.data.stream import Streaming, check_streaming, on_device
 from codistill.deploy.run import Run
 from codistill.methods import METHODS, Method
 from codistill.methods.kd import WithTeacher
+from codistill.methods.teacher import TeacherEnsemble
 from codistill.report.trackers import refuse_missing, trackers
 from codistill.runs.images import write_duplicates, write_images
 from codistill.runs.metadata import data_digests, held_out_digest, run_metadata, weights_digest
@@ -137,8 +138,8 @@ def check(
         config = dataclasses.replace(config, train=settings)
     # Absolute paths: a run is used from other folders than it was started in.
     teaching = config.teaching
-    if teaching.teacher is not None:
-        teaching = dataclasses.replace(teaching, teacher=str(Path(teaching.teacher).absolute()))
+    absolute = tuple(str(Path(each).absolute()) for each in teaching.teachers)
+    teaching = dataclasses.replace(teaching, teacher=absolute)
     files = tuple(f"student{index}={Path(file).absolute()}" for index, file in weights_of(config).items())
     config = dataclasses.replace(config, data_dir=data.root or None, teaching=teaching, weights=files)
     chosen = {"precision": asked} if asked == "auto" else {}
@@ -265,14 +266,19 @@ class DeviceSplits:
             return
         key = weights_digest(method.taught_by.network)
         if key not in self._teachers:
-            self._teachers[key], fault = top1_error(method.taught_by.network, self.test, config.execution.precision)
-            name = f"teacher {config.teaching.teacher}" if config.teaching.teacher else "teacher"
-            show(f"{name}: error on the test set {self._teachers[key]:.2f} %")
-            if fault:
-                warn_once(
-                    f"{name} teaches nothing ({fault}): are these weights of another network or another form of it, "
-                    "or was it trained with other classes or another normalisation?"
-                )
+            network, places = method.taught_by.network, config.teaching.teachers
+            networks: list[nn.Module] = [network]
+            if isinstance(network, TeacherEnsemble):
+                networks = [*network.teachers, network]
+            names = [f"teacher {each}" for each in places or range(len(networks) - 1)] or ["teacher"]
+            for name, each in zip([*names, "the mean of the teachers"], networks, strict=False):
+                self._teachers[key], fault = top1_error(each, self.test, config.execution.precision)
+                show(f"{name}: error on the test set {self._teachers[key]:.2f} %")
+                if fault:
+                    warn_once(
+                        f"{name} teaches nothing ({fault}): are these weights of another network or another form of "
+                        "it, or was it trained with other classes or another normalisation?"
+                    )
         method.taught_by = dataclasses.replace(method.taught_by, top1_error=self._teachers[key])
 
     def subset(self, positions: Positions) -> DeviceImages:

@@ -263,18 +263,22 @@ class InterruptedRun:
         Raises:
             CheckpointError: Only the user's program can build it, or the teacher is missing or another one.
         """
-        run, teacher, own = self.run, self.config.teaching.teacher, self.run.own_method
+        run, places, own = self.run, self.config.teaching.teachers, self.run.own_method
         run.refuse_unbuildable()
         began = run.metadata.get("teacher_sha256")
-        name_it = f"name the one it began with: codistill resume {run.path} --override teacher=PATH"
-        if teacher is not None and not Path(teacher).exists() and (own is None or own.taught_by is None):
-            raise CheckpointError(f"teacher {teacher}: no such run folder or file; if it has moved, {name_it}")
-        if teacher is None and own is None and began is not None:
+        one = "the one" if len(places) < 2 else "all in the order that"
+        name_it = (
+            f"name {one} it began with: codistill resume {run.path} --override{' teacher=PATH' * max(1, len(places))}"
+        )
+        for each in places if own is None or own.taught_by is None else ():
+            if not Path(each).exists():
+                raise CheckpointError(f"teacher {each}: no such run folder or file; if it has moved, {name_it}")
+        if not places and own is None and began is not None:
             words = f"its teacher was attached in Python: {hand_in('method', run.metadata)}"
             raise CheckpointError(f"{run.path}: {words}; or {name_it}")
         method = build_taught(self.config, data, own, fresh=self.state is None)
         now = weights_digest(method.taught_by.network) if method.taught_by else None
         if began is not None and now != began:
-            what = f"teacher {teacher or 'handed in'}: its weights are not those that {run.path} began with"
+            what = f"teacher {', '.join(places) or 'handed in'}: its weights are not those that {run.path} began with"
             raise CheckpointError(f"{what} (SHA-256 {str(now)[:12]}.. instead of {str(began)[:12]}..): {name_it}")
         return method

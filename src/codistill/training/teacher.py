@@ -15,6 +15,7 @@ from codistill.data.augment import DeviceImages
 from codistill.deploy.classifier import load_predictor
 from codistill.evaluation.evaluation import batch_for
 from codistill.evaluation.metrics import ClassificationSums, read_together, scores
+from codistill.methods.teacher import TeacherEnsemble
 from codistill.networks import Network, network
 from codistill.networks.weights import take
 from codistill.settings.config import TeacherSettings
@@ -26,10 +27,10 @@ def load_teacher(
     statistics: tuple[Any, Any],
     image_size: tuple[int, int] | None = None,
 ) -> nn.Module:
-    """Load a teacher for students of a data set.
+    """Load a teacher for students of a data set; of several the `TeacherEnsemble`.
 
     Args:
-        settings: Where it is.
+        settings: Where it is, or they are.
         class_names: Of the data set, which must be the teacher's.
         statistics: Mean and standard deviation that the students' images are normalised with; a teacher from a run or
             an exported file gets its own, one from a checkpoint these.
@@ -39,8 +40,18 @@ def load_teacher(
         UsageError: Unlike classes, or a checkpoint without a network.
         CheckpointError: Missing, damaged, or weights of another network.
     """
-    assert settings.teacher is not None
-    path = Path(settings.teacher)
+    loaded = [load_one(Path(each), settings, class_names, statistics, image_size) for each in settings.teachers]
+    return loaded[0] if len(loaded) == 1 else TeacherEnsemble(loaded, settings.teacher_temperature)
+
+
+def load_one(
+    path: Path,
+    settings: TeacherSettings,
+    class_names: tuple[str, ...],
+    statistics: tuple[Any, Any],
+    image_size: tuple[int, int] | None,
+) -> nn.Module:
+    """Load the teacher of one place; see `load_teacher`."""
     if path.suffix in (".onnx", ".pt2") and path.is_file():
         raise UsageError(
             f"teacher {path}: {path.suffix} files do not teach: name the run, or export it as .safetensors"
