@@ -1,5 +1,6 @@
 """KD: knowledge distillation from a frozen teacher."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ def WithTeacher(
     temperature: float = 3.0,
     kl: KLForm = "kl",
     kl_weights: Sequence[float] = (),
+    train: str | None = None,
 ) -> Method:
     """Attach a frozen teacher to a method, from which all its students learn too, and return the method.
 
@@ -40,6 +42,8 @@ def WithTeacher(
         temperature: T > 0.
         kl: Another form of the terms, as the setting `kl` of methods (docs/kl.md).
         kl_weights: Factors on the parts of that form; empty: the published ones.
+        train: Regular expression that is found in the names of the teacher's parameters which learn from the labels,
+            `ce/teacher`; the others stay frozen, and its batch normalisation keeps its statistics. None: all frozen.
 
     Raises:
         UsageError: The teacher is no module, has another number of classes, cannot take images of that size, returns
@@ -65,8 +69,31 @@ def WithTeacher(
         staged(teacher)
     method.connectors = nn.ModuleList(method.connect(teacher)).to(next(method.parameters()))
     mark(method.connectors, DRAWN)
-    method.taught_by = Teacher(teacher.eval().requires_grad_(False), weight, temperature, kl, tuple(kl_weights))
+    teacher.eval().requires_grad_(False)
+    method.teacher_parts = nn.ParameterList() if train is None else parts_of(teacher, train, method)
+    method.taught_by = Teacher(teacher, weight, temperature, kl, tuple(kl_weights), train is not None)
     return method
+
+
+def parts_of(teacher: nn.Module, pattern: str, method: Method) -> nn.ParameterList:
+    """Have the parameters of a frozen teacher be trained in whose names a regular expression is found; return them.
+
+    Raises:
+        UsageError: It is none, or found in no name, or the teacher or the updates are such that none can be trained.
+    """
+    if isinstance(teacher, TeacherEnsemble):
+        raise UsageError(f"teacher_train is {pattern!r}, but there are {len(teacher.teachers)} teachers: name one")
+    if method.alternating_updates():
+        raise UsageError(f"teacher_train is {pattern!r}, but the students take turns: train them simultaneously")
+    names = dict(teacher.named_parameters())
+    try:
+        found = [each for name, each in names.items() if re.search(pattern, name)]
+    except re.error as error:
+        raise UsageError(f"teacher_train is {pattern!r}, which is no regular expression: {error}") from None
+    if not found:
+        some = ", ".join([*names][-3:])
+        raise UsageError(f"teacher_train is {pattern!r}, which is in no name of the teacher's parameters, as {some}")
+    return nn.ParameterList(each.requires_grad_() for each in found)
 
 
 @dataclass(frozen=True, kw_only=True)

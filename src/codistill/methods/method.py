@@ -103,8 +103,10 @@ def with_teacher_terms(losses: Callable[..., Terms]) -> Callable[..., Terms]:
             progress = torch.tensor(float(progress), device=labels.device)
         terms = checked_terms(type(method), losses(method, outputs, labels, progress))
         teacher = method.taught_by
-        adds = teacher is not None and method.adds_teacher_terms and TEACHER_TERM not in terms
-        return terms | teacher.terms(outputs, labels) if teacher is not None and adds else terms
+        if teacher is None:
+            return terms
+        adds = method.adds_teacher_terms and TEACHER_TERM not in terms
+        return terms | (teacher.terms(outputs, labels) if adds else {}) | teacher.label_terms(outputs, labels)
 
     return added
 
@@ -128,6 +130,7 @@ class Method(Marked):
         settings: As above; `Settings` is the class that the annotation names.
         taught_by: A frozen teacher, set by `WithTeacher`, whose terms are added to the method's own.
         connectors: Modules between students and teacher, made by `connect`; empty without a teacher.
+        teacher_parts: Parameters of the teacher that are trained, too; empty unless `WithTeacher` was asked for some.
         initialising: Whether the run is in its initialisation, of methods that have one; set by the loop.
 
     Raises:
@@ -201,6 +204,7 @@ class Method(Marked):
             self.cohort.require_likeness(self.name)
         self.build()
         self.connectors = nn.ModuleList()
+        self.teacher_parts = nn.ParameterList()
         mark(self, DRAWN, but=self.cohort)
 
     def require_students(self, count: int, minimum: int, fix: str = "name more --networks") -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from codistill.core.errors import UsageError
 from codistill.methods.cohort import Images, Outputs
-from codistill.methods.losses import KLForm, Labels, Logits, Terms, mixture_logits, students_kl
+from codistill.methods.losses import KLForm, Labels, Logits, Terms, cross_entropy, mixture_logits, students_kl
 from codistill.networks import Network
 
 TEACHER_TERM = "kl/teacher->student0"
@@ -17,19 +17,24 @@ TEACHER_TERM = "kl/teacher->student0"
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen network that all students learn from; no module, so that neither parameters nor state contain it."""
+    """A frozen network that all students learn from; no module, so that neither parameters nor state contain it.
+
+    Parts of it may be trained (`trained`): then `Method.teacher_parts` holds their parameters.
+    """
 
     network: nn.Module
     weight: float
     temperature: float
     kl: KLForm = "kl"
     kl_weights: Sequence[float] = ()
+    trained: bool = False
+    """Whether some of its parameters learn from the labels."""
     top1_error: float | None = None
     """Its error on the test set of the run, percent, known once the run begins."""
 
     def logits(self, images: Images) -> Float[Tensor, "*view batch class"]:
-        """Compute its logits for the students' normalised images, without gradients."""
-        with torch.no_grad():
+        """Compute its logits for the students' normalised images, with gradients for what is trained of it."""
+        with self._gradients():
             logits: Tensor = self.network(images.flatten(0, -4))
         return logits.reshape(*images.shape[:-3], -1)
 
@@ -37,12 +42,21 @@ class Teacher:
         """Compute the maps of its stages, [*view, batch, channels, height, width], and its logits, likewise."""
         prepare, network = staged(self.network)
         views = images.shape[:-3]
-        with torch.no_grad():
+        with self._gradients():
             maps = [prepare(images.flatten(0, -4))]
             for stage in network.stages:
                 maps.append(stage(maps[-1]))
             logits = network.head(maps[-1])
         return tuple(each.reshape(*views, *each.shape[1:]) for each in maps[1:]), logits.reshape(*views, -1)
+
+    def _gradients(self) -> torch.set_grad_enabled:
+        return torch.set_grad_enabled(self.trained and torch.is_grad_enabled())
+
+    def label_terms(self, outputs: Outputs, labels: Labels) -> Terms:
+        """Compute `ce/teacher`, the mean over the students' views, where a part of it is trained."""
+        if not self.trained or outputs.teacher_logits is None:
+            return {}
+        return {"ce/teacher": cross_entropy(outputs.teacher_logits, labels).mean()}
 
     def terms(self, outputs: Outputs, labels: Labels) -> Terms:
         """Compute `kl/teacher->student<j>`, b T^2 KL(softmax(z_t / T) || softmax(z_j / T)), of each student."""

@@ -227,8 +227,9 @@ class RunFolder:
         else:
             method = build_method(self.config, len(self.class_names), self.image_size)
         weights = {**state.method, **state.ema} if averaged else state.method
-        if not method.connectors:  # which only training needs, with the teacher
-            weights = {name: each for name, each in weights.items() if not name.startswith("connectors.")}
+        # Only training needs what belongs to the teacher.
+        gone = tuple(f"{part}." for part in ("connectors", "teacher_parts") if not len(getattr(method, part)))
+        weights = {name: each for name, each in weights.items() if not name.startswith(gone)}
         load_weights(method, weights, f"{self.path}: the {which} checkpoint")
         mark(method, self.path)
         return method.eval()

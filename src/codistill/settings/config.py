@@ -192,6 +192,9 @@ class TeacherSettings:
     """Form of the teacher's terms, as method.kl is that of the method's own (docs/kl.md)."""
     teacher_kl_weights: tuple[float, ...] = ()
     """Factors on the two parts of dkd or dist. Empty: 1 8 or 1 1."""
+    teacher_train: str | None = field(default=None, metadata={"metavar": "PATTERN"})
+    """Train parts of the teacher by the labels: those of its parameters in whose names this regular expression is
+    found, as head. None: all of it is frozen."""
 
     @property
     def teachers(self) -> tuple[str, ...]:
@@ -215,6 +218,8 @@ class TeacherSettings:
             raise UsageError(f"teacher_kl_weights is {self.teacher_kl_weights}; it must be {bounds}")
         if self.teacher is None and (self.teacher_network or self.teacher_predictor):
             raise UsageError("teacher_network and teacher_predictor describe a teacher, but --teacher names none")
+        if self.teacher is None and self.teacher_train is not None:
+            raise UsageError(f"teacher_train is {self.teacher_train!r}, but --teacher names none")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -135,6 +135,7 @@ def drawn_like(method: Method, seed: int, own: bool = True) -> Method | None:
             like = type(method)(students, method.num_classes, method.settings, method.image_size)
             if method.taught_by is not None:
                 like.connectors = nn.ModuleList(like.connect(method.taught_by.network))
+                like.teacher_parts = method.teacher_parts
             return like
     except UsageError:  # networks that are not what they are called
         return None

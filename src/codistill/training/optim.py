@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from codistill.methods import Method
+from codistill.methods.method import ParameterGroup
 from codistill.settings.config import TrainSettings
 
 
@@ -55,7 +56,12 @@ def make_optimizer(method: Method, settings: TrainSettings) -> torch.optim.Optim
         decay of biases and normalisation as in timm.
     """
     groups: list[dict[str, Any]] = []
-    for group in method.parameter_groups():
+    of_method = method.parameter_groups()
+    held = {id(each) for group in of_method for each in group.parameters}
+    # Not those of methods that list their modules.
+    if left := tuple(each for each in method.teacher_parts if id(each) not in held):
+        of_method = [*of_method, ParameterGroup("teacher", left)]
+    for group in of_method:
         decay = settings.weight_decay if group.weight_decay is None else group.weight_decay
         decayed = [each for each in group.parameters if settings.decays_norms or each.ndim > 1]
         kept = {id(each) for each in decayed}

@@ -211,7 +211,7 @@ def build_taught(config: RunConfig, data: Dataset, own: Method | None = None, fr
     named = config.teaching
     teacher = load_teacher(named, data.class_names, data.statistics, data.image_size)
     how = named.teacher_weight, named.teacher_temperature, named.teacher_kl, named.teacher_kl_weights
-    return WithTeacher(method, teacher, *how)
+    return WithTeacher(method, teacher, *how, named.teacher_train)
 
 
 def check_teacher(method: type[Method], given: bool) -> None:
