@@ -27,11 +27,16 @@ if TYPE_CHECKING:
     from codistill.deploy.predict import predict
     from codistill.deploy.run import Run
     from codistill.methods import METHODS, Method, MethodSettings, ParameterGroup, losses
+    from codistill.methods.ab import AB
+    from codistill.methods.at import AT
     from codistill.methods.byot import BYOT
+    from codistill.methods.cd import CD
     from codistill.methods.cl_ilr import CLILR
     from codistill.methods.cohort import Outputs
     from codistill.methods.dml import DML
     from codistill.methods.ffl import FFL
+    from codistill.methods.fitnets import FitNets
+    from codistill.methods.fsp import FSP
     from codistill.methods.independent import Independent
     from codistill.methods.kd import KD, WithTeacher
     from codistill.methods.kdcl import KDCL
@@ -76,11 +81,15 @@ _HOMES = {
 }
 
 __all__ = [
+    "AB",
+    "AT",
     "BYOT",
+    "CD",
     "CLILR",
     "DATASETS",
     "DML",
     "FFL",
+    "FSP",
     "KD",
     "KDCL",
     "METHODS",
@@ -92,6 +101,7 @@ __all__ = [
     "CodistillError",
     "Dataset",
     "ExecutionSettings",
+    "FitNets",
     "Independent",
     "Method",
     "MethodSettings",

@@ -16,7 +16,8 @@ from codistill.settings.config import ExecutionSettings, RunConfig, TeacherSetti
 from .. import tiny
 from .asserting import refused
 
-ONLINE = sorted(set(METHODS) - {"independent", "byot", "kd"})
+TAUGHT = {name for name in METHODS if METHODS[name].teacher == "required"}
+ONLINE = sorted(set(METHODS) - {"independent", "byot"} - TAUGHT)
 WRONG_TYPE = {int: '"ten"', float: '"fast"', bool: "1", str: "3"}
 
 GROUPS = {
@@ -296,7 +297,7 @@ def test_channel_groups_that_do_not_go_into_the_width(capsys, tmp_path, colours,
 
 
 @pytest.mark.fault(6)
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"kd"}))  # which looks for its teacher first
+@pytest.mark.parametrize("method", sorted(set(METHODS) - TAUGHT))  # which look for their teacher first
 def test_images_too_small_for_a_network(capsys, tmp_path, method):
     place = tiny.write_npz(tmp_path / "small.npz", tiny.data(size=(2, 2)))
     students = min(3, METHODS[method].max_students or 3)

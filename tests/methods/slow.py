@@ -11,20 +11,27 @@ from codistill.methods import Method
 from codistill.networks import Network
 
 
-def batch_norm(features: Tensor, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> Tensor:
+def batch_norm(features: Tensor, norm: nn.BatchNorm1d | nn.BatchNorm2d, trained: bool = True) -> Tensor:
+    """With the statistics of the batch or, where it is not trained, the running ones."""
     axes = (0, *range(2, features.ndim))
-    mean = features.mean(axes, keepdim=True)
-    variance = ((features - mean) ** 2).mean(axes, keepdim=True)
-    scale, shift = (each.reshape(1, -1, *[1] * (features.ndim - 2)) for each in (norm.weight, norm.bias))
-    return (features - mean) / (variance + 1e-5).sqrt() * scale + shift
+    form = (1, -1, *[1] * (features.ndim - 2))
+    mean = features.mean(axes, keepdim=True) if trained else norm.running_mean.reshape(form)
+    variance = ((features - mean) ** 2).mean(axes, keepdim=True) if trained else norm.running_var.reshape(form)
+    return (features - mean) / (variance + 1e-5).sqrt() * norm.weight.reshape(form) + norm.bias.reshape(form)
 
 
-def stage_outputs(student: Network, images: Tensor, strides: Sequence[int]) -> list[Tensor]:
-    """Maps after each stage of convolution, batch normalisation and ReLU."""
-    maps = [images]
+def stage_sums(student: Network, images: Tensor, strides: Sequence[int], trained: bool = True) -> list[Tensor]:
+    """Maps of each stage of convolution, batch normalisation and ReLU, before the ReLU."""
+    sums, features = [], images
     for (conv, norm), stride in zip(student.stages, strides, strict=True):
-        maps.append(batch_norm(F.conv2d(maps[-1], conv.weight, stride=stride, padding=1), norm).clamp(min=0))
-    return maps[1:]
+        sums.append(batch_norm(F.conv2d(features, conv.weight, stride=stride, padding=1), norm, trained))
+        features = sums[-1].clamp(min=0)
+    return sums
+
+
+def stage_outputs(student: Network, images: Tensor, strides: Sequence[int], trained: bool = True) -> list[Tensor]:
+    """Maps after each stage of convolution, batch normalisation and ReLU."""
+    return [each.clamp(min=0) for each in stage_sums(student, images, strides, trained)]
 
 
 def pooled(feature_map: Tensor) -> Tensor:
@@ -72,11 +79,12 @@ def ramp(epoch: int) -> float:
     return math.exp(-5 * (1 - min(epoch, 80) / 80) ** 2)
 
 
-def disturb_norms(method: Method) -> None:
+def disturb_norms(method: nn.Module) -> None:
     """Move batch normalisation away from weight 1 and bias 0, which would hide a mistake."""
     for layer in method.modules():
         if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
             nn.init.uniform_(layer.weight, 0.5, 1.5), nn.init.normal_(layer.bias, std=0.3)
+            nn.init.normal_(layer.running_mean, std=0.3), nn.init.uniform_(layer.running_var, 0.5, 1.5)
 
 
 def assert_step_agrees(
@@ -96,14 +104,15 @@ def assert_step_agrees(
         gradient_scale: What a parameter's gradient of `by_hand` has to be multiplied by, where that is not 1.
     """
     names, parameters = zip(*(each for each in method.named_parameters() if each[1].requires_grad), strict=True)
-    expected = torch.autograd.grad(by_hand, parameters)
+    expected = torch.autograd.grad(by_hand, parameters, materialize_grads=True)
     terms = method.losses(method(batch[0]), batch[1], torch.tensor(epoch / 300, dtype=torch.float64))
     loss = sum(terms.values())
     loss.backward()
     assert abs(loss - by_hand) <= 1e-8 * by_hand
     for name, parameter, gradient in zip(names, parameters, expected, strict=True):
         gradient = gradient_scale(name) * gradient
-        assert (parameter.grad - gradient).norm() <= 1e-8 * gradient.norm() + 1e-14, name
+        found = 0 if parameter.grad is None else parameter.grad
+        assert (found - gradient).norm() <= 1e-8 * gradient.norm() + 1e-14, name
 
 
 def reached(method: Method, batch: tuple[Tensor, Tensor], term: str, **extra: nn.Module) -> set[str]:

@@ -43,7 +43,7 @@ def make(tiny_network):
         try:
             taught = WithTeacher(method, tiny_network(8, 2)) if method.teacher == "required" else method
         except UsageError as error:
-            assert "[8, 10]" in str(error) or "width" in str(error)
+            assert "widths" in str(error)
             assert len({width for width, _ in shapes}) > 1
             pytest.skip(str(error))
         return taught.double()
@@ -118,7 +118,7 @@ def test_the_terms_have_their_weights(method, batch):
     # A step minimises the plain sum, so the gradient of the sum is the sum of the gradients of the terms.
     terms = terms_of(method, batch)
     trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
-    whole = torch.autograd.grad(sum(terms.values()), trained, retain_graph=True)
+    whole = torch.autograd.grad(sum(terms.values()), trained, retain_graph=True, materialize_grads=True)
     summed = [torch.zeros_like(parameter) for parameter in trained]
     for term in terms.values():
         parts = torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True)
@@ -336,7 +336,9 @@ def test_autocast(make, case, batch, all_within):
     torch.testing.assert_close(loss, reference, rtol=0.05, atol=0)
     loss.backward()
     for name, parameter in method.named_parameters():
-        if parameter.requires_grad:
+        if name.startswith("connectors.") and method.initial_epochs(300):
+            assert parameter.grad is None, name  # they are trained before
+        elif parameter.requires_grad:
             assert parameter.grad.dtype == torch.float32, name
             assert parameter.grad.isfinite().all(), name
 

@@ -105,6 +105,8 @@ def expand(group: str, term: str, count: int, known: Iterable[str]) -> set[str]:
     if group.startswith("own exit's "):
         kind = group.removeprefix("own exit's ")
         return {f"exit{own}/{number}/{kind}"} & set(known)
+    if group == "own stages up to the hint":
+        return {f"branch{own}/stage{stage}" for stage in range(METHODS["fitnets"].Settings().hint_stage + 1)}
     wanted = {f"{KINDS[kind]}{index}" for index in whose[word]} if word in whose else {group}
     return {part for part in known if part.split("/")[0] in wanted}
 

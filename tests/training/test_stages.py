@@ -17,6 +17,7 @@ from codistill.methods.losses import squared_distance
 from codistill.methods.method import Method
 from codistill.methods.offline import TwoStageMethod, TwoStageSettings
 from codistill.methods.terms import cross_entropy_terms
+from codistill.networks import PooledLinear
 from codistill.training import loop
 from codistill.training import trainer as trainers
 from codistill.training.capture import make_fleet
@@ -42,8 +43,8 @@ class Follow(TwoStageMethod):
     settings: FollowSettings
 
     def connect(self, teacher: nn.Module) -> list[nn.Module]:
-        shapes, taught = self.stage_shapes(teacher)
-        return [nn.Conv2d(each[-1][0], taught[-1][0], 1) for each in shapes]
+        lasts = [pairs[-1] for pairs in self.stage_pairs(teacher)]
+        return [nn.Conv2d(own[0], taught[0], 1) for own, taught in lasts]
 
     def forward(self, images) -> Outputs:
         outputs = super().forward(images)
@@ -208,10 +209,15 @@ def test_a_teacher_without_stages_is_refused():
         cd.WithTeacher(method, teacher)
 
 
-def test_unlike_numbers_of_stages_are_refused():
-    teacher = cd.network("resnet18", 3)
-    with pytest.raises(UsageError, match=r"follow pairs stages, but Network has 3 and the teacher resnet18 5: choose"):
-        cd.WithTeacher(tiny.method(Follow), teacher)
+def test_stages_are_paired_from_the_last_one_back():
+    pairs, _ = tiny.method(Follow).stage_pairs(cd.network("resnet18", 3))
+    assert pairs == [((4, 8, 8), (128, 4, 4)), ((6, 8, 8), (256, 2, 2)), ((8, 4, 4), (512, 1, 1))]
+
+
+def test_a_network_of_one_stage_is_refused():
+    flat = cd.Network([nn.Conv2d(3, 4, 1)], PooledLinear(4, 3), [4])
+    with pytest.raises(UsageError, match="follow needs networks of at least 2 stages, but Network has 1"):
+        cd.WithTeacher(tiny.method(Follow), flat)
 
 
 def test_without_losses_of_its_own_an_initialisation_is_refused():

@@ -32,7 +32,7 @@ class Outputs:
             your own may have other forms, such as [batch, tokens, channels].
         fused_logits: [batch, classes] of the fused classifier or a gated ensemble, where the method has one.
         teacher_logits: [batch, classes] of a frozen teacher, where one is given; one per student with a view each.
-        stage_maps: Outputs of all stages of each student, where the method needs them; the last one is its feature map.
+        stage_maps: What is compared with `teacher_maps`, of each student, where the method does so.
         teacher_maps: Outputs of all stages of a frozen teacher, where the method needs them, [*view, batch, ..].
         extras: Further tensors by name, for the method's own losses.
     """

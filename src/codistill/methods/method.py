@@ -213,11 +213,11 @@ class Method(Marked):
             raise UsageError(f"{self.name} needs at least {minimum} students, got {count}: {fix}")
 
     def __call__(self, images: Images) -> Outputs:
-        """Run `forward` and, in training, the frozen teacher."""
+        """Run `forward` and, where `runs_teacher`, the frozen teacher."""
         if self.memory_format == torch.contiguous_format:
             images = images.contiguous()
         outputs: Outputs = super().__call__(images)
-        if self.taught_by is None or not self.training:
+        if self.taught_by is None or not self.runs_teacher:
             return outputs
         if not self.teacher_maps:
             return replace(outputs, teacher_logits=self.taught_by.logits(images))
@@ -303,6 +303,11 @@ class Method(Marked):
 
         maps, logits = zip(*self.cohort.each_branch(low, finish, views), strict=True)
         return Outputs(logits, maps)
+
+    @property
+    def runs_teacher(self) -> bool:
+        """Whether a pass runs the frozen teacher: in training, where there is one."""
+        return self.training and self.taught_by is not None
 
     @property
     def parallel_branches(self) -> bool:

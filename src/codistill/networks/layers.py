@@ -1,5 +1,8 @@
 """Layers that networks are made of, and their initialisation."""
 
+import contextlib
+from collections.abc import Collection, Iterator
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -8,7 +11,15 @@ from codistill.networks.chains import norm_act
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
-    """Batch normalisation, then an optional addition of a shortcut, then an optional ReLU."""
+    """Batch normalisation, then an optional addition of a shortcut, then an optional ReLU.
+
+    Attributes:
+        keeps_sum: Whether a pass keeps what it computes before the ReLU; see `sums_kept`.
+        sum: What the last pass has kept.
+    """
+
+    keeps_sum: bool = False
+    sum: Float[Tensor, "batch channel height width"]
 
     def __init__(self, channels: int, act: bool = True) -> None:
         super().__init__(channels)
@@ -20,17 +31,34 @@ class BatchNormAct2d(nn.BatchNorm2d):
         shortcut: Float[Tensor, "batch channel height width"] | None = None,
     ) -> Float[Tensor, "batch channel height width"]:
         """Compute relu(norm(features) + shortcut); neither argument is written to."""
-        chained = norm_act(self, features, self.act, shortcut)
-        if chained is not None:
-            return chained
-        result = super().forward(features)
-        if shortcut is not None:
-            result = result + shortcut
-        return F.relu(result, inplace=True) if self.act else result
+        act = self.act and not self.keeps_sum
+        result = norm_act(self, features, act, shortcut)
+        if result is None:
+            result = super().forward(features)
+            if shortcut is not None:
+                result = result + shortcut
+            result = F.relu(result, inplace=True) if act else result
+        if not self.keeps_sum:
+            return result
+        self.sum = result
+        return F.relu(result)
 
     def extra_repr(self) -> str:
         """Return the settings of the layer; students share stages whose descriptions are equal."""
         return f"{self.num_features}, act={self.act}"
+
+
+@contextlib.contextmanager
+def sums_kept(norms: Collection[BatchNormAct2d]) -> Iterator[None]:
+    """Have layers with a ReLU keep what they compute before it, as `sum`, until the context ends."""
+    for norm in norms:
+        norm.keeps_sum = True
+    try:
+        yield
+    finally:
+        for norm in norms:
+            for name in ("keeps_sum", "sum"):
+                vars(norm).pop(name, None)
 
 
 class PooledLinear(nn.Module):

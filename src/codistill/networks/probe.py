@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from codistill.core.errors import UsageError
 from codistill.core.randomness import CPU, draws_kept
+from codistill.networks.layers import BatchNormAct2d
 from codistill.networks.network import Network
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -147,6 +148,31 @@ def probe_shapes(built: Network, image_size: tuple[int, int]) -> list[tuple[int,
             )
         shapes.append((each.shape[1], each.shape[2], each.shape[3]))
     return shapes
+
+
+def activations(built: Network, image_size: tuple[int, int]) -> list[BatchNormAct2d | None]:
+    """Find the layer with the ReLU that each stage ends in; or the one that its output meets next; None: neither is.
+
+    Runs a copy in evaluation mode, as `probe_shapes`.
+    """
+    seen: list[tuple[str, Tensor, Tensor]] = []  # held, or another tensor would get the identity
+
+    def note(name: str, given: Tensor, result: Tensor) -> None:
+        seen.append((name, given, result))
+
+    with probing(built) as probe, torch.no_grad():
+        for name, layer in probe.named_modules():
+            if isinstance(layer, BatchNormAct2d) and layer.act:
+                layer.register_forward_hook(lambda _, given, result, name=name: note(name, given[0], result))
+        device = next((each.device for each in probe.parameters()), None)
+        maps = stage_maps(probe.eval(), torch.zeros(2, 3, *image_size, device=device))
+    found: list[BatchNormAct2d | None] = []
+    for each in maps:
+        names = [name for name, _, result in seen if result is each]
+        names += [name for name, given, _ in seen if given is each]
+        layer = built.get_submodule(names[0]) if names else None
+        found.append(layer if isinstance(layer, BatchNormAct2d) else None)
+    return found
 
 
 def forward_flop(module: nn.Module, image_size: tuple[int, int], views: int = 1, channels: int = 3) -> int:
