@@ -132,6 +132,26 @@ def test_with_a_teacher_and_validation_images(colours, tmp_path):
     assert end_state(tmp_path / "broken") == end_state(tmp_path / "whole")
 
 
+# Stopped in the second of two epochs, or in the first, which may be the initialisation.
+@pytest.mark.parametrize(
+    ("method", "step", "more"),
+    [
+        ("fitnets", 5, ()),
+        ("fitnets", 2, ("--method.initial-share", "0.5")),
+        ("at", 5, ("--method.kl-weight", "1")),
+        ("cd", 5, ("--method.decay", "0.9", "--method.silent-share", "0.3")),
+        ("fsp", 2, ()),
+        ("ab", 2, ()),
+    ],
+)
+def test_offline_methods(colours, tmp_path, method, step, more):
+    assert run_here(arguments(colours, tmp_path / "teacher", method="independent")) == 0
+    taught = ("--teacher", str(tmp_path / "teacher"), *more)
+    assert run_here(arguments(colours, tmp_path / "whole", *taught, method=method)) == 0
+    resume(stopped(colours, tmp_path / "broken", step, *taught, method=method), show=False)
+    assert end_state(tmp_path / "broken") == end_state(tmp_path / "whole")
+
+
 def test_runs_that_stopped_at_different_steps(colours, tmp_path):
     outs = [stopped(colours, tmp_path / f"run{step}", step) for step in (2, 5)]
     assert run_here(arguments(colours, tmp_path / "whole")) == 0
