@@ -49,6 +49,10 @@ class NonFiniteDetector:
         self._damage.zero_()
         self._good_steps.zero_()
 
+    def rename(self) -> None:
+        """Begin with numbers of other names."""
+        self.names = ()
+
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint inside an epoch holds."""
         return {"names": list(self.names), "damage": self._damage, "good_steps": self._good_steps}

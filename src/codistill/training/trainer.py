@@ -119,6 +119,7 @@ class Trainer:
         self.method.initialising = epoch < self.initial_epochs
         if epoch == self.initial_epochs > 0 and self.first_step(epoch) == 0:
             self.step.sums.rename()
+            self.step.finite.rename()
             for tensor in optimizer_tensors(self.step.optimizer):
                 tensor.zero_()
         if epoch > 0 and self.first_step(epoch) == 0:
