@@ -25,7 +25,20 @@ PAIR = ("--networks", "resnet20", "resnet20")
 CASES: dict[str, tuple[str, ...]] = {
     **{
         name: PAIR
-        for name in ("ahbf", "cl-ilr", "dml", "ffl", "independent", "kdcl", "mcl", "mfef", "okdph", "one", "pcl")
+        for name in (
+            "ahbf",
+            "cl-ilr",
+            "dml",
+            "ffl",
+            "independent",
+            "kdcl",
+            "l-mcl",
+            "mcl",
+            "mfef",
+            "okdph",
+            "one",
+            "pcl",
+        )
     },
     "okddip": (*PAIR, "resnet20"),
     "ffsd": (*PAIR, "resnet20"),

@@ -20,6 +20,7 @@ TEACHABLE = [name for name in NAMES if METHODS[name].teacher != "refused" and ME
 SEEDS = range(6)  # so many because a hidden layer of one unit may be dead at the start
 KINDS = {"branch": "branch", "branches": "branch", "enhancement": "enhancement", "enhancements": "enhancement"}
 KINDS |= {"head": "head", "heads": "head", "connector": "connector", "decoder": "decoder", "embedding": "embedding"}
+KINDS |= {"exits": "exit", "aggregator": "aggregator"}
 
 
 def small_network() -> Network:
@@ -55,14 +56,14 @@ def parts(method: Method) -> dict[str, nn.Module]:
             found[f"branch{index}/stage{number}"] = stage
         found[f"head{index}"] = student.head
     for name, module in method.named_children():
-        if name in ("enhancements", "connectors", "decoders", "embeddings"):
+        if name in ("enhancements", "connectors", "decoders", "embeddings", "aggregators"):
             found |= {f"{name[:-1]}{index}": each for index, each in enumerate(module)}
         elif name == "assistants":
             found |= {f"assistant{number}": each for number, each in enumerate(module.layers, start=1)}
         elif name == "exits":
             for index, exits in enumerate(module):
                 for number, each in enumerate(exits, start=1):
-                    found |= {f"exit{index}/{number}/adapter": each.adapter, f"exit{index}/{number}/head": each.head}
+                    found |= {f"exit{index}/{number}/{part}": within for part, within in each.named_children()}
         elif name != "cohort":
             found[name] = module
     held = [id(parameter) for module in found.values() for parameter in module.parameters()]
@@ -86,7 +87,7 @@ def rows_of(name: str, term: str) -> list[str]:
 
 def expand(group: str, term: str, count: int, known: Iterable[str]) -> set[str]:
     """Which parts a group of the table means in a term."""
-    owner = re.search(r"student(\d+)(?:/exit(\d+))?$", term)
+    owner = re.search(r"(?:student|aggregated)(\d+)(?:/exit(\d+))?$", term)
     own, number = (int(owner[1]), int(owner[2] or 0)) if owner else (None, 0)
     others = [index for index in range(count) if index != own]
     source = [int(each) for each in re.findall(r"student(\d+)->", term)]
@@ -107,6 +108,8 @@ def expand(group: str, term: str, count: int, known: Iterable[str]) -> set[str]:
         return {f"exit{own}/{number}/{kind}"} & set(known)
     if group == "own stages up to the hint":
         return {f"branch{own}/stage{stage}" for stage in range(METHODS["fitnets"].Settings().hint_stage + 1)}
+    if kind == "exits' stages":
+        return {part for part in known if re.fullmatch(rf"exit[{''.join(map(str, whose[word]))}]/\d+/stages", part)}
     wanted = {f"{KINDS[kind]}{index}" for index in whose[word]} if word in whose else {group}
     return {part for part in known if part.split("/")[0] in wanted}
 

@@ -325,7 +325,7 @@ def test_networks_that_cannot_be_trained_are_refused(name, tmp_path):
 @pytest.mark.parametrize("name", METHODS)
 def test_maps_of_other_dimensions_are_trained_or_refused(name, tmp_path, no_pages):
     kind = METHODS[name]
-    needs_maps = name in ("mfef", "ffl", "byot", "one", "okddip", "okd-cheap", "pcl", "mcl", "ahbf", "ffsd")
+    needs_maps = name in ("mfef", "ffl", "byot", "one", "okddip", "okd-cheap", "pcl", "mcl", "l-mcl", "ahbf", "ffsd")
 
     def run(**settings: object) -> None:
         method = made(

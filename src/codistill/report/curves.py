@@ -41,10 +41,13 @@ class Chart:
 
 
 def colour_of(predictor: str) -> str:
-    """Return the colour class of a predictor, the same in all plots of a run; an average has that of its weights."""
+    """Return the colour class of a predictor, the same in all plots of a run.
+
+    An average has that of its weights, an exit that of its student.
+    """
     name = predictor.removesuffix(AVERAGED)
     if name.startswith("student"):
-        return f"c{int(name.removeprefix('student') or 0) % 6}"
+        return f"c{int(name.partition('/')[0].removeprefix('student') or 0) % 6}"
     return name if name in ("ensemble", "fused") else "ink"
 
 
