@@ -13,14 +13,14 @@ from codistill.methods.cohort import FeatureMap, Images, Outputs
 from codistill.methods.losses import Labels, Logits, Scalar, Terms, at_least_float32, students_kl, weighted_logits
 from codistill.methods.mcl import ContrastSettings, Embedding, contrast_terms
 from codistill.methods.method import METHODS, Method
-from codistill.methods.terms import cross_entropy_terms
+from codistill.methods.terms import KLSettings, cross_entropy_terms
 from codistill.networks import Network
 from codistill.networks.layers import initialise
 from codistill.networks.probe import copied, probe_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
-class LMCLSettings(ContrastSettings):
+class LMCLSettings(ContrastSettings, KLSettings):
     """Settings of layer-wise mutual contrastive learning."""
 
     exits: int | None = None
@@ -89,6 +89,9 @@ class LMCL(Method):
     """
 
     settings: LMCLSettings
+    family = "online"
+    year = 2023
+    exchanges = "logits, embeddings"
     teacher = "allowed"
     min_students = 2
 
@@ -149,8 +152,9 @@ class LMCL(Method):
         aggregated = {f"aggregated{index}": outputs.extras[f"aggregated{index}"] for index in range(count)}
         terms = cross_entropy_terms(outputs.logits, labels, **exits, **aggregated)
         if chosen.kl_weight:
+            how = chosen.temperature, chosen.kl_weight, *chosen.form
             for name, target in aggregated.items():
-                terms |= students_kl(name, outputs.logits, target, chosen.temperature, chosen.kl_weight)
+                terms |= students_kl(name, outputs.logits, target, labels, *how)
         embeddings = [outputs.extras[f"embeddings{index}"].unbind() for index in range(count)]
         contrasts = contrast_terms(embeddings, labels, chosen)
         for index, own in enumerate(embeddings):
