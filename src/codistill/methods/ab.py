@@ -68,6 +68,9 @@ class AB(TwoStageMethod):
     """
 
     settings: ABSettings
+    family = "offline"
+    year = 2019
+    exchanges = "activation boundaries"
     term = "boundary"
 
     def connect(self, teacher: nn.Module) -> Sequence[nn.Module]:

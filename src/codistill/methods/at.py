@@ -46,6 +46,9 @@ class AT(OfflineMethod):
     """
 
     settings: ATSettings
+    family = "offline"
+    year = 2017
+    exchanges = "attention of features"
     term = "attention"
 
     def distance(self, index: int, pairs: MapPairs) -> Scalar:

@@ -61,6 +61,9 @@ class CD(OfflineMethod):
     """
 
     settings: CDSettings
+    family = "offline"
+    year = 2020
+    exchanges = "features, logits"
     term = "channel"
 
     def connect(self, teacher: nn.Module) -> Sequence[nn.Module]:

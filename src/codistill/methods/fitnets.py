@@ -61,6 +61,9 @@ class FitNets(TwoStageMethod):
     """
 
     settings: FitNetsSettings
+    family = "offline"
+    year = 2015
+    exchanges = "features"
     term = "hint"
 
     def connect(self, teacher: nn.Module) -> Sequence[nn.Module]:

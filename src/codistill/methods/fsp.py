@@ -70,6 +70,9 @@ class FSP(TwoStageMethod):
     """
 
     settings: FSPSettings
+    family = "offline"
+    year = 2017
+    exchanges = "flow between features"
     term = "flow"
 
     def connect(self, teacher: nn.Module) -> Sequence[nn.Module]:

@@ -150,7 +150,7 @@ class Method(Marked):
     year: ClassVar[int | None] = None
     """Of the publication."""
     exchanges: ClassVar[str] = "nothing"
-    """What students learn from each other or from a teacher: logits, features, embeddings, weights."""
+    """What students learn from each other or from a teacher, such as logits, features, embeddings or weights."""
     teacher: ClassVar[TeacherRule] = "refused"
     """Whether a frozen teacher must, may or must not be given beside the students."""
     teacher_maps: ClassVar[bool] = False
