@@ -409,3 +409,22 @@ def test_augmentation_times_each_kind_and_draws(tmp_path, monkeypatch, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 3
     augmentation.main(augmentation.Options(picture=tmp_path / "rows.png"))
     assert (tmp_path / "rows.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_page_of_methods_is_that_of_the_registry(monkeypatch):
+    methods = script("methods", monkeypatch)
+    assert methods.PAGE.read_text(encoding="utf-8") == methods.page()
+    for name, kind in METHODS.items():
+        assert kind.family is not None and kind.exchanges, name
+        assert (kind.year or 0) >= 2014 or kind.family == "baseline", name
+        assert f"[{name}](" in methods.page()
+
+
+def test_the_cost_of_a_method_is_measured(monkeypatch, tmp_path):
+    methods = script("methods", monkeypatch)
+    monkeypatch.setattr(methods, "memory_of", lambda name, *rest: {"dml": 3.0, "independent": 2.0}[name])
+    options = methods.Measure(tmp_path / "cost.json", "resnet8", "resnet8", 4, rounds=1, methods=("dml",))
+    methods.measure(options)
+    (found,) = json.loads(options.out.read_text())["methods"].values()
+    assert found["memory"] == 1.5 and 0.2 < found["time"] < 10
+    assert (found["students"], found["deployed_extra"]) == (2, 0)

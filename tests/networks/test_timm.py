@@ -199,6 +199,16 @@ def test_a_resumed_run_is_bitwise_the_same(packed, method, names):
         compared(cd.Run("whole"), predictor)
 
 
+@pytest.mark.parametrize("name", by_speed(list(WIDTHS)))
+def test_an_exported_network_takes_any_batch(name):
+    built, images = cd.network(f"timm/{name}", 3, image_size=SIZE).eval(), torch.randn(7, 3, *SIZE)
+    batches = ({0: torch.export.Dim("batch")},)
+    with torch.no_grad():
+        exported = torch.export.export(built, (images[:2],), dynamic_shapes=batches).module()
+        for count in (1, 7):
+            torch.testing.assert_close(exported(images[:count]), built(images[:count]), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_equal_networks_of_timm_share_their_low_stages_and_a_teacher_of_timm_teaches(packed):
     torch.manual_seed(0)
