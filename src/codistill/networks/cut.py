@@ -86,7 +86,8 @@ def map_of_tokens(tokens: Tokens, prefix: int, height: int, width: int, centred:
     patches = tokens[:, prefix:]
     if centred:
         patches = patches - patches.mean(1, keepdim=True) + tokens[:, :1]
-    return patches.transpose(1, 2).unflatten(2, (height, width))
+    # Not by the length of the batch, which an export would take for a constant.
+    return patches.transpose(1, 2).reshape(tokens.shape[0], -1, height, width)
 
 
 def tokens_of_map(feature_map: Maps, prefix: int) -> Tokens:
