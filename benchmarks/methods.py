@@ -196,7 +196,7 @@ def page() -> str:
         "- **trained**: parameters in training beside those of the same students alone; below 0 where they share "
         "stages.",
         "- **time**, **memory**: of a training step and of its process, as a multiple of those of independent training "
-        "of the same students.",
+        "of the same students; of methods with an initialisation, after it.",
         "",
     ]
     kinds = [(name, kind) for name, kind in METHODS.items() if kind.family is not None]
@@ -229,13 +229,15 @@ def page() -> str:
     ]
     lines += ["| control | |", "|---|---|", *(f"| {name} | {summary} |" for name, summary in CONTROLS.items()), ""]
     place = cost["environment"]
+    counted = {name: found["students"] for name, found in cost["methods"].items() if found["students"] != 2}
+    others = ", ".join(f"{name} {count}" for name, count in counted.items())
     lines += [
         "## Measured with",
         "",
         "    python benchmarks/methods.py measure",
         "",
         f"{settings['network']}, batch {settings['batch_size']}, float32, {settings['threads']} thread, two students "
-        f"(okddip three, byot one), teacher {settings['teacher_network']}; {place['device']}, {place['platform']}, "
+        f"({others}), teacher {settings['teacher_network']}; {place['device']}, {place['platform']}, "
         f"torch {place['torch']}. Times are the median ratio of {settings['rounds']} steps in turn; memory is "
         "the largest of a process of three steps, beside Python and PyTorch.",
         "",
