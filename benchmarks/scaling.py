@@ -12,6 +12,7 @@ grow, and the power of the work, in floating-point operations, with which time d
 work.
 """
 
+import functools
 import json
 import math
 import os
@@ -40,7 +41,7 @@ from codistill.methods.mfef import MFEF
 from codistill.networks import Network
 from codistill.networks.layers import initialise
 from codistill.networks.probe import forward_flop
-from codistill.networks.resnet import basic_resnet
+from codistill.networks.resnet import BasicBlock, basic_resnet
 from codistill.runs.metadata import environment
 from codistill.settings.config import TrainSettings, default_config
 
@@ -89,7 +90,8 @@ class Options:
 
 def network(point: Point) -> Network:
     width, blocks = point.width, (point.depth - 2) // 6
-    made = basic_resnet(CLASSES, (width, width, 2 * width, 4 * width), blocks, "B")
+    block = functools.partial(BasicBlock, shortcut="B")
+    made = basic_resnet(CLASSES, (width, width, 2 * width, 4 * width), blocks, block)
     initialise(made)
     return made
 

@@ -381,7 +381,9 @@ def test_scaling_fits_and_draws_what_it_measured(scaling, tmp_path, monkeypatch,
 
 
 def test_scaling_measures_both_loops_of_a_point(scaling, monkeypatch):
-    point = scaling.Point(students=1, width=2, batch=4, size=8, images=8)
+    # Not narrower: with AVX2 oneDNN corrupts memory in the backward pass of a 1x1 convolution of stride 2 from 2 or 4
+    # channels in channels_last (torch 2.14.1).
+    point = scaling.Point(students=1, width=8, batch=4, size=8, images=8)
     found = scaling.measure(point, "codistill", 0.01, torch.get_num_threads())
     assert set(found["ms"]) == {"codistill", "plain"} and all(each > 0 for each in found["ms"].values())
     assert found["peak_mib"] > found["step_mib"] >= 0 and found["gflop"] > 0

@@ -98,7 +98,7 @@ def step(method: Method, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, 
 
 
 def train(method: Method, batch: tuple[Tensor, Tensor], steps: int) -> list[float]:
-    learning_rate = 0.1 if method.name == "l-mcl" else 0.3  # which adds up dozens of comparisons
+    learning_rate = {"l-mcl": 0.1, "fitnets": 0.03}.get(method.name, 0.3)  # dozens of comparisons, a weight of 100
     torch.manual_seed(0)  # for methods that draw
     optimizer = torch.optim.SGD(method.parameters(), lr=learning_rate, momentum=0.9, nesterov=True)
     return [step(method, optimizer, batch) for _ in range(steps)]
@@ -300,9 +300,16 @@ def test_a_step_needs_no_numbers(method, batch):
     method.after_step()
 
 
+def cross_entropies(method: Method, batch: tuple[Tensor, Tensor]) -> float:
+    return sum(term.item() for name, term in terms_of(method, batch).items() if name.startswith("ce/"))
+
+
 def test_a_bare_loop_fits_one_batch(method, batch):
+    before = cross_entropies(method, batch)
     losses = train(method, batch, 40)
-    assert losses[-1] < 0.6 * losses[0]
+    # An adversary's loss need not fall.
+    fallen = losses[-1] / losses[0] if method.name != "kdgan" else cross_entropies(method, batch) / before
+    assert fallen < 0.6
 
 
 def test_progress_may_be_of_either_precision(make, case, batch):

@@ -39,6 +39,8 @@ from ..faults.asserting import refused
 
 CPU = torch.device("cpu")
 TINY = ["--networks", "tiny", "tiny", "--data", "packed", "--batch-size", "8", "--lr", "0.05", "--threads", "1"]
+# Fusion, views, means of weights, alternating updates, a teacher, two stages, draws, a hub and pauses.
+CAPTURED_FIRST = ("mfef", "kdcl", "pcl", "dml", "kd", "fsp", "kdgan", "okdph", "switokd")
 STUDENTS = {"okddip": 3, "ffsd": 3, "byot": 1}
 on_every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 on_every_device_slowly = pytest.mark.parametrize(
@@ -447,7 +449,10 @@ def repeatable(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("name", "precision", "members", "overlap"),
-    [(name, "float32", 1, True) for name in METHODS]
+    [
+        pytest.param(name, "float32", 1, True, marks=() if name in CAPTURED_FIRST else pytest.mark.slow)
+        for name in METHODS
+    ]
     + [
         pytest.param(name, *rest, marks=() if name == "kdcl" else pytest.mark.slow)
         for name in ("mfef", "kdcl", "pcl", "dml")

@@ -20,7 +20,7 @@ def pausing(step: Callable[[Any], Any]) -> Any:
         try:
             for group in groups:
                 # What fused kernels skip a step for, when gradients overflow.
-                optimizer.param_groups, optimizer.found_inf = [group], group["pause"]
+                optimizer.param_groups, optimizer.found_inf = [group], group.get("pause")
                 step(optimizer)
         finally:
             optimizer.param_groups = groups
