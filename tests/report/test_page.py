@@ -269,3 +269,13 @@ def test_terms_that_are_zero_or_huge_can_be_drawn(run, tmp_path):
         del each["test"]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     assert "curves" in headings(run_page(old))
+
+
+def test_the_terms_of_both_stages_are_drawn(run, tmp_path):
+    old = copied_without(run, tmp_path, "metrics.jsonl")
+    (row, *_) = run.metrics()
+    stages = ({"loss": 2.0, "flow/teacher->student0": 2.0}, {"loss": 1.0, "ce/student0": 1.0})
+    rows = [{**row, "epoch": epoch, "train": stages[epoch > 1]} for epoch in range(4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    page = run_page(old)
+    assert "flow/teacher → student0" in page and "ce/student0" in page

@@ -121,7 +121,7 @@ def _of_one(group: Group) -> list[Chart]:
     for name in seen.predictors if held else ():
         errors.append(line(group, f"{name}, validation", error_on("validation", name), colour_of(name), "dashed", True))
     terms = [line(group, "sum", lambda row: row["train"]["loss"], "ink")]
-    for name in seen.rows[0]["train"]:
+    for name in dict.fromkeys(name for row in seen.rows for name in row["train"]):  # stages have terms of their own
         if name != "loss":
             terms.append(_term(group, name))
     rate = line(group, "learning rate", lambda row: row.get("learning_rate"), "ink")
