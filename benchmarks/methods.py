@@ -234,7 +234,7 @@ def page() -> str:
     lines += [
         "## Measured with",
         "",
-        "    python benchmarks/methods.py measure",
+        f"    python benchmarks/methods.py measure --rounds {settings['rounds']}",
         "",
         f"{settings['network']}, batch {settings['batch_size']}, float32, {settings['threads']} thread, two students "
         f"({others}), teacher {settings['teacher_network']}; {place['device']}, {place['platform']}, "

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from codistill.core.errors import UsageError
-from codistill.methods.ffsd import FFSD, Decoder, attention, shifted, shifted_map, unit_distance
+from codistill.methods.ffsd import FFSD, Decoder, shifted, shifted_map, unit_distance
+from codistill.methods.losses import attention_map
 from codistill.networks import Network, PooledLinear
 from codistill.networks.network import parameter_count
 
@@ -21,7 +22,7 @@ DOUBLE = {"dtype": torch.float64}
 
 def test_attention_and_distance_by_hand():
     feature_map = torch.tensor([[[[1.0, 0.0]], [[3.0, 2.0]]]], **DOUBLE)
-    assert attention(feature_map).tolist() == [[5.0, 2.0]]
+    assert attention_map(feature_map).tolist() == [[5.0, 2.0]]
     # (3, 4) / 5 and (4, 3) / 5 differ by 1/5 in both places; the second image agrees.
     values, target = torch.tensor([[3.0, 4.0], [1.0, 1.0]], **DOUBLE), torch.tensor([[8.0, 6.0], [7.0, 7.0]], **DOUBLE)
     assert unit_distance(values, target).item() == pytest.approx(0.04 / 2, abs=1e-12)

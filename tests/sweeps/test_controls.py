@@ -1,5 +1,6 @@
 """`codistill sweep --controls`: what each run has to beat."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -78,6 +79,14 @@ def test_unlike_networks_have_controls_each_and_what_is_there_is_not_added(tmp_p
     assert len([name for name in runs if name.startswith("ema")]) == 2
 
 
+def test_a_control_begins_with_the_weights_of_its_network(tmp_path, measured):
+    text = 'data = "digits"\nmethod = "dml"\nnetworks = ["resnet20", "wrn-16-1"]\n'
+    text += 'weights = ["student0=a.pth", "student1=b.pth"]\n'
+    runs = planned(tmp_path, text).values()
+    alone = {run.config.networks[0]: run.config.weights for run in runs if run.name.startswith("alone")}
+    assert alone == {"resnet20": ("student0=a.pth",), "wrn-16-1": ("student0=b.pth",)}
+
+
 def test_what_was_measured_is_kept(tmp_path, measured):
     before = planned(tmp_path)
     measured.clear()
@@ -88,13 +97,24 @@ def test_what_was_measured_is_kept(tmp_path, measured):
         planned(tmp_path)
 
 
-def test_a_factor_is_measured(tmp_path, tiny_registered):
+def test_a_factor_is_measured(tmp_path, tiny_registered, monkeypatch):
     colours = tiny.write_npz(tmp_path / "colours.npz", tiny.data())
     text = f'data = "packed"\ndata_dir = "{colours}"\nnetworks = ["tiny", "tiny"]\nbatch_size = 8\n'
     (tmp_path / "spec.toml").write_text(text)
     (run,) = read_spec(tmp_path / "spec.toml")
-    # Two networks and what lies between them take longer than one.
-    assert 1.1 < measured_factor(run.config, "tiny") < 50
+    turns: list[int] = []
+
+    @contextlib.contextmanager
+    def timed(plan, splits):
+        def seconds(threads: int) -> float:
+            turns.append(len(plan.method.cohort))
+            return 3.0 * len(plan.method.cohort) - 1
+
+        yield seconds
+
+    monkeypatch.setattr(controls, "timed_steps", timed)
+    assert measured_factor(run.config, "tiny") == 5 / 2
+    assert turns == [2, 1] * (len(turns) // 2)  # in turn, so that a busy minute strikes both
 
 
 def test_they_are_listed(capsys):

@@ -14,7 +14,6 @@ from codistill.core.errors import UsageError
 from codistill.methods import METHODS
 from codistill.methods.cohort import Outputs
 from codistill.methods.losses import squared_distance
-from codistill.methods.method import Method
 from codistill.methods.offline import TwoStageMethod, TwoStageSettings
 from codistill.methods.terms import cross_entropy_terms
 from codistill.networks import PooledLinear
@@ -230,4 +229,3 @@ def test_without_losses_of_its_own_an_initialisation_is_refused():
 
     with pytest.raises(UsageError, match="method Silent defines no initial_losses"):
         cd.train(tiny.method(Silent), tiny.data(), settings=tiny.settings(), show=False)
-    assert issubclass(Silent, Method)

@@ -185,7 +185,7 @@ class BenchOptions(DataOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ListOptions:
-    """List methods, networks, data sets and the multi-scale blocks of MFEF with their costs."""
+    """List methods, networks, data sets, MFEF's multi-scale blocks with their costs, and controls of sweeps."""
 
     json: bool = False
     """Print JSON instead of a table."""

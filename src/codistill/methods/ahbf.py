@@ -14,7 +14,6 @@ from codistill.methods.method import METHODS, Method
 from codistill.methods.one import Gate
 from codistill.methods.terms import DistillationSettings, cross_entropy_terms, ramped_kl
 from codistill.modules.fusion import convolutional_regressor
-from codistill.networks import Network
 from codistill.networks.layers import conv_bn_act, initialise
 from codistill.networks.probe import probe_shapes
 
@@ -94,12 +93,8 @@ class HierarchyPredictor(EnsembleNetwork):
     def forward(self, images: Float[Tensor, "batch channel height width"]) -> Logits:
         """Map normalised images to logits."""
         low = self.trunk(images)
-        maps, logits = [], []
-        for branch in self.branches:
-            assert isinstance(branch, Network)
-            maps.append(branch.feature_map(low))
-            logits.append(branch.head(maps[-1]))
-        fused: list[Tensor] = self.combine(maps, logits)
+        maps, logits = self.maps_and_logits(low)
+        fused: list[Logits] = self.combine(maps, logits)
         return fused[-1]
 
 

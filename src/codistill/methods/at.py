@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from codistill.methods.cohort import FeatureMap
-from codistill.methods.losses import Scalar, at_least_float32
+from codistill.methods.losses import Scalar, attention_map
 from codistill.methods.method import METHODS
 from codistill.methods.offline import MapPairs, OfflineMethod, OfflineSettings, reduced
 
@@ -26,8 +26,8 @@ class ATSettings(OfflineSettings):
 
 
 def attention(feature_map: FeatureMap) -> Float[Tensor, "batch place"]:
-    """Compute the attention map of a map: the mean of the squared channels at each place, as a vector of length 1."""
-    return F.normalize(at_least_float32(feature_map).square().mean(dim=1).flatten(1))
+    """Compute the attention map of a map, `attention_map`, as a vector of length 1."""
+    return F.normalize(attention_map(feature_map))
 
 
 @METHODS.register("at")

@@ -214,6 +214,12 @@ class EnsembleNetwork(nn.Module):
         logits: Tensor = mean_logits(outputs) if self.combine is None else self.combine(outputs)
         return logits
 
+    def maps_and_logits(self, low: FeatureMap) -> tuple[list[FeatureMap], list[Logits]]:
+        """Return the last feature map and the logits of each branch, from the output of the trunk on."""
+        branches = [each for each in self.branches if isinstance(each, Network)]
+        maps = [branch.feature_map(low) for branch in branches]
+        return maps, [branch.head(each) for branch, each in zip(branches, maps, strict=True)]
+
 
 def check_student(index: int, student: nn.Module) -> None:
     """Raise `UsageError` for a student that is no `Network`, or has weights without a shape yet."""

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from codistill.core.errors import UsageError
 from codistill.methods.cohort import EnsembleNetwork, FeatureMap, Images, Outputs
-from codistill.methods.losses import Labels, Scalar, Terms, at_least_float32, distillation, mean_logits, ramp_up
+from codistill.methods.losses import (
+    Labels,
+    Scalar,
+    Terms,
+    at_least_float32,
+    attention_map,
+    distillation,
+    mean_logits,
+    ramp_up,
+)
 from codistill.methods.method import METHODS, Method, ParameterGroup
 from codistill.methods.terms import KLSettings, cross_entropy_terms
 from codistill.modules import FeatureFusion
@@ -32,7 +41,8 @@ class FFSDSettings(KLSettings):
     """Share of the training over which the three weights below grow to their full values (5 of 300 epochs); 0: at once.
     Distillation of logits has its full weight throughout."""
     diversity_weight: float = 1e-5
-    """Factor on a peer's distance from the shifted attention of the one before it, and on its self-distillation."""
+    """Factor on a peer's distance from the shifted attention of the one before it, and on its self-distillation, at
+    least 0."""
     leader_weight: float = 10.0
     """Factor on the leader's attention losses, at least 0."""
     decoder_weight: float = 1000.0
@@ -47,11 +57,6 @@ class FFSDSettings(KLSettings):
         for name in ("diversity_weight", "leader_weight", "decoder_weight"):
             self.check(name, 0 <= getattr(self, name) < math.inf, "at least 0")
         self.check("fusion_weight_decay", 0 <= self.fusion_weight_decay < 1, "at least 0 and below 1")
-
-
-def attention(feature_map: FeatureMap) -> Float[Tensor, "batch place"]:
-    """Compute the mean over channels of the squared values at each place."""
-    return at_least_float32(feature_map).square().mean(dim=1).flatten(1)
 
 
 def unit_distance(values: Float[Tensor, "batch *axes"], target: Float[Tensor, "batch *axes"]) -> Scalar:
@@ -80,7 +85,7 @@ def shifted_map(feature_map: FeatureMap) -> FeatureMap:
 
     Source: SJLeo/FFSD at 7038db8, CIFARTrainer.py, diversity_target.
     """
-    places = attention(feature_map)
+    places = attention_map(feature_map)
     missing = (shifted(places) - F.normalize(places)) * places.norm(dim=1, keepdim=True) / feature_map.shape[1]
     lifted: Tensor = feature_map + missing.view(len(places), 1, *feature_map.shape[2:]).to(feature_map.dtype)
     return lifted
@@ -129,7 +134,7 @@ class FFSD(Method):
                    + w lambda [ d(A(F_L), A(F_f)) + d(A(R(F_L)), A([F_i])) + sum_k d(A(F_L^k), A(D_L^k(F_f))) ]
         decoders:  w mu sum_k [ d(D^k(F), F^k) + d(A(D^k(F)), A(F^k)) ]
 
-    KL(a -> b) = KL(softmax(a / T) || softmax(b / T)) with a detached; A is `attention`, d `unit_distance`, S and S'
+    KL(a -> b) = KL(softmax(a / T) || softmax(b / T)) with a detached; A is `attention_map`, d `unit_distance`, S and S'
     `shifted` and `shifted_map`, F the last map and F^k that of stage k (not the stem), F_f the fused map, D `Decoder`,
     R depthwise 3x3 and 1x1 to the width of all peers. w is the ramp-up. Whatever stands on the right of a d, or is not
     of the line's own network, is fixed: each line trains its own weights, so that one step for all has the gradients of
@@ -207,20 +212,20 @@ class FFSD(Method):
             terms[name] = divergence / (leader - 1) if name.startswith("kl/student") else divergence
         warm = ramp_up(progress, chosen.ramp_up).to(divergences.dtype)
         for index in range(1, leader):
-            own, target = F.normalize(attention(last[index])), shifted(attention(last[index - 1].detach()))
+            own, target = F.normalize(attention_map(last[index])), shifted(attention_map(last[index - 1].detach()))
             distance = (own - target).square().mean()
             terms[f"diversity/student{index - 1}->student{index}"] = chosen.diversity_weight * warm * distance
-        attended = unit_distance(attention(last[leader]), attention(extras["fused"]))
+        attended = unit_distance(attention_map(last[leader]), attention_map(extras["fused"]))
         terms[f"attention/fused->student{leader}"] = chosen.leader_weight * warm * attended
-        peers = attention(torch.cat(last[:-1], dim=1))
-        transferred = unit_distance(attention(extras["transferred"]), peers)
+        peers = attention_map(torch.cat(last[:-1], dim=1))
+        transferred = unit_distance(attention_map(extras["transferred"]), peers)
         terms[f"transfer/peers->student{leader}"] = chosen.leader_weight * warm * transferred
         for index in range(1, leader + 1):
             taught, decoded = [], []
             for number, own in enumerate(outputs.stage_maps[index][1:-1]):
-                taught.append(unit_distance(attention(own), attention(extras[f"target{index}/{number}"])))
+                taught.append(unit_distance(attention_map(own), attention_map(extras[f"target{index}/{number}"])))
                 made, wanted = at_least_float32(extras[f"decoded{index}/{number}"]), at_least_float32(own)
-                decoded += [unit_distance(made, wanted), unit_distance(attention(made), attention(wanted))]
+                decoded += [unit_distance(made, wanted), unit_distance(attention_map(made), attention_map(wanted))]
             weight = chosen.leader_weight if index == leader else chosen.diversity_weight
             terms[f"self/student{index}"] = weight * warm * torch.stack(taught).sum()
             terms[f"decoder/student{index}"] = chosen.decoder_weight * warm * torch.stack(decoded).sum()

@@ -306,6 +306,14 @@ def supervised_contrast(similarities: Float[Tensor, "*pair batch batch"], labels
     return -means.sum(dim=-1) / (number > 0).sum().clamp(min=1)
 
 
+def attention_map(feature_map: Float[Tensor, "batch _channel _height _width"]) -> Float[Tensor, "batch place"]:
+    """Compute the attention map of a feature map: the mean over its channels of the squared values at each place.
+
+    Source: Zagoruyko, Komodakis, arXiv 1612.03928, section 3.1.
+    """
+    return at_least_float32(feature_map).square().mean(dim=1).flatten(1)
+
+
 def mean_logits(logits: Sequence[Logits]) -> Logits:
     """Compute the mean of the logits of several students, z_a = 1/n sum_j z_j.
 

@@ -12,7 +12,6 @@ from codistill.methods.cohort import EnsembleNetwork, FeatureMap, Images, Output
 from codistill.methods.losses import Labels, Logits, Scalar, Terms, weighted_logits
 from codistill.methods.method import METHODS, Method
 from codistill.methods.terms import DistillationSettings, cross_entropy_terms, kl_pairs, ramped_kl
-from codistill.networks import Network
 
 
 class Gate(nn.Module):
@@ -41,11 +40,7 @@ class GatedPredictor(EnsembleNetwork):
     def forward(self, images: Float[Tensor, "batch channel height width"]) -> Logits:
         """Map normalised images to logits."""
         low = self.trunk(images)
-        maps, logits = [], []
-        for branch in self.branches:
-            assert isinstance(branch, Network)
-            maps.append(branch.feature_map(low))
-            logits.append(branch.head(maps[-1]))
+        maps, logits = self.maps_and_logits(low)
         return weighted_logits(logits, self.combine([low] if len(self.trunk) else maps))
 
 

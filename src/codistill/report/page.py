@@ -47,6 +47,16 @@ NAMES = {
     "okdph": "OKDPH",
     "ahbf": "AHBF",
     "kd": "KD",
+    "takd": "TAKD",
+    "fitnets": "FitNets",
+    "at": "AT",
+    "cd": "CD",
+    "fsp": "FSP",
+    "ab": "AB",
+    "kdgan": "KDGAN",
+    "mcl": "MCL",
+    "l-mcl": "L-MCL",
+    "switokd": "SwitOKD",
 }
 
 

@@ -66,6 +66,9 @@ def with_controls(runs: Sequence[PlannedRun], folder: Path) -> list[PlannedRun]:
 def controls_of(config: RunConfig, recipe: Mapping[str, Any], network: str, factor: float) -> dict[str, dict[str, Any]]:
     """Return the settings of each control of a run, by its kind; methods' settings have keys `method.*`."""
     kept = {key: value for key, value in recipe.items() if key != "method" and not key.startswith("teacher")}
+    if "weights" in kept:  # what the first student of this network begins with
+        begun = f"student{config.networks.index(network)}="
+        kept["weights"] = [each.replace(begun, "student0=", 1) for each in kept["weights"] if each.startswith(begun)]
     alone = {**kept, "networks": [network], "method.name": "independent"}
     found = {"alone": alone, "ema": {**alone, "ema_decay": EMA_DECAY}}
     longer = {**alone, "epochs": max(1, round(factor * config.train.epochs))}
