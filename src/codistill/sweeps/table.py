@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from codistill.core.files import write_atomically, write_json
+from codistill.report.tables import markdown
 
 VALIDATION = " (validation)"  # ends the columns of errors on validation images
 BALANCED = " (balanced)"  # ends those of balanced errors on the test set
@@ -132,12 +133,3 @@ def group_cells(groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         spreads = [f" ± {deviation[name]:.2f}" if name in deviation else "" for name in predictors]
         cells.append([group["name"], str(runs), *map("".join, zip(errors, spreads, strict=True)), "; ".join(notes)])
     return cells
-
-
-def markdown(cells: Sequence[Sequence[str]]) -> list[str]:
-    """Write a table in Markdown, its columns aligned for terminals."""
-    escaped = [[cell.replace("|", "\\|") for cell in line] for line in cells]
-    widths = [max(3, *map(len, column)) for column in zip(*escaped, strict=True)]
-    widths[-1] = len(escaped[0][-1])  # reasons may be long
-    lines = [escaped[0], ["-" * width for width in widths], *escaped[1:]]
-    return [f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines]
