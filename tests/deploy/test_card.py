@@ -220,7 +220,7 @@ def test_a_run_exports_to_a_folder_from_python(run, folder, tmp_path, monkeypatc
 
 def test_a_report_measures_latency_on_request(run, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(commands, "measure_latency", lambda run: latency(student0=1.5))
-    monkeypatch.setattr(commands, "write_pages", lambda runs, out: tmp_path / "page.html")
+    monkeypatch.setattr(commands, "write_page", lambda run, out: tmp_path / "page.html")
     monkeypatch.setattr(commands, "complete_pictures", lambda *_: None)
     assert main(["report", str(run.path), "--latency"]) == 0
     printed = capsys.readouterr().out

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import codistill as cd
-from codistill.report.comparison import write_pages
+from codistill.report.comparison import write_comparison
 
 from .. import tiny
 
@@ -78,7 +78,7 @@ def pages(tmp_path_factory):
         )
         for kind, seed in ((cd.MFEF, 0), (cd.MFEF, 1), (cd.DML, 0))
     ]
-    return {"run": runs[0].path / "report.html", "comparison": write_pages(runs, folder / "comparison.html")}
+    return {"run": runs[0].path / "report.html", "comparison": write_comparison([folder])}
 
 
 @pytest.mark.slow

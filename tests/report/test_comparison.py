@@ -6,10 +6,10 @@ import pytest
 
 import codistill as cd
 from codistill.cli.main import main
-from codistill.report.comparison import run_folders
 from codistill.report.groups import grouped
 from codistill.report.page import seen_run
 from codistill.report.pictures import NAME
+from codistill.report.sources import run_folders
 
 from .. import tiny
 
@@ -42,7 +42,8 @@ def test_runs_that_differ_in_the_seed_are_one_group(folder):
 
 
 def test_several_runs_make_a_comparison(folder, here, capsys):
-    assert main(["report", str(folder)]) == 0
+    runs = sorted(map(str, folder.glob("*-?")))
+    assert main(["report", *runs]) == 0
     assert capsys.readouterr().out == "ok: comparison.html\n"
     page = (here / "comparison.html").read_text(encoding="utf-8")
     assert "<h1>2 ways to train on packed</h1>" in page and "fewer than three seeds" in page
@@ -54,7 +55,9 @@ def test_several_runs_make_a_comparison(folder, here, capsys):
     )
     for link in re.findall(r'href="([^"#]+)"', page):
         assert link.startswith("data:") or (here / link).resolve().exists()
-    assert main(["report", str(folder)]) == 0  # in its own place
+    assert main(["report", *runs]) == 0  # in its own place
+    assert main(["report", str(folder)]) == 0  # of a folder of runs alone it lies there
+    assert capsys.readouterr().out.endswith(f"ok: {folder / 'comparison.html'}\n")
 
 
 def test_one_run_is_written_into_its_folder_and_its_pictures_are_made_again(folder, here, capsys):
@@ -85,14 +88,14 @@ def test_data_that_has_gone_costs_the_pictures_alone(folder, here, capsys, tmp_p
         (
             ["report", "RUN", "--out", "notes.txt"],
             2,
-            "notes.txt: is there, and no page of codistill: choose another --out",
+            "notes.txt: is there, and not of codistill report: choose another --out",
         ),
         (
             ["report", "RUN", "--out", "gone/page.html"],
             2,
             "gone/page.html: No such file or directory: choose another --out",
         ),
-        (["report", "RUN", "--out", "."], 2, ".: is there, and no page of codistill: choose another --out"),
+        (["report", "RUN", "--out", "."], 2, ".: is there, and not of codistill report: choose another --out"),
     ],
 )
 def test_what_cannot_be_is_one_line(folder, here, capsys, arguments, status, line):

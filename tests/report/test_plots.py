@@ -40,6 +40,7 @@ def test_an_axis_begins_at_zero_where_that_is_near():
     assert Axis.around([88, 92], zero=True).low >= 85
     assert Axis.around([math.nan, math.inf]) == Axis(0.5, 1.5)  # of nothing: some axis
     assert Axis.around([0.0, 1.0, 10.0], log=True) == Axis(1.0, 10.0, log=True)
+    assert Axis.around([0.1, math.nextafter(0.1, 1)], log=True).share(0.1) == pytest.approx(0.5)  # a mean of equals
 
 
 def paths(svg: str, kind: str) -> list[str]:

@@ -1,11 +1,12 @@
 """Latency against error in a page, from latency.json."""
 
 import re
+import shutil
 
 import pytest
 
 import codistill as cd
-from codistill.report.comparison import write_pages
+from codistill.report.comparison import write_comparison
 from codistill.report.page import run_page
 from codistill.report.tradeoff import ways
 from codistill.runs.latency import FILE, Cost, Latency, Timing, write_latency
@@ -54,7 +55,8 @@ def test_a_measured_run_has_the_section_and_the_command_no_more(run):
 
 def test_a_comparison_has_a_point_for_each_predictor_of_a_group(run, tmp_path):
     write_latency(run, latency())
-    page = write_pages([run, run], tmp_path / "page.html").read_text(encoding="utf-8")
+    shutil.copytree(run.path, tmp_path / "again")
+    page = write_comparison([run.path, tmp_path / "again"], tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.count('class="point') == 8 and "student0</title>" in page
 
 

@@ -37,8 +37,9 @@ from codistill.modules import MULTISCALE
 from codistill.networks import NETWORKS
 from codistill.networks.network import parameter_count
 from codistill.networks.probe import forward_flop
-from codistill.report.comparison import run_folders, write_pages
+from codistill.report.comparison import write_comparison, write_page
 from codistill.report.pictures import complete_pictures
+from codistill.report.sources import is_sweep, run_folders
 from codistill.runs.choice import choice
 from codistill.runs.evaluate import evaluate_images
 from codistill.runs.latency import rows
@@ -249,8 +250,8 @@ def report_command(arguments: Sequence[str]) -> None:
     chosen = parse(options.ReportOptions, arguments, "codistill report")
     if not chosen.runs:
         raise UsageError("codistill report: no run: name at least one run folder")
-    runs = [Run(path) for path in run_folders(chosen.runs)]
-    for run in runs if chosen.latency else ():
+    folders = run_folders(chosen.runs)
+    for run in map(Run, folders) if chosen.latency else ():
         headings, *cells = rows(measure_latency(run), run.summary.get("top1_error", {}) if run.status else {})
         table = Table(*headings[:2], title=f"{run.path}: uint8 pixels to logits", box=None)
         for heading in headings[2:]:
@@ -259,9 +260,12 @@ def report_command(arguments: Sequence[str]) -> None:
             table.add_row(*line)
         console = lasting_console(True)
         console.print(table, width=max(console.width, 100), crop=False)
-    if len(runs) == 1:
-        complete_pictures(runs[0], chosen.data_dir, chosen.skip_bad)
-    print(f"ok: {write_pages(runs, chosen.out)}")
+    if len(folders) > 1 or any(map(is_sweep, chosen.runs)):
+        print(f"ok: {write_comparison(chosen.runs, chosen.out)}")
+        return
+    run = Run(folders[0])
+    complete_pictures(run, chosen.data_dir, chosen.skip_bad)
+    print(f"ok: {write_page(run, chosen.out)}")
 
 
 def predict_command(arguments: Sequence[str]) -> None:

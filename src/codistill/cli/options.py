@@ -96,9 +96,11 @@ class ReportOptions(MovedDataOptions):
     """Write the page of a run again, or one page that compares several runs; runs of other seeds are one group."""
 
     runs: tuple[Path, ...] = field(metadata={"positional": "RUN .."})
-    """Run folders, or folders of them as of --seeds and sweeps."""
+    """Run folders, or folders of them as of --seeds; that of a sweep, alone, with its groups, failed runs and
+    controls."""
     out: Path | None = None
-    """The file. None: RUN/report.html of one run, comparison.html here of several."""
+    """The page. None: RUN/report.html of one run; of several comparison.html, in the folder that holds them where it is
+    the only one named, else here. Its tables (.tex) and numbers (.csv) lie beside it."""
     latency: bool = False
     """First measure every predictor here, as torch and as ONNX, and write RUN/latency.json; it also serves export
     --max-latency-ms and the tables of sweeps."""

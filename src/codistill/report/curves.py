@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from codistill.evaluation.metrics import AVERAGED
+from codistill.evaluation.metrics import AVERAGED, own_student
 from codistill.report.groups import Group
 from codistill.report.plots import Line, line_plot
 
@@ -52,9 +52,9 @@ def colour_of(predictor: str) -> str:
 
 
 def over_seeds(group: Group, value: Value) -> tuple[list[int], list[float], list[float], list[float]]:
-    """Return epochs (from 1) and, over the runs that have a value there, the mean, the lowest and the highest."""
+    """Return epochs (from 1) and, over the drawn runs that have a value there, the mean, the lowest and the highest."""
     found: dict[int, list[float]] = {}
-    for seen in group.runs:
+    for seen in group.drawn:
         for row in seen.rows:
             if (each := value(row)) is not None and math.isfinite(each):
                 found.setdefault(row["epoch"] + 1, []).append(each)
@@ -68,7 +68,7 @@ def line(group: Group, name: str, value: Value, colour: str, dash: str = "", thi
     epochs, mean, low, high = over_seeds(group, value)
     if not epochs:
         return None
-    edges = {"low": low, "high": high} if len(group.runs) > 1 else {}
+    edges = {"low": low, "high": high} if len(group.drawn) > 1 else {}
     return Line(name=name, x=epochs, y=mean, colour=colour, dash=dash, thin=thin, **edges)
 
 
@@ -79,7 +79,7 @@ def error_on(split: str, predictor: str) -> Value:
 
 def students_mean(row: Row) -> float | None:
     """Return the mean test error of all students, percent."""
-    errors = [each["top1_error"] for name, each in row.get("test", {}).items() if name.startswith("student")]
+    errors = [each["top1_error"] for name, each in row.get("test", {}).items() if own_student(name)]
     return statistics.fmean(errors) if errors else None
 
 
@@ -108,12 +108,15 @@ def _chart(title: str, lines: Sequence[Line | None], note: str = "", **options: 
 
 
 def _band(groups: Sequence[Group]) -> str:
-    most = max(len(group.runs) for group in groups)
-    return f"Lines are means over up to {most} seeds, bands go from the lowest to the highest." if most > 1 else ""
+    most = max(len(group.drawn) for group in groups)
+    words = f"Lines are means over up to {most} seeds, bands go from the lowest to the highest." if most > 1 else ""
+    if any(group.lost for group in groups):
+        words += " Runs that have not come to their end are drawn only where no run of their group has."
+    return words.strip()
 
 
 def _of_one(group: Group) -> list[Chart]:
-    seen = group.runs[0]
+    seen = group.drawn[0]
     errors: list[Line | None] = []
     for name in seen.predictors:
         errors.append(line(group, name, error_on("test", name), colour_of(name)))
@@ -154,7 +157,7 @@ def _term(group: Group, name: str) -> Line | None:
 
 def _of_several(groups: Sequence[Group]) -> list[Chart]:
     def by_group(value: Value) -> list[Line | None]:
-        return [line(group, group.name, value, group.colour) for group in groups]
+        return [line(group, group.name, value, group.colour, group.dash) for group in groups]
 
     note = _band(groups)
     found = [
@@ -163,7 +166,7 @@ def _of_several(groups: Sequence[Group]) -> list[Chart]:
         )
     ]
     others = dict.fromkeys(
-        name for group in groups for seen in group.runs for name in seen.predictors if not name.startswith("student")
+        name for group in groups for seen in group.drawn for name in seen.predictors if not own_student(name)
     )
     for name in others:
         found.append(

@@ -19,7 +19,7 @@ class Seen:
     Attributes:
         run: The folder.
         summary: summary.json; empty where there is none.
-        rows: metrics.jsonl, a line an epoch; at least one.
+        rows: metrics.jsonl, a line an epoch; none where no epoch has been finished.
     """
 
     run: RunFolder
@@ -30,6 +30,17 @@ class Seen:
     def finished(self) -> bool:
         """Whether the run came to its end."""
         return self.summary.get("status") == "finished"
+
+    @property
+    def ending(self) -> str:
+        """How a run ended that is not finished, with its reason if it left one."""
+        ended = str(self.summary.get("status", "not finished"))
+        return ": ".join(filter(None, (ended, str(self.summary.get("error", "")))))
+
+    @property
+    def seed(self) -> int:
+        """Its seed."""
+        return int(self.run.metadata["seed"])
 
     @property
     def scored(self) -> list[Mapping[str, Any]]:
@@ -72,18 +83,61 @@ class Seen:
         return int(self.summary.get(f"{split}_images") or facts.get(f"{split}_images") or 0)
 
 
+@dataclass(frozen=True)
+class Lost:
+    """A run that has not come to its end: the name of its folder, and why; empty: it has not begun."""
+
+    name: str
+    reason: str
+
+
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Runs with the same settings but for the seed."""
+    """Runs with the same settings but for the seed.
+
+    Attributes:
+        name: What tells them from other groups.
+        colour: CSS class of their lines.
+        runs: Those that have begun.
+        lost: Those that have not come to their end; they may be among `runs`.
+        dash: Pattern of their lines, as that of `Line`.
+    """
 
     name: str
     colour: str
     runs: Sequence[Seen]
+    lost: Sequence[Lost] = ()
+    dash: str = ""
 
     @property
-    def seeds(self) -> str:
-        """The seeds, as text."""
-        return ", ".join(str(each.run.metadata.get("seed")) for each in self.runs)
+    def finished(self) -> list[Seen]:
+        """The runs that came to their end."""
+        return [each for each in self.runs if each.finished]
+
+    @property
+    def drawn(self) -> Sequence[Seen]:
+        """The runs of which curves are drawn: those that came to their end; where there are none, all."""
+        return self.finished or self.runs
+
+    @property
+    def predictors(self) -> list[str]:
+        """Names of the predictors of its finished runs."""
+        return list(dict.fromkeys(name for each in self.finished for name in each.predictors))
+
+    def errors(self, predictor: str) -> list[float]:
+        """Return the test errors of a predictor after the last epoch, percent, of each run that has it.
+
+        None where a run of the group has not come to its end: those that have are no fair sample of all.
+        """
+        if self.lost:
+            return []
+        lasts = [each.last["test"] for each in self.finished if each.last]
+        return [float(last[predictor]["top1_error"]) for last in lasts if predictor in last]
+
+    def by_seed(self, predictor: str) -> dict[int, float]:
+        """Return these errors by seed; none where two runs have one seed, or a run lacks the predictor."""
+        seeds, errors = [each.seed for each in self.finished], self.errors(predictor)
+        return dict(zip(seeds, errors, strict=True)) if len(set(seeds)) == len(errors) == len(seeds) else {}
 
 
 def settings_of(run: RunFolder) -> dict[str, Any]:
@@ -134,7 +188,18 @@ def grouped(seen: Sequence[Seen]) -> list[Group]:
     names = [name(runs[0], telling) for runs in members.values()]
     if len(set(names)) < len(names):
         names = [name(runs[0], keys) for runs in members.values()]
+    return coloured(
+        [
+            (name, runs, [Lost(each.run.path.name, each.ending) for each in runs if not each.finished])
+            for name, runs in zip(names, members.values(), strict=True)
+        ]
+    )
+
+
+def coloured(members: Sequence[tuple[str, Sequence[Seen], Sequence[Lost]]]) -> list[Group]:
+    """Return groups of a name, runs and lost runs each; their lines differ in colour, from the seventh on in dash."""
+    dashes = ("", "dashed", "dotted")
     return [
-        Group(name, f"c{index % 6}", runs)
-        for index, (name, runs) in enumerate(zip(names, members.values(), strict=True))
+        Group(name, f"c{index % 6}", runs, lost, dashes[index // 6 % 3])
+        for index, (name, runs, lost) in enumerate(members)
     ]

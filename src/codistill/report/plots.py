@@ -104,7 +104,7 @@ class Axis:
         low, high = (min(found), max(found)) if found else (1.0, 1.0)
         if zero and not log and 0 <= low < 0.6 * high:
             low = 0.0
-        if low == high:
+        if math.isclose(low, high):  # means of equal values differ in their last digits
             low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
         elif not log:
             # A whole step on either side, so that no line lies on the frame.

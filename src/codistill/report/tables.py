@@ -9,7 +9,7 @@ from dataclasses import dataclass
 # What LaTeX reads as more than the character.
 LATEX = {each: f"\\{each}" for each in "&%$#_{}"} | {
     **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
-    **{"±": r"$\pm$", "→": r"$\rightarrow$", "<": r"$<$", ">": r"$>$", "≥": r"$\geq$"},
+    **{"±": r"$\pm$", "→": r"$\rightarrow$", "<": r"$<$", ">": r"$>$", "≥": r"$\geq$", "\N{MINUS SIGN}": "$-$"},
 }
 
 

@@ -14,7 +14,10 @@ from codistill.settings.config import PLACES, RunConfig
 # What stands first in a name, and without the key in front of it.
 NAMED_BY_VALUE = ("method.name", "networks", "data")
 # What a sweep folder holds beside its runs, in lower case.
-TAKEN = ("controls.json", "logs", "recipes", "table.json", "table.md")
+TAKEN = (
+    *("comparison.csv", "comparison.html", "comparison.tex", "controls.json"),
+    *("logs", "recipes", "table.json", "table.md"),
+)
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
