@@ -90,21 +90,37 @@ CONTROLLED = {
     "ema-x": {**ALONE, "ema_decay": 0.999, "errors": {"student0": [0.0, 0.0], "student0-ema": [11.0, 13.0]}},
     "equal-compute-x": {**ALONE, "epochs": 5, "milestones": [3], "errors": {"student0": [9.0, 10.0]}},
     "parameter-matched-x": {"method": "mfef", "networks": ["resnet8"], "errors": {"student0": [10.0, 11.5]}},
-    # Of another learning rate, another network, and more epochs that are no control: none of them is one.
+    # None of these is one: other settings, another network, more epochs than were measured, another size.
     "alone-y": {**ALONE, "learning_rate": 0.2, "errors": {"student0": [0.0, 0.0]}},
     "alone-z": {**ALONE, "networks": ["wrn-16-2"], "errors": {"student0": [0.0, 0.0]}},
-    "longer": {**ALONE, "epochs": 9, "errors": {"student0": [0.0, 0.0]}},
+    "parameter-matched-a": {"method": "mfef", "networks": ["resnet8"], "parameters": 9, "errors": {"student0": [0.0]}},
+    "equal-compute-y": {**ALONE, "epochs": 9, "errors": {"student0": [0.0, 0.0]}},
+}
+
+
+FACTORS = {
+    json.dumps({"method.name": name, "networks": ["resnet8", "resnet8"], "control of": network}): factor
+    for name, network, factor in (("dml", "resnet8", 4.5), ("mfef", "wrn-16-2", 4.5), ("mfef", "resnet8", 2.5))
 }
 
 
 def test_methods_stand_beside_their_controls(tmp_path):
-    table = control_table(groups_of([write_sweep(tmp_path, CONTROLLED)]))
+    (write_sweep(tmp_path, CONTROLLED) / "controls.json").write_text(json.dumps(FACTORS))
+    table = control_table(groups_of([tmp_path]))
     assert [row[:7] for row in table.rows] == [
-        ["mfef", "student0 (resnet8)", "alone", "10.50", "12.00", "2", "\N{MINUS SIGN}1.50"],
-        ["mfef", "student0 (resnet8)", "ema", "10.50", "12.00", "2", "\N{MINUS SIGN}1.50"],
-        ["mfef", "student0 (resnet8)", "equal-compute", "10.50", "9.50", "2", "+1.00"],
-        ["mfef", "student0 (resnet8)", "parameter-matched", "10.50", "10.75", "2", "\N{MINUS SIGN}0.25"],
+        ["mfef", "student0", "alone", "10.50", "12.00", "2", "\N{MINUS SIGN}1.50"],
+        ["mfef", "student0", "ema", "10.50", "12.00", "2", "\N{MINUS SIGN}1.50"],
+        ["mfef", "student0", "equal-compute", "10.50", "9.50", "2", "+1.00"],
+        ["mfef", "student0", "parameter-matched", "10.50", "10.75", "2", "\N{MINUS SIGN}0.25"],
     ]
+
+
+@pytest.mark.parametrize("content", [None, "[1]", "{", '{"no settings": 2.5}'])
+def test_without_a_measured_factor_nothing_is_of_equal_compute(tmp_path, content):
+    write_sweep(tmp_path, CONTROLLED)
+    if content:
+        (tmp_path / "controls.json").write_text(content)
+    assert [row[2] for row in control_table(groups_of([tmp_path])).rows] == ["alone", "ema", "parameter-matched"]
 
 
 def test_a_run_of_the_spec_serves_as_the_control_that_it_is(tmp_path):

@@ -11,7 +11,11 @@ SETTINGS = {"networks": ["resnet8", "resnet8"], "epochs": 2, "learning_rate": 0.
 def write_run(folder: Path, method: str, seed: int, errors: Mapping[str, float], status="finished", **more) -> Path:
     """Write a run of two epochs; no errors: it has none behind it."""
     folder.mkdir(parents=True)
-    error, data = more.pop("error", None), {**DATA, "sha256": {"test": more.pop("test", "0")}}
+    size, error, data = (
+        more.pop("parameters", 700),
+        more.pop("error", None),
+        {**DATA, "sha256": {"test": more.pop("test", "0")}},
+    )
     config = {**SETTINGS, "method": {"name": method}, "seed": seed, "dataset": data, "environment": {}, **more}
     (folder / "config.json").write_text(json.dumps(config))
     lines = []
@@ -19,7 +23,8 @@ def write_run(folder: Path, method: str, seed: int, errors: Mapping[str, float],
         test = {name: {"top1_error": each + 10 * (1 - epoch)} for name, each in errors.items()}
         lines.append(json.dumps({"epoch": epoch, "train": {"loss": 1.0}, "test": test, "learning_rate": 0.1}))
     (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    summary = {"status": status, "images_per_second": 10.0, **({"error": error} if error else {})}
+    summary = {"status": status, "images_per_second": 10.0, "parameters": {"student0": size}}
+    summary |= {"error": error} if error else {}
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 

@@ -97,6 +97,19 @@ def test_what_was_measured_is_kept(tmp_path, measured):
         planned(tmp_path)
 
 
+def test_a_run_that_cannot_be_built_has_none_and_costs_no_other(tmp_path, monkeypatch):
+    def factor(config, network: str) -> float:
+        if config.networks[1] == "resnet21":
+            raise UsageError("unknown network 'resnet21'")
+        return 2.5
+
+    monkeypatch.setattr(controls, "measured_factor", factor)
+    text = 'data = "digits"\nmethod = "dml"\n[[runs]]\nnetworks = ["resnet20", "resnet20"]\n'
+    runs = planned(tmp_path, text + '[[runs]]\nnetworks = ["wrn-16-1", "resnet21"]\n')
+    added = [run for name, run in runs.items() if name.startswith("alone")]
+    assert {run.config.networks for run in added} == {("resnet20",)} and len(runs) == 5
+
+
 def test_a_factor_is_measured(tmp_path, tiny_registered, monkeypatch):
     colours = tiny.write_npz(tmp_path / "colours.npz", tiny.data())
     text = f'data = "packed"\ndata_dir = "{colours}"\nnetworks = ["tiny", "tiny"]\nbatch_size = 8\n'

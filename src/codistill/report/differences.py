@@ -1,8 +1,11 @@
 """Differences between groups of runs, paired by seed: against a reference, and of methods against their controls."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
 from typing import Any
 
+from codistill.core.errors import CheckpointError
+from codistill.core.files import read_json
 from codistill.evaluation.metrics import AVERAGED
 from codistill.evaluation.seeds import Paired, paired
 from codistill.report.groups import Group, settings_of
@@ -12,7 +15,9 @@ PAIRED = ("pairs", "difference", "95 % interval", "paired t p", "sign test p")
 """Headings of the cells of a paired difference."""
 EQUAL_COMPUTE, MATCHED = "equal-compute", "parameter-matched"
 CONTROLS = ("alone", "ema", EQUAL_COMPUTE, MATCHED)
-"""The controls of a sweep; the group of a control begins with its kind."""
+"""The controls of a sweep; the name of a control that it has added begins with its kind."""
+FACTORS = "controls.json"
+"""In the folder of a sweep with controls: by settings of a run and network, how long a step takes beside one alone."""
 
 
 def reference_of(groups: Sequence[Group]) -> Group:
@@ -68,8 +73,9 @@ def control_table(groups: Sequence[Group]) -> Table | None:
         for network in dict.fromkeys(networks):
             place = networks.index(network)
             own = f"student{place}"
+            learner = own if len(set(networks)) == 1 else f"{own} ({network})"
             for kind in CONTROLS:
-                found = [each for each in groups if each.runs and control_kind(each, group, network) == kind]
+                found = [each for each in groups if each.runs and is_control(kind, each, group, network)]
                 # A network alone stands before one of several that learn independently.
                 for control in sorted(found, key=lambda each: len(each.runs[0].networks))[:1]:
                     others = control.runs[0].networks
@@ -78,38 +84,61 @@ def control_table(groups: Sequence[Group]) -> Table | None:
                     difference = paired(group.by_seed(own), control.by_seed(predictor))
                     if difference is not None:
                         errors = [_mean(group.errors(own)), _mean(control.errors(predictor))]
-                        rows.append([group.name, f"{own} ({network})", kind, *errors, *paired_cells(difference)])
+                        rows.append([group.name, learner, kind, *errors, *paired_cells(difference)])
     if not rows:
         return None
     return Table(
         "Methods beside their controls: test error of a student after the last epoch, %",
-        ["runs", "student", "control", "error", "of the control", *PAIRED],
+        ["runs", "student", "control", "error", "its error", *PAIRED],
         rows,
         ["Differences are method - control, percentage points: a negative one is a lower error of the method."],
     )
 
 
-def control_kind(control: Group, group: Group, network: str) -> str | None:
-    """Return which control of a student of a group another group is; None: it is none.
+def is_control(kind: str, control: Group, group: Group, network: str) -> bool:
+    """Whether a group is a control of the students of another one that are one network.
 
-    All settings are those of the group but for the method and its teacher, and what the kind of the control changes.
+    All its settings are those of that group but for the method and its teacher, and what the kind changes.
     """
-    own, other = (settings_of(each.runs[0].run) for each in (group, control))
-    if network not in control.runs[0].networks:
-        return None
-    changed = {key for key in own.keys() | other.keys() if _differs(key, own, other)}
-    if control.name.startswith(MATCHED):
-        return MATCHED if not changed and method_of(control) == method_of(group) else None
-    if method_of(control) != "independent":
-        return None
-    if control.name.startswith(EQUAL_COMPUTE):
-        return EQUAL_COMPUTE if changed <= {"epochs", "milestones"} else None
-    return "alone" if not changed else "ema" if changed == {"ema_decay"} and other["ema_decay"] else None
+    first, method = control.runs[0], method_of(control)
+    own, other = settings_of(group.runs[0].run), settings_of(first.run)
+    changed = {key for key in own.keys() | other.keys() if not _aside(key) and own.get(key) != other.get(key)}
+    if network not in first.networks or method != (method_of(group) if kind == MATCHED else "independent"):
+        return False
+    if kind == EQUAL_COMPUTE:
+        factor = _factor(group, network)
+        return (
+            factor is not None
+            and changed <= {"epochs", "milestones"}
+            and other["epochs"] == max(1, round(factor * own["epochs"]))
+        )
+    if kind == "ema":
+        return changed == {"ema_decay"} and bool(other["ema_decay"])
+    return not changed and (kind != MATCHED or (control.name.startswith(MATCHED) and _size(control) == _size(group)))
 
 
-def _differs(key: str, own: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    aside = key in ("seed", "networks", "weights") or key.startswith(("method.", "teacher"))
-    return not aside and own.get(key) != other.get(key)
+def _factor(group: Group, network: str) -> float | None:
+    """Return how many times as long a step of the runs took as one of the network alone, as the sweep measured it."""
+    run = group.runs[0].run
+    own = settings_of(run) | run.metadata.get("asked", {})
+    try:
+        measured = {key: (json.loads(key), factor) for key, factor in read_json(run.path.parent / FACTORS).items()}
+    except (CheckpointError, ValueError, AttributeError):  # of no sweep, or damaged
+        return None
+    for settings, factor in measured.values():
+        known = settings.keys() & own.keys() - {"seed", "teacher", "weights"}
+        if settings.get("control of") == network and all(settings[key] == own[key] for key in known):
+            return float(factor)
+    return None
+
+
+def _aside(key: str) -> bool:
+    """Whether a setting tells a method from its controls, or does not tell runs apart."""
+    return key in ("seed", "networks", "weights") or key.startswith(("method.", "teacher"))
+
+
+def _size(group: Group) -> Any:
+    return group.runs[0].summary.get("parameters", {}).get("student0")
 
 
 def _averages(group: Group) -> bool:

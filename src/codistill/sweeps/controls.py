@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from codistill.core.errors import UsageError
+from codistill.core.errors import CodistillError, UsageError
 from codistill.core.files import write_json
 from codistill.methods import METHODS
 from codistill.settings.build import load_named_data
@@ -33,6 +33,7 @@ ROUNDS = 5
 def with_controls(runs: Sequence[PlannedRun], folder: Path) -> list[PlannedRun]:
     """Add the controls of the runs of a sweep, each once: of every network of a run and with its seed.
 
+    A run that cannot be built has none, and costs no other its own.
     The factor on the epochs of `equal-compute` is measured once, and kept in `controls.json` of the sweep's folder.
 
     Raises:
@@ -46,7 +47,10 @@ def with_controls(runs: Sequence[PlannedRun], folder: Path) -> list[PlannedRun]:
         for network in dict.fromkeys(run.config.networks):
             key = canonical({**identity(run.config), "seed": 0, "control of": network})
             if key not in factors:
-                factors[key] = measured_factor(run.config, network)
+                try:
+                    factors[key] = measured_factor(run.config, network)
+                except CodistillError:  # its process reports it
+                    continue
                 write_json(folder / FILE, factors)
             for kind, settings in controls_of(run.config, run.recipe, network, factors[key]).items():
                 wanted[kind].append(settings)
