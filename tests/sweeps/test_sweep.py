@@ -107,6 +107,18 @@ def test_a_grid_is_a_product(tmp_path):
     assert all(run.config.train.epochs == 4 and run.config.data == "digits" for run in runs)
 
 
+def test_an_entry_may_have_a_name(tmp_path):
+    text = f'{SHARED}[[runs]]\nname = "first.1"\nseed = 4\n[[runs]]\nmethod = "dml"\nseed = 4\n'
+    runs = planned(tmp_path, text)
+    assert [run.name for run in runs] == ["first.1", "dml"] and "name" not in runs[0].recipe
+    assert [run.group for run in runs] == ["mfef", "dml"]
+    runs = planned(tmp_path, f'{SHARED}[grid]\nseed = [0, 1]\n[[runs]]\nname = "first"\n')
+    assert [run.name for run in runs] == ["first-seed0", "first-seed1"]
+    for name in ('"a/b"', "3"):
+        with pytest.raises(UsageError, match=r"spec.toml:5: name must be a text of letters, digits and \. \+ -"):
+            planned(tmp_path, f"{SHARED}[[runs]]\nname = {name}\n")
+
+
 def test_every_entry_of_runs_is_taken_at_every_point_of_the_grid(tmp_path):
     runs = planned(
         tmp_path,

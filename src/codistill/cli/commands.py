@@ -52,6 +52,7 @@ from codistill.settings.recipe import read_recipe
 from codistill.sweeps.chain import is_chain, train_chain
 from codistill.sweeps.controls import CONTROLS
 from codistill.sweeps.driver import own_program, sweep
+from codistill.sweeps.reproduce.reproduce import reproduce
 from codistill.training.fleet import train_fleet, train_seeds
 from codistill.training.resume import resume_together
 from codistill.training.train import kept_if_used, train_from_config
@@ -384,3 +385,9 @@ def sweep_command(arguments: Sequence[str]) -> None:
     if failed:
         some = ", ".join(failed[:5]) + (", .." if len(failed) > 5 else "")
         raise WorkerError(f"{len(failed)} of {len(rows)} runs failed: {some}: {chosen.out}/table.md says why")
+
+
+def reproduce_command(arguments: Sequence[str]) -> None:
+    """Run `codistill reproduce`."""
+    chosen = parse(options.ReproduceOptions, arguments, "codistill reproduce")
+    reproduce(**vars(chosen), program=own_program(["reproduce", *arguments]))

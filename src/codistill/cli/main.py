@@ -26,6 +26,7 @@ usage: codistill COMMAND ...
   train [METHOD] --networks A B .. --data NAME   train students together, in a new run folder
   resume RUN                                     resume an interrupted run
   sweep SPEC.toml --out DIR                      train many runs in processes of their own; resumes if interrupted
+  reproduce TABLE                                the paper's table: train what it lacks, print ours beside it
   evaluate RUN                                   score every predictor of a run on its test set
   report RUN ..                                  write the page of a run again, or one that compares runs
   predict FILE_OR_RUN IMAGE ..                   classify images

@@ -169,6 +169,40 @@ class SweepOptions(DataOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReproduceOptions:
+    """Train what a table of MFEF's paper lacks, and print it beside the paper's numbers; resumes if interrupted."""
+
+    table: Literal["table1", "table2", "table3", "table4", "table5", "figure3", "methods"] = field(
+        metadata={"positional": "TABLE"}
+    )
+    """table1 to table5 and figure3 of the paper; methods: all methods with ResNet-20, and their controls."""
+    protocol: Literal["paper", "short", "small"] = "paper"
+    """paper: 300 epochs; short: 30; small: 60 on 10,000 images of CIFAR-100, with ResNet-20 only."""
+    cells: tuple[str, ...] = field(default=(), metadata={"metavar": "ROW[/COLUMN] .."})
+    """Rows, as resnet32/cifar100, or cells, as resnet32/cifar100/mfef-s; * is any letters. None: all."""
+    seeds: tuple[int, ...] = ()
+    """Which seeds. None: 0, 1 and 2 are trained, and all that are there count."""
+    data: str | None = None
+    """The data set in another form: packed, or cifar100:download=true; rows of other data sets are not trained."""
+    data_dir: str | None = field(default=None, metadata={"metavar": "PATH"})
+    """Where the data set is."""
+    out: Path = Path("runs/reproduce")
+    """The folder of runs and tables; a sweep in it for each protocol, whose runs all tables share."""
+    ledger: Path = Path("results/ledger.jsonl")
+    """The file of finished runs, a line each; runs in it are not trained again."""
+    collect: bool = False
+    """Train nothing: only make the table of the ledger and of the runs that are there."""
+    record: bool = False
+    """Add the finished runs of the protocol to the ledger."""
+    dry_run: bool = False
+    """Train nothing: only print which runs are missing."""
+    executor: Literal["local"] = "local"
+    """Where the processes run, as for sweep."""
+    slots: int | None = None
+    """Number of processes at a time, as for sweep."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchOptions(DataOptions):
     """Time training steps on the images of --data, or on random ones of CIFAR-100's shape; says what was timed."""
 
@@ -202,5 +236,6 @@ OPTIONS: dict[str, type] = {
     "export": ExportOptions,
     "bench": BenchOptions,
     "sweep": SweepOptions,
+    "reproduce": ReproduceOptions,
     "list": ListOptions,
 }

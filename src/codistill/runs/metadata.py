@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from codistill.core.errors import CheckpointError
 from codistill.core.host import keep_freed_memory
 from codistill.core.imports import imported
+from codistill.core.source import source
 from codistill.core.torchrun import launch
 from codistill.data.affine import usable
 from codistill.data.dataset import Dataset, Split
@@ -29,9 +30,10 @@ from codistill.settings.kinds import shown
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Return what a result may depend on: versions, machine, device; and its speed: threads, cores, memory."""
+    """Return what a result may depend on: code, versions, machine, device; and its speed: threads, cores, memory."""
     return {
         "codistill": importlib.metadata.version("codistill"),
+        **source(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,

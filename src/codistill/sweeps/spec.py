@@ -30,7 +30,8 @@ def read_spec(path: Path, skip_bad: bool = False) -> list[PlannedRun]:
     """Return the runs of a spec in its order.
 
     The settings at the top are those of every run. The lists of `[grid]` are multiplied with each other, and with the
-    entries of `[[runs]]`, where there are any. With `skip_bad` all data sets leave out bad images.
+    entries of `[[runs]]`, where there are any; an entry's `name` begins the names of its runs, and is that of a single
+    one. With `skip_bad` all data sets leave out bad images.
     """
     mapping, text = read_table(path, "sweep")
 
@@ -45,8 +46,12 @@ def read_spec(path: Path, skip_bad: bool = False) -> list[PlannedRun]:
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise UsageError(f"{where('runs')}: runs must be tables of settings: [[runs]]")
     shared = {"method.name": "mfef", **flat(mapping, where)}
-    settings = []
+    settings, labels = [], []
     for entry in entries:
+        label = entry.get("name", "")
+        if not isinstance(label, str) or re.search(r"[^A-Za-z0-9.+-]", label):
+            raise UsageError(f"{where('name')}: name must be a text of letters, digits and . + -, not {label!r}")
+        entry = {key: value for key, value in entry.items() if key != "name"}
         for point in itertools.product(*axes):
             own: dict[str, Any] = {}
             for part in (flat(entry, where), *point):
@@ -54,11 +59,15 @@ def read_spec(path: Path, skip_bad: bool = False) -> list[PlannedRun]:
                     raise UsageError(f"{where(key)}: {key} is in [grid] and in [[runs]], or twice in [grid]")
                 own |= part
             settings.append(shared | own)
+            labels.append(label)
             if skip_bad and isinstance(data := settings[-1].get("data"), str):
                 settings[-1]["data"] = with_options(data, skip_bad="true")
     groups = unique_names([{key: value for key, value in each.items() if key != "seed"} for each in settings])
     runs: dict[str, PlannedRun] = {}
-    for each, name, group in zip(settings, unique_names(settings), groups, strict=True):
+    names = unique_names(settings)
+    for each, label, name, group in zip(settings, labels, names, groups, strict=True):
+        if label:
+            name = f"{label}-{name}" if labels.count(label) > 1 else label
         run = planned(each, name, group, where)
         # The same run may be written in two ways, as with a default that only one of them names.
         key = digest(run.config) if run.config else canonical(run.recipe)

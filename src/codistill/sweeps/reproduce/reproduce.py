@@ -1,0 +1,190 @@
+"""Train what a table of the paper lacks, or only collect it, and write the table."""
+
+import base64
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from codistill.core.console import lasting_console, note, warn
+from codistill.core.errors import UsageError, WorkerError
+from codistill.core.files import system_error, write_atomically, write_json
+from codistill.core.registry import near_matches
+from codistill.data import dataset
+from codistill.report.page import render
+from codistill.report.tables import Table
+from codistill.runs.metadata import data_digests
+from codistill.sweeps.driver import PROGRAM, sweep
+from codistill.sweeps.naming import part
+from codistill.sweeps.reproduce.cells import Cell, Protocol, contents, data_name, protocols
+from codistill.sweeps.reproduce.cells import tables as all_tables
+from codistill.sweeps.reproduce.collect import gather, runs_below, tables_of
+from codistill.sweeps.reproduce.ledger import Entry, append, read_ledger, teacher_of
+from codistill.sweeps.reproduce.picture import draw
+
+LEDGER, OUT = Path("results/ledger.jsonl"), Path("runs/reproduce")
+SEEDS = (0, 1, 2)
+MARKED = re.compile(r"(<!-- ledger: (\w+) (\w+)( differences)? -->\n)(.*?)(?=<!-- /ledger -->)", re.DOTALL)
+"""A part of a Markdown page that is made from the ledger: table, protocol, and whether of differences."""
+
+
+def reproduce(
+    table: str,
+    *,
+    protocol: str | Protocol = "paper",
+    cells: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    data: str | None = None,
+    data_dir: str | None = None,
+    out: Path = OUT,
+    ledger: Path = LEDGER,
+    collect: bool = False,
+    record: bool = False,
+    dry_run: bool = False,
+    executor: str = "local",
+    slots: int | None = None,
+    program: Sequence[str] = PROGRAM,
+    show: bool = True,
+) -> tuple[Table, Table]:
+    """Train the runs that a table lacks, and write the table beside the paper's numbers.
+
+    Args:
+        table: table1 to table5, figure3 or methods.
+        protocol: paper, short or small; see docs/reproduce.md.
+        cells: Rows, as resnet32/cifar100, or cells, as resnet32/cifar100/mfef-s; none: all.
+        seeds: Which seeds. None: 0, 1 and 2 are trained, and all that are there count.
+        data: The data set in another form, as packed; rows of other data sets are left out.
+        data_dir: Where it is.
+        out: The folder of runs, in a sweep for each protocol, and of the tables.
+        ledger: The file of finished runs; it may not exist.
+        collect: Train nothing.
+        record: Add the finished runs of this protocol in `out` to the ledger.
+        dry_run: Only print which runs are missing.
+        executor: What runs the processes, as for `sweep`.
+        slots: How many at a time, as for `sweep`.
+        program: What is put before `train ..`, as for `sweep`.
+        show: Whether to print.
+
+    Returns:
+        The table, and that of the differences.
+
+    Raises:
+        UsageError: Something cannot be; nothing was started.
+        CheckpointError: The ledger is damaged.
+        WorkerError: Runs failed; the tables are written without them.
+    """
+    if isinstance(protocol, str):
+        if protocol not in protocols():
+            raise UsageError(f"unknown protocol {protocol!r}: {near_matches(protocol, protocols())}")
+        protocol = protocols()[protocol]
+    if table not in all_tables():
+        raise UsageError(f"unknown table {table!r}: {near_matches(table, all_tables())}")
+    patterns, folder = tuple(cells), out / protocol.name
+    chosen, recorded = contents(table, protocol, patterns).cells, read_ledger(ledger)
+    console, failed = lasting_console(show, markup=False), []
+    if not collect:
+        missing = Missing(_of_data(chosen, table, data, data_dir), seeds or SEEDS, recorded, protocol, folder)
+        place = {key: each for key, each in (("data", data), ("data_dir", data_dir)) if each is not None}
+        for stage in ("teachers", "students"):
+            entries = missing.entries(stage, place)
+            console.print(f"{len(entries)} runs of {stage} to train", *(each["name"] for each in entries), sep="\n  ")
+            if not entries or dry_run:
+                continue
+            spec = out / f"{protocol.name}-{stage}.json"
+            write_json(spec, {"runs": entries})
+            rows = sweep(spec, folder, executor=executor, slots=slots, program=program, show=show)
+            failed += [f"{row.name} ({row.reason})" for row in rows if row.status == "FAILED"]
+            if failed and stage == "teachers":
+                break
+    own, refused = runs_below(folder, [protocol])
+    for line in refused:
+        warn(f"{line}: it does not count")
+    if record:
+        known = gather(recorded)
+        new = [entry for entry in own if entry.seed not in known.get(entry.key, {})]
+        append(ledger, [entry.line for entry in new])
+        note(f"{ledger}: {len(new)} runs added, {len(own) - len(new)} were there")
+    runs = gather([*recorded, *own])
+    tables = tables_of(table, protocol, runs, patterns, seeds)
+    write_tables(out / f"{table}-{protocol.name}", tables, draw(table, protocol, runs, patterns, seeds))
+    console.print(*(each.markdown() for each in tables), sep="\n", soft_wrap=True)
+    if failed:
+        raise WorkerError(f"{len(failed)} runs failed: {', '.join(failed[:5])}: {folder}/table.md says why")
+    return tables
+
+
+def _of_data(cells: Sequence[Cell], table: str, data: str | None, data_dir: str | None) -> list[Cell]:
+    """Return the cells of the data set that was named in another form; without one all."""
+    if data is None:
+        return list(cells)
+    name = data_name(data, data_digests(dataset(data, data_dir)))
+    found = [cell for cell in cells if cell.settings["data"] == name]
+    if not found:
+        raise UsageError(f"{table} has no such cell of data set {name}: name other cells, or another --data")
+    return found
+
+
+@dataclass(frozen=True)
+class Missing:
+    """The runs of cells that are neither in the ledger nor finished in a folder."""
+
+    cells: Sequence[Cell]
+    seeds: Sequence[int]
+    recorded: Sequence[Entry]
+    protocol: Protocol
+    folder: Path
+
+    def entries(self, stage: str, place: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return the entries of a sweep's spec that train the students, or the teachers that they lack, in order."""
+        own = gather(runs_below(self.folder, [self.protocol])[0])
+        runs = gather(self.recorded)
+        wanted: dict[tuple[str, int], Cell] = {}
+        for seed in self.seeds:
+            for cell in self.cells:
+                if seed not in {**runs.get(cell.key, {}), **own.get(cell.key, {})}:
+                    wanted[cell.key, seed] = cell
+        if stage == "teachers":  # whose weights are needed, so that a line of the ledger does not do
+            taught = [(teacher_of(cell), seed) for (_, seed), cell in wanted.items() if cell.teacher]
+            wanted = {(cell.key, seed): cell for cell, seed in taught if seed not in own.get(cell.key, {})}
+        entries = []
+        for (_, seed), cell in wanted.items():
+            entry = {**cell.settings, **place, "seed": seed, "name": name_of(cell, seed)}
+            if cell.teacher:
+                teacher = teacher_of(cell)
+                found = own.get(teacher.key, {}).get(seed)
+                folder = Path(found.place) if found else self.folder / name_of(teacher, seed)
+                entry["teacher"] = str(folder.absolute())
+            entries.append(entry)
+        return entries
+
+
+def name_of(cell: Cell, seed: int) -> str:
+    """Return the folder's name of a run, which is the same in every table."""
+    return f"{cell.settings['method.name']}-{part('networks', cell.settings['networks'])}-{cell.key[:8]}-seed{seed}"
+
+
+def write_tables(stem: Path, tables: Sequence[Table], picture: bytes | None) -> None:
+    """Write tables as Markdown, CSV, LaTeX and HTML, in files that begin alike, and the picture if there is one."""
+    title = tables[0].title
+    page = render("table.html", title=title, tables=tables, picture=base64.b64encode(picture or b"").decode())
+    files = {".md": "\n".join(each.markdown() for each in tables), ".html": page}
+    files |= {".tex": "\n".join(each.latex() for each in tables), ".csv": tables[0].csv()}
+    files |= {"-differences.csv": tables[1].csv()} | ({".svg": picture.decode()} if picture else {})
+    try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        for ending, text in files.items():
+            write_atomically(Path(f"{stem}{ending}"), text.encode())
+    except OSError as error:
+        raise system_error(error, stem.parent, fix="choose another --out") from None
+
+
+def rewritten(page: str, entries: Sequence[Entry]) -> str:
+    """Return a Markdown page with its parts between `<!-- ledger: TABLE PROTOCOL -->` and `<!-- /ledger -->` as now."""
+    runs = gather(entries)
+
+    def made(found: re.Match[str]) -> str:
+        tables = tables_of(found[2], protocols()[found[3]], runs)
+        return f"{found[1]}{tables[bool(found[4])].markdown()}"
+
+    return MARKED.sub(made, page)
