@@ -1,5 +1,6 @@
 """Stand-in for `codistill train` and `codistill resume`: makes run folders, and ends as `acts.json` says."""
 
+import fcntl
 import itertools
 import json
 import os
@@ -87,6 +88,13 @@ for act, *words in acts.values():
         fail(int(words[0]), *words[1:])
 for folder, recipe in zip(folders, recipes, strict=False):
     begin(folder, recipe)
+locks = []
+for folder in folders:
+    locks.append((folder / ".lock").open("a"))
+    try:
+        fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(2, f"run folder {folder} is in use by another process")
 open_folders = list(folders)
 diverged = 0
 for folder, (act, *words) in acts.items():
@@ -109,7 +117,9 @@ for folder, (act, *words) in acts.items():
         save(folder)
         signal.signal(signal.SIGTERM, terminated)
         (folder / "waiting").touch()
-        time.sleep(60)
+        late = time.monotonic() + 60
+        while not (HERE / "go").exists() and time.monotonic() < late:
+            time.sleep(0.02)
 for folder in open_folders:
     finish(folder)
 if diverged:

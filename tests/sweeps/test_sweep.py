@@ -1,6 +1,5 @@
 """Sweeps: the runs of a spec, which of them are trained again, and the tables."""
 
-import contextlib
 import fcntl
 import json
 import os
@@ -8,8 +7,6 @@ import shutil
 import signal
 import statistics
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -20,58 +17,27 @@ from codistill.cli import main
 from codistill.core.errors import UsageError
 from codistill.runs.lock import lock_folder
 from codistill.settings.build import build_method
-from codistill.sweeps import driver as sweep_module
-from codistill.sweeps.driver import assign, measured_slots, own_program, sweep
+from codistill.sweeps.driver import assign, own_program, sweep
+from codistill.sweeps.engines import local
+from codistill.sweeps.engines.local import Local, measured_slots
 from codistill.sweeps.spec import read_spec
 from codistill.sweeps.table import Row, grouped, write_tables
 
 from ..faults.asserting import refused
+from .bench import SEEDS, SHARED, Bench, on_waiting, signalled
 
-WORKER = Path(__file__).with_name("sweep_worker.py")
-SHARED = 'networks = ["resnet20", "resnet20"]\ndata = "digits"\nepochs = 4\n'
-SEEDS = f"{SHARED}[grid]\nseed = [0, 1, 2]\n"
 SPECS = sorted((Path(__file__).parents[2] / "recipes").glob("sweep-*.toml"))
-
-
-class Bench:
-    """A folder with a spec and a worker that ends as `act` sets."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.out = folder, folder / "sweep"
-        shutil.copy(WORKER, folder / "worker.py")
-        self.act()
-        self.program = [sys.executable, "-S", str(folder / "worker.py")]
-
-    def act(self, **acts: list[str]) -> None:
-        """Set how the runs end in each attempt; after these they finish."""
-        (self.folder / "acts.json").write_text(json.dumps(acts))
-
-    def sweep(self, text: str = SEEDS, **settings: object) -> dict[str, Row]:
-        (self.folder / "spec.toml").write_text(text)
-        (self.folder / "calls.txt").unlink(missing_ok=True)
-        rows = sweep(self.folder / "spec.toml", self.out, program=self.program, **settings)
-        assert [row.name for row in rows] == [row["name"] for row in self.table()["runs"]]
-        return {row.name: row for row in rows}
-
-    def calls(self) -> list[str]:
-        """Return commands and runs, in the order in which they started."""
-        file = self.folder / "calls.txt"
-        return [" ".join(line.split()[:2]) for line in file.read_text().splitlines()] if file.exists() else []
-
-    def words(self) -> list[list[str]]:
-        return [line.split() for line in (self.folder / "calls.txt").read_text().splitlines()]
-
-    def table(self) -> dict[str, list[dict[str, object]]]:
-        return json.loads((self.out / "table.json").read_text())
 
 
 @pytest.fixture
 def bench(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("codistill.sweeps.driver.POLL_SECONDS", 0.01)
+    monkeypatch.setattr(Local, "seconds", 0.01)
+    monkeypatch.setattr("codistill.sweeps.driver.LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("codistill.sweeps.folder.PLAN_SECONDS", 0.05)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("codistill.sweeps.driver.measured_slots", lambda runs: 1)
+    monkeypatch.setattr("codistill.sweeps.engines.local.measured_slots", lambda runs: 1)
     made = Bench(tmp_path)
     monkeypatch.setattr("codistill.cli.commands.own_program", lambda arguments: made.program)
     return made
@@ -179,12 +145,12 @@ def test_a_wrong_spec_is_status_2_and_makes_nothing(bench, capsys, text):
 def test_wrong_usage(bench, capsys):
     Path("spec.toml").write_text(SEEDS)
     refused(capsys, ["sweep", "none.toml", "--out", "new"], 2, "none.toml", "No such file")
-    refused(capsys, ["sweep", "spec.toml", "--out", "new", "--executor", "ray"], 2, "--executor", "local")
+    refused(capsys, ["sweep", "spec.toml", "--out", "new", "--executor", "rai"], 2, "--executor", "local")
     refused(capsys, ["sweep", "spec.toml", "--out", "new", "--slots", "0"], 2, "slots is 0")
     refused(capsys, ["sweep", "spec.toml", "--out", "spec.toml"], 2, "sweep folder spec.toml", "choose another --out")
     refused(capsys, ["sweep", "spec.toml"], 2, "--out")
-    with pytest.raises(UsageError, match="unknown executor 'ray': choose from local"):
-        sweep("spec.toml", "new", executor="ray")
+    with pytest.raises(UsageError, match="unknown executor 'locale': did you mean local"):
+        sweep("spec.toml", "new", executor="locale")
     assert not Path("new").exists()
 
 
@@ -386,20 +352,6 @@ def test_a_folder_that_is_a_run_or_in_use_is_refused(bench, capsys):
         lock.close()
 
 
-def on_waiting(monkeypatch, act):
-    """Call `act` when a sweep says that it waits; return the list of these lines."""
-    waits, say = [], sweep_module.Sweep.say
-
-    def listen(state, line):
-        say(state, line)
-        if "waits for a process of an earlier sweep" in line:
-            waits.append(line)
-            act()
-
-    monkeypatch.setattr(sweep_module.Sweep, "say", listen)
-    return waits
-
-
 @pytest.mark.parametrize("ends", [False, True])
 def test_a_process_that_outlived_its_sweep_is_waited_for(bench, monkeypatch, ends):
     bench.act(seed1=["kill 9"] * 3)
@@ -421,29 +373,6 @@ def test_a_process_that_outlived_its_sweep_is_waited_for(bench, monkeypatch, end
     assert [row.status for row in rows.values()] == ["finished"] * 3
     assert bench.calls() == ["end seed1"] + ["resume seed1"] * (not ends)
     assert len(waits) == 1 and waits[0].startswith("seed1: waits")
-
-
-@contextlib.contextmanager
-def signalled(bench, number, ended=lambda: None):
-    """Send this process a signal once seed0 is in the table and seed1 waits; call `ended` right before."""
-
-    def send():
-        late = time.monotonic() + 60
-        while not (bench.out / "seed1" / "waiting").exists() or bench.table()["runs"][0]["status"] != "finished":
-            if time.monotonic() > late:
-                return
-            time.sleep(0.01)
-        ended()
-        os.kill(os.getpid(), number)
-
-    thread = threading.Thread(target=send)
-    thread.start()
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        thread.join()
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -592,19 +521,15 @@ def test_a_stopped_process_leaves_ended_runs_in_the_table_and_the_rest_resumes_t
     assert bench.calls() == ["resume seed1+seed2"]
 
 
-def test_a_process_that_works_on_one_of_several_is_waited_for(bench, monkeypatch):
+def test_a_process_that_works_on_one_of_several_costs_the_others_no_time(bench, monkeypatch):
     (bench.out / "logs").mkdir(parents=True)
     log = open(bench.out / "logs" / "seed1.log", "a")  # noqa: SIM115
     fcntl.flock(log, fcntl.LOCK_EX)
 
-    def end():
-        assert bench.calls() == []
-        log.close()
-
-    waits = on_waiting(monkeypatch, end)
+    waits = on_waiting(monkeypatch, log.close)
     rows = bench.sweep(side_by_side=True)
     assert [row.status for row in rows.values()] == ["finished"] * 3
-    assert bench.calls() == [f"train {ALL}"] and len(waits) == 1
+    assert bench.calls() == ["train seed0+seed2", "train seed1"] and len(waits) == 1
 
 
 def test_workers_are_started_as_the_sweep_was(monkeypatch):
@@ -644,14 +569,14 @@ def test_on_a_cpu_slots_are_measured(bench, monkeypatch, tmp_path):
 
     (tmp_path / "few.toml").write_text(f"{SHARED}train_limit = 20\n[grid]\nseed = [4, 5, 6]\n")
     runs = read_spec(tmp_path / "few.toml")
-    monkeypatch.setattr(sweep_module, "share_cores", share)
+    monkeypatch.setattr(local, "share_cores", share)
     assert measured_slots(runs) == 3 and seen == [(3, 4)]
     assert measured_slots(runs[:1]) == 1  # alone
     (tmp_path / "none.toml").write_text(
         'networks = ["resnet20"]\ndata = "folder"\ndata_dir = "none"\n[grid]\nseed = [1, 2]\n'
     )
     assert measured_slots(read_spec(tmp_path / "none.toml")) == 1  # its processes say why
-    monkeypatch.setattr(sweep_module, "measured_slots", lambda runs: 3)
+    monkeypatch.setattr(local, "measured_slots", lambda runs: 3)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     bench.sweep()
     assert [line[3] for line in bench.words()] == ["threads=2"] * 3

@@ -157,10 +157,11 @@ class SweepOptions(DataOptions):
     """A TOML file: settings of all runs, then those that vary: lists in [grid], tables in [[runs]]."""
     out: Path
     """The folder of the sweep, with a folder for each run."""
-    executor: Literal["local"] = "local"
-    """Where the processes run: local, on this machine."""
+    executor: Literal["local", "slurm"] = "local"
+    """Where the processes run: on this machine, or as jobs of SLURM, which [slurm] in the spec sets up."""
     slots: int | None = None
-    """Number of processes at a time. None: one for each GPU; on a CPU by a short measurement of the first run."""
+    """Number of processes at a time. None: one for each GPU; on a CPU by a short measurement of the first run; on slurm
+    all that are to do."""
     side_by_side: bool | None = None
     """Whether runs that can train side by side share a process. None: on CUDA, where one graph holds them all."""
     controls: bool = False

@@ -17,27 +17,25 @@ import torch
 
 from codistill.core.console import lasting_console
 from codistill.core.errors import CodistillError, UsageError, WorkerError
-from codistill.core.files import system_error, write_json
+from codistill.core.files import write_json
 from codistill.core.imports import import_flags, split_imports
 from codistill.core.registry import near_matches
 from codistill.core.signals import Interrupted, Terminated
 from codistill.methods import METHODS
-from codistill.runs.folder import ANOTHER, RunFolder
+from codistill.runs.folder import RunFolder
 from codistill.runs.latency import read_latency
-from codistill.runs.lock import lock_folder
-from codistill.settings.build import load_named_data
 from codistill.settings.config import RunConfig
 from codistill.sweeps.controls import with_controls
-from codistill.sweeps.engines import local
+from codistill.sweeps.engines.engine import Engine, Work, locked
+from codistill.sweeps.engines.registry import ENGINES
+from codistill.sweeps.folder import Claims, at_work
 from codistill.sweeps.naming import differences, digest
-from codistill.sweeps.spec import PlannedRun, read_spec
+from codistill.sweeps.spec import PlannedRun, engine_settings, read_spec
 from codistill.sweeps.table import Row, write_tables
 from codistill.training.fleet import shared
-from codistill.training.prepare import DeviceSplits, build_taught, check
-from codistill.training.sharing import share_cores
 
-EXECUTORS = ("local",)
-POLL_SECONDS = 0.1
+# How often a sweep looks again at a run on which another one works.
+LOOK_SECONDS = 2.0
 # How often a run is tried whose process was killed, or lost a worker of its own: once, and two times again.
 ATTEMPTS = 3
 # How many runs one process gets at most: each holds a file open, and has its networks on the host.
@@ -72,8 +70,9 @@ def sweep(
     Args:
         spec: A TOML file: settings of all runs, `[grid]` and `[[runs]]`; see docs/sweep.md.
         out: The folder of the sweep; made where it does not exist.
-        executor: What runs the processes: local.
-        slots: How many processes at a time. None: one for each GPU; on a CPU by a short measurement of the first run.
+        executor: What runs the processes: local, or slurm, which `[slurm]` in the spec sets up.
+        slots: How many processes at a time. None, local: one for each GPU; on a CPU by a short measurement of the first
+            run. None, slurm: all that are to do.
         side_by_side: Whether runs that can train side by side share a process. None: on CUDA, in one graph.
         skip_bad: Whether the runs leave out images of a folder that cannot be read.
         controls: Whether to train the controls of the runs, too; see `codistill list`.
@@ -84,36 +83,24 @@ def sweep(
         A row for each run, in the order of the spec, with the reason where it failed.
 
     Raises:
-        UsageError: The spec is wrong, or the folder cannot be used; no run was started.
+        UsageError: The spec is wrong, the folder cannot be used, or the engine cannot be reached; no run was started.
     """
-    if executor not in EXECUTORS:
-        raise UsageError(f"unknown executor {executor!r}: {near_matches(executor, EXECUTORS)}")
+    if executor not in ENGINES:
+        raise UsageError(f"unknown executor {executor!r}: {near_matches(executor, ENGINES)}")
     if slots is not None and slots < 1:
         raise UsageError(f"slots is {slots}; it must be at least 1")
-    runs, folder = read_spec(Path(spec), skip_bad), Path(out)
-    lock = locked_folder(folder)
-    try:
-        if controls:
-            runs = with_controls(runs, folder)
-        return Sweep(Path(spec), folder, runs, program, show).train(slots, side_by_side)
-    except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; {RESUMES}") from None
-    except Terminated:
-        raise Terminated(f"terminated; {RESUMES}") from None
-    finally:
-        lock.close()
+    runs, settings, folder = read_spec(Path(spec), skip_bad), engine_settings(Path(spec)), Path(out)
 
+    def plan() -> list[PlannedRun]:
+        return find_folders(folder, with_controls(runs, folder) if controls else runs)
 
-def locked_folder(folder: Path) -> IO[str]:
-    """Make the folder of a sweep and lock it for this process."""
-    if (folder / "config.json").exists():
-        raise UsageError(f"sweep folder {folder} is a run folder: choose another --out")
-    try:
-        for each in ("logs", "recipes"):
-            (folder / each).mkdir(parents=True, exist_ok=True)
-        return lock_folder(folder)
-    except OSError as error:
-        raise system_error(error, f"sweep folder {folder}", fix=ANOTHER) from None
+    with contextlib.closing(ENGINES[executor](folder, settings[executor])) as engine, at_work(folder, plan) as planned:
+        try:
+            return Sweep(Path(spec), folder, planned, engine, program, show).train(slots, side_by_side)
+        except KeyboardInterrupt:
+            raise Interrupted(f"interrupted; {RESUMES}") from None
+        except Terminated:
+            raise Terminated(f"terminated; {RESUMES}") from None
 
 
 def find_folders(folder: Path, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
@@ -137,13 +124,16 @@ def find_folders(folder: Path, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
     return list(named.values())
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
-    """One run, or several that train side by side, in the slot of a process; None until it could be started."""
+    """One run, or several that train side by side: in the hands of this sweep, or of another one that works on them."""
 
     runs: list[PlannedRun]
-    process: local.Process | None = None
-    announced: bool = False
+    started: Any = None
+    elsewhere: str = ""
+    """Who works on them, if that has been found."""
+    look: float = 0.0
+    """When to look again whether the other one still does."""
 
     @property
     def name(self) -> str:
@@ -153,84 +143,130 @@ class Job:
 
 
 class Sweep:
-    """A sweep in a folder that this process holds: how far each run is, which ones wait, how often each was tried."""
+    """A sweep at work in a folder: how far each run is, which ones wait, how often each was tried."""
 
-    def __init__(self, spec: Path, folder: Path, runs: Sequence[PlannedRun], program: Sequence[str], show: bool):
-        self.spec, self.folder, self.program = spec, folder, list(program)
+    def __init__(
+        self,
+        spec: Path,
+        folder: Path,
+        runs: Sequence[PlannedRun],
+        engine: Engine,
+        program: Sequence[str],
+        show: bool,
+    ) -> None:
+        self.spec, self.folder, self.engine, self.program = spec, folder, engine, list(program)
         self.console = lasting_console(show, markup=False)
-        self.runs = find_folders(folder, runs)
+        self.runs = runs
         self.rows = {run.name: self.row(run) for run in self.runs}
-        self.waiting: deque[list[PlannedRun]] = deque()
+        self.waiting: deque[Job] = deque()
+        self.busy: dict[int, Job] = {}
         self.attempts = Counter[str]()
+        self.claims = Claims(folder / "logs")
 
     def train(self, slots: int | None, side_by_side: bool | None) -> list[Row]:
-        """Train the runs without an end: start as many as there is room for, poll, act on each exit."""
+        """Train the runs without an end: start what there is room for, poll, act on each exit."""
         left = [run for run in self.runs if self.rows[run.name].status == "unfinished"]
-        slots = slots or torch.cuda.device_count() or measured_slots(left)
-        self.say(f"{len(self.runs)} runs in {self.folder}: {len(left)} to do, {slots} at a time")
+        slots = slots or self.engine.room(left)
+        self.say(f"{len(self.runs)} runs in {self.folder}: {len(left)} to do, {min(slots, len(left))} at a time")
         self.note(*(row for row in self.rows.values() if row.status != "unfinished"))
-        self.waiting.extend(assign(left, slots, side_by_side))
-        busy: dict[int, Job] = {}
+        self.waiting.extend(map(Job, assign(left, slots, side_by_side)))
         try:
-            while self.waiting or busy:
-                for slot in range(slots):
-                    if slot not in busy and self.waiting:
-                        busy[slot] = Job(self.waiting.popleft())
-                    if slot in busy and busy[slot].process is None and not self.start(busy[slot], slot, slots):
-                        del busy[slot]
-                time.sleep(POLL_SECONDS)
-                for slot, job in list(busy.items()):
+            while self.waiting or self.busy:
+                self.fill(slots)
+                time.sleep(self.engine.seconds)
+                for slot, job in list(self.busy.items()):
                     self.unfinished(job)  # the table has runs that ended while others of their process train
-                    if job.process and (status := job.process.poll()) is not None:
-                        del busy[slot]
+                    if (status := job.started.poll()) is not None:
+                        del self.busy[slot]
                         self.on_exit(job, status)
         finally:
-            local.stop([job.process for job in busy.values() if job.process])
+            try:
+                self.engine.stop([job.started for job in self.busy.values()])
+            finally:
+                self.claims.close()
         self.say("\n" + (self.folder / "table.md").read_text(encoding="utf-8"))
         return list(self.rows.values())
 
-    def start(self, job: Job, slot: int, slots: int) -> bool:
-        """Start the process of a job unless one of an earlier sweep works on it; return whether any run has no end.
-
-        Where some of its runs have a folder, the process resumes those, and the others become a job of their own.
-        """
+    def fill(self, slots: int) -> None:
+        """Start as many of the waiting jobs as there is room for, all at once; leave what others work on."""
+        free = [slot for slot in range(slots) if slot not in self.busy]
+        begun: list[tuple[Job, Work, list[IO[bytes]]]] = []
         # The contents of the folders are final only under the locks.
-        with local.locked([self.folder / "logs" / f"{run.name}.log" for run in job.runs]) as logs:
-            if logs is None:
-                if not job.announced:
-                    self.say(f"{job.name}: waits for a process of an earlier sweep that still works on it")
-                job.announced = True
-                return True
-            left = self.unfinished(job)
-            started = [run for run in left if (self.folder / run.name / "config.json").exists()]
-            new = [run for run in left if run not in started]
-            if started and new:
-                self.waiting.appendleft(new)
-            files = {run.name: file for run, file in zip(job.runs, logs, strict=True)}
-            job.runs = started or new
-            if job.runs:
-                ending = " side by side" if len(job.runs) > 1 else "s"
-                self.say(f"{job.name}: {'resume' if started else 'start'}{ending}")
-                command = [*self.program, *self.command(job.runs, resume=bool(started)), *import_flags()]
-                environment = local.slot_environment(slot, slots, job.runs[0].config)
-                job.process = local.start(command, [files[run.name] for run in job.runs], environment)
-            return bool(job.runs)
+        with contextlib.ExitStack() as held:
+            for job in [each for each in self.waiting if each.look <= time.monotonic()]:
+                if len(begun) == len(free):
+                    break
+                self.waiting.remove(job)
+                if logs := self.prepare(job, held):
+                    slot, device = free[len(begun)], job.runs[0].config.execution.device if job.runs[0].config else ""
+                    begun.append((job, self.work(job.runs, (slot, slots), device), logs))
+            started = self.engine.start([work for _, work, _ in begun], [logs for _, _, logs in begun]) if begun else []
+            for (job, work, _), job.started in zip(begun, started, strict=True):
+                self.busy[work.slot[0]] = job
+                self.claims.write([run.name for run in job.runs], job=self.engine.record(job.started))
 
-    def command(self, runs: Sequence[PlannedRun], resume: bool) -> list[str]:
-        """Return the arguments that train or resume runs; for new ones, write the recipes that they name."""
-        folders = [str(self.folder / run.name) for run in runs]
-        if resume:
-            data_dir = runs[0].recipe.get("data_dir")
-            return ["resume", *folders, *(["--data-dir", data_dir] if data_dir else [])]
+    def prepare(self, job: Job, held: contextlib.ExitStack) -> list[IO[bytes]]:
+        """Take the runs of a job that have no end and on which no other works; return their logs, locked.
+
+        The others become jobs of their own that wait; so do, where some runs have a folder already, those without.
+        """
+        logs: dict[str, IO[bytes]] = {}
+        busy: list[PlannedRun] = []
+        for run in self.unfinished(job):
+            log, who = self.take(run, held, job.elsewhere)
+            if log is not None:
+                logs[run.name] = log
+            elif who:
+                busy.append(run)
+        if busy:
+            if not job.elsewhere:
+                self.say(f"{Job(busy).name}: waits for {who} that still works on it")
+            self.waiting.append(Job(busy, elsewhere=who, look=time.monotonic() + LOOK_SECONDS))
+        left = [run for run in self.unfinished(job) if run.name in logs]
+        begun = [run for run in left if (self.folder / run.name / "config.json").exists()]
+        new = [run for run in left if run not in begun]
+        if begun and new:
+            self.waiting.appendleft(Job(new))
+        job.runs = begun or new
+        if job.runs:
+            self.say(f"{job.name}: {'resume' if begun else 'start'}{' side by side' if len(job.runs) > 1 else 's'}")
+        return [logs[run.name] for run in job.runs]
+
+    def take(self, run: PlannedRun, held: contextlib.ExitStack, elsewhere: str) -> tuple[IO[bytes] | None, str]:
+        """Take a run into the hands of this sweep; return its log, locked, or who has it, or neither: it has failed."""
+        mine, found = self.claims.take(run.name)
+        if not mine:
+            return None, found.get("job") or f"the sweep of {found.get('by', 'another process')}"
+        if self.engine.alive(found.get("job", "")):
+            self.claims.release(run.name)
+            return None, found["job"]
+        if elsewhere and found.get("failed"):  # tried by a sweep beside this one, as often as this would
+            self.note(self.row(run, found["failed"]))
+            return None, ""
+        self.claims.write([run.name])
+        if (logs := held.enter_context(locked([self.folder / "logs" / f"{run.name}.log"]))) is None:
+            self.claims.release(run.name)
+            return None, "a process of an earlier sweep"
+        return logs[0], ""
+
+    def work(self, runs: Sequence[PlannedRun], slot: tuple[int, int], device: str) -> Work:
+        """Return what trains or resumes runs, and write their recipes."""
         recipes = [self.folder / "recipes" / f"{run.name}.json" for run in runs]
         for run, recipe in zip(runs, recipes, strict=True):
             write_json(recipe, run.recipe)
-        if len(runs) == 1:
-            return ["train", "--recipe", str(recipes[0]), "--out", folders[0]]
-        return ["train", "--recipes", *map(str, recipes), "--out", str(self.folder)]
+        return Work(
+            program=self.program,
+            runs=[(str(self.folder / run.name), str(recipe)) for run, recipe in zip(runs, recipes, strict=True)],
+            logs=[str(self.folder / "logs" / f"{run.name}.log") for run in runs],
+            more=import_flags(),
+            data_dir=runs[0].recipe.get("data_dir"),
+            slot=slot,
+            device=device,
+        )
 
     def on_exit(self, job: Job, status: int) -> None:
         """Note how the runs of a process ended, and put those that are tried again before all that wait."""
+        self.claims.write([run.name for run in job.runs])  # its job is no more
         left = self.unfinished(job)
         if not left:
             return
@@ -244,10 +280,12 @@ class Sweep:
                 self.say(f"{run.name}: {reason}: trying again, {self.attempts[run.name]} of {ATTEMPTS - 1}")
             # What kills a process may be one of its runs: each has its last attempt alone.
             alone = any(self.attempts[run.name] == ATTEMPTS - 1 for run in again)
-            self.waiting.extendleft([[run] for run in reversed(again)] if alone else [again] if again else [])
+            parts = [[run] for run in reversed(again)] if alone else [again] if again else []
+            self.waiting.extendleft(map(Job, parts))
         elif len(job.runs) > 1:  # one of them may be the cause
             self.say(f"{job.name}: {reason}: trying them again in halves")
-            self.waiting.extendleft(part for part in (left[len(left) // 2 :], left[: len(left) // 2]) if part)
+            parts = [left[len(left) // 2 :], left[: len(left) // 2]]
+            self.waiting.extendleft(Job(part) for part in parts if part)
         else:
             self.note(self.row(left[0], reason))
 
@@ -283,6 +321,9 @@ class Sweep:
         for row in rows:
             self.rows[row.name] = row
             errors = "  ".join(f"{name} {error:.2f}" for name, error in row.top1_error.items())
+            if row.reason:
+                self.claims.write([row.name], failed=row.reason)
+            self.claims.release(row.name)
             self.say(f"{row.name}: {row.status}" + (f": {row.reason}" if row.reason else f"  test error %: {errors}"))
         write_tables(self.folder, self.spec, list(self.rows.values()))
 
@@ -306,20 +347,6 @@ def classify_exit(status: int, log: Path) -> tuple[bool, str]:
     if status == 0:
         reason = f"no summary.json shows how it ended: see {log}"
     return status == WorkerError.exit_status, reason
-
-
-def measured_slots(runs: Sequence[PlannedRun]) -> int:
-    """Choose by a short measurement of the first run how many train at a time on a CPU; 1 where it cannot be built."""
-    configs = [run.config for run in runs if run.config]
-    if len(configs) < 2:
-        return 1
-    try:
-        data = load_named_data(configs[0])
-        plan = check(build_taught(configs[0], data), data, configs[0], torch.device("cpu"))
-        splits = DeviceSplits(data, plan.device, plan.config.execution.stream)
-        return share_cores([plan] * len(runs), splits)[0]
-    except CodistillError:  # its process reports it
-        return 1
 
 
 def assign(runs: Sequence[PlannedRun], slots: int, side_by_side: bool | None) -> list[list[PlannedRun]]:

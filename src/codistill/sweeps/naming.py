@@ -16,7 +16,7 @@ NAMED_BY_VALUE = ("method.name", "networks", "data")
 # What a sweep folder holds beside its runs, in lower case.
 TAKEN = (
     *("comparison.csv", "comparison.html", "comparison.tex", "controls.json"),
-    *("logs", "recipes", "table.json", "table.md"),
+    *("logs", "recipes", "slurm", "sweep.json", "table.json", "table.md"),
 )
 
 

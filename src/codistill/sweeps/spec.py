@@ -1,18 +1,29 @@
 """From the spec of a sweep to its runs: each with a name, its settings and the group that differs in the seed only."""
 
+import functools
 import itertools
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from codistill.core.errors import UsageError
-from codistill.core.registry import with_options
+from codistill.core.registry import near_matches, with_options
 from codistill.settings.config import RunConfig
 from codistill.settings.mapping import LISTS, Where, run_from_mapping, split_method, typed_mapping
 from codistill.settings.recipe import read_table
+from codistill.sweeps.engines.registry import ENGINES
 from codistill.sweeps.naming import canonical, digest, unique_names
+
+KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
+    str: ("text", lambda value: isinstance(value, str) and bool(value)),
+    int: ("a whole number above 0", lambda value: type(value) is int and value > 0),
+    float: ("a number, 0 or more", lambda value: type(value) in (int, float) and 0 <= value < math.inf),
+    list: ("a list of lines", lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value)),
+}
+"""What settings of engines may be, by their type."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +45,9 @@ def read_spec(path: Path, skip_bad: bool = False) -> list[PlannedRun]:
     one. With `skip_bad` all data sets leave out bad images.
     """
     mapping, text = read_table(path, "sweep")
-
-    def where(key: str) -> str:
-        name = re.escape(key)
-        # The last place: what stands in [grid] and [[runs]] comes after, and wins over, what stands at the top.
-        found = list(re.finditer(rf'^[ \t]*(\[\[?[ \t]*)?"?{name}\b', text, re.MULTILINE))
-        found = found or list(re.finditer(rf"\b{name}\b", text))
-        return f"sweep {path}:{text.count(chr(10), 0, found[-1].start()) + 1}" if found else f"sweep {path}"
-
+    where = functools.partial(place, path, text)
+    for name in ENGINES:
+        mapping.pop(name, None)
     axes, entries = grid_axes(mapping.pop("grid", {}), where), mapping.pop("runs", [{}])
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise UsageError(f"{where('runs')}: runs must be tables of settings: [[runs]]")
@@ -77,6 +83,33 @@ def read_spec(path: Path, skip_bad: bool = False) -> list[PlannedRun]:
     if all(run.problem for run in runs.values()):
         raise UsageError(f"sweep {path}: no run can work: {next(iter(runs.values())).problem}")
     return list(runs.values())
+
+
+def place(path: Path, text: str, key: str) -> str:
+    """Return the place of a key in a spec, by file and line."""
+    name = re.escape(key)
+    # The last place: what stands in [grid] and [[runs]] comes after, and wins over, what stands at the top.
+    found = list(re.finditer(rf'^[ \t]*(\[\[?[ \t]*)?"?{name}\b', text, re.MULTILINE))
+    found = found or list(re.finditer(rf"\b{name}\b", text))
+    return f"sweep {path}:{text.count(chr(10), 0, found[-1].start()) + 1}" if found else f"sweep {path}"
+
+
+def engine_settings(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the tables of a spec that set up engines, by their names; they are no part of a run."""
+    mapping, text = read_table(path, "sweep")
+    tables = {name: mapping.get(name, {}) for name in ENGINES}
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise UsageError(f"{place(path, text, name)}: {name} must be a table of settings: [{name}]")
+        known = ENGINES[name].settings
+        for key, value in table.items():
+            if key not in known:
+                words = near_matches(key, known) if known else f"{name} has no settings"
+                raise UsageError(f"{place(path, text, key)}: unknown key {key!r} in [{name}]: {words}")
+            what, right = KINDS[known[key]]
+            if not right(value):
+                raise UsageError(f"{place(path, text, key)}: {key} in [{name}] is {value!r}; it must be {what}")
+    return tables
 
 
 def flat(settings: Mapping[str, Any], where: Where) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Engines that run the commands of a sweep: this machine."""
+"""Engines that run the commands of a sweep: this machine, SLURM, Ray."""

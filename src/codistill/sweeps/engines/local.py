@@ -1,79 +1,66 @@
-"""Processes on this machine, and the locks by which a sweep knows those of an earlier one.
+"""Processes on this machine."""
 
-Another engine replaces `start` and `stop`; what it starts has a `poll`, as `subprocess.Popen` has it.
-"""
-
-import contextlib
-import fcntl
 import os
-import shlex
-import subprocess
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import IO
+from collections.abc import Sequence
+from typing import IO, TYPE_CHECKING
 
 import torch
 
+from codistill.core.errors import CodistillError
 from codistill.core.host import default_threads
-from codistill.settings.config import RunConfig
+from codistill.settings.build import load_named_data
+from codistill.sweeps.engines.engine import Engine, Process, Work, launch
+from codistill.training.prepare import DeviceSplits, build_taught, check
+from codistill.training.sharing import share_cores
 
-Process = subprocess.Popen[bytes]
+if TYPE_CHECKING:
+    from codistill.sweeps.spec import PlannedRun
 
 
-@contextlib.contextmanager
-def locked(logs: Sequence[Path]) -> Iterator[list[IO[bytes]] | None]:
-    """Yield logs open for appending and locked; None where the process of an earlier sweep still holds one.
+class Local(Engine):
+    """Processes on this machine, which share its GPUs, or its cores."""
 
-    A process that is started meanwhile inherits the locks with the open files, and the kernel releases them when it
-    ends, even if its parent dies first.
-    """
-    with contextlib.ExitStack() as opened:
-        files: list[IO[bytes]] | None = [opened.enter_context(open(log, "ab")) for log in logs]
+    def room(self, runs: Sequence["PlannedRun"]) -> int:
+        """Return the number of GPUs; without any, what a short measurement of the first run finds fastest."""
+        return torch.cuda.device_count() or measured_slots(runs)
+
+    def start(self, works: Sequence[Work], logs: Sequence[Sequence[IO[bytes]]]) -> list[Process]:
+        """Start processes that inherit the locks on the logs, and live on if this one is killed."""
+        return [
+            launch(work.command(), held, slot_environment(*work.slot, work.device), work.cwd)
+            for work, held in zip(works, logs, strict=True)
+        ]
+
+    def stop(self, jobs: Sequence[Process]) -> None:
+        """Make processes save and end, and wait for them; a second signal meanwhile kills them."""
         try:
-            for file in files or ():
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            files = None
-        yield files
+            for process in jobs:
+                process.terminate()
+            for process in jobs:
+                process.wait()
+        except BaseException:
+            for process in jobs:
+                process.kill()
+            for process in jobs:
+                process.wait()
+            raise
 
 
-def start(command: Sequence[str], logs: Sequence[IO[bytes]], environment: dict[str, str]) -> Process:
-    """Start a command in a session of its own, where a Ctrl-C does not reach it.
-
-    Its output goes into the first one of the locked logs of its runs; the others name that one.
-    """
-    first, *others = logs
-    for log in logs:
-        pointer = "" if log is first else f"{first.name} has its output\n"
-        log.write(f"$ {shlex.join(command)}\n{pointer}".encode())
-        log.flush()
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=first,
-        stderr=subprocess.STDOUT,
-        pass_fds=[log.fileno() for log in others],
-        env=environment,
-        start_new_session=True,
-    )
-
-
-def stop(processes: Sequence[Process]) -> None:
-    """Make processes save and end, and wait for them; a second signal meanwhile kills them."""
+def measured_slots(runs: Sequence["PlannedRun"]) -> int:
+    """Choose by a short measurement of the first run how many train at a time on a CPU; 1 where it cannot be built."""
+    configs = [run.config for run in runs if run.config]
+    if len(configs) < 2:
+        return 1
     try:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.wait()
-    except BaseException:
-        for process in processes:
-            process.kill()
-        for process in processes:
-            process.wait()
-        raise
+        data = load_named_data(configs[0])
+        plan = check(build_taught(configs[0], data), data, configs[0], torch.device("cpu"))
+        splits = DeviceSplits(data, plan.device, plan.config.execution.stream)
+        return share_cores([plan] * len(runs), splits)[0]
+    except CodistillError:  # its process reports it
+        return 1
 
 
-def slot_environment(slot: int, slots: int, config: RunConfig | None) -> dict[str, str]:
+def slot_environment(slot: int, slots: int, device: str) -> dict[str, str]:
     """Return the environment of the process in a slot: its share of the CPU threads and one of the GPUs.
 
     The number of threads that the user has set stays, and so does a device that the settings name.
@@ -82,7 +69,7 @@ def slot_environment(slot: int, slots: int, config: RunConfig | None) -> dict[st
     if slots > 1:
         variables.setdefault("OMP_NUM_THREADS", str(max(1, default_threads() // slots)))
     gpus = torch.cuda.device_count()
-    if gpus > 1 and config and config.execution.device in ("auto", "cuda"):
+    if gpus > 1 and device in ("auto", "cuda"):
         visible = variables.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
         variables["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot % gpus]
     return variables

@@ -1,0 +1,7 @@
+"""The engines by the names that `--executor` takes."""
+
+from codistill.sweeps.engines.engine import Engine
+from codistill.sweeps.engines.local import Local
+from codistill.sweeps.engines.slurm import Slurm
+
+ENGINES: dict[str, type[Engine]] = {"local": Local, "slurm": Slurm}

@@ -1,0 +1,268 @@
+"""Every engine of sweeps: the same runs, kills, restarts and bad input on this machine, a real SLURM and a real Ray."""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import codistill
+from codistill.cli import main
+from codistill.sweeps.driver import sweep
+from codistill.sweeps.engines import slurm
+from codistill.sweeps.engines.local import Local
+from codistill.sweeps.engines.slurm import Slurm
+
+from ..faults.asserting import refused
+from . import cluster
+from .bench import SEEDS, SHARED, Bench, on_waiting, signalled
+
+DRIVER = (
+    "import sys; from codistill.sweeps.driver import sweep; sweep({spec!r}, {out!r}, program={program!r}, **{more!r})"
+)
+SIX = f"{SHARED}[grid]\nmomentum = [0.9, 1.5]\nseed = [0, 1, 2]\n"
+
+
+@pytest.fixture(scope="session")
+def slurm_conf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    if lacks := cluster.missing() or ("" if importlib.util.find_spec("submitit") else "submitit is not installed"):
+        pytest.skip(lacks)
+    with cluster.slurm(tmp_path_factory.mktemp("slurm") / "node") as configuration:
+        yield configuration
+
+
+class EngineBench(Bench):
+    """A bench whose sweeps run on an engine; `late` is whether a job outlives a driver that is killed."""
+
+    executor = "local"
+
+    def sweep(self, text: str = SEEDS, **settings: object):
+        return super().sweep(text, **{"executor": self.executor, **settings})
+
+    def driver(self, text: str = SEEDS, **more: object) -> subprocess.Popen[bytes]:
+        """Start a sweep in a process of its own."""
+        (self.folder / "spec.toml").write_text(text)
+        more = {"executor": self.executor, "slots": 3, **more}
+        code = DRIVER.format(spec=str(self.folder / "spec.toml"), out=str(self.out), program=self.program, more=more)
+        with (self.folder / "driver.log").open("ab") as log:
+            return subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log, cwd=self.folder)
+
+
+EACH = ["local", "slurm"]
+# A driver in a process of its own loads torch first.
+LONG = ["local", pytest.param("slurm", marks=pytest.mark.slow)]
+quick, long = (pytest.mark.parametrize("bench", engines, indirect=True) for engines in (EACH, LONG))
+
+
+@pytest.fixture
+def bench(request, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("codistill.sweeps.driver.LOOK_SECONDS", 0.1)
+    monkeypatch.setattr("codistill.sweeps.engines.local.measured_slots", lambda runs: 2)
+    monkeypatch.setenv("PYTHONPATH", str(Path(codistill.__file__).parents[1]))  # in jobs and drivers, too
+    made = EngineBench(tmp_path)
+    made.executor = request.param
+    monkeypatch.setattr(Local, "seconds", 0.02)
+    if request.param == "slurm":
+        monkeypatch.setenv("SLURM_CONF", str(request.getfixturevalue("slurm_conf")))
+        monkeypatch.setattr(Slurm, "seconds", 0.3)
+        monkeypatch.setattr(slurm, "RESULT_SECONDS", 1.0)
+    monkeypatch.setattr("codistill.cli.commands.own_program", lambda arguments: made.program)
+    return made
+
+
+def until(condition, seconds: float = 30.0) -> None:
+    late = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < late, "it took too long"
+        time.sleep(0.02)
+
+
+@pytest.mark.fault(39)
+@quick
+def test_one_killed_one_diverges_one_invalid(bench, capsys):
+    text = f"{SHARED}[grid]\nseed = [0, 1, 2, 3]\n[[runs]]\nmomentum = 0.9\n[[runs]]\nmomentum = 1.5\n"
+    bench.act(**{"momentum-0.9-seed0": ["kill 9"], "momentum-0.9-seed1": ["exit 5 student0 diverged"]})
+    Path("spec.toml").write_text(text)
+    line = ["sweep", "spec.toml", "--out", "sweep", "--executor", bench.executor]
+    refused(capsys, line, 7, "5 of 8 runs failed")
+    rows = {row["name"]: row for row in bench.table()["runs"]}
+    ends = {name: row["status"] for name, row in rows.items()}
+    assert [ends[f"momentum-0.9-seed{seed}"] for seed in range(4)] == ["finished", "FAILED", "finished", "finished"]
+    assert rows["momentum-0.9-seed1"]["reason"] == "student0 diverged"
+    assert all("momentum is 1.5" in rows[f"momentum-1.5-seed{seed}"]["reason"] for seed in range(4))
+    assert sorted(bench.calls()) == [
+        "resume momentum-0.9-seed0",
+        *(f"train momentum-0.9-seed{seed}" for seed in range(4)),
+    ]
+    (group, _) = bench.table()["groups"]
+    assert group["failed"] == 1 and group["mean"] == {}
+
+
+@quick
+def test_a_run_that_is_killed_again_and_again_has_failed(bench):
+    bench.act(seed0=["kill 9", "exit 7 rank 1 was lost", "kill 9"], seed1=["exit 3 no data"])
+    rows = bench.sweep()
+    assert [row.status for row in rows.values()] == ["FAILED", "FAILED", "finished"]
+    assert rows["seed0"].reason == "killed by SIGKILL, the last of 3 attempts" and rows["seed1"].reason == "no data"
+    assert bench.calls().count("resume seed0") == 2 and bench.calls().count("train seed1") == 1
+
+
+@pytest.mark.fault(40)
+@long
+def test_a_driver_that_is_killed_is_started_again(bench, monkeypatch):
+    bench.act(seed1=["wait"])
+    driver = bench.driver()
+    until(lambda: (bench.out / "seed1" / "waiting").exists() and ended(bench, "seed0") and ended(bench, "seed2"))
+    driver.kill()
+    driver.wait()
+    for path in bench.out.rglob("*"):
+        os.utime(path, (0, 0))  # no decision depends on clocks
+    went = []
+    waits = on_waiting(monkeypatch, lambda: went.append((bench.folder / "go").touch()))
+    (bench.folder / "spec.toml").write_text(SEEDS)
+    rows = sweep(bench.folder / "spec.toml", bench.out, program=bench.program, executor=bench.executor)
+    assert [row.status for row in rows] == ["finished"] * 3
+    # The job lived on, and the sweep waited for it; or it died with the driver, saved, and was resumed.
+    again = bench.calls()[3:]
+    assert (len(waits) == 1 and again == []) or again == ["resume seed1"]
+
+
+def ended(bench, name: str) -> bool:
+    try:
+        return json.loads((bench.out / name / "summary.json").read_text())["status"] == "finished"
+    except (OSError, ValueError):
+        return False
+
+
+@long
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_after_a_signal_the_runs_save_and_go_on(bench, capsys, number, status):
+    Path("spec.toml").write_text(SEEDS)
+    bench.act(seed1=["wait"])
+    line = ["sweep", "spec.toml", "--out", "sweep", "--executor", bench.executor, "--slots", "1"]
+    with signalled(bench, number):
+        refused(capsys, line, status, "the same command resumes")
+    assert json.loads((bench.out / "seed1" / "summary.json").read_text())["status"] == "interrupted"
+    bench.act()
+    assert all(row.status == "finished" for row in bench.sweep().values())
+    assert sorted(bench.calls()) == ["resume seed1", "train seed2"]
+
+
+@long
+def test_two_sweeps_share_the_runs_of_a_folder(bench):
+    text = f"{SHARED}[grid]\nseed = [0, 1, 2, 3]\nlearning_rate = [0.1, 0.2]\n"
+    bench.act(**{f"learning-rate-0.1-seed{seed}": ["wait"] for seed in range(2)})
+    driver = bench.driver(text, slots=2)
+    until(lambda: sum(1 for _ in bench.out.glob("*/waiting")) == 2)
+    threading.Timer(1.0, (bench.folder / "go").touch).start()
+    calls = bench.folder / "calls.txt"
+    before = calls.read_text()
+    rows = bench.sweep(text, slots=2)
+    assert driver.wait(60) == 0, (bench.folder / "driver.log").read_text()
+    assert [row.status for row in rows.values()] == ["finished"] * 8
+    others = [line for line in before.splitlines()]
+    started = [line.split()[1] for line in [*others, *calls.read_text().splitlines()]]
+    assert sorted(started) == sorted(rows)
+
+
+@long
+def test_two_sweeps_with_other_specs_are_refused(bench, capsys):
+    bench.act(seed0=["wait"])
+    driver = bench.driver(SEEDS)
+    try:
+        until((bench.out / "seed0" / "waiting").exists)
+        Path("other.toml").write_text(SEEDS.replace("[0, 1, 2]", "[0, 1, 2, 3]"))
+        line = ["sweep", "other.toml", "--out", "sweep", "--executor", bench.executor]
+        refused(capsys, line, 2, f"pid {driver.pid} on host", "with another spec", "(seed3)")
+        (bench.folder / "go").touch()
+        assert driver.wait(60) == 0
+        assert main(line) == 0  # nobody else is at work any more
+    finally:
+        driver.kill()
+        driver.wait()
+
+
+# What only SLURM has.
+
+on_slurm = pytest.mark.parametrize("bench", ["slurm"], indirect=True)
+
+
+def command(*arguments: str) -> str:
+    return subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
+
+
+@on_slurm
+def test_settings_reach_slurm_and_a_wrong_one_starts_nothing(bench, capsys, monkeypatch):
+    line = ["sweep", "spec.toml", "--out", "new", "--executor", "slurm"]
+
+    def wrong(table: str, *fragments: str) -> None:
+        Path("spec.toml").write_text(f"{SEEDS}[slurm]\n{table}\n")
+        refused(capsys, line, 2, *fragments, unchanged=bench.folder)
+
+    wrong('partition = "night"', "Invalid partition name specified", "[slurm] in the spec")
+    wrong('gres = "gpu:1"', "Invalid generic resource (gres) specification")
+    wrong("partitoin = 3", "spec.toml:7: unknown key 'partitoin' in [slurm]: did you mean partition?")
+    wrong("time = 1.5", "spec.toml:7: time in [slurm] is 1.5; it must be a whole number above 0")
+    wrong("setup = 'module load x'", "spec.toml:7: setup in [slurm] is", "it must be a list of lines")
+    Path("spec.toml").write_text(f"{SEEDS}[local]\nslots = 3\n")
+    refused(capsys, line, 2, "spec.toml:7: unknown key 'slots' in [local]: local has no settings")
+    Path("spec.toml").write_text(f"slurm = 3\n{SEEDS}")
+    refused(capsys, line, 2, "spec.toml:1: slurm must be a table of settings: [slurm]")
+    Path("spec.toml").write_text(SEEDS)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", "/nowhere")
+        refused(capsys, line, 2, "there is no sbatch here", unchanged=bench.folder)
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        refused(capsys, line, 2, "submitit is not installed here: ", "pip install", unchanged=bench.folder)
+    table = '[slurm]\npartition = "test"\ntime = 3\ncpus_per_task = 2\nsetup = ["export CUDA_VISIBLE_DEVICES=7"]\n'
+    assert [row.status for row in bench.sweep(SEEDS + table).values()] == ["finished"] * 3
+    assert {line[2] for line in bench.words()} == {"gpu=7"}
+    script = next((bench.out / "slurm").glob("*submission.sh")).read_text()
+    assert all(
+        each in script for each in ("--array=0-2", "--time=3", "--cpus-per-task=2", "--partition=test", "--requeue")
+    )
+
+
+@pytest.mark.slow
+@on_slurm
+def test_a_controller_that_cannot_be_reached_is_a_line(bench, capsys, monkeypatch, slurm_conf):
+    text = slurm_conf.read_text()
+    (bench.folder / "slurm.conf").write_text(re.sub(r"SlurmctldPort=\d+", f"SlurmctldPort={cluster.free_port()}", text))
+    monkeypatch.setenv("SLURM_CONF", str(bench.folder / "slurm.conf"))
+    Path("spec.toml").write_text(SEEDS)
+    line = ["sweep", "spec.toml", "--out", "new", "--executor", "slurm"]
+    refused(capsys, line, 2, "Unable to contact slurm controller", unchanged=bench.folder)
+
+
+@pytest.mark.slow
+@on_slurm
+def test_a_job_at_its_time_limit_is_queued_again_and_one_cancelled_is_tried_again(bench):
+    bench.act(seed0=["wait"], seed1=["wait"])
+    names = {}
+
+    def disturb() -> None:
+        until(lambda: all((bench.out / f"seed{seed}" / "waiting").exists() for seed in (0, 1)))
+        for seed in (0, 1):
+            claim = json.loads((bench.out / "logs" / f"seed{seed}.claim").read_text())
+            names[seed] = claim["job"].removeprefix("SLURM job ")
+        command("scancel", "--signal=USR2", names[0])
+        command("scancel", names[1])
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    rows = bench.sweep()
+    thread.join()
+    assert [row.status for row in rows.values()] == ["finished"] * 3
+    assert sorted(bench.calls()) == ["resume seed0", "resume seed1", *(f"train seed{seed}" for seed in range(3))]
+    until(lambda: command("squeue", "--noheader") == "")
