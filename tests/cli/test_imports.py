@@ -12,6 +12,7 @@ from codistill.data import DATASETS
 from codistill.methods import METHODS
 from codistill.networks import NETWORKS
 from codistill.sweeps import driver
+from codistill.sweeps.engines import local
 
 from ..faults.asserting import refused
 from ..faults.running import end_state, kill_at_step, run_here
@@ -107,7 +108,7 @@ def test_help_and_lists_have_what_is_imported(fresh, capsys):
 @pytest.mark.fault(90)
 def test_sweeps_hand_imports_on(fresh, monkeypatch):
     commands = []
-    monkeypatch.setattr(driver.local, "start", lambda command, *_: commands.append(command) or 1 / 0)
+    monkeypatch.setattr(local, "launch", lambda command, *_: commands.append(command) or 1 / 0)
     Path("spec.toml").write_text('networks = ["mynet", "mynet"]\nmethod = "my-method"\ndata = "mydata"\n')
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "codistill", "--import", "mine", "sweep", "spec.toml"])
     assert run_here(["--import", "mine", "sweep", "spec.toml", "--out", "sweep"]) == 1
