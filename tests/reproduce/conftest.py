@@ -27,7 +27,10 @@ caption = "Methods"
 columns = ["student", "ensemble", "fused"]
 """
 PROTOCOLS = """
-[data]
+[data.few]
+of = "digits"
+each = 6
+sha256 = { "training images" = "9d" }
 [protocols.paper]
 about = "paper's: 2 epochs"
 teacher = "NETWORK"
@@ -52,7 +55,7 @@ against = ["independent"]
 independent = { method = "independent", students = 1 }
 mfef = { method = "mfef" }
 """
-CACHED = (cells.paper, cells.protocols, cells.contents, cells._tables)
+CACHED = (cells.paper, cells.protocols, cells.contents, cells.rules)
 
 
 @contextlib.contextmanager

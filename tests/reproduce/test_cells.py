@@ -2,15 +2,12 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
-import codistill as cd
 from codistill.core.errors import UsageError
 from codistill.settings.build import build_method
-from codistill.sweeps.reproduce.cells import completed, contents, data_name, digest_of, paper, protocols, tables
+from codistill.sweeps.reproduce.cells import completed, contents, digest_of, paper, protocols, tables
 from codistill.sweeps.spec import planned
-from codistill.training.prepare import split_training
 
 PAPER_TABLES = ("table1", "table2", "table3", "table4", "table5", "figure3", "methods")
 
@@ -71,20 +68,6 @@ def test_protocols_differ_in_what_they_say():
     assert config_of(cell("small", "mfef")).method.ramp_up == pytest.approx(80 / 300)
 
 
-def test_small_trains_on_a_hundred_images_of_each_class_which_the_seed_draws():
-    cells = contents("methods", protocols()["small"]).cells
-    images = np.zeros((50_000, 1, 1, 3), np.uint8)
-    split = cd.Split(images, np.random.default_rng(0).permutation(np.arange(50_000) % 100))
-    data = cd.Dataset("cifar100", split, cd.Split(images[:100], np.arange(100)), tuple(map(str, range(100))))
-    drawn = []
-    for seed in (0, 1):
-        config = planned({**cells[0].settings, "seed": seed}, "", "", lambda key: "").config
-        training, held_out = split_training(data, config.train)
-        assert set(np.bincount(split.labels[training])) == {100} and len(held_out) == 40_000
-        drawn.append(set(training.tolist()))
-    assert 1500 < len(drawn[0] & drawn[1]) < 2500  # a fifth by chance
-
-
 def test_a_longer_control_moves_its_milestones():
     cell = next(each for each in contents("methods", protocols()["small"]).cells if each.row == "equal compute")
     assert (cell.settings["epochs"], cell.settings["milestones"]) == (88, [44, 66])
@@ -105,19 +88,6 @@ def test_cells_are_chosen_by_rows_or_with_columns():
     assert len(chosen.cells) == 9 and len(chosen.pairs) == 7
     with pytest.raises(UsageError, match="table1 has no cell 'resnet32/cifar': did you mean resnet32/cifar10"):
         contents("table1", protocols()["paper"], ("resnet32/cifar",))
-
-
-def test_a_data_set_is_known_by_its_loader_or_by_its_arrays():
-    assert data_name("cifar100:download=true", {}) == "cifar100"
-    assert data_name("cinic10:train_on=train+valid", {}) == "cinic10:train_on=train+valid"
-    arrays = {
-        "training images": "855b32c36b1ffbdb31bdde6f02273bf88e968a43bd77247ebc5e185dd6d9cc8c",
-        "training labels": "119671bb3c9cf19ef6946d2cdf0593339e1c85aff036e565ea21c6146c6a0140",
-        "test images": "23272ff8169f9375a861a7a06b9501b43d79077e977e49b6cbb57a2027f63a42",
-        "test labels": "962b3a066e7a6f0207ebc84b8703a1f39646ba53969c486bb3c754d7ef241baa",
-    }
-    assert data_name("packed", arrays) == "cifar100"
-    assert data_name("packed", arrays | {"test labels": "0"}) == "packed"
 
 
 def test_settings_that_decide_nothing_are_free_and_equal_ones_are_equal():

@@ -19,9 +19,6 @@ HERE = Path(__file__).parent
 LOST = "lost"
 # Settings that decide no result beside the places: the last epoch is always evaluated, and rounding is noise.
 FREE = ("evaluate_every", "compile", "deterministic", "seed")
-HARMLESS = ("download=", "url=")
-"""Options of a data set that change none of its images."""
-
 Settings = Mapping[str, Any]
 
 
@@ -36,6 +33,7 @@ class Protocol:
         teacher: The network that teaches `kd`, trained alone by the same protocol and with the same seed.
         data: The data sets that it is for; empty: all.
         networks: The students that it is for; empty: all.
+        subset: The part of its one data set that it takes; empty: all of it.
     """
 
     name: str
@@ -44,6 +42,7 @@ class Protocol:
     teacher: str
     data: Sequence[str] = ()
     networks: Sequence[str] = ()
+    subset: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -92,7 +91,7 @@ def resolved(config: RunConfig, data: str, teacher: Settings | None) -> dict[str
 
     Args:
         config: The run.
-        data: What its data set is, wherever it lies; see `data_name`.
+        data: What its data set is, wherever it lies; see `data.data_name`.
         teacher: The same settings of the run that teaches it, in place of that run's folder.
     """
     found = {key: value for key, value in identity(config).items() if key not in FREE}
@@ -132,18 +131,9 @@ def _flat(settings: Settings) -> dict[str, Any]:
     return {**settings, "teacher": bool(teacher)} | {f"teacher.{key}": each for key, each in teacher.items()}
 
 
-def data_name(name: str, digests: Mapping[str, str]) -> str:
-    """Return what a data set is: the name of a published one, by its loader or by the SHA-256 of its arrays."""
-    for known, arrays in _tables()["data"].items():
-        if arrays.items() <= digests.items():
-            return str(known)
-    base, _, options = name.partition(":")
-    kept = [each for each in options.split(",") if each and not each.startswith(HARMLESS)]
-    return ":".join([base, ",".join(kept)] if kept else [base])
-
-
 @functools.cache
-def _tables() -> dict[str, Any]:
+def rules() -> dict[str, Any]:
+    """Return what protocols, cells and data sets are."""
     return tomllib.loads((HERE / "protocols.toml").read_text(encoding="utf-8"))
 
 
@@ -162,7 +152,7 @@ def tables() -> list[str]:
 def protocols() -> dict[str, Protocol]:
     """Return the protocols by name."""
     found: dict[str, Protocol] = {}
-    for name, entry in _tables()["protocols"].items():
+    for name, entry in rules()["protocols"].items():
         entry = dict(entry)
         like = found.get(entry.pop("like", ""))
         settings = {**(like.settings if like else {}), **entry.pop("settings")}
@@ -192,18 +182,24 @@ def contents(table: str, protocol: Protocol, patterns: tuple[str, ...] = ()) -> 
     Raises:
         UsageError: A pattern fits nothing, or the table has nothing for this protocol.
     """
-    printed, rules = paper()[table], _tables()["tables"][table]
+    printed, own = paper()[table], rules()["tables"][table]
     cells = []
-    for row, values in (printed.get("rows") or {row: [] for row in rules["rows"]}).items():
-        network, _, data = row.partition("/") if "/" in row else (rules["network"], "", rules.get("data", "cifar100"))
+    for row, values in (printed.get("rows") or {row: [] for row in own["rows"]}).items():
+        network, _, data = row.partition("/") if "/" in row else (own["network"], "", own.get("data", "cifar100"))
         allowed = set(network.split("+")) <= {*(protocol.networks or network.split("+"))}
         if not allowed or data not in (protocol.data or (data,)):
             continue
         for position, column in enumerate(printed["columns"]):
-            rule = _tables()["columns"][column] if "/" in row else rules["rows"][row]
+            rule = rules()["columns"][column] if "/" in row else own["rows"][row]
             number = values[position] if position < len(values) else None
             cells += _cells(
-                row, column, {"students": rules.get("students", 2), **rule}, network, data, protocol, number
+                row,
+                column,
+                {"students": own.get("students", 2), **rule},
+                network,
+                protocol.subset or data,
+                protocol,
+                number,
             )
     if not cells:
         words = f"{' and '.join(protocol.networks)} on {' and '.join(protocol.data)} only"
@@ -215,8 +211,8 @@ def contents(table: str, protocol: Protocol, patterns: tuple[str, ...] = ()) -> 
             raise UsageError(f"{table} has no cell {pattern!r}: {near_matches(pattern, {cell.row for cell in cells})}")
     if patterns:
         kept = [cell for cell in cells if any(_fits(cell, pattern) for pattern in patterns)]
-    notes = [text for row, text in rules.get("notes", {}).items() if any(cell.row == row for cell in kept)]
-    return Contents(kept, _pairs(kept, rules), notes)
+    notes = [text for row, text in own.get("notes", {}).items() if any(cell.row == row for cell in kept)]
+    return Contents(kept, _pairs(kept, own), notes)
 
 
 def _fits(cell: Cell, pattern: str) -> bool:
@@ -248,17 +244,17 @@ def _cells(
     return [Cell(row=row, column=column, settings=settings, teacher=teacher, predictor=predictor, paper=paper)]
 
 
-def _pairs(cells: list[Cell], rules: Mapping[str, Any]) -> list[tuple[Cell, Cell]]:
+def _pairs(cells: list[Cell], own: Mapping[str, Any]) -> list[tuple[Cell, Cell]]:
     """Return the cells that are compared: columns of a row where the columns are methods, else rows of a column."""
     by_place = {(cell.row, cell.column): cell for cell in cells}
     rows = list(dict.fromkeys(cell.row for cell in cells))
     columns = list(dict.fromkeys(cell.column for cell in cells))
-    if "rows" not in rules:
-        wanted = [((row, first), (row, second)) for row in rows for first, second in rules["pairs"]]
+    if "rows" not in own:
+        wanted = [((row, first), (row, second)) for row in rows for first, second in own["pairs"]]
     else:
-        against = rules.get("against", ())  # each row against these, and those against each other once
+        against = own.get("against", ())  # each row against these, and those against each other once
         pairs = [(row, other) for index, other in enumerate(against) for row in rows if row not in against[: index + 1]]
-        pairs = rules.get("pairs") or pairs
-        columns = columns if "pairs" in rules else ["student"]
+        pairs = own.get("pairs") or pairs
+        columns = columns if "pairs" in own else ["student"]
         wanted = [((first, column), (second, column)) for column in columns for first, second in pairs]
     return [(by_place[first], by_place[second]) for first, second in wanted if {first, second} <= by_place.keys()]

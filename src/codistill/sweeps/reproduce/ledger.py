@@ -18,13 +18,13 @@ from codistill.sweeps.reproduce.cells import (
     Protocol,
     completed,
     contents,
-    data_name,
     differing,
     digest_of,
     protocols,
     resolved,
     tables,
 )
+from codistill.sweeps.reproduce.data import data_name
 
 # What a line has, and of which type.
 FORM: dict[str, type] = {

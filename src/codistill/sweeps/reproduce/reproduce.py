@@ -11,15 +11,14 @@ from codistill.core.console import lasting_console, note, warn
 from codistill.core.errors import UsageError, WorkerError
 from codistill.core.files import system_error, write_atomically, write_json
 from codistill.core.registry import near_matches
-from codistill.data import dataset
 from codistill.report.page import render
 from codistill.report.tables import Table
-from codistill.runs.metadata import data_digests
 from codistill.sweeps.driver import PROGRAM, sweep
 from codistill.sweeps.naming import part
-from codistill.sweeps.reproduce.cells import Cell, Protocol, contents, data_name, protocols
+from codistill.sweeps.reproduce.cells import Cell, Protocol, contents, protocols
 from codistill.sweeps.reproduce.cells import tables as all_tables
 from codistill.sweeps.reproduce.collect import gather, runs_below, tables_of
+from codistill.sweeps.reproduce.data import located
 from codistill.sweeps.reproduce.ledger import Entry, append, read_ledger, teacher_of
 from codistill.sweeps.reproduce.picture import draw
 
@@ -84,12 +83,14 @@ def reproduce(
     chosen, recorded = contents(table, protocol, patterns).cells, read_ledger(ledger)
     console, failed = lasting_console(show, markup=False), []
     if not collect:
-        missing = Missing(_of_data(chosen, table, data, data_dir), seeds or SEEDS, recorded, protocol, folder)
-        place = {key: each for key, each in (("data", data), ("data_dir", data_dir)) if each is not None}
+        place: dict[str, Any] = {}
+        if not dry_run:
+            chosen, place = located(chosen, protocol, data, data_dir, out)
+        missing = Missing(chosen, seeds or SEEDS, recorded, protocol, folder)
         for stage in ("teachers", "students"):
-            entries = missing.entries(stage, place)
-            console.print(f"{len(entries)} runs of {stage} to train", *(each["name"] for each in entries), sep="\n  ")
-            if not entries or dry_run:
+            entries, names = missing.entries(stage, place)
+            console.print(f"{len(names)} runs of {stage} to train", *names, sep="\n  ")
+            if not names or dry_run:
                 continue
             spec = out / f"{protocol.name}-{stage}.json"
             write_json(spec, {"runs": entries})
@@ -114,17 +115,6 @@ def reproduce(
     return tables
 
 
-def _of_data(cells: Sequence[Cell], table: str, data: str | None, data_dir: str | None) -> list[Cell]:
-    """Return the cells of the data set that was named in another form; without one all."""
-    if data is None:
-        return list(cells)
-    name = data_name(data, data_digests(dataset(data, data_dir)))
-    found = [cell for cell in cells if cell.settings["data"] == name]
-    if not found:
-        raise UsageError(f"{table} has no such cell of data set {name}: name other cells, or another --data")
-    return found
-
-
 @dataclass(frozen=True)
 class Missing:
     """The runs of cells that are neither in the ledger nor finished in a folder."""
@@ -135,20 +125,20 @@ class Missing:
     protocol: Protocol
     folder: Path
 
-    def entries(self, stage: str, place: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return the entries of a sweep's spec that train the students, or the teachers that they lack, in order."""
+    def entries(self, stage: str, place: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+        """Return the entries of a spec, of the students or of the teachers that they need, and the names of those left.
+
+        The spec has the runs that are finished, too, so that it is the same for each machine that joins the sweep.
+        """
         own = gather(runs_below(self.folder, [self.protocol])[0])
-        runs = gather(self.recorded)
-        wanted: dict[tuple[str, int], Cell] = {}
-        for seed in self.seeds:
-            for cell in self.cells:
-                if seed not in {**runs.get(cell.key, {}), **own.get(cell.key, {})}:
-                    wanted[cell.key, seed] = cell
+        recorded = gather(self.recorded)
+        wanted = {(cell.key, seed): cell for seed in self.seeds for cell in self.cells}
+        wanted = {(key, seed): cell for (key, seed), cell in wanted.items() if seed not in recorded.get(key, {})}
         if stage == "teachers":  # whose weights are needed, so that a line of the ledger does not do
             taught = [(teacher_of(cell), seed) for (_, seed), cell in wanted.items() if cell.teacher]
-            wanted = {(cell.key, seed): cell for cell, seed in taught if seed not in own.get(cell.key, {})}
-        entries = []
-        for (_, seed), cell in wanted.items():
+            wanted = {(cell.key, seed): cell for cell, seed in taught}
+        entries, left = [], []
+        for (key, seed), cell in wanted.items():
             entry = {**cell.settings, **place, "seed": seed, "name": name_of(cell, seed)}
             if cell.teacher:
                 teacher = teacher_of(cell)
@@ -156,7 +146,8 @@ class Missing:
                 folder = Path(found.place) if found else self.folder / name_of(teacher, seed)
                 entry["teacher"] = str(folder.absolute())
             entries.append(entry)
-        return entries
+            left += [] if seed in own.get(key, {}) else [entry["name"]]
+        return entries, left
 
 
 def name_of(cell: Cell, seed: int) -> str:
