@@ -30,6 +30,7 @@ from codistill.sweeps.engines.engine import Engine, Work, locked
 from codistill.sweeps.engines.registry import ENGINES
 from codistill.sweeps.folder import Claims, at_work
 from codistill.sweeps.naming import differences, digest
+from codistill.sweeps.search import Search, read_search
 from codistill.sweeps.spec import PlannedRun, engine_settings, read_spec
 from codistill.sweeps.table import Row, write_tables
 from codistill.training.fleet import shared
@@ -89,14 +90,24 @@ def sweep(
         raise UsageError(f"unknown executor {executor!r}: {near_matches(executor, ENGINES)}")
     if slots is not None and slots < 1:
         raise UsageError(f"slots is {slots}; it must be at least 1")
-    runs, settings, folder = read_spec(Path(spec), skip_bad), engine_settings(Path(spec)), Path(out)
+    wanted, settings, folder = read_search(Path(spec), skip_bad), engine_settings(Path(spec)), Path(out)
+    if wanted and controls:
+        raise UsageError("--controls: a search has none: train them beside its best trial")
+    runs = read_spec(Path(spec), skip_bad) if wanted is None else []
+    search = Search(wanted, folder, show) if wanted else None
 
     def plan() -> list[PlannedRun]:
+        if search is not None:
+            return search.begin()
         return find_folders(folder, with_controls(runs, folder) if controls else runs)
 
-    with contextlib.closing(ENGINES[executor](folder, settings[executor])) as engine, at_work(folder, plan) as planned:
+    with (
+        contextlib.closing(ENGINES[executor](folder, settings[executor])) as engine,
+        contextlib.closing(search) if search else contextlib.nullcontext(),
+        at_work(folder, plan) as planned,
+    ):
         try:
-            return Sweep(Path(spec), folder, planned, engine, program, show).train(slots, side_by_side)
+            return Sweep(Path(spec), folder, planned, engine, program, show, search).train(slots, side_by_side)
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted; {RESUMES}") from None
         except Terminated:
@@ -153,10 +164,11 @@ class Sweep:
         engine: Engine,
         program: Sequence[str],
         show: bool,
+        search: Search | None = None,
     ) -> None:
-        self.spec, self.folder, self.engine, self.program = spec, folder, engine, list(program)
+        self.spec, self.folder, self.engine, self.program, self.search = spec, folder, engine, list(program), search
         self.console = lasting_console(show, markup=False)
-        self.runs = runs
+        self.runs = list(runs)
         self.rows = {run.name: self.row(run) for run in self.runs}
         self.waiting: deque[Job] = deque()
         self.busy: dict[int, Job] = {}
@@ -171,7 +183,7 @@ class Sweep:
         self.note(*(row for row in self.rows.values() if row.status != "unfinished"))
         self.waiting.extend(map(Job, assign(left, slots, side_by_side)))
         try:
-            while self.waiting or self.busy:
+            while self.grow(slots, side_by_side) or self.waiting or self.busy:
                 self.fill(slots)
                 time.sleep(self.engine.seconds)
                 for slot, job in list(self.busy.items()):
@@ -185,7 +197,20 @@ class Sweep:
             finally:
                 self.claims.close()
         self.say("\n" + (self.folder / "table.md").read_text(encoding="utf-8"))
+        if self.search:
+            self.say(self.search.result(self.rows))
         return list(self.rows.values())
+
+    def grow(self, slots: int, side_by_side: bool | None) -> bool:
+        """Take on new trials of a search while there is room; return whether there were any."""
+        before = len(self.runs)
+        while self.search and len(self.waiting) + len(self.busy) < slots and (new := self.search.more(self.rows)):
+            self.runs += new
+            self.rows |= {run.name: self.row(run) for run in new}
+            left = [run for run in new if self.rows[run.name].status == "unfinished"]
+            self.note(*(self.rows[run.name] for run in new if run not in left))
+            self.waiting.extend(map(Job, assign(left, slots, side_by_side)))
+        return len(self.runs) > before
 
     def fill(self, slots: int) -> None:
         """Start as many of the waiting jobs as there is room for, all at once; leave what others work on."""

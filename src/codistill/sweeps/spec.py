@@ -44,10 +44,7 @@ def read_spec(path: Path, skip_bad: bool = False) -> list[PlannedRun]:
     entries of `[[runs]]`, where there are any; an entry's `name` begins the names of its runs, and is that of a single
     one. With `skip_bad` all data sets leave out bad images.
     """
-    mapping, text = read_table(path, "sweep")
-    where = functools.partial(place, path, text)
-    for name in ENGINES:
-        mapping.pop(name, None)
+    mapping, where = read_settings(path)
     axes, entries = grid_axes(mapping.pop("grid", {}), where), mapping.pop("runs", [{}])
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise UsageError(f"{where('runs')}: runs must be tables of settings: [[runs]]")
@@ -83,6 +80,12 @@ def read_spec(path: Path, skip_bad: bool = False) -> list[PlannedRun]:
     if all(run.problem for run in runs.values()):
         raise UsageError(f"sweep {path}: no run can work: {next(iter(runs.values())).problem}")
     return list(runs.values())
+
+
+def read_settings(path: Path) -> tuple[dict[str, Any], Where]:
+    """Return what a spec says of its runs, and the place of a key; what sets up engines is left out."""
+    mapping, text = read_table(path, "sweep")
+    return {key: value for key, value in mapping.items() if key not in ENGINES}, functools.partial(place, path, text)
 
 
 def place(path: Path, text: str, key: str) -> str:
