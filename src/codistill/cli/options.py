@@ -154,7 +154,7 @@ class SweepOptions(DataOptions):
     """Train many runs, each in a folder of its own; the same command again resumes an interrupted sweep."""
 
     spec: Path = field(metadata={"positional": "SPEC"})
-    """A TOML file: settings of all runs, then those that vary: lists in [grid], tables in [[runs]]."""
+    """A TOML file: settings of all runs, then those that vary: lists in [grid], tables in [[runs]], or [search]."""
     out: Path
     """The folder of the sweep, with a folder for each run."""
     executor: Literal["local", "slurm"] = "local"

@@ -69,7 +69,7 @@ def sweep(
     several runs, an error of one of them does not cost the others.
 
     Args:
-        spec: A TOML file: settings of all runs, `[grid]` and `[[runs]]`; see docs/sweep.md.
+        spec: A TOML file: settings of all runs, `[grid]` and `[[runs]]`, or `[search]`; see docs/sweep.md.
         out: The folder of the sweep; made where it does not exist.
         executor: What runs the processes: local, or slurm, which `[slurm]` in the spec sets up.
         slots: How many processes at a time. None, local: one for each GPU; on a CPU by a short measurement of the first
