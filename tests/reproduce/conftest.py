@@ -54,6 +54,7 @@ against = ["independent"]
 [tables.methods.rows]
 independent = { method = "independent", students = 1 }
 mfef = { method = "mfef" }
+cosine = { method = "mfef", schedule = "cosine" }
 """
 CACHED = (cells.paper, cells.protocols, cells.contents, cells.rules)
 

@@ -67,7 +67,7 @@ def test_a_table_trains_what_is_missing_once(trained, monkeypatch, capsys):
     assert [row[-1] for row in main.rows] == ["one seed", "one seed", "one seed", "lost in the source"]
     assert "0 runs of students to train" in capsys.readouterr().out
     methods, differences = reproduce("methods", out=trained, ledger=trained / "ledger.jsonl", collect=True, show=False)
-    assert [row[-1] for row in methods.rows] == ["1", "1"]  # the same runs
+    assert [row[-1] for row in methods.rows] == ["1", "1", "0"]  # the same runs
     assert differences.rows[0][1] == "mfef - independent"
     assert (trained / "methods-paper.svg").exists() and (trained / "table1-paper.tex").exists()
 
@@ -194,6 +194,24 @@ def test_names_that_do_not_exist(tmp_path):
     ):
         with pytest.raises(Exception, match=words):
             reproduce(table, out=tmp_path, ledger=tmp_path / "l", **settings)
+
+
+def test_the_engine_is_set_up_by_a_file_of_its_own(tmp_path, monkeypatch):
+    (tmp_path / "cluster.toml").write_text('[slurm]\npartition = "gpu"\n')
+    asked = []
+    monkeypatch.setattr(program, "sweep", lambda spec, out, **settings: asked.append((spec, settings)) or [])
+    out = {"out": tmp_path, "ledger": tmp_path / "l", "engine": tmp_path / "cluster.toml", "show": False}
+    reproduce("table1", cells=["*/mfef"], seeds=[0, 4], executor="slurm", slots=3, **out)
+    (spec, settings) = asked.pop()
+    assert (settings["executor"], settings["slots"], not asked) == ("slurm", 3, True)
+    written = json.loads(spec.read_text())
+    assert written.keys() == {"slurm", "runs"} and written["slurm"] == {"partition": "gpu"}
+    assert [run["seed"] for run in written["runs"]] == [0, 4]
+    (tmp_path / "cluster.toml").write_text("[slurm]\nparition = 1\n")
+    with pytest.raises(
+        UsageError, match=r"cluster.toml:2: unknown key 'parition' in \[slurm\]: did you mean partition"
+    ):
+        reproduce("table1", **out)
 
 
 @pytest.mark.slow  # each run is a process

@@ -197,8 +197,10 @@ class ReproduceOptions:
     """Add the finished runs of the protocol to the ledger."""
     dry_run: bool = False
     """Train nothing: only print which runs are missing."""
-    executor: Literal["local"] = "local"
+    executor: Literal["local", "slurm"] = "local"
     """Where the processes run, as for sweep."""
+    engine: Path | None = None
+    """A TOML file with the table that sets up the executor, as [slurm] in a sweep's spec."""
     slots: int | None = None
     """Number of processes at a time, as for sweep."""
 

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from codistill.sweeps.spec import planned
 
 HERE = Path(__file__).parent
 LOST = "lost"
+FUSING = ("ffl", "one", "mfef")
+"""Methods with a fused classifier."""
 # Settings that decide no result beside the places: the last epoch is always evaluated, and rounding is noise.
 FREE = ("evaluate_every", "compile", "deterministic", "seed")
 Settings = Mapping[str, Any]
@@ -192,15 +194,9 @@ def contents(table: str, protocol: Protocol, patterns: tuple[str, ...] = ()) -> 
         for position, column in enumerate(printed["columns"]):
             rule = rules()["columns"][column] if "/" in row else own["rows"][row]
             number = values[position] if position < len(values) else None
-            cells += _cells(
-                row,
-                column,
-                {"students": own.get("students", 2), **rule},
-                network,
-                protocol.subset or data,
-                protocol,
-                number,
-            )
+            rule = {"students": own.get("students", 2), **rule}
+            cell = _cell((row, column), rule, network, protocol.subset or data, protocol)
+            cells += [replace(cell, paper=number)] if cell else []
     if not cells:
         words = f"{' and '.join(protocol.networks)} on {' and '.join(protocol.data)} only"
         others = ", ".join(name for name in protocols() if name != protocol.name)
@@ -219,29 +215,30 @@ def _fits(cell: Cell, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in (cell.row, f"{cell.row}/{cell.column}"))
 
 
-def _cells(
-    row: str, column: str, rule: dict[str, Any], networks: str, data: str, protocol: Protocol, paper: Any
-) -> list[Cell]:
-    """Return the cell of a row and a column; none where its runs have no such predictor."""
-    rule = dict(rule)
-    students, longer = rule.pop("students"), rule.pop("longer", 1)
-    taught, predictor = rule.pop("taught", False), rule.pop("predictor", "student0")
-    method = rule.pop("method")
-    chosen = {"name": method} if isinstance(method, str) else method
+def _cell(place: tuple[str, str], rule: Settings, networks: str, data: str, protocol: Protocol) -> Cell | None:
+    """Return the cell of a row and a column without the paper's number; None where its runs have no such predictor."""
+    row, column = place
+    kept = {
+        key: value for key, value in rule.items() if key not in ("method", "students", "longer", "taught", "predictor")
+    }
+    students, predictor, longer = rule["students"], rule.get("predictor", "student0"), rule.get("longer", 1)
+    method = {"name": rule["method"]} if isinstance(rule["method"], str) else rule["method"]
     if column in ("ensemble", "fused"):
-        fuses = chosen["name"] in ("ffl", "one", "mfef") and chosen.get("distillation", "fusion") == "fusion"
+        fuses = method["name"] in FUSING and method.get("distillation", "fusion") == "fusion"
         if students == 1 or predictor != "student0" or (column == "fused" and not fuses):
-            return []
+            return None
         predictor = column
+    alone = {**protocol.settings, "data": data, "networks": [protocol.teacher], "method.name": "independent"}
     names = networks.split("+") if "+" in networks else [networks] * students
-    settings = {**protocol.settings, **rule, "data": data, "networks": names}
-    settings |= {f"method.{key}": value for key, value in chosen.items()}
+    settings = {**protocol.settings, **kept, "data": data, "networks": names}
+    settings |= {f"method.{key}": value for key, value in method.items()}
+    if settings.get("schedule") == "cosine":  # which has no milestones
+        del settings["milestones"]
     if longer != 1:
         settings["epochs"] = round(longer * settings["epochs"])
         settings["milestones"] = [round(longer * each) for each in settings["milestones"]]
-    alone = {**protocol.settings, "data": data, "networks": [protocol.teacher], "method.name": "independent"}
-    teacher = alone if taught else None
-    return [Cell(row=row, column=column, settings=settings, teacher=teacher, predictor=predictor, paper=paper)]
+    teacher = alone if rule.get("taught") else None
+    return Cell(row=row, column=column, settings=settings, teacher=teacher, predictor=predictor)
 
 
 def _pairs(cells: list[Cell], own: Mapping[str, Any]) -> list[tuple[Cell, Cell]]:

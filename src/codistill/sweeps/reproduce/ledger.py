@@ -1,5 +1,6 @@
 """The ledger: one line of JSON a finished run, each with its own SHA-256; lines are only ever appended."""
 
+import functools
 import hashlib
 import json
 import os
@@ -44,7 +45,7 @@ class Entry:
     line: Mapping[str, Any]
     place: str
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """The SHA-256 of its settings with the defaults of this version, by which cells find it; see `Cell.key`."""
         try:
@@ -145,6 +146,8 @@ def entry_of(run: RunFolder, known: Mapping[str, tuple[Protocol, Cell]]) -> Entr
     if key not in known:
         raise UsageError(f"{run.path}: of no protocol: {_nearest(settings, known)}")
     summary, environment = run.summary, run.metadata["environment"]
+    if lacking := [name for name in (*SAME, "train_seconds", "wall_seconds") if name not in summary]:
+        raise UsageError(f"{run.path}: of an older version, for its summary.json has no {lacking[0]}")
     commit = environment.get("commit", "")
     if not commit and environment.get("source_sha256") == source()["source_sha256"]:  # trained in a copy without git
         commit = source().get("commit", "")

@@ -21,6 +21,7 @@ from codistill.sweeps.reproduce.collect import gather, runs_below, tables_of
 from codistill.sweeps.reproduce.data import located
 from codistill.sweeps.reproduce.ledger import Entry, append, read_ledger, teacher_of
 from codistill.sweeps.reproduce.picture import draw
+from codistill.sweeps.spec import engine_settings
 
 LEDGER, OUT = Path("results/ledger.jsonl"), Path("runs/reproduce")
 SEEDS = (0, 1, 2)
@@ -42,6 +43,7 @@ def reproduce(
     record: bool = False,
     dry_run: bool = False,
     executor: str = "local",
+    engine: Path | None = None,
     slots: int | None = None,
     program: Sequence[str] = PROGRAM,
     show: bool = True,
@@ -61,6 +63,7 @@ def reproduce(
         record: Add the finished runs of this protocol in `out` to the ledger.
         dry_run: Only print which runs are missing.
         executor: What runs the processes, as for `sweep`.
+        engine: A TOML file with the table that sets it up, as [slurm].
         slots: How many at a time, as for `sweep`.
         program: What is put before `train ..`, as for `sweep`.
         show: Whether to print.
@@ -86,6 +89,7 @@ def reproduce(
         place: dict[str, Any] = {}
         if not dry_run:
             chosen, place = located(chosen, protocol, data, data_dir, out)
+        setup = {name: each for name, each in (engine_settings(engine) if engine else {}).items() if each}
         missing = Missing(chosen, seeds or SEEDS, recorded, protocol, folder)
         for stage in ("teachers", "students"):
             entries, names = missing.entries(stage, place)
@@ -93,7 +97,7 @@ def reproduce(
             if not names or dry_run:
                 continue
             spec = out / f"{protocol.name}-{stage}.json"
-            write_json(spec, {"runs": entries})
+            write_json(spec, setup | {"runs": entries})
             rows = sweep(spec, folder, executor=executor, slots=slots, program=program, show=show)
             failed += [f"{row.name} ({row.reason})" for row in rows if row.status == "FAILED"]
             if failed and stage == "teachers":
