@@ -463,3 +463,18 @@ CASES |= {
         "bit for bit the run with images in memory, also resumed; status 3 in one line",
     ),
 }
+
+CASES |= {
+    170: Case(
+        "a search that is stopped, killed or given twice",
+        "stopped and killed between choice and end of a trial; a journal with half a line, half a trial, a left lock, "
+        "damage; a second command; another space",
+        "the same command goes on as if nothing had been, and repeats no trial; otherwise status 2 in one line",
+    ),
+    171: Case(
+        "a report of a sweep that lost runs",
+        "runs failed, diverged, not begun, damaged; unlike test sets; files of others in its place",
+        "each is named with its reason and none is averaged over; what does not compare is not compared; nothing of "
+        "others is overwritten",
+    ),
+}

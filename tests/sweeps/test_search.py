@@ -75,6 +75,7 @@ def test_the_best_student_may_be_another_one_in_each_run(bench):
         assert each["test_error"] == 10
 
 
+@pytest.mark.fault(170)
 def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(search_module, "STARTUP", 2)
     text = SEARCH.replace("trials = 6", "trials = 5")
@@ -102,6 +103,7 @@ def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(bench, tmp_path
     assert bench.calls() == ["train trial-0005"] and rates(bench)[:5] == rates(whole)
 
 
+@pytest.mark.fault(170)
 def test_what_a_killed_process_left_half_done_costs_nothing(bench):
     bench.sweep(SEARCH.replace("trials = 6", "trials = 2"), slots=1)
     journal = bench.out / "search.journal"
@@ -149,6 +151,7 @@ def test_equal_trials_are_one_run(bench):
     assert all(each["settings"]["networks"] == ["resnet20", "resnet20"] for each in found)
 
 
+@pytest.mark.fault(170)
 def test_another_search_in_its_folder_is_refused(bench):
     bench.sweep(SEARCH, slots=1)
     (bench.folder / "spec.toml").write_text(SEARCH.replace("0.01", "0.02").replace("epochs = 4", "epochs = 5"))
@@ -160,6 +163,7 @@ def test_another_search_in_its_folder_is_refused(bench):
     assert len(bench.sweep(moved, slots=1)) == 6 and bench.calls() == []
 
 
+@pytest.mark.fault(170)
 def test_two_commands_do_not_search_in_one_folder(bench):
     (bench.folder / "spec.toml").write_text(SEARCH)
     bench.out.mkdir()
@@ -178,6 +182,7 @@ def test_the_folder_of_a_plain_sweep_is_refused(bench):
         sweep(bench.folder / "spec.toml", bench.out, program=bench.program, show=False)
 
 
+@pytest.mark.fault(170)
 @pytest.mark.parametrize("content", ["{}\n", "[\n"])
 def test_a_damaged_journal_is_one_line(bench, content):
     (bench.folder / "spec.toml").write_text(SEARCH)
