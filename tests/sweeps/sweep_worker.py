@@ -122,7 +122,7 @@ for folder, (act, *words) in acts.items():
     elif act == "wait":
         save(folder)
         signal.signal(signal.SIGTERM, terminated)
-        (folder / "waiting").touch()
+        (folder / "waiting").write_text(str(os.getppid()))
         late = time.monotonic() + 60
         while not (HERE / "go").exists() and time.monotonic() < late:
             time.sleep(0.02)

@@ -20,6 +20,7 @@ from codistill.cli import main
 from codistill.sweeps.driver import sweep
 from codistill.sweeps.engines import slurm
 from codistill.sweeps.engines.local import Local
+from codistill.sweeps.engines.ray import Ray
 from codistill.sweeps.engines.slurm import Slurm
 
 from ..faults.asserting import refused
@@ -29,7 +30,7 @@ from .bench import SEEDS, SHARED, Bench, on_waiting, signalled
 DRIVER = (
     "import sys; from codistill.sweeps.driver import sweep; sweep({spec!r}, {out!r}, program={program!r}, **{more!r})"
 )
-SIX = f"{SHARED}[grid]\nmomentum = [0.9, 1.5]\nseed = [0, 1, 2]\n"
+SOURCE = str(Path(codistill.__file__).parents[1])  # in jobs and drivers, too
 
 
 @pytest.fixture(scope="session")
@@ -40,26 +41,41 @@ def slurm_conf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield configuration
 
 
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """A Ray on this machine, of which this process is a driver; its address, for other drivers."""
+    ray = pytest.importorskip("ray")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", SOURCE)
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        before = signal.getsignal(signal.SIGTERM)
+        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        signal.signal(signal.SIGTERM, before)
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
 class EngineBench(Bench):
-    """A bench whose sweeps run on an engine; `late` is whether a job outlives a driver that is killed."""
+    """A bench whose sweeps run on an engine, with its table in the specs of drivers that are processes of their own."""
 
     executor = "local"
+    setup = ""
 
     def sweep(self, text: str = SEEDS, **settings: object):
         return super().sweep(text, **{"executor": self.executor, **settings})
 
     def driver(self, text: str = SEEDS, **more: object) -> subprocess.Popen[bytes]:
         """Start a sweep in a process of its own."""
-        (self.folder / "spec.toml").write_text(text)
+        (self.folder / "spec.toml").write_text(text + self.setup)
         more = {"executor": self.executor, "slots": 3, **more}
         code = DRIVER.format(spec=str(self.folder / "spec.toml"), out=str(self.out), program=self.program, more=more)
         with (self.folder / "driver.log").open("ab") as log:
             return subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log, cwd=self.folder)
 
 
-EACH = ["local", "slurm"]
+EACH = ["local", "slurm", "ray"]
 # A driver in a process of its own loads torch first.
-LONG = ["local", pytest.param("slurm", marks=pytest.mark.slow)]
+LONG = ["local", *(pytest.param(name, marks=pytest.mark.slow) for name in ("slurm", "ray"))]
 quick, long = (pytest.mark.parametrize("bench", engines, indirect=True) for engines in (EACH, LONG))
 
 
@@ -69,7 +85,7 @@ def bench(request, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("codistill.sweeps.driver.LOOK_SECONDS", 0.1)
     monkeypatch.setattr("codistill.sweeps.engines.local.measured_slots", lambda runs: 2)
-    monkeypatch.setenv("PYTHONPATH", str(Path(codistill.__file__).parents[1]))  # in jobs and drivers, too
+    monkeypatch.setenv("PYTHONPATH", SOURCE)
     made = EngineBench(tmp_path)
     made.executor = request.param
     monkeypatch.setattr(Local, "seconds", 0.02)
@@ -77,6 +93,9 @@ def bench(request, tmp_path, monkeypatch):
         monkeypatch.setenv("SLURM_CONF", str(request.getfixturevalue("slurm_conf")))
         monkeypatch.setattr(Slurm, "seconds", 0.3)
         monkeypatch.setattr(slurm, "RESULT_SECONDS", 1.0)
+    if request.param == "ray":
+        made.setup = f'[ray]\naddress = "{request.getfixturevalue("ray_cluster")}"\n'
+        monkeypatch.setattr(Ray, "seconds", 0.1)
     monkeypatch.setattr("codistill.cli.commands.own_program", lambda arguments: made.program)
     return made
 
@@ -266,3 +285,51 @@ def test_a_job_at_its_time_limit_is_queued_again_and_one_cancelled_is_tried_agai
     assert [row.status for row in rows.values()] == ["finished"] * 3
     assert sorted(bench.calls()) == ["resume seed0", "resume seed1", *(f"train seed{seed}" for seed in range(3))]
     until(lambda: command("squeue", "--noheader") == "")
+
+
+# What only Ray has.
+
+on_ray = pytest.mark.parametrize("bench", ["ray"], indirect=True)
+
+
+@pytest.mark.slow
+@on_ray
+def test_a_worker_that_dies_and_a_task_that_is_cancelled_are_tried_again(bench, monkeypatch):
+    import ray
+
+    bench.act(seed0=["wait"], seed1=["wait"])
+    jobs, start = [], Ray.start
+    monkeypatch.setattr(Ray, "start", lambda *given: jobs.extend(start(*given)) or jobs[-len(given[1]) :])
+
+    def disturb() -> None:
+        until(lambda: all((bench.out / f"seed{seed}" / "waiting").exists() for seed in (0, 1)))
+        os.kill(int((bench.out / "seed0" / "waiting").read_text()), signal.SIGKILL)
+        ray.cancel(jobs[1].result)
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    rows = bench.sweep()
+    thread.join()
+    assert [row.status for row in rows.values()] == ["finished"] * 3 and ray.is_initialized()
+    assert sorted(bench.calls()) == ["resume seed0", "resume seed1", *(f"train seed{seed}" for seed in range(3))]
+    logs = [(bench.out / "logs" / f"seed{seed}.log").read_text() for seed in (0, 1)]
+    assert "Ray lost its task: WorkerCrashedError" in logs[0] and "TaskCancelledError" in logs[1]
+
+
+@on_ray
+def test_a_cluster_that_cannot_be_used_is_a_line(bench, capsys, monkeypatch):
+    import ray
+
+    line = ["sweep", "spec.toml", "--out", "new", "--executor", "ray"]
+
+    def wrong(table: str, *fragments: str) -> None:
+        Path("spec.toml").write_text(f"{SEEDS}[ray]\n{table}\n")
+        refused(capsys, line, 2, *fragments, unchanged=bench.folder)
+
+    wrong("cpu = 1", "spec.toml:7: unknown key 'cpu' in [ray]: did you mean cpus?")
+    wrong("gpus = -1", "spec.toml:7: gpus in [ray] is -1; it must be a number, 0 or more")
+    wrong("gpus = 0.5", "a run needs 1 CPU and 0.5 GPU, which the cluster does not have: see [ray] in the spec")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    wrong(f'address = "127.0.0.1:{cluster.free_port()}"', "no cluster at 127.0.0.1:", "Connection refused")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    wrong("cpus = 1", "ray is not installed here: ", "pip install")

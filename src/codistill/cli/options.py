@@ -157,11 +157,12 @@ class SweepOptions(DataOptions):
     """A TOML file: settings of all runs, then those that vary: lists in [grid], tables in [[runs]], or [search]."""
     out: Path
     """The folder of the sweep, with a folder for each run."""
-    executor: Literal["local", "slurm"] = "local"
-    """Where the processes run: on this machine, or as jobs of SLURM, which [slurm] in the spec sets up."""
+    executor: Literal["local", "slurm", "ray"] = "local"
+    """Where the processes run: on this machine, as jobs of SLURM, or as tasks of Ray; [slurm] and [ray] in the spec set
+    these up."""
     slots: int | None = None
     """Number of processes at a time. None: one for each GPU; on a CPU by a short measurement of the first run; on slurm
-    all that are to do."""
+    all that are to do; on ray as many as the cluster holds."""
     side_by_side: bool | None = None
     """Whether runs that can train side by side share a process. None: on CUDA, where one graph holds them all."""
     controls: bool = False
