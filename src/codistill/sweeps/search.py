@@ -202,14 +202,9 @@ class Search:
             if trial.number in self.names:
                 runs, finished = [rows[name] for name in self.names[trial.number]], trial.value is not None
                 test = statistics.fmean(row.top1_error[self._predictor(row)] for row in runs) if finished else None
-                own = {
-                    "trial": _name(trial.number),
-                    "status": trial.state.name.lower(),
-                    "runs": self.names[trial.number],
-                }
-                trials.append(
-                    {**own, "settings": self._settings(trial), "validation_error": trial.value, "test_error": test}
-                )
+                own: dict[str, Any] = {"trial": _name(trial.number), "status": trial.state.name.lower()}
+                own |= {"runs": self.names[trial.number], "settings": self._settings(trial)}
+                trials.append({**own, "validation_error": trial.value, "test_error": test})
         ended = [each for each in trials if each["validation_error"] is not None]
         best = min(ended, key=lambda each: each["validation_error"], default=None)
         name = best["trial"] if best else None
@@ -240,12 +235,10 @@ class Search:
         # They follow from the seed and the trials before alone, so that a search that resumes goes the same way.
         numbers = np.random.SeedSequence([self.spec.seed, len(self.study.get_trials(deepcopy=False))])
         seed = int(numbers.generate_state(1)[0])
-        tpe = self.spec.sampler == "tpe"
-        self.study.sampler = (
-            samplers.TPESampler(seed=seed, n_startup_trials=STARTUP, constant_liar=True)
-            if tpe
-            else samplers.RandomSampler(seed=seed)
-        )
+        if self.spec.sampler == "tpe":
+            self.study.sampler = samplers.TPESampler(seed=seed, n_startup_trials=STARTUP, constant_liar=True)
+        else:
+            self.study.sampler = samplers.RandomSampler(seed=seed)
         trial = self.study.ask({key: _distribution(axis) for key, axis in self.spec.space.items()})
         runs = self._runs(trial)
         known = "" if runs else f": as {self.names[trial.number][0]}"
