@@ -12,6 +12,7 @@ from codistill.report.comparison import write_comparison
 from codistill.report.differences import control_table, difference_table, p_value, reference_of, signed
 from codistill.report.results import numbers, tables
 from codistill.report.sources import groups_of
+from codistill.runs.latency import Latency
 
 from .written import write_run, write_sweep, write_table
 
@@ -247,3 +248,23 @@ def test_files_of_others_are_not_overwritten(sweep, name):
 def test_the_page_does_not_take_the_name_of_what_is_beside_it(sweep, tmp_path):
     with pytest.raises(UsageError, match=r"all\.tex: the tables are written beside the page: end --out in \.html"):
         write_comparison([sweep], tmp_path / "all.tex")
+
+
+def test_latency_is_measured_of_one_finished_run_of_each_group(sweep, monkeypatch):
+    write_run(sweep / "dml-seed3", "dml", 3, {}, "diverged")
+    rows = [
+        (f"{group}-seed{seed}", group, "")
+        for group in THREE
+        for seed in (3, 0, 1)
+        if (group, seed) != ("independent", 3)
+    ]
+    write_table(sweep, [*rows, ("gone", "gone", "no such network")])
+    measured = []
+
+    def measure(run):
+        measured.append(run.path.name)
+        return Latency(machine={}, image_size=(8, 8), predictors={}, timings=[])
+
+    monkeypatch.setattr("codistill.cli.commands.measure_latency", measure)
+    assert main(["report", str(sweep), "--latency"]) == 0
+    assert measured == ["dml-seed0", "independent-seed0"]

@@ -39,7 +39,7 @@ from codistill.networks.network import parameter_count
 from codistill.networks.probe import forward_flop
 from codistill.report.comparison import write_comparison, write_page
 from codistill.report.pictures import complete_pictures
-from codistill.report.sources import is_sweep, run_folders
+from codistill.report.sources import groups_of, is_sweep, run_folders
 from codistill.runs.choice import choice
 from codistill.runs.evaluate import evaluate_images
 from codistill.runs.latency import rows
@@ -253,7 +253,11 @@ def report_command(arguments: Sequence[str]) -> None:
     if not chosen.runs:
         raise UsageError("codistill report: no run: name at least one run folder")
     folders = run_folders(chosen.runs)
-    for run in map(Run, folders) if chosen.latency else ():
+    several = len(folders) > 1 or any(map(is_sweep, chosen.runs))
+    measured = folders if chosen.latency and not several else []
+    if chosen.latency and several:  # no seed makes a network faster
+        measured = [group.finished[0].run.path for group in groups_of(chosen.runs) if group.finished]
+    for run in map(Run, measured):
         headings, *cells = rows(measure_latency(run), run.summary.get("top1_error", {}) if run.status else {})
         table = Table(*headings[:2], title=f"{run.path}: uint8 pixels to logits", box=None)
         for heading in headings[2:]:
@@ -262,7 +266,7 @@ def report_command(arguments: Sequence[str]) -> None:
             table.add_row(*line)
         console = lasting_console(True)
         console.print(table, width=max(console.width, 100), crop=False)
-    if len(folders) > 1 or any(map(is_sweep, chosen.runs)):
+    if several:
         print(f"ok: {write_comparison(chosen.runs, chosen.out)}")
         return
     run = Run(folders[0])

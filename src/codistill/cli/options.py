@@ -102,7 +102,8 @@ class ReportOptions(MovedDataOptions):
     """The page. None: RUN/report.html of one run; of several comparison.html, in the folder that holds them where it is
     the only one named, else here. Its tables (.tex) and numbers (.csv) lie beside it."""
     latency: bool = False
-    """First measure every predictor here, as torch and as ONNX, and write RUN/latency.json; it also serves export
+    """First measure every predictor here, of several runs those of one in each group, as torch and as ONNX, and write
+    RUN/latency.json; it also serves export
     --max-latency-ms and the tables of sweeps."""
 
 
