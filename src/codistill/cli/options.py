@@ -103,8 +103,7 @@ class ReportOptions(MovedDataOptions):
     the only one named, else here. Its tables (.tex) and numbers (.csv) lie beside it."""
     latency: bool = False
     """First measure every predictor here, of several runs those of one in each group, as torch and as ONNX, and write
-    RUN/latency.json; it also serves export
-    --max-latency-ms and the tables of sweeps."""
+    RUN/latency.json; it also serves export --max-latency-ms and the tables of sweeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
