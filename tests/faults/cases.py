@@ -478,3 +478,12 @@ CASES |= {
         "others is overwritten",
     ),
 }
+
+CASES |= {
+    180: Case(
+        "a ledger that was edited, or a run that does not belong in it",
+        "a number, seed or protocol changed; a line cut or of another form; runs cut short, extended, of other "
+        "settings or data, with weights of their own or a teacher that is gone, changed or of another seed",
+        "status 4, file and line; what cannot enter is named with what differs, and counts nowhere",
+    ),
+}

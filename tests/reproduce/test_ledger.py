@@ -106,6 +106,7 @@ def test_a_recorded_run_needs_no_folder(copied, tmp_path, capsys):
 EDITS = {'"seed": 0': '"seed": 1', '"student0": ': '"student0": 1', '"protocol": "paper"': '"protocol": ""'}
 
 
+@pytest.mark.fault(180)
 @pytest.mark.parametrize(("old", "new"), EDITS.items())
 def test_an_edited_line_is_one_line(copied, tmp_path, capsys, old, new):
     ledger = tmp_path / "ledger.jsonl"
@@ -119,6 +120,7 @@ def test_an_edited_line_is_one_line(copied, tmp_path, capsys, old, new):
     assert f"{ledger}:2: edited after it was written, for its sha256 is another: restore the line" in said
 
 
+@pytest.mark.fault(180)
 def test_a_line_that_is_none_is_refused(copied, tmp_path):
     line = dict(entry_of(run_of(copied, "mfef"), known()).line)
     for changes, words in (
@@ -135,6 +137,7 @@ def test_a_line_that_is_none_is_refused(copied, tmp_path):
         read_ledger(tmp_path / "l")
 
 
+@pytest.mark.fault(180)
 def test_what_is_no_run_of_a_protocol_cannot_enter(copied):
     run = run_of(copied, "mfef")
     metrics, summary = (run.path / "metrics.jsonl").read_text(), run.summary
@@ -164,6 +167,7 @@ def test_what_is_no_run_of_a_protocol_cannot_enter(copied):
     assert entry_of(change(run, "summary.json", **summary), known()).errors == summary["top1_error"]
 
 
+@pytest.mark.fault(180)
 def test_a_teacher_must_be_there_and_of_the_same_seed(copied):
     taught, teacher = run_of(copied, "kd"), run_of(copied, "independent")
     assert entry_of(taught, known()).seed == 0
@@ -178,6 +182,7 @@ def test_a_teacher_must_be_there_and_of_the_same_seed(copied):
         entry_of(taught, known())
 
 
+@pytest.mark.fault(180)
 def test_what_does_not_count_is_said(copied, tmp_path, capsys):
     change(run_of(copied, "mfef"), learning_rate=0.1)
     main, _ = reproduce("table1", out=tmp_path, ledger=tmp_path / "l", collect=True, record=True, show=False)

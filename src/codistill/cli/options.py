@@ -198,10 +198,10 @@ class ReproduceOptions:
     """Add the finished runs of the protocol to the ledger."""
     dry_run: bool = False
     """Train nothing: only print which runs are missing."""
-    executor: Literal["local", "slurm"] = "local"
+    executor: Literal["local", "slurm", "ray"] = "local"
     """Where the processes run, as for sweep."""
     engine: Path | None = None
-    """A TOML file with the table that sets up the executor, as [slurm] in a sweep's spec."""
+    """A TOML file with the table that sets up the executor, [slurm] or [ray] as in a sweep's spec."""
     slots: int | None = None
     """Number of processes at a time, as for sweep."""
 

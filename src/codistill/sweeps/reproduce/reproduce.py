@@ -63,7 +63,7 @@ def reproduce(
         record: Add the finished runs of this protocol in `out` to the ledger.
         dry_run: Only print which runs are missing.
         executor: What runs the processes, as for `sweep`.
-        engine: A TOML file with the table that sets it up, as [slurm].
+        engine: A TOML file with the table that sets it up: [slurm] or [ray].
         slots: How many at a time, as for `sweep`.
         program: What is put before `train ..`, as for `sweep`.
         show: Whether to print.
