@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from codistill.core.errors import UsageError
 from codistill.core.signals import Terminated
 from codistill.sweeps import search as search_module
 from codistill.sweeps.driver import sweep
+from codistill.sweeps.reproduce.cells import protocols
 from codistill.sweeps.search import Search, read_search
 
 from .bench import Bench
@@ -256,3 +258,13 @@ def test_trials_are_trainings(tmp_path):
         assert run.config.train.learning_rate == each["settings"]["learning_rate"]
         assert run.summary["validation_top1_error"]["student0"] == each["validation_error"]
         assert run.summary["top1_error"]["student0"] == each["test_error"]
+
+
+def test_the_search_of_the_repository_has_the_settings_of_protocol_small():
+    found = read_search(Path(__file__).parents[2] / "recipes" / "search-plus-small.toml")
+    assert found is not None
+    settings = protocols()["small"].settings
+    assert {key: found.shared[key] for key in ("epochs", "precision")} == {
+        key: settings[key] for key in ("epochs", "precision")
+    }
+    assert not settings.keys() & found.shared.keys() - {"epochs", "precision", "evaluate_every"}
