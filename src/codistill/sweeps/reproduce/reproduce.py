@@ -161,7 +161,7 @@ def name_of(cell: Cell, seed: int) -> str:
 
 def write_tables(stem: Path, tables: Sequence[Table], picture: bytes | None) -> None:
     """Write tables as Markdown, CSV, LaTeX and HTML, in files that begin alike, and the picture if there is one."""
-    title = tables[0].title
+    title = tables[0].title.partition(":")[0]
     page = render("table.html", title=title, tables=tables, picture=base64.b64encode(picture or b"").decode())
     files = {".md": "\n".join(each.markdown() for each in tables), ".html": page}
     files |= {".tex": "\n".join(each.latex() for each in tables), ".csv": tables[0].csv()}
