@@ -12,7 +12,8 @@ from codistill.report.comparison import write_comparison
 from codistill.report.differences import control_table, difference_table, p_value, reference_of, signed
 from codistill.report.results import numbers, tables
 from codistill.report.sources import groups_of
-from codistill.runs.latency import Latency
+from codistill.runs.folder import RunFolder
+from codistill.runs.latency import Cost, Latency, Timing, write_latency
 
 from .written import write_run, write_sweep, write_table
 
@@ -248,6 +249,20 @@ def test_files_of_others_are_not_overwritten(sweep, name):
 def test_the_page_does_not_take_the_name_of_what_is_beside_it(sweep, tmp_path):
     with pytest.raises(UsageError, match=r"all\.tex: the tables are written beside the page: end --out in \.html"):
         write_comparison([sweep], tmp_path / "all.tex")
+
+
+def test_what_was_lost_is_no_point_of_latency_and_single_students_do_not_disagree(tmp_path):
+    groups = {**THREE, "kdcl": THREE["dml"], "alone": {**ALONE, "errors": {"student0": [1.0, 2.0]}}}
+    folder = write_sweep(tmp_path, groups, {"kdcl-seed3": "gone"})
+    for name in ("dml", "kdcl"):
+        time = Timing(predictor="student0", runtime="torch", device="cpu", batch=1, threads=1, milliseconds=1.0)
+        cost = Cost(parameters=700, flops=90_000, bytes={})
+        found = Latency(machine={}, image_size=(8, 8), predictors={"student0": cost}, timings=[time])
+        write_latency(RunFolder(folder / f"{name}-seed0"), found)
+    page = write_comparison([folder]).read_text(encoding="utf-8")
+    assert "dml: student0</title>" in page and "kdcl: student0</title>" not in page
+    plot = page[page.index("<figcaption>Disagreement of the students") :].partition("</figure>")[0]
+    assert "independent" in plot and "alone" not in plot
 
 
 def test_latency_is_measured_of_one_finished_run_of_each_group(sweep, monkeypatch):

@@ -21,7 +21,8 @@ def write_run(folder: Path, method: str, seed: int, errors: Mapping[str, float],
     lines = []
     for epoch in range(2) if errors else ():
         test = {name: {"top1_error": each + 10 * (1 - epoch)} for name, each in errors.items()}
-        lines.append(json.dumps({"epoch": epoch, "train": {"loss": 1.0}, "test": test, "learning_rate": 0.1}))
+        row = {"epoch": epoch, "train": {"loss": 1.0}, "test": test, "learning_rate": 0.1}
+        lines.append(json.dumps({**row, "diversity": {"disagreement": 1.0}}))
     (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
     summary = {"status": status, "images_per_second": 10.0, "parameters": {"student0": size}}
     summary |= {"error": error} if error else {}

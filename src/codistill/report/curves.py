@@ -156,8 +156,8 @@ def _term(group: Group, name: str) -> Line | None:
 
 
 def _of_several(groups: Sequence[Group]) -> list[Chart]:
-    def by_group(value: Value) -> list[Line | None]:
-        return [line(group, group.name, value, group.colour, group.dash) for group in groups]
+    def by_group(value: Value, among: Sequence[Group] = groups) -> list[Line | None]:
+        return [line(group, group.name, value, group.colour, group.dash) for group in among]
 
     note = _band(groups)
     found = [
@@ -184,7 +184,10 @@ def _of_several(groups: Sequence[Group]) -> list[Chart]:
     found.append(
         _chart(
             "Disagreement of the students, % of test images",
-            by_group(lambda row: row.get("diversity", {}).get("disagreement")),
+            by_group(
+                lambda row: row.get("diversity", {}).get("disagreement"),
+                [group for group in groups if any(sum(map(own_student, seen.predictors)) > 1 for seen in group.drawn)],
+            ),
         )
     )
     return [each for each in found if each is not None]

@@ -96,10 +96,8 @@ def comparison_tradeoff(groups: Sequence[Group]) -> dict[str, Any] | None:
         points = []
         for group, found in same:
             times = found.milliseconds(runtime, batch, threads, device)
-            lasts = [top1_errors(each.last, "test") for each in group.runs if each.last is not None]
             for name in times:
-                errors = [each[name] for each in lasts if name in each]
-                if errors:
+                if errors := group.errors(name):
                     words = f"{group.name}: {name}" if len(groups) > 1 else name
                     points.append((words, group.colour, times[name], sum(errors) / len(errors), None))
         if points:
