@@ -137,6 +137,21 @@ def test_a_line_that_is_none_is_refused(copied, tmp_path):
         read_ledger(tmp_path / "l")
 
 
+def test_lines_of_other_versions(copied, tmp_path):
+    line = dict(entry_of(run_of(copied, "kd"), known()).line)
+
+    def read_with(settings):
+        other = line | {"settings": settings, "settings_sha256": digest_of(settings)}
+        (tmp_path / "l").write_text(json.dumps(other | {"sha256": line_digest(other)}))
+        return read_ledger(tmp_path / "l")[0]
+
+    older = {key: each for key, each in line["settings"].items() if key not in ("label_smoothing", "method.kl")}
+    older["teacher"] = {key: each for key, each in older["teacher"].items() if key != "mixup"}
+    assert read_with(older).key == line["settings_sha256"]  # what came later had its default
+    with pytest.raises(CheckpointError, match=r"l:1: of another version of codistill: .* unknown key 'later'"):
+        _ = read_with({**line["settings"], "later": 1}).key
+
+
 @pytest.mark.fault(180)
 def test_what_is_no_run_of_a_protocol_cannot_enter(copied):
     run = run_of(copied, "mfef")
