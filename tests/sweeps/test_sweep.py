@@ -1,12 +1,17 @@
 """Sweeps: the runs of a spec, which of them are trained again, and the tables."""
 
 import fcntl
+import functools
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,15 +19,19 @@ import torch
 
 import codistill as cd
 from codistill.cli import main
+from codistill.core.console import lasting_console
 from codistill.core.errors import UsageError
 from codistill.runs.lock import lock_folder
 from codistill.settings.build import build_method
+from codistill.sweeps import driver as sweep_module
+from codistill.sweeps import progress
 from codistill.sweeps.driver import assign, own_program, sweep
 from codistill.sweeps.engines import local
 from codistill.sweeps.engines.local import Local, measured_slots
 from codistill.sweeps.spec import read_spec
 from codistill.sweeps.table import Row, grouped, write_tables
 
+from .. import tiny
 from ..faults.asserting import refused
 from .bench import SEEDS, SHARED, Bench, on_waiting, signalled
 
@@ -580,3 +589,78 @@ def test_on_a_cpu_slots_are_measured(bench, monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     bench.sweep()
     assert [line[3] for line in bench.words()] == ["threads=2"] * 3
+
+
+# What is to come, and what is going on.
+
+
+def test_a_dry_run_shows_order_minutes_and_how_they_were_estimated_and_changes_nothing(bench, capsys, monkeypatch):
+    bench.act(seed1=["exit 5 diverged"], seed2=["kill 9"] * 3)
+    bench.sweep()
+    (bench.out / "seed2" / "metrics.jsonl").write_text('{"seconds": 30.0}\n')
+    summary = json.loads((bench.out / "seed0" / "summary.json").read_text())
+    (bench.out / "seed0" / "summary.json").write_text(json.dumps({**summary, "wall_seconds": 240.0, "epochs": 4}))
+    monkeypatch.setattr(progress, "measured_epoch", lambda config: 6.0 if config.method_name == "dml" else None)
+    Path("spec.toml").write_text(f'{SHARED}[grid]\nmethod = ["ffl", "dml", "mfef"]\nseed = [2, 1, 0, 3]')
+    before = tiny.listing(bench.folder)
+    capsys.readouterr()
+    handler = signal.getsignal(signal.SIGTERM)
+    line = ["sweep", "spec.toml", "--out", "sweep", "--dry-run", "--slots", "2"]
+    for executor in ("local", "slurm", "ray"):  # none of them is reached
+        assert main([*line, "--executor", executor]) == 0
+        out = capsys.readouterr().out
+        cells = table(out)
+        assert ["1", "ffl-seed2", "start", "unknown", "unknown"] in cells
+        assert ["5", "dml-seed2", "start", "0.4", "steps measured on this CPU"] in cells
+        assert ["9", "seed2", "resume after epoch 1", "1.5", "its own epochs"] in cells
+        assert ["10", "mfef-seed3", "start", "4.0", "a finished run"] in cells
+        assert ["", "seed0", "none: finished", "", ""] in cells and [
+            "",
+            "seed1",
+            "none: FAILED",
+            "",
+            "diverged",
+        ] in cells
+        # 4 x 0.4 + 1.5 + 4 minutes for 6 of 10 runs, the others as long as these, two at a time.
+        assert "12 runs, 10 to do: about 5:55, 2 at a time" in out
+        assert tiny.listing(bench.folder) == before
+    assert main([*line[:3], "new", *line[4:]]) == 0 and not Path("new").exists()
+    signal.signal(signal.SIGTERM, handler)
+
+
+def test_the_minutes_of_a_run_are_measured_by_its_steps(tmp_path):
+    text = 'networks = ["resnet20"]\nmethod = "independent"\ndata = "digits"\ntrain_limit = 16\nbatch_size = 8\n'
+    (run,) = planned(tmp_path, text)
+    seconds = progress.measured_epoch(run.config)
+    assert seconds is not None and seconds > 0 and torch.get_num_threads() == 1
+    (elsewhere,) = planned(tmp_path, f'{text}device = "cuda"')
+    (nowhere,) = planned(tmp_path, text.replace("digits", "folder"))
+    assert progress.measured_epoch(elsewhere.config) is None and progress.measured_epoch(nowhere.config) is None
+
+
+def test_a_terminal_has_a_live_table_of_what_runs(bench, monkeypatch):
+    bench.act(seed0=["wait"])
+    drawn = io.StringIO()
+    console = functools.partial(lasting_console, force_terminal=True, file=drawn, width=100)
+    monkeypatch.setattr(sweep_module, "lasting_console", console)
+    monkeypatch.setattr(progress, "DRAW_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "measured_epoch", lambda config: 15.0)
+
+    def go():
+        late = time.monotonic() + 60
+        while not (bench.out / "seed0" / "waiting").exists() and time.monotonic() < late:
+            time.sleep(0.01)
+        (bench.out / "seed0" / "metrics.jsonl").write_text('{"seconds": 60.0}\n')
+        while "1 of 4" not in drawn.getvalue() and time.monotonic() < late:
+            time.sleep(0.01)
+        (bench.folder / "go").touch()
+
+    thread = threading.Thread(target=go)
+    thread.start()
+    bench.sweep()
+    thread.join()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn.getvalue())
+    # Of 4 epochs of 15 seconds each; then 3 of a minute by the run's own, and two runs of a minute.
+    assert "0 done, 1 running, 0 failed, 2 waiting; time left: about 3:00" in shown
+    assert re.search(r"seed0 +0 of 4 +1:00", shown) and re.search(r"seed0 +1 of 4 +3:00", shown)
+    assert "time left: about 5:00" in shown and "seed1: finished  test error %" in shown

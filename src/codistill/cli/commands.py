@@ -386,7 +386,7 @@ def sweep_command(arguments: Sequence[str]) -> None:
     """Run `codistill sweep`."""
     chosen = parse(options.SweepOptions, arguments, "codistill sweep")
     rows = sweep(**vars(chosen), program=own_program(["sweep", *arguments]))
-    failed = [row.name for row in rows if row.status == "FAILED"]
+    failed = [row.name for row in rows if row.status == "FAILED" and not chosen.dry_run]
     # Trials of a search may fail.
     if failed and (len(failed) == len(rows) or read_search(chosen.spec) is None):
         some = ", ".join(failed[:5]) + (", .." if len(failed) > 5 else "")

@@ -165,6 +165,8 @@ class SweepOptions(DataOptions):
     all that are to do; on ray as many as the cluster holds."""
     side_by_side: bool | None = None
     """Whether runs that can train side by side share a process. None: on CUDA, where one graph holds them all."""
+    dry_run: bool = False
+    """Only print the runs in their order with estimated minutes; nothing is started or written."""
     controls: bool = False
     """Also train what a method has to beat: its students alone, with a moving average of the weights, for the same time
     and with the same parameters; codistill list has them."""

@@ -30,11 +30,12 @@ FILE = "controls.json"
 ROUNDS = 5
 
 
-def with_controls(runs: Sequence[PlannedRun], folder: Path) -> list[PlannedRun]:
+def with_controls(runs: Sequence[PlannedRun], folder: Path, keep: bool = True) -> list[PlannedRun]:
     """Add the controls of the runs of a sweep, each once: of every network of a run and with its seed.
 
     A run that cannot be built has none, and costs no other its own.
-    The factor on the epochs of `equal-compute` is measured once, and kept in `controls.json` of the sweep's folder.
+    The factor on the epochs of `equal-compute` is measured once, and unless `keep` is False, kept in `controls.json` of
+    the sweep's folder.
 
     Raises:
         UsageError: That file is damaged.
@@ -51,7 +52,8 @@ def with_controls(runs: Sequence[PlannedRun], folder: Path) -> list[PlannedRun]:
                     factors[key] = measured_factor(run.config, network)
                 except CodistillError:  # its process reports it
                     continue
-                write_json(folder / FILE, factors)
+                if keep:
+                    write_json(folder / FILE, factors)
             for kind, settings in controls_of(run.config, run.recipe, network, factors[key]).items():
                 wanted[kind].append(settings)
     known = {digest(run.config) for run in runs if run.config}

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -27,9 +27,11 @@ from codistill.runs.latency import read_latency
 from codistill.settings.config import RunConfig
 from codistill.sweeps.controls import with_controls
 from codistill.sweeps.engines.engine import Engine, Work, locked
+from codistill.sweeps.engines.local import Local
 from codistill.sweeps.engines.registry import ENGINES
 from codistill.sweeps.folder import Claims, at_work
 from codistill.sweeps.naming import differences, digest
+from codistill.sweeps.progress import MEASURE_SECONDS, Estimates, LiveTable, dry_run_lines
 from codistill.sweeps.search import Search, read_search
 from codistill.sweeps.spec import PlannedRun, engine_settings, read_spec
 from codistill.sweeps.table import Row, write_tables
@@ -59,6 +61,7 @@ def sweep(
     side_by_side: bool | None = None,
     skip_bad: bool = False,
     controls: bool = False,
+    dry_run: bool = False,
     program: Sequence[str] = PROGRAM,
     show: bool = True,
 ) -> list[Row]:
@@ -77,6 +80,7 @@ def sweep(
         side_by_side: Whether runs that can train side by side share a process. None: on CUDA, in one graph.
         skip_bad: Whether the runs leave out images of a folder that cannot be read.
         controls: Whether to train the controls of the runs, too; see `codistill list`.
+        dry_run: Whether only to print the runs in their order with estimated minutes; nothing is started or written.
         program: What is put before `train ..` and `resume ..` to make a command.
         show: Whether to print progress and the final tables.
 
@@ -94,6 +98,12 @@ def sweep(
     if wanted and controls:
         raise UsageError("--controls: a search has none: train them beside its best trial")
     runs = read_spec(Path(spec), skip_bad) if wanted is None else []
+    if dry_run:
+        if wanted:
+            raise UsageError("--dry-run: a search chooses its runs as it goes: there are none to show")
+        planned = find_folders(folder, with_controls(runs, folder, keep=False) if controls else runs)
+        engine = (Local if executor == "local" else Engine)(folder, {})  # no other one is reached
+        return Sweep(Path(spec), folder, planned, engine, program, show).show_plan(slots, side_by_side)
     search = Search(wanted, folder, show) if wanted else None
 
     def plan() -> list[PlannedRun]:
@@ -174,6 +184,19 @@ class Sweep:
         self.busy: dict[int, Job] = {}
         self.attempts = Counter[str]()
         self.claims = Claims(folder / "logs")
+        self.estimates = Estimates(folder)
+        for run in self.runs:
+            if self.rows[run.name].status == "finished":
+                self.estimates.learn(run)
+
+    def show_plan(self, slots: int | None, side_by_side: bool | None) -> list[Row]:
+        """Print what `train` would start, in which order, and how long it takes."""
+        left = [run for run in self.runs if self.rows[run.name].status == "unfinished"]
+        slots = slots or self.engine.room(left) or 1
+        self.estimates.measure(left, math.inf)
+        order = [run for part in assign(left, slots, side_by_side) for run in part]
+        self.say("\n".join(dry_run_lines(order, self.rows, self.estimates, slots)))
+        return list(self.rows.values())
 
     def train(self, slots: int | None, side_by_side: bool | None) -> list[Row]:
         """Train the runs without an end: start what there is room for, poll, act on each exit."""
@@ -182,15 +205,20 @@ class Sweep:
         self.say(f"{len(self.runs)} runs in {self.folder}: {len(left)} to do, {min(slots, len(left))} at a time")
         self.note(*(row for row in self.rows.values() if row.status != "unfinished"))
         self.waiting.extend(map(Job, assign(left, slots, side_by_side)))
+        live = LiveTable(self.console, self.estimates)
+        if live.shown and isinstance(self.engine, Local):
+            self.estimates.measure(left, MEASURE_SECONDS)
         try:
-            while self.grow(slots, side_by_side) or self.waiting or self.busy:
-                self.fill(slots)
-                time.sleep(self.engine.seconds)
-                for slot, job in list(self.busy.items()):
-                    self.unfinished(job)  # the table has runs that ended while others of their process train
-                    if (status := job.started.poll()) is not None:
-                        del self.busy[slot]
-                        self.on_exit(job, status)
+            with live:
+                while self.grow(slots, side_by_side) or self.waiting or self.busy:
+                    self.fill(slots)
+                    live.draw(self.rows.values(), *(self.open(jobs) for jobs in (self.busy.values(), self.waiting)))
+                    time.sleep(self.engine.seconds)
+                    for slot, job in list(self.busy.items()):
+                        self.unfinished(job)  # the table has runs that ended while others of their process train
+                        if (status := job.started.poll()) is not None:
+                            del self.busy[slot]
+                            self.on_exit(job, status)
         finally:
             try:
                 self.engine.stop([job.started for job in self.busy.values()])
@@ -200,6 +228,10 @@ class Sweep:
         if self.search:
             self.say(self.search.result(self.rows))
         return list(self.rows.values())
+
+    def open(self, jobs: Collection[Job]) -> list[PlannedRun]:
+        """Return the runs of jobs that have not ended, as far as was noted."""
+        return [run for job in jobs for run in job.runs if self.rows[run.name].status == "unfinished"]
 
     def grow(self, slots: int, side_by_side: bool | None) -> bool:
         """Take on new trials of a search while there is room; return whether there were any."""
@@ -343,8 +375,11 @@ class Sweep:
 
     def note(self, *rows: Row) -> None:
         """Print how runs ended, and write the tables."""
+        runs = {run.name: run for run in self.runs}
         for row in rows:
             self.rows[row.name] = row
+            if row.status == "finished":
+                self.estimates.learn(runs[row.name])
             errors = "  ".join(f"{name} {error:.2f}" for name, error in row.top1_error.items())
             if row.reason:
                 self.claims.write([row.name], failed=row.reason)
