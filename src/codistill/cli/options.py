@@ -199,7 +199,7 @@ class ReproduceOptions:
     record: bool = False
     """Add the finished runs of the protocol to the ledger."""
     dry_run: bool = False
-    """Train nothing: only print which runs are missing."""
+    """Train nothing: only print which runs are missing and, where the data set is there, estimated minutes."""
     executor: Literal["local", "slurm", "ray"] = "local"
     """Where the processes run, as for sweep."""
     engine: Path | None = None

@@ -61,7 +61,7 @@ def reproduce(
         ledger: The file of finished runs; it may not exist.
         collect: Train nothing.
         record: Add the finished runs of this protocol in `out` to the ledger.
-        dry_run: Only print which runs are missing.
+        dry_run: Train nothing, only print which runs are missing, with minutes where `data` or `data_dir` is there.
         executor: What runs the processes, as for `sweep`.
         engine: A TOML file with the table that sets it up: [slurm] or [ray].
         slots: How many at a time, as for `sweep`.
@@ -87,18 +87,18 @@ def reproduce(
     console, failed = lasting_console(show, markup=False), []
     if not collect:
         place: dict[str, Any] = {}
-        if not dry_run:
+        if not dry_run or data or data_dir:  # the minutes of a dry run are measured on the data
             chosen, place = located(chosen, protocol, data, data_dir, out)
         setup = {name: each for name, each in (engine_settings(engine) if engine else {}).items() if each}
         missing = Missing(chosen, seeds or SEEDS, recorded, protocol, folder)
         for stage in ("teachers", "students"):
             entries, names = missing.entries(stage, place)
             console.print(f"{len(names)} runs of {stage} to train", *names, sep="\n  ")
-            if not names or dry_run:
+            if not names:
                 continue
             spec = out / f"{protocol.name}-{stage}.json"
             write_json(spec, setup | {"runs": entries})
-            rows = sweep(spec, folder, executor=executor, slots=slots, program=program, show=show)
+            rows = sweep(spec, folder, executor=executor, slots=slots, dry_run=dry_run, program=program, show=show)
             failed += [f"{row.name} ({row.reason})" for row in rows if row.status == "FAILED"]
             if failed and stage == "teachers":
                 break
