@@ -220,7 +220,7 @@ def test_the_engine_is_set_up_by_a_file_of_its_own(tmp_path, monkeypatch):
     (tmp_path / "cluster.toml").write_text('[slurm]\npartition = "gpu"\n')
     asked = []
     monkeypatch.setattr(program, "sweep", lambda spec, out, **settings: asked.append((spec, settings)) or [])
-    out = {"out": tmp_path, "ledger": tmp_path / "l", "engine": tmp_path / "cluster.toml", "show": False}
+    out = {"out": tmp_path / "new", "ledger": tmp_path / "l", "engine": tmp_path / "cluster.toml", "show": False}
     reproduce("table1", cells=["*/mfef"], seeds=[0, 4], executor="slurm", slots=3, **out)
     (spec, settings) = asked.pop()
     assert (settings["executor"], settings["slots"], not asked) == ("slurm", 3, True)

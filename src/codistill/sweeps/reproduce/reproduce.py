@@ -97,7 +97,11 @@ def reproduce(
             if not names:
                 continue
             spec = out / f"{protocol.name}-{stage}.json"
-            write_json(spec, setup | {"runs": entries})
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                write_json(spec, setup | {"runs": entries})
+            except OSError as error:
+                raise system_error(error, out, fix="choose another --out") from None
             rows = sweep(spec, folder, executor=executor, slots=slots, dry_run=dry_run, program=program, show=show)
             failed += [f"{row.name} ({row.reason})" for row in rows if row.status == "FAILED"]
             if failed and stage == "teachers":
