@@ -93,7 +93,7 @@ def reproduce(
         missing = Missing(chosen, seeds or SEEDS, recorded, protocol, folder)
         for stage in ("teachers", "students"):
             entries, names = missing.entries(stage, place)
-            console.print(f"{len(names)} runs of {stage} to train", *names, sep="\n  ")
+            console.print(f"{len(names)} runs of {stage} to train")
             if not names:
                 continue
             spec = out / f"{protocol.name}-{stage}.json"
