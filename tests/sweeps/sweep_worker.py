@@ -1,6 +1,7 @@
 """Stand-in for `codistill train` and `codistill resume`: makes run folders, and ends as `acts.json` says."""
 
 import fcntl
+import hashlib
 import itertools
 import json
 import os
@@ -57,6 +58,12 @@ def finish(folder: Path) -> None:
         errors = {"student0": 50 - miss, "student1": error}
         more["validation_top1_error"] = {"student0": miss + config.get("seed", 0), "student1": miss / 2}
     summary(folder, "finished", top1_error=errors, best_epoch_top1_error=errors, **more)
+
+
+def wait_for_go() -> None:
+    late = time.monotonic() + 60
+    while not (HERE / "go").exists() and time.monotonic() < late:
+        time.sleep(0.02)
 
 
 def terminated(*_: object) -> NoReturn:
@@ -123,9 +130,20 @@ for folder, (act, *words) in acts.items():
         save(folder)
         signal.signal(signal.SIGTERM, terminated)
         (folder / "waiting").write_text(str(os.getppid()))
-        late = time.monotonic() + 60
-        while not (HERE / "go").exists() and time.monotonic() < late:
-            time.sleep(0.02)
+        wait_for_go()
+    elif act == "steps":  # each a checkpoint; the last one is done when the test says so
+        save(folder)
+        signal.signal(signal.SIGTERM, terminated)
+        (folder / "waiting").write_text(str(os.getpid()))
+        state = folder / "state.txt"
+        done, digest = state.read_text().split() if state.exists() else ("0", "")
+        for step in range(int(done), 100):
+            if step == 99:
+                wait_for_go()
+            digest = hashlib.sha256(f"{digest}{step}".encode()).hexdigest()
+            state.with_suffix(".new").write_text(f"{step + 1} {digest}")
+            state.with_suffix(".new").replace(state)
+            time.sleep(0.01)
 for folder in open_folders:
     finish(folder)
 if diverged:

@@ -1,8 +1,11 @@
 """Every engine of sweeps: the same runs, kills, restarts and bad input on this machine, a real SLURM and a real Ray."""
 
+import hashlib
 import importlib.util
+import itertools
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -128,6 +131,7 @@ def test_one_killed_one_diverges_one_invalid(bench, capsys):
     assert group["failed"] == 1 and group["mean"] == {}
 
 
+@pytest.mark.fault(38)
 @quick
 def test_a_run_that_is_killed_again_and_again_has_failed(bench):
     bench.act(seed0=["kill 9", "exit 7 rank 1 was lost", "kill 9"], seed1=["exit 3 no data"])
@@ -210,6 +214,79 @@ def test_two_sweeps_with_other_specs_are_refused(bench, capsys):
     finally:
         driver.kill()
         driver.wait()
+
+
+@pytest.mark.fault(40)
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@quick
+def test_random_kills_change_nothing(bench):
+    """100 kills of local processes, 50 each of SLURM's and Ray's jobs, and of drivers among them."""
+    dice, names, killed = random.Random(0), [f"seed{seed}" for seed in range(3)], []
+    bench.act(**{name: ["steps"] * 1000 for name in names})
+
+    def kill() -> None:
+        while len(killed) < (100 if bench.executor == "local" else 50):
+            time.sleep(dice.random() * 0.5)
+            folder = bench.out / dice.choice(names)
+            if (pid := process_of(bench, folder)) and dice.random() < 0.8:
+                os.kill(pid, signal.SIGKILL)
+                killed.append(folder.name)
+            elif pid and bench.executor == "slurm":
+                claim = json.loads((bench.out / "logs" / f"{folder.name}.claim").read_text() or "{}")
+                if job := claim.get("job"):
+                    subprocess.run(["scancel", "--signal=KILL", job.removeprefix("SLURM job ")], check=False)
+                    killed.append("job")
+            elif pid and bench.executor == "ray":
+                os.kill(parent_of(pid), signal.SIGKILL)
+                killed.append("worker")
+        (bench.folder / "go").touch()
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    for round in itertools.count():
+        if round % 8 == 4 and thread.is_alive():
+            driver = bench.driver()
+            until(lambda: process_of(bench, bench.out / "seed0") or not thread.is_alive())
+            time.sleep(dice.random())
+            driver.kill()
+            driver.wait()
+            killed.append("driver")
+        if all(row.status == "finished" for row in bench.sweep().values()):
+            break
+    thread.join()
+    digest = ""
+    for step in range(100):
+        digest = hashlib.sha256(f"{digest}{step}".encode()).hexdigest()
+    assert [(bench.out / name / "state.txt").read_text() for name in names] == [f"100 {digest}"] * 3
+    assert len(killed) >= (100 if bench.executor == "local" else 50)
+
+
+def process_of(bench, folder: Path) -> int:
+    """Return the process that works on a run; 0: none. One of another program may have the number of a dead one."""
+    try:
+        pid = int((folder / "waiting").read_text())
+        return (
+            pid
+            if str(bench.folder) in Path(f"/proc/{pid}/cmdline").read_text() and not ended(bench, folder.name)
+            else 0
+        )
+    except (OSError, ValueError):
+        return 0
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+@pytest.mark.slow
+@quick
+def test_real_runs_of_digits(bench, monkeypatch):
+    text = 'data = "digits"\nnetworks = ["resnet20"]\nmethod = "independent"\ntrain_limit = 32\nbatch_size = 16\n'
+    (bench.folder / "spec.toml").write_text(f"{text}epochs = 1\nthreads = 1\n[grid]\nseed = [0, 1]\n")
+    rows = sweep(bench.folder / "spec.toml", bench.out, executor=bench.executor, slots=2)
+    assert [row.status for row in rows] == ["finished"] * 2, (bench.out / "table.md").read_text()
+    assert (bench.out / "seed0" / "report.html").exists()
 
 
 # What only SLURM has.
