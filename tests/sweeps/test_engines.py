@@ -410,3 +410,16 @@ def test_a_cluster_that_cannot_be_used_is_a_line(bench, capsys, monkeypatch):
     wrong(f'address = "127.0.0.1:{cluster.free_port()}"', "no cluster at 127.0.0.1:", "Connection refused")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     wrong("cpus = 1", "ray is not installed here: ", "pip install")
+
+
+@long
+def test_a_search_learns_and_goes_on(bench):
+    pytest.importorskip("optuna")
+    space = "[search.space]\nlearning_rate = { low = 0.01, high = 0.2, log = true }\n"
+    text = f"{SHARED}validation = 100\n[search]\ntrials = 11\n{space}"
+    rows = bench.sweep(text, slots=3)
+    assert [row.status for row in rows.values()] == ["finished"] * 11
+    bench.sweep(text.replace("11", "12"), slots=3)
+    assert bench.calls() == ["train trial-0011"]
+    found = json.loads((bench.out / "search.json").read_text())
+    assert found["best"] and [each["status"] for each in found["trials"]] == ["complete"] * 12

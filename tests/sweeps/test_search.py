@@ -194,6 +194,18 @@ def test_a_damaged_journal_is_one_line(bench, content):
         sweep(bench.folder / "spec.toml", bench.out, program=bench.program, show=False)
 
 
+def test_a_dry_run_shows_the_trials_that_are_left_and_changes_nothing(bench, capsys, monkeypatch):
+    monkeypatch.setattr("codistill.sweeps.progress.measured_epoch", lambda config: 60.0)
+    bench.sweep(SEARCH.replace("trials = 6", "trials = 2"), slots=1)
+    (bench.folder / "spec.toml").write_text(SEARCH)
+    before = {each: each.read_bytes() for each in bench.out.rglob("*") if each.is_file()}
+    capsys.readouterr()
+    assert main(["sweep", "spec.toml", "--out", "sweep", "--dry-run", "--slots", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "6 runs, 4 to do: about" in said and "trial-0005" in said and "none: finished" in said
+    assert {each: each.read_bytes() for each in bench.out.rglob("*") if each.is_file()} == before
+
+
 SET = f"{SHARED}[search]\ntrials = 6\n"
 WRONG = {
     SEARCH.replace("validation = 100\n", ""): "toml:6: a search chooses by validation errors: hold out training images",

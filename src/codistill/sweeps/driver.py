@@ -99,9 +99,8 @@ def sweep(
         raise UsageError("--controls: a search has none: train them beside its best trial")
     runs = read_spec(Path(spec), skip_bad) if wanted is None else []
     if dry_run:
-        if wanted:
-            raise UsageError("--dry-run: a search chooses its runs as it goes: there are none to show")
         planned = find_folders(folder, with_controls(runs, folder, keep=False) if controls else runs)
+        planned = wanted.draft() if wanted else planned
         engine = (Local if executor == "local" else Engine)(folder, {})  # no other one is reached
         return Sweep(Path(spec), folder, planned, engine, program, show).show_plan(slots, side_by_side)
     search = Search(wanted, folder, show) if wanted else None

@@ -73,6 +73,15 @@ class SearchSpec:
         each = [{**self.shared, **settings, "seed": seed} for seed in self.seeds]
         return [planned(own, name, trial, self.where) for own, name in zip(each, names, strict=True)]
 
+    @property
+    def first(self) -> dict[str, Any]:
+        """The settings with the first value of each list and the low end of each range."""
+        return {key: _ends(axis)[0] for key, axis in self.space.items()}
+
+    def draft(self) -> list[PlannedRun]:
+        """Return runs in place of those of all trials, with the `first` settings."""
+        return [run for number in range(self.trials) for run in self.runs(_name(number), self.first)]
+
 
 def read_search(path: Path, skip_bad: bool = False) -> SearchSpec | None:
     """Return the search of a spec; None: it has no `[search]`.
@@ -110,9 +119,8 @@ def read_search(path: Path, skip_bad: bool = False) -> SearchSpec | None:
             )
             raise UsageError(f"{where(key)}: {key} in [search.space] must be {form}")
     search = SearchSpec(space=space, shared=shared, seeds=seeds, where=where, **table)
-    first = {key: _ends(axis)[0] for key, axis in space.items()}
     for key, axis in space.items():
-        for run in (run for value in _ends(axis) for run in search.runs("trial", {**first, key: value})):
+        for run in (run for value in _ends(axis) for run in search.runs("trial", {**search.first, key: value})):
             if run.config is None:
                 raise UsageError(f"{where(key)}: {run.problem}")
             if not run.config.train.validation:
