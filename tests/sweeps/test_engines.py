@@ -321,12 +321,14 @@ def test_settings_reach_slurm_and_a_wrong_one_starts_nothing(bench, capsys, monk
         refused(capsys, line, 2, "there is no sbatch here", unchanged=bench.folder)
         patch.setattr(importlib.util, "find_spec", lambda name: None)
         refused(capsys, line, 2, "submitit is not installed here: ", "pip install", unchanged=bench.folder)
-    table = '[slurm]\npartition = "test"\ntime = 3\ncpus_per_task = 2\nsetup = ["export CUDA_VISIBLE_DEVICES=7"]\n'
+    table = '[slurm]\npartition = "test"\ntime = 3\ncpus_per_task = 2\nmem = "1M"\n'
+    table += 'setup = ["export CUDA_VISIBLE_DEVICES=7"]\n'
     assert [row.status for row in bench.sweep(SEEDS + table).values()] == ["finished"] * 3
     assert {line[2] for line in bench.words()} == {"gpu=7"}
     script = next((bench.out / "slurm").glob("*submission.sh")).read_text()
     assert all(
-        each in script for each in ("--array=0-2", "--time=3", "--cpus-per-task=2", "--partition=test", "--requeue")
+        each in script
+        for each in ("--array=0-2", "--time=3", "--cpus-per-task=2", "--mem=1M", "--partition=test", "--requeue")
     )
 
 

@@ -19,7 +19,7 @@ from codistill.sweeps.engines.engine import Engine, Work, lost
 if TYPE_CHECKING:
     from codistill.sweeps.spec import PlannedRun
 
-LARGEST_ARRAY = 500  # SLURM takes 1,000 jobs in one, unless it is set up otherwise
+LARGEST_ARRAY = 250  # each of its runs has two files open meanwhile, and a process often no more than 1,024
 MINUTES = 60
 REQUEUES = 1000
 # How long the result of a job that is gone may take to be seen on a network drive.
@@ -83,7 +83,7 @@ class Slurm(Engine):
         self.asked = 0.0
 
     def room(self, runs: Sequence["PlannedRun"]) -> int:
-        """Return the size of the largest array: it is SLURM that has them wait."""
+        """Return the size of the largest array: SLURM has the jobs wait that it has no room for."""
         return LARGEST_ARRAY
 
     def start(self, works: Sequence[Work], logs: Sequence[Sequence[IO[bytes]]]) -> list["SlurmJob"]:
@@ -91,7 +91,9 @@ class Slurm(Engine):
         import submitit
 
         executor = submitit.SlurmExecutor(self.folder, max_num_timeout=REQUEUES)
-        executor.update_parameters(job_name="codistill", additional_parameters={"requeue": True}, **self.given)
+        given = dict(self.given)
+        more = {"requeue": True, **{key: given.pop(key) for key in ("mem",) if key in given}}  # submitit has GB only
+        executor.update_parameters(job_name="codistill", additional_parameters=more, **given)
         works = [SlurmWork(**vars(work)) for work in works]
         try:
             with executor.batch() if len(works) > 1 else contextlib.nullcontext():
