@@ -25,9 +25,11 @@ from codistill.runs.lock import lock_folder
 from codistill.settings.build import build_method
 from codistill.sweeps import driver as sweep_module
 from codistill.sweeps import progress
-from codistill.sweeps.driver import assign, own_program, sweep
+from codistill.sweeps.dealing import assign
+from codistill.sweeps.driver import own_program, sweep
 from codistill.sweeps.engines import local
 from codistill.sweeps.engines.local import Local, measured_slots
+from codistill.sweeps.folder import Claims
 from codistill.sweeps.spec import read_spec
 from codistill.sweeps.table import Row, grouped, write_tables
 
@@ -398,6 +400,25 @@ def test_after_a_signal_the_runs_save(bench, capsys, number, status):
     assert bench.calls() == ["resume seed1", "train seed2"]
 
 
+def test_what_a_sweep_beside_this_one_gave_up_has_failed_here_too(bench, monkeypatch):
+    (bench.out / "logs").mkdir(parents=True)
+    other = Claims(bench.out / "logs")
+    assert other.take("seed0") == (True, {}) and other.take("seed2")[0]
+    other.write(["seed0", "seed2"], job="job 7")
+
+    def give_up():
+        other.write(["seed0"], failed="no data")
+        other.write(["seed2"])
+        other.close()
+
+    waits = on_waiting(monkeypatch, give_up)
+    rows = bench.sweep()
+    assert [row.status for row in rows.values()] == ["FAILED", "finished", "finished"] and len(waits) == 1
+    assert waits[0] == "seed0: waits for job 7 that still works on it" and rows["seed0"].reason == "no data"
+    assert bench.calls() == ["train seed1", "train seed2"]
+    assert [row.status for row in bench.sweep().values()] == ["finished"] * 3  # one that starts later tries again
+
+
 def test_slots_share_the_threads(bench, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     bench.sweep(slots=3)
@@ -448,7 +469,7 @@ def test_runs_that_can_train_side_by_side_are_dealt_out_to_the_slots(tmp_path):
 
 
 def test_no_process_gets_too_many_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr("codistill.sweeps.driver.LARGEST_SHARE", 2)
+    monkeypatch.setattr("codistill.sweeps.dealing.LARGEST_SHARE", 2)
     parts = assign(planned(tmp_path, SEEDS), 1, True)
     assert [[run.name for run in part] for part in parts] == [["seed0", "seed2"], ["seed1"]]
 

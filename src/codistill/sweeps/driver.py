@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 import signal
 import sys
@@ -13,36 +12,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
 from codistill.core.console import lasting_console
 from codistill.core.errors import CodistillError, UsageError, WorkerError
 from codistill.core.files import write_json
 from codistill.core.imports import import_flags, split_imports
 from codistill.core.registry import near_matches
 from codistill.core.signals import Interrupted, Terminated
-from codistill.methods import METHODS
 from codistill.runs.folder import RunFolder
 from codistill.runs.latency import read_latency
-from codistill.settings.config import RunConfig
 from codistill.sweeps.controls import with_controls
+from codistill.sweeps.dealing import assign, find_folders
 from codistill.sweeps.engines.engine import Engine, Work, locked
 from codistill.sweeps.engines.local import Local
 from codistill.sweeps.engines.registry import ENGINES
 from codistill.sweeps.folder import Claims, at_work
-from codistill.sweeps.naming import differences, digest
 from codistill.sweeps.progress import MEASURE_SECONDS, Estimates, LiveTable, dry_run_lines
 from codistill.sweeps.search import Search, read_search
 from codistill.sweeps.spec import PlannedRun, engine_settings, read_spec
 from codistill.sweeps.table import Row, write_tables
-from codistill.training.fleet import shared
 
 # How often a sweep looks again at a run on which another one works.
 LOOK_SECONDS = 2.0
 # How often a run is tried whose process was killed, or lost a worker of its own: once, and two times again.
 ATTEMPTS = 3
-# How many runs one process gets at most: each holds a file open, and has its networks on the host.
-LARGEST_SHARE = 64
 RESUMES = "what the runs have saved is kept: the same command resumes them"
 # What a row has of summary.json; runs without validation images, and of older versions, lack some.
 RESULTS = (
@@ -121,27 +113,6 @@ def sweep(
             raise Interrupted(f"interrupted; {RESUMES}") from None
         except Terminated:
             raise Terminated(f"terminated; {RESUMES}") from None
-
-
-def find_folders(folder: Path, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
-    """Name runs by the folders that they have, whatever the spec called them when they were started."""
-    found: dict[str, RunConfig] = {}
-    for path in sorted(folder.glob("*/config.json")):
-        with contextlib.suppress(CodistillError):  # a damaged one keeps its name, and its process reports the damage
-            found[path.parent.name] = RunFolder(path.parent).asked
-    digests = {name: digest(config) for name, config in found.items()}
-    names: dict[str | None, str] = {key: name for name, key in reversed(digests.items())}
-    named: dict[str, PlannedRun] = {}
-    for run in runs:
-        key = digest(run.config) if run.config else digests.get(run.name)
-        name = run.name if key == digests.get(run.name) else names.get(key, run.name)
-        if run.config and digests.get(name, key) != key:
-            changed = differences(found[name], run.config)
-            raise UsageError(f"{folder / name} holds a run with other settings: {changed}: choose another --out")
-        if name in named:
-            raise UsageError(f"{folder / name} would be the folder of two runs of the spec: choose another --out")
-        named[name] = dataclasses.replace(run, name=name)
-    return list(named.values())
 
 
 @dataclass(eq=False)
@@ -406,27 +377,6 @@ def classify_exit(status: int, log: Path) -> tuple[bool, str]:
     if status == 0:
         reason = f"no summary.json shows how it ended: see {log}"
     return status == WorkerError.exit_status, reason
-
-
-def assign(runs: Sequence[PlannedRun], slots: int, side_by_side: bool | None) -> list[list[PlannedRun]]:
-    """Return the runs of each process: runs with equal keys share processes, dealt out to the slots."""
-    groups: dict[str, list[PlannedRun]] = {}
-    for run in runs:
-        groups.setdefault(group_key(run, side_by_side), []).append(run)
-    dealt: list[list[PlannedRun]] = []
-    for group in groups.values():
-        count = min(len(group), max(slots, math.ceil(len(group) / LARGEST_SHARE)))
-        dealt += [group[number::count] for number in range(count)]
-    return dealt
-
-
-def group_key(run: PlannedRun, side_by_side: bool | None) -> str:
-    """Return the key of a run: runs with equal keys may share a process."""
-    assert run.config is not None
-    if side_by_side is None:
-        cuda = run.config.execution.device.partition(":")[0] in ("auto", "cuda") and torch.cuda.is_available()
-        side_by_side = cuda and METHODS[run.config.method_name].capturable
-    return json.dumps(shared(run.config)) if side_by_side else run.name
 
 
 def own_program(arguments: Sequence[str]) -> list[str]:
