@@ -559,7 +559,8 @@ def test_a_process_that_works_on_one_of_several_costs_the_others_no_time(bench, 
     waits = on_waiting(monkeypatch, log.close)
     rows = bench.sweep(side_by_side=True)
     assert [row.status for row in rows.values()] == ["finished"] * 3
-    assert bench.calls() == ["train seed0+seed2", "train seed1"] and len(waits) == 1
+    assert bench.calls() == ["train seed0+seed2", "train seed1"]
+    assert waits == ["seed1: waits for a process of an earlier sweep that still works on it"]
 
 
 def test_workers_are_started_as_the_sweep_was(monkeypatch):

@@ -238,17 +238,18 @@ class Sweep:
         The others become jobs of their own that wait; so do, where some runs have a folder already, those without.
         """
         logs: dict[str, IO[bytes]] = {}
-        busy: list[PlannedRun] = []
+        busy: dict[str, list[PlannedRun]] = {}
         for run in self.unfinished(job):
             log, who = self.take(run, held, job.elsewhere)
             if log is not None:
                 logs[run.name] = log
             elif who:
-                busy.append(run)
-        if busy:
+                busy.setdefault(who, []).append(run)
+        for who, runs in busy.items():
+            waits = Job(runs, elsewhere=who, look=time.monotonic() + LOOK_SECONDS)
             if not job.elsewhere:
-                self.say(f"{Job(busy).name}: waits for {who} that still works on it")
-            self.waiting.append(Job(busy, elsewhere=who, look=time.monotonic() + LOOK_SECONDS))
+                self.say(f"{waits.name}: waits for {who} that still works on it")
+            self.waiting.append(waits)
         left = [run for run in self.unfinished(job) if run.name in logs]
         begun = [run for run in left if (self.folder / run.name / "config.json").exists()]
         new = [run for run in left if run not in begun]
