@@ -415,11 +415,12 @@ def test_augmentation_times_each_kind_and_draws(tmp_path, monkeypatch, capsys):
 
 def test_the_page_of_methods_is_that_of_the_registry(monkeypatch):
     methods = script("methods", monkeypatch)
-    assert methods.PAGE.read_text(encoding="utf-8") == methods.page()
+    page = methods.page()
+    assert methods.PAGE.read_text(encoding="utf-8") == page
     for name, kind in METHODS.items():
         assert kind.family is not None and kind.exchanges, name
         assert (kind.year or 0) >= 2014 or kind.family == "baseline", name
-        assert f"[{name}](" in methods.page()
+        assert f"[{name}](" in page
 
 
 def test_the_cost_of_a_method_is_measured(monkeypatch, tmp_path):

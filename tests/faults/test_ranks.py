@@ -131,6 +131,7 @@ def test_only_the_same_launch_and_settings_resume(undisturbed, capfd):
     assert "job is finished" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.fault(38)
 def test_two_launchers_train_one_run(undisturbed):
     """As on two machines: a launcher on each, and one rank of each launcher."""
