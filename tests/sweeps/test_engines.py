@@ -325,7 +325,7 @@ def test_settings_reach_slurm_and_a_wrong_one_starts_nothing(bench, capsys, monk
     table += 'setup = ["export CUDA_VISIBLE_DEVICES=7"]\n'
     assert [row.status for row in bench.sweep(SEEDS + table).values()] == ["finished"] * 3
     assert {line[2] for line in bench.words()} == {"gpu=7"}
-    script = next((bench.out / "slurm").glob("*submission.sh")).read_text()
+    script = next((bench.out / "slurm").glob("*/*submission.sh")).read_text()
     assert all(
         each in script
         for each in ("--array=0-2", "--time=3", "--cpus-per-task=2", "--mem=1M", "--partition=test", "--requeue")

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.util
+import os
 import pickle
 import shutil
 import signal
@@ -73,7 +75,11 @@ class Slurm(Engine):
             raise UsageError(f"--executor slurm: submitit is not installed here: {install('submitit')}")
         if not shutil.which("sbatch"):
             raise UsageError("--executor slurm: there is no sbatch here: start the sweep where SLURM's commands are")
-        self.folder, self.given = folder.absolute() / "slurm", {"time": MINUTES, **settings}
+        place = folder.resolve()
+        # Another cluster, or one set up again, has jobs of the same numbers.
+        self.folder = place / "slurm" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        self.name = f"codistill-{hashlib.sha256(bytes(place)).hexdigest()[:8]}"
+        self.given = {"time": MINUTES, **settings}
         flags = [f"--{key.replace('_', '-')}={value}" for key, value in self.given.items() if key != "setup"]
         tried = ask("sbatch", "--test-only", "--wrap=true", "--output=/dev/null", *flags)
         if tried.returncode:
@@ -93,7 +99,7 @@ class Slurm(Engine):
         executor = submitit.SlurmExecutor(self.folder, max_num_timeout=REQUEUES)
         given = dict(self.given)
         more = {"requeue": True, **{key: given.pop(key) for key in ("mem",) if key in given}}  # submitit has GB only
-        executor.update_parameters(job_name="codistill", additional_parameters=more, **given)
+        executor.update_parameters(job_name=self.name, additional_parameters=more, **given)
         works = [SlurmWork(**vars(work)) for work in works]
         try:
             with executor.batch() if len(works) > 1 else contextlib.nullcontext():
@@ -112,7 +118,7 @@ class Slurm(Engine):
         Accounting, which sacct and submitit's own watcher need, is not set up everywhere.
         """
         if time.monotonic() - self.asked > self.seconds:
-            answer = ask("squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i %T")
+            answer = ask("squeue", "--me", f"--name={self.name}", "--array", "--states=all", "-h", "--format=%i %T")
             if answer.returncode == 0:  # or else the controller may be back at the next time
                 self.states = dict(line.split(maxsplit=1) for line in answer.stdout.splitlines())
             self.asked = time.monotonic()
