@@ -81,7 +81,20 @@ def slurm(folder: Path) -> Iterator[Path]:
         yield configuration
     finally:
         subprocess.run(["scancel", "--partition=test"], env=environment, capture_output=True)
+        # Steps that cannot tell the controller of their end would try for long, and slurmd waits for them.
+        late = time.monotonic() + 30
+        while subprocess.run(["squeue", "-h"], env=environment, capture_output=True).stdout and time.monotonic() < late:
+            time.sleep(0.2)
         for name in ("slurmd", "slurmctld", "munge"):
-            with contextlib.suppress(OSError, ValueError):
-                pid = int((folder / f"{name}.pid").read_text())
-                os.kill(pid, signal.SIGTERM)
+            end(folder / f"{name}.pid")
+
+
+def end(file: Path) -> None:
+    """End the daemon whose number a file has, and wait for it."""
+    with contextlib.suppress(OSError, ValueError):
+        pid, late = int(file.read_text()), time.monotonic() + 10
+        os.kill(pid, signal.SIGTERM)
+        while Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z":
+            if time.monotonic() > late:
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
