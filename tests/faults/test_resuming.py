@@ -118,8 +118,10 @@ def killed_at_call(colours: str, out: Path, at: int | None) -> tuple[int, int]:
 
 
 @pytest.mark.fault(24)
-@pytest.mark.parametrize("every", [12, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("shard", range(4))  # for as many processes of the tests
+# A few of the calls; in the second tier all of them, for four processes of the tests.
+@pytest.mark.parametrize(
+    ("shard", "every"), [(0, 12), *(pytest.param(shard, 1, marks=pytest.mark.slow) for shard in range(4))]
+)
 def test_killed_at_each_call_of_each_save(colours, undisturbed, tmp_path, shard, every):
     status, calls = killed_at_call(colours, tmp_path / "counted", None)
     assert status == 0 and calls > 2 * 13  # two epochs, each a checkpoint, an index and a line of metrics

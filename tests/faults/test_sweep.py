@@ -1,4 +1,7 @@
-"""Sweeps with real runs in real processes: a lost run is a row, and a lost driver costs nothing."""
+"""Sweeps with real runs in real processes: a lost run is a row, and a lost driver costs nothing.
+
+tests/sweeps/test_engines.py has the same with stand-ins for runs, in the first tier.
+"""
 
 import json
 import os
@@ -53,6 +56,7 @@ def assert_as_without_the_break(folder: Path, name: str, config: RunConfig) -> N
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.slow
 @pytest.mark.fault(39)
 def test_each_loss_is_a_row(tmp_path):
     runs = [
@@ -83,6 +87,7 @@ def test_each_loss_is_a_row(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.fault(39)
 def test_runs_that_share_a_process_survive_its_death_and_each_other(tmp_path):
     text = "[[runs]]\n[[runs]]\nseed = 1\n[[runs]]\nmethod = 'dml'\n[[runs]]\nlearning_rate = 1e30\n"
@@ -101,6 +106,7 @@ def test_runs_that_share_a_process_survive_its_death_and_each_other(tmp_path):
         assert_as_without_the_break(tmp_path, name, configs[name])
 
 
+@pytest.mark.slow
 @pytest.mark.fault(40)
 def test_a_killed_sweep_resumes_whatever_the_clock_says(tmp_path):
     text = "[grid]\nseed = [0, 1]\n"
