@@ -13,7 +13,7 @@ from codistill.settings.build import build_method
 from codistill.settings.config import RunConfig, TrainSettings, default_config
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.toml") if not path.stem.startswith("sweep-"))
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.toml") if not path.stem.startswith(("sweep-", "search-")))
 
 
 @pytest.fixture
