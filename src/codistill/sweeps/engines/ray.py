@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 REACH_SECONDS = 5.0
 HERE = "local"  # the address by which Ray starts a cluster on this machine
+STORE_BYTES = 100 * 2**20  # what tasks hand over is a few kilobytes; Ray would take a third of the memory
 
 
 class Ray(Engine):
@@ -106,7 +107,7 @@ def reach(ray: Any, address: str) -> None:
     Raises:
         UsageError: It cannot be reached.
     """
-    how = {"include_dashboard": False} if address == HERE else {}
+    how = {"include_dashboard": False, "object_store_memory": STORE_BYTES} if address == HERE else {}
     try:
         host, _, port = address.removeprefix("ray://").rpartition(":")
         if host and port.isdecimal():  # Ray itself would try for minutes
