@@ -41,6 +41,11 @@ def test_differences_that_are_all_equal_have_no_t_test():
     found = paired({0: 1.0, 1: 2.0}, {0: 0.0, 1: 1.0})
     assert found is not None
     assert found.t_p is None and found.sign_p == 0.5
+    rounded = paired({0: 50.3, 1: 61.3, 2: 5.3}, {0: 50.0, 1: 61.0, 2: 5.0})  # 0.3 but for the last bits
+    assert rounded is not None
+    assert rounded.t_p is None and rounded.mean == pytest.approx(0.3)
+    nothing = paired({0: 0.1 + 0.2}, {0: 0.3})
+    assert nothing is not None and (nothing.mean, nothing.sign_p) == (0.0, 1.0)
     same = paired({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0})
     assert same is not None
     assert (same.mean, same.t_p, same.sign_p) == (0.0, None, 1.0)

@@ -62,25 +62,34 @@ def test_a_table_has_the_paper_beside_ours():
     common = {"row": ROW, "protocol": "paper's: 300 epochs"}
     assert cells["baseline"] == common | {
         **{"paper": "31.08", "ours": "31.00 ± 1.00", "95 % interval": "28.52 to 33.48", "best of n": "30.00"},
-        **{"ours - paper": "-0.08", "n": "3", "mark": "reproduced"},
+        **{"ours - paper": "\N{MINUS SIGN}0.08", "n": "3", "mark": "reproduced"},
     }
     assert main.notes[-1] == "Precision, by the number of runs: bf16 3, float32 4."
     assert cells["dml"] == common | {
-        **{"paper": "29.61", "ours": "28.00", "95 % interval": "", "best of n": "27.50", "ours - paper": "-1.61"},
+        **{
+            "paper": "29.61",
+            "ours": "28.00",
+            "95 % interval": "",
+            "best of n": "27.50",
+            "ours - paper": "\N{MINUS SIGN}1.61",
+        },
         **{"n": "1", "mark": "one seed"},
     }
     assert cells["mfef-s"]["mark"] == "better" and cells["mfef-s"]["best of n"] == "24.50"
     assert cells["mfef"]["best of n"] == "23.00"  # that of the fused classifier, from the same runs
     assert (cells["kd"]["ours"], cells["kd"]["n"], cells["kd"]["mark"]) == ("", "0", "not run")
-    assert rows_of(differences)[2] == {
-        **{"of": ROW, "first - second": "mfef-s - dml", "ours": "-3.00", "95 % interval": "", "p (t)": ""},
-        **{"p (sign)": "1.000", "n": "1", "paper": "-1.15", "protocol": "paper's: 300 epochs"},
+    common = {"of": ROW, "protocol": "paper's: 300 epochs"}
+    assert rows_of(differences)[2] == common | {
+        **{"first - second": "mfef-s - dml", "pairs": "1", "difference": "\N{MINUS SIGN}3.00", "95 % interval": ""},
+        **{"paired t p": "", "sign test p": "1", "paper": "\N{MINUS SIGN}1.15"},
     }
     # 25 - 30, 25.3 - 31, 25.2 - 32: mean -5.8333, deviation 0.9074, half an interval 2.2541, t = -11.135.
-    assert rows_of(differences)[1] == {
-        **{"of": ROW, "first - second": "mfef-s - baseline", "ours": "-5.83", "95 % interval": "-8.09 to -3.58"},
-        **{"p (t)": "0.008", "p (sign)": "0.250", "n": "3", "paper": "-2.62", "protocol": "paper's: 300 epochs"},
+    assert rows_of(differences)[1] == common | {
+        **{"first - second": "mfef-s - baseline", "pairs": "3", "difference": "\N{MINUS SIGN}5.83"},
+        **{"95 % interval": "\N{MINUS SIGN}8.09 to \N{MINUS SIGN}3.58"},
+        **{"paired t p": "0.008", "sign test p": "0.25", "paper": "\N{MINUS SIGN}2.62"},
     }
+    assert differences.csv().splitlines()[2].split(",")[3:5] == ["-5.83", "-8.09 to -3.58"]  # for programs
 
 
 def test_another_protocol_is_named_in_every_row_with_a_number_of_the_paper():

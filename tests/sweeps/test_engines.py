@@ -1,5 +1,6 @@
 """Every engine of sweeps: the same runs, kills, restarts and bad input on this machine, a real SLURM and a real Ray."""
 
+import functools
 import hashlib
 import importlib.util
 import itertools
@@ -289,6 +290,13 @@ def test_real_runs_of_digits(bench, monkeypatch):
     assert (bench.out / "seed0" / "report.html").exists()
 
 
+def refused_settings(bench, capsys, table: str, *fragments: str) -> None:
+    """Assert that a table of the engine in the spec is refused by a line, and nothing is written."""
+    Path("spec.toml").write_text(f"{SEEDS}[{bench.executor}]\n{table}\n")
+    line = ["sweep", "spec.toml", "--out", "new", "--executor", bench.executor]
+    refused(capsys, line, 2, *fragments, unchanged=bench.folder)
+
+
 # What only SLURM has.
 
 on_slurm = pytest.mark.parametrize("bench", ["slurm"], indirect=True)
@@ -301,11 +309,7 @@ def command(*arguments: str) -> str:
 @on_slurm
 def test_settings_reach_slurm_and_a_wrong_one_starts_nothing(bench, capsys, monkeypatch):
     line = ["sweep", "spec.toml", "--out", "new", "--executor", "slurm"]
-
-    def wrong(table: str, *fragments: str) -> None:
-        Path("spec.toml").write_text(f"{SEEDS}[slurm]\n{table}\n")
-        refused(capsys, line, 2, *fragments, unchanged=bench.folder)
-
+    wrong = functools.partial(refused_settings, bench, capsys)
     wrong('partition = "night"', "Invalid partition name specified", "[slurm] in the spec")
     wrong('gres = "gpu:1"', "Invalid generic resource (gres) specification")
     wrong("partitoin = 3", "spec.toml:7: unknown key 'partitoin' in [slurm]: did you mean partition?")
@@ -399,12 +403,7 @@ def test_a_worker_that_dies_and_a_task_that_is_cancelled_are_tried_again(bench, 
 def test_a_cluster_that_cannot_be_used_is_a_line(bench, capsys, monkeypatch):
     import ray
 
-    line = ["sweep", "spec.toml", "--out", "new", "--executor", "ray"]
-
-    def wrong(table: str, *fragments: str) -> None:
-        Path("spec.toml").write_text(f"{SEEDS}[ray]\n{table}\n")
-        refused(capsys, line, 2, *fragments, unchanged=bench.folder)
-
+    wrong = functools.partial(refused_settings, bench, capsys)
     wrong("cpu = 1", "spec.toml:7: unknown key 'cpu' in [ray]: did you mean cpus?")
     wrong("gpus = -1", "spec.toml:7: gpus in [ray] is -1; it must be a number, 0 or more")
     wrong("gpus = 0.5", "a run needs 1 CPU and 0.5 GPU, which the cluster does not have: see [ray] in the spec")

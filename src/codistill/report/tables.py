@@ -35,10 +35,10 @@ class Table:
         return "\n\n".join([f"**{self.title}**", body, *self.notes]) + "\n"
 
     def csv(self) -> str:
-        """Write headings and rows alone."""
+        """Write headings and rows alone, with the minus sign that programs read."""
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([self.headings, *self.rows])
-        return text.getvalue()
+        return text.getvalue().replace("\N{MINUS SIGN}", "-")
 
     def latex(self) -> str:
         """Write a floating table with the rules of `booktabs`; the first column is left-aligned, others centred."""

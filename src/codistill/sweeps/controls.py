@@ -12,6 +12,7 @@ import torch
 from codistill.core.errors import CodistillError, UsageError
 from codistill.core.files import write_json
 from codistill.methods import METHODS
+from codistill.report.differences import FACTORS
 from codistill.settings.build import load_named_data
 from codistill.settings.config import RunConfig, default_config
 from codistill.sweeps.naming import canonical, digest, identity, unique_names
@@ -26,7 +27,6 @@ CONTROLS = {
     "parameter-matched": "The student with the components that the method deploys, trained alone.",
 }
 EMA_DECAY = 0.999
-FILE = "controls.json"
 ROUNDS = 5
 
 
@@ -40,7 +40,7 @@ def with_controls(runs: Sequence[PlannedRun], folder: Path, keep: bool = True) -
     Raises:
         UsageError: That file is damaged.
     """
-    factors = read_factors(folder / FILE)
+    factors = read_factors(folder / FACTORS)
     wanted: dict[str, list[dict[str, Any]]] = {kind: [] for kind in CONTROLS}
     for run in runs:
         if run.config is None or run.config.method_name == "independent":
@@ -53,7 +53,7 @@ def with_controls(runs: Sequence[PlannedRun], folder: Path, keep: bool = True) -
                 except CodistillError:  # its process reports it
                     continue
                 if keep:
-                    write_json(folder / FILE, factors)
+                    write_json(folder / FACTORS, factors)
             for kind, settings in controls_of(run.config, run.recipe, network, factors[key]).items():
                 wanted[kind].append(settings)
     known = {digest(run.config) for run in runs if run.config}

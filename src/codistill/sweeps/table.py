@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from codistill.core.files import write_atomically, write_json
+from codistill.report.sources import TABLE
 from codistill.report.tables import markdown
 
 VALIDATION = " (validation)"  # ends the columns of errors on validation images
@@ -79,7 +80,7 @@ def grouped(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def write_tables(folder: Path, spec: Path, rows: Sequence[Row]) -> None:
     """Write `table.json` and `table.md` of a sweep into its folder."""
     written = {"spec": str(spec), "runs": [asdict(row) for row in rows], "groups": grouped(rows)}
-    write_json(folder / "table.json", written)
+    write_json(folder / TABLE, written)
     if all(abs(row.top1_error[name] - each) < UNLIKE for row in rows for name, each in row.balanced_error.items()):
         rows = [replace(row, balanced_error={}) for row in rows]
     groups = grouped(rows)

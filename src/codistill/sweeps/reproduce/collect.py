@@ -5,6 +5,7 @@ from pathlib import Path
 
 from codistill.core.errors import CheckpointError, UsageError
 from codistill.evaluation.seeds import Summary, paired, summarise
+from codistill.report.differences import PAIRED, paired_cells, signed
 from codistill.report.tables import Table
 from codistill.runs.folder import RunFolder
 from codistill.sweeps.reproduce.cells import LOST, Cell, Contents, Protocol, contents, paper
@@ -77,9 +78,9 @@ def spread(summary: Summary) -> str:
     return f"{summary.mean:.2f}" + (f" ± {summary.deviation:.2f}" if summary.deviation is not None else "")
 
 
-def interval(low: float | None, high: float | None, sign: str = "") -> str:
+def interval(low: float | None, high: float | None) -> str:
     """Write an interval; empty where one run has none."""
-    return "" if low is None or high is None else f"{low:{sign}.2f} to {high:{sign}.2f}"
+    return "" if low is None or high is None else f"{low:.2f} to {high:.2f}"
 
 
 def tables_of(
@@ -120,7 +121,7 @@ def _cells(found: Contents, protocol: Protocol, runs: Runs, seeds: Sequence[int]
         marks.append(verdict)
         shown = f"{printed:.2f}" if isinstance(printed, float) else "" if printed is None else "lost in the source"
         cells = [spread(ours), interval(ours.low, ours.high), _best(cell, runs, values)] if ours else [""] * 3
-        difference = f"{ours.mean - printed:+.2f}" if ours and isinstance(printed, float) else ""
+        difference = signed(ours.mean - printed) if ours and isinstance(printed, float) else ""
         rows.append([cell.row, cell.column, shown, *cells, difference, str(len(values)), protocol.about, verdict])
     source = f"Paper: {paper()['source']}; it prints the best of three runs."
     told = [f"{each}: {words}" for each, words in MARKS.items() if each in marks]
@@ -159,13 +160,11 @@ def _differences(found: Contents, protocol: Protocol, runs: Runs, seeds: Sequenc
         names = (first.row, second.row) if first.row != second.row else (first.column, second.column)
         theirs = ""
         if isinstance(first.paper, float) and isinstance(second.paper, float):
-            theirs = f"{first.paper - second.paper:+.2f}"
-        t_p = "" if ours.t_p is None else f"{ours.t_p:.3f}"
-        shown = [f"{ours.mean:+.2f}", interval(ours.low, ours.high, "+"), t_p, f"{ours.sign_p:.3f}", str(ours.count)]
+            theirs = signed(first.paper - second.paper)
         where = first.column if first.row != second.row else first.row
-        rows.append([where, " - ".join(names), *shown, *([theirs, protocol.about] if printed else [])])
-    headings = ["of", "first - second", "ours", "95 % interval", "p (t)", "p (sign)", "n"]
-    notes = ["Below 0: the first has the lower error. p: paired t and sign test, two-sided, not corrected for many."]
+        rows.append([where, " - ".join(names), *paired_cells(ours), *([theirs, protocol.about] if printed else [])])
+    headings = ["of", "first - second", *PAIRED]
+    notes = ["Below 0: the first has the lower error. Both tests are two-sided, and not corrected for many."]
     title = f"Differences paired by seed, percentage points (protocol {protocol.about})"
     none = ["No two cells that are compared have a seed in common yet."]
     return Table(title, [*headings, *(["paper", "protocol"] if printed else [])], rows, notes if rows else none)
