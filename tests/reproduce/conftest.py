@@ -39,7 +39,7 @@ settings = { epochs = 2, batch_size = 32, learning_rate = 0.05, milestones = [1]
 about = "short: 1 epoch"
 like = "paper"
 teacher = "NETWORK"
-settings = { epochs = 1, milestones = [], precision = "bf16" }
+settings = { epochs = 1, milestones = [] }
 [columns]
 baseline = { method = "independent", students = 1 }
 kd = { method = "kd", students = 1, taught = true }

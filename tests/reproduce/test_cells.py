@@ -64,7 +64,7 @@ def test_protocols_differ_in_what_they_say():
     short, small = cell("short"), cell("small")
     assert [short.settings[key] for key in ("epochs", "milestones", "networks")] == [30, [15, 23], ["resnet20"]]
     assert [short.teacher[key] for key in ("epochs", "networks", "method.name")] == [30, ["resnet110"], "independent"]
-    assert [small.teacher[key] for key in ("epochs", "networks", "precision")] == [60, ["resnet56"], "bf16"]
+    assert [small.teacher[key] for key in ("epochs", "networks", "precision")] == [60, ["resnet56"], "auto"]
     assert config_of(cell("small", "mfef")).method.ramp_up == pytest.approx(80 / 300)
 
 

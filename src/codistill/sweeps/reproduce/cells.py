@@ -19,8 +19,8 @@ HERE = Path(__file__).parent
 LOST = "lost"
 FUSING = ("ffl", "one", "mfef")
 """Methods with a fused classifier."""
-# Settings that decide no result beside the places: the last epoch is always evaluated, and rounding is noise. A
-# protocol may still fix the precision, and the ledger has it.
+# Settings that decide no result beside the places: the last epoch is always evaluated, and rounding is noise. Which
+# precision it was stands in the ledger.
 FREE = ("evaluate_every", "compile", "deterministic", "precision", "seed")
 Settings = Mapping[str, Any]
 
@@ -46,10 +46,6 @@ class Protocol:
     data: Sequence[str] = ()
     networks: Sequence[str] = ()
     subset: str = ""
-
-    def allows(self, precision: str) -> bool:
-        """Return whether runs may have a precision: any where the protocol leaves the choice to the machine."""
-        return self.settings.get("precision", "auto") in ("auto", precision)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -90,10 +90,7 @@ def read_ledger(path: Path) -> list[Entry]:
             raise CheckpointError(f"{place}: edited after it was written, for its sha256 is another: restore the line")
         wrong = [key for key, kind in FORM.items() if not isinstance(line.get(key), kind)]
         wrong += ["settings_sha256"] if digest_of(line.get("settings", {})) != line.get("settings_sha256") else []
-        protocol = protocols().get(str(line.get("protocol")))
-        wrong += (
-            ["protocol"] if protocol is None else [] if protocol.allows(str(line.get("precision"))) else ["precision"]
-        )
+        wrong += [] if str(line.get("protocol")) in protocols() else ["protocol"]
         if wrong:
             raise CheckpointError(f"{place}: {wrong[0]} is not that of a ledger of this version")
         entries.append(Entry(line, place))
@@ -148,18 +145,14 @@ def entry_of(run: RunFolder, known: Mapping[str, tuple[Protocol, Cell]]) -> Entr
     key = digest_of(settings)
     if key not in known:
         raise UsageError(f"{run.path}: of no protocol: {_nearest(settings, known)}")
-    protocol, precision = known[key][0], run.config.execution.precision
-    if not protocol.allows(precision):
-        raise UsageError(
-            f"{run.path}: precision {precision}, but protocol {protocol.name} is in {protocol.settings['precision']}"
-        )
     summary, environment = run.summary, run.metadata["environment"]
     if lacking := [name for name in (*SAME, "train_seconds", "wall_seconds") if name not in summary]:
         raise UsageError(f"{run.path}: of an older version, for its summary.json has no {lacking[0]}")
     commit = environment.get("commit", "")
     if not commit and environment.get("source_sha256") == source()["source_sha256"]:  # trained in a copy without git
         commit = source().get("commit", "")
-    line = {"protocol": protocol.name, "seed": run.config.train.seed, "precision": precision, "settings_sha256": key}
+    line = {"protocol": known[key][0].name, "seed": run.config.train.seed, "settings_sha256": key}
+    line |= {"precision": run.config.execution.precision}
     line |= {"settings": settings, "data_sha256": digests, "commit": commit, "environment": environment}
     line |= {name: summary[name] for name in SAME} | {"validation_top1_error": summary.get("validation_top1_error", {})}
     line |= {name: float(summary[name]) for name in ("train_seconds", "wall_seconds")}
