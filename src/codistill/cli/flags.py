@@ -109,7 +109,8 @@ def unknown_option(flag: str, known: Iterable[str], command: str) -> str:
     return f"{command}: unknown option {flag}: {near_matches(name, known, f'{command} --help lists them')}"
 
 
-def declared_fields(module: str, name: str, group: str = TITLES[""]) -> dict[str, Flag]:
+@functools.cache
+def declared_fields(module: str, name: str, group: str = TITLES[""]) -> Mapping[str, Flag]:
     """Return the fields of a dataclass and its bases as flags, by their sources: of the types only bool is known."""
     found: dict[str, Flag] = {}
     for _, node in reversed([*lineage(module, name)]):
@@ -149,15 +150,22 @@ def _tree(module: str) -> ast.Module:
 
 
 def _parse(
-    flags: Iterable[Flag], arguments: Sequence[str], command: str, about: str | None, strict: bool = True
+    flags: Sequence[Flag], arguments: Sequence[str], command: str, about: str | None, strict: bool = True
 ) -> dict[str, Any]:
     """Return the values of flags by key; those of the method are in one of their own."""
     import tyro
 
+    # tyro takes 2 ms a flag: those that nobody wrote have their defaults without it, unless they are to be printed.
+    written = {each.partition("=")[0].replace("_", "-") for each in arguments}
     groups: dict[str, list[Flag]] = {}
+    own: dict[str, Any] = {}
+    method: dict[str, Any] = {}
     for flag in flags:
-        groups.setdefault(flag.group, []).append(flag)
-    top = groups.pop("") if len(groups) > 1 else groups.popitem()[1]
+        (method if flag.group == "method" else own)[flag.key] = flag.default
+        known = ("-h", "--help", *flag.spellings())
+        if not written.isdisjoint(known) or "positional" in flag.metadata or flag.default is MISSING:
+            groups.setdefault(flag.group, []).append(flag)
+    top = groups.pop("" if any(not flag.group for flag in flags) else TITLES[""], [])
     members = [_tyro_field(flag) for flag in top]
     for title, inner in groups.items():
         kind: Any = dataclasses.make_dataclass("Group", [_tyro_field(flag) for flag in inner], kw_only=True)
@@ -177,11 +185,10 @@ def _parse(
         raise UsageError(f"{command}: {_one_line(box.getvalue(), flags)}") from None
     if unknown and strict:
         raise UsageError(unknown_option(unknown[0], [name for flag in flags for name in flag.spellings()], command))
-    values = dict(vars(parsed))
     for title in groups:
-        inner_values = vars(values.pop(title.replace(" ", "_")))
-        values |= {"method": inner_values} if title == "method" else inner_values
-    return values
+        (method if title == "method" else own).update(vars(getattr(parsed, title.replace(" ", "_"))))
+    own |= {flag.key: getattr(parsed, flag.key) for flag in top}
+    return {**own, "method": method} if method else own
 
 
 def _tyro_field(flag: Flag) -> tuple[str, Any, Any]:
