@@ -126,12 +126,8 @@ class Cohort(nn.Module):
         `finish` belongs to the branch: it may run at the same time as those of the others. `views` says whether `low`
         has a view for each student; None: if it has five dimensions.
         """
-        viewed = low.ndim == 5 if views is None else views
-
-        def branch(index: int) -> T:
-            return finish(index, self[index].feature_map(low[index] if viewed else low, self.shared_stages))
-
-        return self.each_student(branch)
+        viewed, first = low.ndim == 5 if views is None else views, self.shared_stages
+        return self.each_student(lambda at: finish(at, self[at].feature_map(low[at] if viewed else low, first)))
 
     def each_staged(self, images: Images, finish: Callable[[int, tuple[FeatureMap, ...]], T]) -> list[T]:
         """Run the stages of each student on normalised images, then `finish` with its index and all stages' outputs."""

@@ -297,11 +297,8 @@ class Method(Marked):
 
     def branches(self, low: Tensor, views: bool | None = None) -> Outputs:
         """Run each student from the output of `Cohort.trunk` on; `views` as in `Cohort.each_branch`."""
-
-        def finish(index: int, feature_map: Tensor) -> tuple[Tensor, Tensor]:
-            return feature_map, self.cohort[index].head(feature_map)
-
-        maps, logits = zip(*self.cohort.each_branch(low, finish, views), strict=True)
+        found = self.cohort.each_branch(low, lambda index, each: (each, self.cohort[index].head(each)), views)
+        maps, logits = zip(*found, strict=True)
         return Outputs(logits, maps)
 
     @property
