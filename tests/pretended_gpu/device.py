@@ -1,6 +1,7 @@
 """Tensors, operators and graphs of a pretended GPU."""
 
 import contextlib
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .timeline import CAPTURING, Memory, Race, Stream, Timeline, spoil
 
@@ -77,8 +78,10 @@ class GPUTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        first = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, GPUTensor))
-        return first.gpu.run(func, args, kwargs or {})
+        leaves, form = tree_flatten((args, kwargs or {}))
+        taken = [leaf for leaf in leaves if isinstance(leaf, GPUTensor)]
+        on_host = tree_unflatten([values(leaf) for leaf in leaves], form)
+        return taken[0].gpu.run(func, (args, kwargs or {}), on_host, taken)
 
 
 @dataclass
@@ -204,25 +207,24 @@ class GPU(TorchFunctionMode):
         host = tensor.detach().to(dtype=dtype or tensor.dtype, copy=True, memory_format=layout)
         return GPUTensor(host, self.timeline.launch([]), self)
 
-    def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Compute an operator that takes tensors of the device."""
-        packet = func.overloadpacket
-        taken = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, GPUTensor)]
+    def run(self, func: Any, given_to: Any, on_host: Any, taken: Sequence[GPUTensor]) -> Any:
+        """Compute an operator that takes tensors of the device: its arguments, with their values, and the tensors."""
+        packet, (args, kwargs), (host_args, host_kwargs) = func.overloadpacket, given_to, on_host
         memories = [each.memory for each in taken]
         if waits_for_host(func, args):
             self.timeline.host_reads(memories)
         if packet in ANSWERS:
-            return func(*tree_map(values, args), **tree_map(values, kwargs))
+            return func(*host_args, **host_kwargs)
         if packet is aten.copy_ and not isinstance(args[0], GPUTensor):
             return self._copied_to_host(args[0], args[1], waits=not (args[2:] and args[2]))
         self._refuse_mixed(packet, args, kwargs)
         changed = [each.memory for each in written_by(func, args, kwargs)]
-        view = any(result.alias_info and not result.alias_info.is_write for result in func._schema.returns)
+        view = is_view(func)
         fresh = memories[0] if view else self.timeline.launch(memories, changed)
         if self._graph is None or view:
-            given = func(*tree_map(values, args), **tree_map(values, kwargs))
+            given = func(*host_args, **host_kwargs)
         else:
-            given = self._noted(self._graph, fresh, func, tree_map(values, args), tree_map(values, kwargs))
+            given = self._noted(self._graph, fresh, func, host_args, host_kwargs)
             outside = [each for each in memories if each.captured_by is not self._graph]
             self._graph.read += map(weakref.ref, outside)
             self._graph.written += [weakref.ref(each) for each in changed if each in outside]
@@ -278,13 +280,23 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
+@functools.cache
+def is_view(func: Any) -> bool:
+    """Whether what an operator returns is in the memory of an argument."""
+    return any(result.alias_info and not result.alias_info.is_write for result in func._schema.returns)
+
+
+@functools.cache
+def written_places(func: Any) -> list[tuple[int, str]]:
+    """List the arguments that an operator changes, by place and name."""
+    # Batch normalisation does not say that it changes its running statistics.
+    hidden = ("running_mean", "running_var") if func is aten.native_batch_norm.default else ()
+    arguments = enumerate(func._schema.arguments)
+    written = ((at, each.name, each.alias_info) for at, each in arguments)
+    return [(at, name) for at, name, alias in written if (alias and alias.is_write) or name in hidden]
+
+
 def written_by(func: Any, args: Any, kwargs: dict[str, Any]) -> list[GPUTensor]:
     """List the tensors that an operator changes."""
-    changed = []
-    for index, argument in enumerate(func._schema.arguments):
-        value = args[index] if index < len(args) else kwargs.get(argument.name)
-        # Batch normalisation does not say that it changes its running statistics.
-        hidden = func is aten.native_batch_norm.default and argument.name.startswith("running")
-        if hidden or (argument.alias_info and argument.alias_info.is_write):
-            changed += [each for each in tree_leaves(value) if isinstance(each, GPUTensor)]
-    return changed
+    changed = [args[at] if at < len(args) else kwargs.get(name) for at, name in written_places(func)]
+    return [each for each in tree_leaves(changed) if isinstance(each, GPUTensor)]
