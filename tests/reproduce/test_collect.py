@@ -151,6 +151,11 @@ def test_pictures_are_the_same_for_the_same_runs():
     assert draw("figure3", protocols()["short"], runs) is None and draw("table1", protocols()["paper"], runs) is None
 
 
+def test_one_value_is_no_picture():
+    runs = gather(entries({"mfef": BASELINE}, "paper", "methods", ("mfef",)))
+    assert len(runs) == 1 and draw("methods", protocols()["paper"], runs) is None
+
+
 def test_a_page_has_the_table_between_its_marks():
     page = "# A\n<!-- ledger: methods small -->\nold\n<!-- /ledger -->\n<!-- ledger: table1 small differences --><!-- x"
     made = rewritten(page, entries({"mfef": BASELINE}, "small", "methods", ()))

@@ -18,14 +18,14 @@ COLOURS = {"student": "#1b6ca8", "ensemble": "#8a8f98", "fused": "#c8553d"}
 def draw(
     table: str, protocol: Protocol, runs: Runs, patterns: tuple[str, ...] = (), seeds: Sequence[int] = ()
 ) -> bytes | None:
-    """Return the picture of a table as SVG, which is the same for the same runs; None: there is nothing to draw.
+    """Return the picture of a table as SVG, which is the same for the same runs; None: it would compare nothing.
 
     Each seed is a small circle, their mean a dot, and its 95 % interval a line.
     """
     found = contents(table, protocol, patterns).cells if table in DRAWN else []
     cells = [(cell, values) for cell in found if (values := list(values_of(cell, runs, seeds).values()))]
     cells = [each for each in cells if table == "figure3" or each[0].column == "student"]
-    if not cells:
+    if len(cells) < 2:
         return None
     import matplotlib
     import matplotlib.style
