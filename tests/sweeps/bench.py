@@ -67,11 +67,11 @@ def on_waiting(monkeypatch, act):
 
 @contextlib.contextmanager
 def signalled(bench, number, ended=lambda: None):
-    """Send this process a signal once seed0 is in the table and seed1 waits; call `ended` right before."""
+    """Send this process a signal once seed0 is in both tables and seed1 waits; call `ended` right before."""
 
     def send():
-        late = time.monotonic() + 60
-        while not (bench.out / "seed1" / "waiting").exists() or bench.table()["runs"][0]["status"] != "finished":
+        late, table = time.monotonic() + 60, bench.out / "table.md"  # which is written last
+        while not (bench.out / "seed1" / "waiting").exists() or "| finished" not in table.read_text():
             if time.monotonic() > late:
                 return
             time.sleep(0.01)
