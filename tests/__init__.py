@@ -1,0 +1,1 @@
+from . import shapes as shapes  # jaxtyping imports no more than the package
