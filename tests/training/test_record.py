@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import codistill as cd
+from codistill.cli import main
 from codistill.core.errors import UsageError
 from codistill.training import record as module
 
@@ -70,3 +71,17 @@ def test_a_history_and_its_refusals(tmp_path, no_page):
         cd.record(method, data, tmp_path / "other", history=[{"loss": "low"}])
     assert tiny.listing(tmp_path) == before
     assert json.loads((tmp_path / "run/config.json").read_text())["own_loop"] is True
+
+
+def test_pages_have_what_the_history_has(empty_folder, capsys):
+    data, method = tiny.data(), tiny.method()
+    histories = [(), [{"ce/student0": 1.5}, {"ce/student0": 1.0}], [{"loss": 2.0}, {"loss": 1.0}]]
+    runs = [cd.record(method, data, f"run{n}", history=each) for n, each in enumerate(histories)]
+    none, terms, sums = ((run.path / "report.html").read_text(encoding="utf-8") for run in runs)
+    assert "Training loss and its terms" not in none and "Training loss and its terms" in terms
+    assert "sum from 2 to 1" in sums and "sum from" not in terms and "ce/student0 from 1.5 to 1" in terms
+    assert main(["report", *(str(run.path) for run in runs), "--out", "page.html"]) == 0
+    page = Path("page.html").read_text(encoding="utf-8")
+    assert "Training loss, nats" in page
+    seen = capsys.readouterr()
+    assert "lacks a part" not in seen.out + seen.err + none + terms + sums + page

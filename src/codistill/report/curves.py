@@ -123,7 +123,7 @@ def _of_one(group: Group) -> list[Chart]:
     held = "validation" in seen.splits
     for name in seen.predictors if held else ():
         errors.append(line(group, f"{name}, validation", error_on("validation", name), colour_of(name), "dashed", True))
-    terms = [line(group, "sum", lambda row: row["train"]["loss"], "ink")]
+    terms = [line(group, "sum", lambda row: row["train"].get("loss"), "ink")]
     for name in dict.fromkeys(name for row in seen.rows for name in row["train"]):  # stages have terms of their own
         if name != "loss":
             terms.append(_term(group, name))
@@ -175,7 +175,7 @@ def _of_several(groups: Sequence[Group]) -> list[Chart]:
     found.append(
         _chart(
             "Training loss, nats",
-            by_group(lambda row: row["train"]["loss"]),
+            by_group(lambda row: row["train"].get("loss")),
             "Logarithmic. Sums of unlike terms do not compare.",
             log=True,
         )
