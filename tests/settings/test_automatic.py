@@ -11,6 +11,7 @@ from codistill.cli import commands, main
 from codistill.core.errors import DataError
 from codistill.settings import automatic
 from codistill.settings.automatic import Known, look_up
+from codistill.settings.mapping import run_from_mapping
 
 
 def chosen(known: Known, given=None, spec: str = "folder", method: str = "mfef") -> dict:
@@ -75,6 +76,8 @@ def test_any_data_set_has_a_recipe(images, height, width, alike, resized):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(automatic, "forward_flops", lambda networks, size: 1e8)
         found = chosen(known)
+    run = run_from_mapping({"data": "folder", **found}, str)
+    assert (run.augment.auto_augment == "trivialaugment") == (resized and found["epochs"] >= 100)
     assert found["epochs"] >= 10 and 0 < found["warm_up"] < found["epochs"] and found["batch_size"] <= 128
 
 

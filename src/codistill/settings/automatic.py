@@ -146,7 +146,7 @@ def automatic(known: Known, spec: str, given: Mapping[str, Any], method: str) ->
         choose("warm_up", max(1, round(epochs / 20)), "a twentieth of the epochs")
     choose("weight_decay", 5e-4, "usual for training from the beginning")
     if known.resized and epochs >= 100:
-        choose("auto_augment", "trivial", "so many passes over photos would be learnt by heart")
+        choose("auto_augment", "trivialaugment", "so many passes over photos would be learnt by heart")
     choose("precision", "auto", "bf16 where the device computes it fast, else float32")
     return tuple(choices)
 
@@ -167,7 +167,7 @@ def _epochs(images: int, flops: float, gpu: bool) -> tuple[int, str]:
     wanted = min(MOST_PASSES, max(LEAST_PASSES, PASSES // images))
     fit = int(CPU_MINUTES * 60 * CORE_FLOPS * cores() / (3 * flops * images))
     if gpu or fit >= wanted:
-        return wanted, f"about {wanted * images / 1e6:.1f} million images seen"
+        return wanted, f"{wanted * images:,} images seen in all"
     least = max(LEAST_CPU_PASSES, fit)
     return least, f"about what {CPU_MINUTES} minutes of this CPU allow; {wanted} would be better"
 
