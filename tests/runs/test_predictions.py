@@ -276,6 +276,16 @@ def test_a_folder_of_classes_that_is_the_training_s_is_not_scored_as_a_whole(tmp
     assert json.loads(capsys.readouterr().out)["student0"]["images"] == 4
 
 
+def test_a_folder_of_training_images_is_said_to_be_one(folder, capsys):
+    command = ["evaluate", str(folder / "run"), "--data-dir", str(folder / "data" / "train"), "--json"]
+    assert main(command) == 0
+    out, error = capsys.readouterr()
+    images = json.loads(out)["student0"]["images"]
+    assert f"{images} of {images} images of {folder / 'data' / 'train'} are named as training images" in error
+    command[3] = str(folder / "data" / "test")
+    assert main(command) == 0 and capsys.readouterr().err == ""
+
+
 def test_folders_that_do_not_fit_are_one_line(folder, others, capsys):
     def refused(words, *more):
         assert main(["evaluate", str(folder / "run"), "--data-dir", str(others), *more]) == (2 if more else 3)

@@ -71,10 +71,16 @@ def test_files_that_came_later_do_not_make_trained_images_test_images(tmp_path, 
     for command in (["evaluate"], ["export", "--format", "safetensors"]):
         assert main([command[0], str(tmp_path / "run"), *command[1:]]) == 3
         said = capsys.readouterr().err
-        assert "other files than in training, of which other ones would be drawn for testing: restore them" in said
-    (root / "ant" / "20.png").unlink()
-    (root / "ant" / "21.png").unlink()
+        assert "other files than in training, of which other ones would be drawn for testing" in said
+        assert "testing (not listed: ant/20.png, ant/21.png): restore them" in said
+    for number in (20, 21):
+        (root / "ant" / f"{number}.png").unlink()
     assert main(["evaluate", str(tmp_path / "run")]) == 0
+    for number in range(4):
+        (root / "bee" / f"{number:02}.png").unlink()
+    for place in ([], ["--data-dir", str(root)]):  # which is the data set, and no folder of other images
+        assert main(["evaluate", str(tmp_path / "run"), *place]) == 3
+        assert "(missing: bee/00.png, bee/01.png, bee/02.png and 1 more): restore" in capsys.readouterr().err
 
 
 def test_uneven_classes_are_said(tmp_path, capsys):

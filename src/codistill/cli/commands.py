@@ -234,7 +234,7 @@ def evaluate_command(arguments: Sequence[str]) -> None:
     console, shown, how = lasting_console(True), chosen.predictor or next(iter(scores)), ""
     with contextlib.suppress(CodistillError):  # a damaged summary.json; the scores do not depend on it
         if run.finished:
-            how = choice(run.summary, chosen.checkpoint)
+            how = "" if chosen.data_dir else choice(run.summary, chosen.checkpoint)  # its errors are those of the run
             shown = chosen.predictor or run.best_student(chosen.checkpoint)
     title = f"{chosen.run}, {chosen.checkpoint} checkpoint: {len(predictions)} {chosen.split} images"
     title += f" of {chosen.data_dir}" if chosen.data_dir else ""

@@ -21,7 +21,7 @@ from codistill.evaluation.evaluation import Evaluation
 from codistill.evaluation.metrics import Scores, read_together
 from codistill.evaluation.predictions import Predictions
 from codistill.runs.folder import RunFolder
-from codistill.runs.images import read_names
+from codistill.runs.images import read_images
 from codistill.runs.metadata import held_out_digest, split_digests
 from codistill.runs.predictions import NAME, read_predictions, write_predictions
 from codistill.settings.kinds import shown
@@ -105,13 +105,20 @@ def evaluate_images(
 
 
 def _labelled_folder(run: RunFolder, place: Path, skip_bad: bool) -> Split | None:
-    """Return the images of a folder of class folders; None: it is none, or holds the images that the run was made with.
+    """Return the images of a folder of class folders; None: it is none, or has most of the run's files.
 
-    Their size and scaling are those of the training.
+    Their size and scaling are those of the training. A warning tells of those that are named as training images are.
     """
-    names = class_folders(place)
-    if names is None or ((used := read_names(run.path)) and used <= set(names)):
+    names, used = class_folders(place), read_images(run.path)
+    if names is None or (used and 2 * len(used.keys() & set(names)) >= len(used)):
         return None
+    known: dict[str, set[str]] = {"train": set(), "validation": set(), "test": set()}
+    for name, split in used.items():
+        known.setdefault(split, set()).update((name, name.partition("/")[2]))  # as below the folder of its split
+    trained = [name for name in names if name in known["train"] | known["validation"]]
+    if set(trained) - known["test"]:
+        words = f"{len(trained)} of {len(names)} images of {place} are named as training images, such as {trained[0]}"
+        warn(f"{run.path}: {words}: if they are these, the errors are too optimistic")
     scaled = run.metadata["dataset"].get("preprocessing", {"interpolation": "bilinear"})
     interpolation: Any = scaled.get("interpolation") if isinstance(scaled, dict) else None
     if interpolation not in get_args(Interpolation):

@@ -23,6 +23,7 @@ from codistill.networks.origin import mark
 from codistill.networks.probe import copied
 from codistill.runs.checkpoint import CheckpointStore
 from codistill.runs.choice import lowest_student
+from codistill.runs.images import changed_files
 from codistill.runs.lock import lock_folder, remove_strays
 from codistill.runs.metadata import checked_metadata, drawn_digest
 from codistill.runs.state import load_weights
@@ -274,6 +275,7 @@ class RunFolder:
         began = self.metadata["dataset"].get("drawn_sha256")
         if began is not None and began != drawn_digest(data):
             words = "other files than in training, of which other ones would be drawn for testing"
+            words += f" ({changed})" if (changed := changed_files(self.path, data)) else ""
             raise DataError(f"data set {data.name}: {words}: restore them as {self.path}/images.csv lists them")
 
     def best_student(self, which: str = "last") -> str:

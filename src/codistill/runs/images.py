@@ -14,6 +14,7 @@ from codistill.data.dataset import Dataset, Split
 from codistill.data.duplicates import Duplicate, named
 
 NAME, DUPLICATES = "images.csv", "duplicates.csv"
+NAMED = 3  # files in a line
 
 
 def write_images(folder: Path, data: Dataset, training: Iterable[int] | None, held_out: Iterable[int] | None) -> None:
@@ -55,13 +56,24 @@ def write_table(path: Path, header: tuple[str, ...], rows: Iterable[tuple[str, .
     write_atomically(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
-def read_names(folder: Path) -> set[str]:
-    """Return the files that images.csv of a run names; none where it is absent or damaged."""
+def read_images(folder: Path) -> dict[str, str]:
+    """Return the files that images.csv of a run names, each with its split; none where it is absent or damaged."""
     try:
         with open(folder / NAME, encoding="utf-8", errors="surrogateescape", newline="") as file:
-            return {row[0] for row in list(csv.reader(file))[1:]}
+            return {row[0]: row[2] for row in list(csv.reader(file))[1:]}
     except (OSError, csv.Error, IndexError):
-        return set()
+        return {}
+
+
+def changed_files(folder: Path, data: Dataset) -> str:
+    """Return in words which files of images.csv of a run a data set lacks, and which it has beside them."""
+    listed, there = read_images(folder).keys(), {name for split in data.splits.values() for name in split.files}
+    parts = {"missing": sorted(listed - there), "not listed": sorted(there - listed) if listed else []}
+    return "; ".join(
+        f"{what}: {', '.join(names[:NAMED])}{f' and {len(names) - NAMED} more' if len(names) > NAMED else ''}"
+        for what, names in parts.items()
+        if names
+    )
 
 
 def _rows(data: Dataset, name: str, split: Split, positions: Iterable[int] | None) -> Iterator[tuple[str, ...]]:
