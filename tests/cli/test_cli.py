@@ -248,6 +248,8 @@ def test_a_run_folder_that_is_taken_is_status_2(made, capsys):
     before = {name: content for name, content in tiny.listing(made / "run").items() if name != ".lock"}
     flags = ["--data-dir", str(made / "colours.npz"), "--out", str(made / "run")]
     refused(capsys, ["train", *TINY, *flags], 2, "run folder .*run is not empty: choose another --out")
+    flags[1] = "nowhere"  # no data are read before
+    refused(capsys, ["train", *TINY, *flags], 2, "run folder .*run is not empty: choose another --out")
     assert {name: content for name, content in tiny.listing(made / "run").items() if name != ".lock"} == before
 
 

@@ -23,8 +23,10 @@ ERRORS = {"student0": 30.0, "student1": 20.0, "ensemble": 10.0, "fused": 15.0}
 def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("codistill.training.trainer.write_report", lambda run, summary: None)
-        folder = tmp_path_factory.mktemp("budget") / "run"
-        return cd.train(tiny.method(), tiny.data(), out=folder, settings=tiny.settings(epochs=1), show=False).path
+        folder = tmp_path_factory.mktemp("budget")
+        data = cd.dataset("packed", tiny.write_npz(folder / "colours.npz", tiny.data()))
+        settings = tiny.settings(epochs=1)
+        return cd.train(tiny.method(), data, out=folder / "run", settings=settings, show=False).path
 
 
 @pytest.fixture

@@ -186,8 +186,21 @@ def test_a_folder_in_use_is_refused_before_anything_is_measured(run, tmp_path, c
     assert [each.name for each in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_what_is_refused_costs_no_measurement(run, tmp_path, capsys):
+    line = ["export", str(run.path), "--max-latency-ms", "5", "--format", "onnx-int8", "--out", str(tmp_path / "x")]
+    for words, *more in (
+        ("--license 'a b': name an identifier", "--license", "a b"),
+        ("--max-accuracy-loss is 500", "--max-accuracy-loss", "500"),
+        ("nowhere", "--data-dir", str(tmp_path / "nowhere")),
+    ):
+        assert main([*line, *more]) in (2, 3)
+        out, error = capsys.readouterr()
+        assert out == "" and error.count("\n") == 1 and words in error
+    assert not (run.path / "latency.json").exists() and list(tmp_path.iterdir()) == []
+
+
 def test_a_licence_is_an_identifier(run, tmp_path):
-    with pytest.raises(UsageError, match="--license 'a: b': give an identifier"):
+    with pytest.raises(UsageError, match="--license 'a: b': name an identifier"):
         export_folder(run, tmp_path / "out", licence="a: b")
 
 

@@ -22,12 +22,11 @@ from codistill.core.console import lasting_console, note, warn
 from codistill.core.errors import CodistillError, DataError, DivergedError, UsageError, WorkerError
 from codistill.core.registry import with_options
 from codistill.data import DATASETS
-from codistill.data.dataset import Pixels
 from codistill.data.listing import LISTED
 from codistill.deploy.budget import BEST, choose_predictor
-from codistill.deploy.card import export_folder, is_folder, refuse_taken
+from codistill.deploy.card import export_folder, is_folder, refuse_licence, refuse_taken
 from codistill.deploy.classifier import load_classifier
-from codistill.deploy.export import RUNTIMES, choose_format, export_predictor
+from codistill.deploy.export import RUNTIMES, choose_format, export_predictor, refuse_accuracy_loss
 from codistill.deploy.latency import measure_latency
 from codistill.deploy.predict import answers
 from codistill.deploy.run import Run
@@ -324,11 +323,10 @@ def export_command(arguments: Sequence[str]) -> None:
     run, predictor, how = Run(chosen.run), chosen.predictor, ""
     if chooses:
         budget = (chosen.checkpoint, chosen.max_latency_ms, RUNTIMES[format])
-
-        def training_images() -> Pixels:
-            return run.load_data(chosen.data_dir, chosen.skip_bad).train.images
-
-        predictor, how = choose_predictor(run, predictor or BEST, *budget, training_images)
+        refuse_accuracy_loss(chosen.max_accuracy_loss)  # all that may be refused, before minutes of measurement
+        refuse_licence(chosen.license)
+        data = run.load_data(chosen.data_dir, chosen.skip_bad)
+        predictor, how = choose_predictor(run, predictor or BEST, *budget, lambda: data.train.images)
         print(how)
     where = (format, chosen.checkpoint, chosen.data_dir, chosen.skip_bad, chosen.max_accuracy_loss)
     if folder:

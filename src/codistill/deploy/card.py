@@ -84,8 +84,7 @@ def export_folder(
     format = format or "onnx"
     if format not in SUFFIXES:
         raise UsageError(f"unknown format {format!r}: choose from {', '.join(SUFFIXES)}")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", licence):
-        raise UsageError(f"--license {licence!r}: give an identifier, such as apache-2.0 or cc-by-4.0")
+    refuse_licence(licence)
     refuse_taken(folder)
     name, module = run_predictor(run, predictor, which)
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
@@ -106,6 +105,12 @@ def export_folder(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return [_moved(each, folder) for each in done]
+
+
+def refuse_licence(licence: str) -> None:
+    """Raise `UsageError` where a licence is no identifier."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", licence):
+        raise UsageError(f"--license {licence!r}: name an identifier, such as apache-2.0 or cc-by-4.0")
 
 
 def refuse_taken(folder: Path) -> None:

@@ -79,6 +79,12 @@ class Exported:
         )
 
 
+def refuse_accuracy_loss(points: float) -> None:
+    """Raise `UsageError` where the accuracy that onnx-int8 may lose is no number of points."""
+    if not 0 <= points <= 100:
+        raise UsageError(f"--max-accuracy-loss is {points:g}; it must be from 0 to 100 points of accuracy")
+
+
 def choose_format(file: Path | None, format: str | None) -> str:
     """Return the format by its name or the file's ending; raise `UsageError` where it is unknown, or the two differ."""
     endings = [name for name, suffix in SUFFIXES.items() if file and file.name.endswith(suffix)]
@@ -127,8 +133,7 @@ def export_predictor(
         CheckpointError: The file does not answer as the run does; it was removed.
     """
     format = choose_format(file, format)
-    if not 0 <= max_accuracy_loss <= 100:
-        raise UsageError(f"--max-accuracy-loss is {max_accuracy_loss:g}; it must be from 0 to 100 points of accuracy")
+    refuse_accuracy_loss(max_accuracy_loss)
     name, module = run_predictor(run, predictor, which)
     path = run.path / "exports" / f"{name}{SUFFIXES[format]}" if file is None else file
     if format == "safetensors" and run.unbuildable:

@@ -71,8 +71,7 @@ class RunFolder:
         with contextlib.ExitStack() as held:
             try:
                 if run is None:
-                    if not (path / ".lock").exists():  # or the lock tells who is at work there
-                        refuse_occupied(path)
+                    refuse_taken(path)
                     path.mkdir(parents=True, exist_ok=True)
                 held.enter_context(lock_folder(path))
                 remove_strays(path)
@@ -303,6 +302,14 @@ def hand_in(what: str, metadata: Mapping[str, Any]) -> str:
     handed = f"hand it in from Python, codistill.resume{arguments} or codistill.Run{arguments}, or register it there"
     began = "as the training did" if metadata.get("imports") else "where it is in a module"
     return f"{handed}; on the command line, {began}, with {trained_with(metadata)}"
+
+
+def refuse_taken(path: Path) -> None:
+    """Raise `UsageError` where a process works on a run folder, which is named, or a new one would not be empty."""
+    with contextlib.suppress(OSError):
+        if (path / ".lock").exists():
+            lock_folder(path).close()
+    refuse_occupied(path)
 
 
 def refuse_occupied(path: Path) -> None:

@@ -18,7 +18,7 @@ from codistill.data.dataset import Dataset
 from codistill.deploy.run import Run
 from codistill.methods import Method
 from codistill.networks.origin import mark
-from codistill.runs.folder import ANOTHER
+from codistill.runs.folder import ANOTHER, refuse_taken
 from codistill.runs.state import TrainingState
 from codistill.settings.build import load_named_data
 from codistill.settings.config import PLACES, ExecutionSettings, RunConfig, TeacherSettings, TrainSettings
@@ -72,6 +72,9 @@ def train_from_config(config: RunConfig, out: Path | None = None, show: bool = T
     """Load the data set, build the networks and train; without `out` into a new folder below runs/; see `train`."""
     with Ranks.from_environment() as ranks:
         device = ranks.choose_device(config.execution)
+        with ranks.together():  # before data are read, which may take minutes
+            if out is not None and ranks.leads:
+                refuse_taken(out)
         data = ranks.in_turn(lambda: load_named_data(config))
         with ranks.together():
             method = build_taught(config, data)
