@@ -101,6 +101,21 @@ def test_what_is_looked_up_of_a_folder(tmp_path):
     assert look_up("digits", None).size == (32, 32)
 
 
+def test_a_photo_that_lies_on_its_side_has_the_size_of_what_is_decoded(tmp_path):
+    pictures(tmp_path / "photos/a", *[(8, 9)] * 5)
+    pictures(tmp_path / "photos/b", *[(8, 9)] * 3)
+    for turn, shape in ((6, (8, 9)), (3, (9, 8))):
+        exif = Image.Exif()
+        exif[0x112] = turn
+        Image.fromarray(np.zeros((*shape, 3), np.uint8)).save(tmp_path / f"photos/b/turned{turn}.jpg", exif=exif)
+    assert look_up("folder:test=4", str(tmp_path / "photos")) == Known(6, (8, 9), False, True)
+    with pytest.raises(DataError) as error:
+        cd.dataset("folder", tmp_path / "photos")
+    names = [str(tmp_path / f"photos/b/turned{turn}.jpg") for turn in (3, 6)]
+    fault = "is 9x8 pixels, but most images are 8x9: bring all to one size with --data folder:resize=9"
+    assert f": 2 files cannot be used: {', '.join(names)}: {fault}" in str(error.value)
+
+
 def test_what_is_looked_up_of_a_table(tmp_path):
     pictures(tmp_path / "photos", (8, 9), (8, 9), (8, 9), (6, 9), (5, 9))
     lines = [f"photos/{number}.png,{'ab'[number % 2]}" for number in range(5)]

@@ -186,7 +186,7 @@ def read_listed(
             title=f"{reading.name}: reading images",
         )
         bad |= {listed.names[position]: line for position, line in found.bad.items()}
-        one_size = f"bring all to one size with --data {reading.name}:resize=64"
+        one_size = f"bring all to one size with --data {reading.name}:resize={min(64, max(size))}"
         unlike |= {listed.names[position]: f"{line}: {one_size}" for position, line in found.unlike.items()}
         names = tuple(listed.names[position] for position in found.kept)
         splits[part] = Split(found.images, listed.labels[found.kept], names)
@@ -219,11 +219,15 @@ def read_listed(
 def refuse_bad(root: Path, lines: Iterable[str], reading: Reading, bad: int) -> None:
     """Raise `DataError` for lines about files that cannot be used, if there are any; `bad` of them can be left out."""
     if problems := list(lines):
+        named: dict[str, list[str]] = {}
+        for place, _, fault in (line.partition(": ") for line in problems[:LISTED]):
+            named.setdefault(fault, []).append(place)
+        faults = "; ".join(f"{', '.join(places)}: {fault}" for fault, places in named.items())
         more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
         count = f"{root}: {len(problems)} files cannot be used: " if len(problems) > 1 else ""
         option = f"--data {reading.name}:skip_bad=true"
         skip = "" if reading.skip_bad or not bad else f" (to leave out bad files: --skip-bad, or {option})"
-        raise DataError(f"{count}{'; '.join(problems[:LISTED])}{more}{skip}")
+        raise DataError(f"{count}{faults}{more}{skip}")
 
 
 def _with_test(root: Path, parts: Mapping[str, Listed], reading: Reading) -> tuple[dict[str, Listed], str]:

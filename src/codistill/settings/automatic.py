@@ -17,11 +17,12 @@ from codistill.core.host import cores
 from codistill.core.registry import parse_spec, with_options
 from codistill.data.dataset import DATASETS, Dataset, dataset
 from codistill.data.listing import Listed, listed_by
+from codistill.data.metadata import ORIENTATION
 from codistill.methods import METHODS
 from codistill.networks import network
 from codistill.networks.probe import forward_flop
 
-PROBED = 100  # images whose size is looked at
+PROBED = 1000  # images whose size is looked at
 PASSES, LEAST_PASSES, MOST_PASSES = 2_000_000, 30, 200  # images seen in all; epochs
 CPU_MINUTES, LEAST_CPU_PASSES = 30, 10
 CORE_FLOPS = 50e9  # of float32 training a second, about what a core of 2023 does; what a run really takes is measured
@@ -87,11 +88,12 @@ def look_up(spec: str, root: str | None) -> Known:
 
 
 def header_size(place: Path, listed: Listed, position: int) -> tuple[int, int] | None:
-    """Return height and width of a listed image as its header has them, pixels; None: it cannot be read."""
+    """Return height and width of a listed image as it will be decoded, pixels, by its header; None: it has none."""
     try:
         file = place / listed.names[position] if listed.read is None else io.BytesIO(listed.read(position))
         with Image.open(file) as image:
-            return image.height, image.width
+            lies = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+            return (image.width, image.height) if lies else (image.height, image.width)
     except (DataError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
 
