@@ -63,6 +63,12 @@ def photos(run, tmp_path_factory):
     return found
 
 
+def test_the_folder_is_no_run_but_names_its_files(folder, photos, capsys):
+    assert main(["predict", str(folder), str(photos[0])]) == 2
+    said = f"is a folder that export wrote: name the file in it, {folder}/model.int8.onnx or {folder}/model.onnx"
+    assert said in capsys.readouterr().err
+
+
 def test_the_folder_holds_all_that_others_need(folder):
     names = ["README.md", "confusion.png", "load.py", "model.int8.onnx", "model.onnx", "recipe.json"]
     assert sorted(each.name for each in folder.iterdir()) == names

@@ -126,6 +126,8 @@ def load_classifier(path: str | Path, predictor: str | None = None) -> Classifie
         UsageError: A predictor that the run or file does not have, or a kind of file that is not read.
     """
     path = Path(path)
+    if path.is_dir() and (models := sorted(path.glob("model.*onnx"))) and not (path / "config.json").exists():
+        raise UsageError(f"{path}: is a folder that export wrote: name the file in it, {' or '.join(map(str, models))}")
     if path.is_dir() or path.suffix == ".safetensors" or not path.exists():
         return _of(path, predictor, from_module(*load_predictor(path, predictor)))
     if path.suffix != ".onnx":
