@@ -215,6 +215,9 @@ WRONG = {
     SEARCH.replace(
         "trials", 'sampler = "grid"\ntrials'
     ): r"toml:6: sampler in \[search\] is 'grid'; it must be tpe or random",
+    SEARCH.replace(
+        "trials", 'predictor = "studnt0"\ntrials'
+    ): r"toml:6: there is no predictor 'studnt0': choose from best, student0, student1, ensemble, fused$",
     SEARCH.replace("trials", "trails = 2\ntrials"): r"toml:6: unknown key 'trails' in \[search\]: did you mean trials",
     f"{SEARCH}[[runs]]\n": r"beside \[search\], \[grid\] may have a list of seeds alone",
     f"{SEARCH}[grid]\nepochs = [1]\n": r"beside \[search\], \[grid\] may have a list of seeds alone",

@@ -140,6 +140,9 @@ WRONG = {
     "grid = 3": r"spec\.toml:4: grid must be a table of lists: \[grid\]",
     "method = 3": r"spec\.toml:4: method must be a name, or a table",
     "momentum = 2": r"no run can work: .*momentum is 2",
+    '[grid]\nnetworks = [["resnet21", "resnet20"]]': r"no run can work: unknown network 'resnet21'",
+    '[grid]\nnetworks = [["resnet20:shortcut=Z"]]': r"no run can work: network resnet20: option shortcut is 'Z'",
+    '[[runs]]\ndata = "digit"': r"no run can work: unknown data set 'digit': did you mean digits",
     "[grid": "spec.toml: ",
 }
 
@@ -351,6 +354,8 @@ def test_a_value_out_of_range_is_a_failed_row(bench):
     assert [row.status for row in rows.values()] == ["finished", "FAILED"]
     assert "momentum is 1.5" in rows["momentum-1.5"].reason
     assert bench.calls() == ["train momentum-0.9"]
+    rows = bench.sweep(f'{SHARED}[grid]\nnetworks = [["resnet20"], ["resnet21"]]', skip_bad=False)
+    assert "unknown network 'resnet21'" in rows["resnet21"].reason and bench.calls() == ["train resnet20"]
 
 
 def test_a_folder_that_is_a_run_or_in_use_is_refused(bench, capsys):

@@ -193,6 +193,16 @@ class Registry(Mapping[str, T], Generic[T]):
         found: Any = functools.partial(cast(Any, self._entries[entry]), name.removeprefix(entry[:-1]))
         return cast(T, found)
 
+    def find(self, spec: str, options: Mapping[str, Any] | None = None) -> tuple[str, T, dict[str, Any]]:
+        """Return the name in a spec such as `resnet20:shortcut=A`, its entry, and its options with others, checked.
+
+        Raises:
+            UsageError: There is no such entry, or it takes no such option or value.
+        """
+        name, written = parse_spec(spec)
+        entry = self[name]
+        return name, entry, checked_options(f"{self.kind} {name}", cast(Any, entry), {**written, **(options or {})})
+
     def get(self, name: str, default: Any = None) -> Any:
         """Return an entry, or the default where there is none of this name."""
         return default if entry_of(name, self._entries) is None else self[name]

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from codistill.core.errors import DataError, UsageError
-from codistill.core.registry import Registry, checked_options, parse_spec, write_spec
+from codistill.core.registry import Registry, write_spec
 from codistill.data.mapped import facts_of, histogram
 
 DATASETS: Registry[Callable[..., "Dataset"]] = Registry("data set", "codistill.data")
@@ -250,9 +250,7 @@ def dataset(spec: str, root: str | Path | None = None, **options: Any) -> Datase
         UsageError: Unknown name or option, or no root where one is needed.
         DataError: Files missing or damaged.
     """
-    name, written = parse_spec(spec)
-    load = DATASETS[name]
-    chosen = checked_options(f"data set {name}", load, {**written, **options})
+    name, load, chosen = DATASETS.find(spec, options)
     if "root" not in inspect.signature(load).parameters:
         loaded = load(**chosen)
     elif root is None:

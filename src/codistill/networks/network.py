@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from codistill.core.console import note_once
 from codistill.core.errors import UsageError
-from codistill.core.registry import Registry, checked_options, parse_spec, write_spec
+from codistill.core.registry import Registry, write_spec
 from codistill.networks.layers import initialise
 from codistill.networks.origin import DRAWN, mark
 from codistill.networks.weights import classifier_of, take
@@ -109,11 +109,9 @@ def network(
         UsageError: Unknown name or option, or a value that the network does not take.
         CheckpointError: The file of weights is missing, damaged, or of another network.
     """
-    name, written = parse_spec(spec)
-    build = NETWORKS[name]
+    name, build, chosen = NETWORKS.find(spec, options)
     if num_classes < 2:
         raise UsageError(f"network {spec!r}: needs at least 2 classes, got {num_classes}")
-    chosen = checked_options(f"network {name}", build, {**written, **options})
     passed, taken = dict(chosen), inspect.signature(build).parameters
     if "image_size" in taken:
         passed["image_size"] = image_size

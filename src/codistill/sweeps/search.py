@@ -7,7 +7,7 @@ import importlib.util
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -15,13 +15,14 @@ from typing import IO, Any
 import numpy as np
 
 from codistill.core.console import lasting_console
-from codistill.core.errors import UsageError
+from codistill.core.errors import CodistillError, UsageError
 from codistill.core.extras import install
 from codistill.core.files import system_error, write_json
 from codistill.core.registry import near_matches, with_options
-from codistill.evaluation.metrics import own_student
+from codistill.evaluation.metrics import AVERAGED, own_student
 from codistill.runs.folder import ANOTHER
-from codistill.settings.config import PLACES
+from codistill.settings.build import build_method
+from codistill.settings.config import PLACES, RunConfig
 from codistill.settings.mapping import Where
 from codistill.sweeps.naming import canonical, digest, part
 from codistill.sweeps.spec import PlannedRun, flat, planned, read_settings
@@ -72,6 +73,11 @@ class SearchSpec:
         names = [f"{trial}-{part('seed', seed)}" if len(self.seeds) > 1 else trial for seed in self.seeds]
         each = [{**self.shared, **settings, "seed": seed} for seed in self.seeds]
         return [planned(own, name, trial, self.where) for own, name in zip(each, names, strict=True)]
+
+    def no_predictor(self, known: Iterable[str]) -> UsageError:
+        """Return the error of a predictor that a run does not have."""
+        where = self.where("predictor")
+        return UsageError(f"{where}: there is no predictor {self.predictor!r}: choose from {', '.join(known)}")
 
     @property
     def first(self) -> dict[str, Any]:
@@ -126,7 +132,21 @@ def read_search(path: Path, skip_bad: bool = False) -> SearchSpec | None:
             if not run.config.train.validation:
                 held_out = "hold out training images with validation = 1000"
                 raise UsageError(f"{where('search')}: a search chooses by validation errors: {held_out}")
+            if search.predictor not in (known := _predictors(run.config, search.predictor)):
+                raise search.no_predictor(known)
     return search
+
+
+def _predictors(config: RunConfig, wanted: str) -> list[str]:
+    """Return the predictors of a run that a search can choose by; `wanted` alone where it cannot be built here."""
+    known = [BEST, *(f"student{index}" for index in range(len(config.networks)))]
+    if wanted in known:
+        return known
+    try:  # names depend neither on classes nor on the size of images
+        known = [*build_method(config, 2, (32, 32)).predictors()]
+    except CodistillError:
+        return [wanted]
+    return [BEST, *known, *(name + AVERAGED for name in known if config.train.ema_decay)]
 
 
 def _possible(axis: Any) -> bool:
@@ -285,8 +305,7 @@ class Search:
         if name == BEST:
             return min(filter(own_student, errors), key=lambda each: errors[each])
         if name not in errors:
-            known = ", ".join([BEST, *errors])
-            raise UsageError(f"{self.spec.where('predictor')}: there is no predictor {name!r}: choose from {known}")
+            raise self.spec.no_predictor([BEST, *errors])
         return name
 
 

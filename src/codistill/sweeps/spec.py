@@ -11,6 +11,8 @@ from typing import Any
 
 from codistill.core.errors import UsageError
 from codistill.core.registry import near_matches, with_options
+from codistill.data.dataset import DATASETS
+from codistill.networks import NETWORKS
 from codistill.settings.config import RunConfig
 from codistill.settings.mapping import LISTS, Where, run_from_mapping, split_method, typed_mapping
 from codistill.settings.recipe import read_table
@@ -141,11 +143,16 @@ def grid_axes(grid: Any, where: Where) -> list[list[dict[str, Any]]]:
 
 
 def planned(settings: Mapping[str, Any], name: str, group: str, where: Where) -> PlannedRun:
-    """Make a run of its settings; a value out of range is the run's `problem`."""
+    """Make a run of its settings; a value out of range, or an unknown network or data set, is the run's `problem`."""
     recipe = {key: value for key, value in settings.items() if not key.startswith("method.")}
     recipe["method"] = {key[len("method.") :]: value for key, value in settings.items() if key not in recipe}
     typed_mapping(recipe, where)
     try:
-        return PlannedRun(name, group, recipe, run_from_mapping(recipe, lambda key: ""), "")
+        config = run_from_mapping(recipe, lambda key: "")
+        for network in config.networks:
+            NETWORKS.find(network)
+        if config.data:
+            DATASETS.find(config.data)
+        return PlannedRun(name, group, recipe, config, "")
     except UsageError as error:
         return PlannedRun(name, group, recipe, None, str(error).removeprefix(": "))
