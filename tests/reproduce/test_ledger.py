@@ -13,6 +13,7 @@ from codistill.sweeps.reproduce.cells import contents, digest_of, protocols
 from codistill.sweeps.reproduce.ledger import append, entry_of, known_cells, line_digest, read_ledger
 from codistill.sweeps.reproduce.reproduce import reproduce
 
+from .. import tiny
 from .conftest import tables_with, trained_here
 
 pytestmark = pytest.mark.usefixtures("small_tables")
@@ -96,12 +97,24 @@ def test_a_recorded_run_needs_no_folder(copied, tmp_path, capsys):
     shutil.rmtree(copied)
     main, _ = reproduce("table1", **settings)
     assert [row[7] for row in main.rows] == ["1", "1", "1", "1"]
+    # A part of a table leaves the whole one as it is, and a dry run all.
+    whole = (tmp_path / "table1-paper.md").read_text()
+    reproduce("table1", cells=["*/kd"], **settings)
+    assert (tmp_path / "table1-paper.md").read_text() == whole
+    assert "| dml" not in (tmp_path / "table1-paper-kd.md").read_text()
+    before = tiny.listing(tmp_path)
     # A run that was recorded is not trained again, but whoever needs its teacher's weights trains those.
     reproduce("table1", seeds=[0], dry_run=True, **(settings | {"collect": False, "show": True}))
     assert capsys.readouterr().out.startswith("0 runs of teachers to train\n0 runs of students")
     reproduce("table1", cells=["*/kd"], seeds=[1], dry_run=True, **(settings | {"collect": False, "show": True}))
     said = capsys.readouterr().out
-    assert said.startswith("1 runs of teachers to train\n") and "independent-tiny-" in said
+    assert said.startswith("1 runs of teachers to train\n") and "independent-tiny-" in said and "Table 1" not in said
+    assert tiny.listing(tmp_path) == before
+
+
+def test_a_ledger_that_is_not_there_is_said(tmp_path, capsys):
+    reproduce("table1", out=tmp_path, ledger=tmp_path / "nothere.jsonl", collect=True, show=False)
+    assert f"{tmp_path}/nothere.jsonl: no such ledger: only runs in {tmp_path}/paper count" in capsys.readouterr().err
 
 
 EDITS = {'"seed": 0': '"seed": 1', '"student0": ': '"student0": 1', '"protocol": "paper"': '"protocol": ""'}

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import codistill as cd
 from codistill.cli import main
@@ -30,7 +32,7 @@ from codistill.sweeps.driver import own_program, sweep
 from codistill.sweeps.engines import local
 from codistill.sweeps.engines.local import Local, measured_slots
 from codistill.sweeps.folder import Claims
-from codistill.sweeps.spec import read_spec
+from codistill.sweeps.spec import labelled, read_spec
 from codistill.sweeps.table import Row, grouped, write_tables
 
 from .. import tiny
@@ -88,12 +90,33 @@ def test_an_entry_may_have_a_name(tmp_path):
     text = f'{SHARED}[[runs]]\nname = "first.1"\nseed = 4\n[[runs]]\nmethod = "dml"\nseed = 4\n'
     runs = planned(tmp_path, text)
     assert [run.name for run in runs] == ["first.1", "dml"] and "name" not in runs[0].recipe
-    assert [run.group for run in runs] == ["mfef", "dml"]
+    assert [run.group for run in runs] == ["first.1", "dml"]
     runs = planned(tmp_path, f'{SHARED}[grid]\nseed = [0, 1]\n[[runs]]\nname = "first"\n')
     assert [run.name for run in runs] == ["first-seed0", "first-seed1"]
-    for name in ('"a/b"', "3"):
+    assert [run.group for run in runs] == ["first", "first"]
+    for name in ('"a/b"', "3", '".."'):
         with pytest.raises(UsageError, match=r"spec.toml:5: name must be a text of letters, digits and \. \+ -"):
             planned(tmp_path, f"{SHARED}[[runs]]\nname = {name}\n")
+    with pytest.raises(UsageError, match=r"spec.toml:5: Logs is a file of the sweep itself: choose another name"):
+        planned(tmp_path, f'{SHARED}[[runs]]\nname = "Logs"\n')
+
+
+@given(st.lists(st.tuples(st.sampled_from("gh"), st.sampled_from(["", "a", "b", "g", "a-g"])), max_size=6))
+def test_groups_stay_the_same_under_the_names_of_their_entries(pairs):
+    groups, labels = [group for group, _ in pairs], [label for _, label in pairs]
+    names = labelled(groups, labels)
+    assert len(set(zip(groups, names, strict=True))) == len(set(groups)) == len(set(names))
+
+
+def test_a_group_has_the_name_of_its_entry(tmp_path):
+    grid = "[grid]\nseed = [0, 1]\nlearning_rate = [0.1, 0.2]\n"
+    entries = '[[runs]]\nname = "mine"\n[[runs]]\nmethod = "dml"\n'
+    groups = [run.group for run in planned(tmp_path, SHARED + grid + entries)]
+    rates = [f"learning-rate-{rate}" for rate in (0.1, 0.2)]
+    assert list(dict.fromkeys(groups)) == [f"{name}-{rate}" for name in ("mine-mfef", "dml") for rate in rates]
+    # Entries that differ in the seed alone are one group, whatever they are called.
+    text = "".join(f'[[runs]]\nname = "run{seed}"\nseed = {seed}\n' for seed in (0, 1))
+    assert [run.group for run in planned(tmp_path, SHARED + text)] == ["mfef", "mfef"]
 
 
 def test_every_entry_of_runs_is_taken_at_every_point_of_the_grid(tmp_path):
@@ -571,8 +594,8 @@ def test_a_process_that_works_on_one_of_several_costs_the_others_no_time(bench, 
 def test_workers_are_started_as_the_sweep_was(monkeypatch):
     command = ["sweep", "spec.toml", "--out", "x"]
     for start in (["mine.py"], ["-m", "mine"], ["-c", "import mine"]):
-        for given in ([*start, *command], [*start, "--debug", *command], [*start, *command, "--debug"]):
-            monkeypatch.setattr(sys, "orig_argv", ["python", *given])
+        for started in ([*start, *command], [*start, "--debug", *command], [*start, *command, "--debug"]):
+            monkeypatch.setattr(sys, "orig_argv", ["python", *started])
             assert own_program(command) == [sys.executable, *start]
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "pytest"])
     assert own_program(command) == [sys.executable, "-m", "codistill"]

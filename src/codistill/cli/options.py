@@ -179,7 +179,7 @@ class ReproduceOptions:
     table: Literal["table1", "table2", "table3", "table4", "table5", "figure3", "methods"] = field(
         metadata={"positional": "TABLE"}
     )
-    """table1 to table5 and figure3 of the paper; methods: all methods with ResNet-20, and their controls."""
+    """table1 to table5 and figure3 of the paper; methods: eight methods with ResNet-20, and controls."""
     protocol: Literal["paper", "short", "small"] = "paper"
     """paper: 300 epochs; short: 30; small: 60 on 10,000 images of CIFAR-100, with ResNet-20 only."""
     cells: tuple[str, ...] = field(default=(), metadata={"metavar": "ROW[/COLUMN] .."})

@@ -25,7 +25,7 @@ from codistill.settings.build import build_method
 from codistill.settings.config import PLACES, RunConfig
 from codistill.settings.mapping import Where
 from codistill.sweeps.naming import canonical, digest, part
-from codistill.sweeps.spec import PlannedRun, flat, planned, read_settings
+from codistill.sweeps.spec import PlannedRun, findable, flat, planned, read_settings
 from codistill.sweeps.table import Row
 
 JOURNAL, RESULT = "search.journal", "search.json"
@@ -72,7 +72,7 @@ class SearchSpec:
         """Return the runs of a trial: one for each seed."""
         names = [f"{trial}-{part('seed', seed)}" if len(self.seeds) > 1 else trial for seed in self.seeds]
         each = [{**self.shared, **settings, "seed": seed} for seed in self.seeds]
-        return [planned(own, name, trial, self.where) for own, name in zip(each, names, strict=True)]
+        return [findable(planned(own, name, trial, self.where)) for own, name in zip(each, names, strict=True)]
 
     def no_predictor(self, known: Iterable[str]) -> UsageError:
         """Return the error of a predictor that a run does not have."""

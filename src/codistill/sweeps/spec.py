@@ -4,8 +4,8 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from codistill.settings.config import RunConfig
 from codistill.settings.mapping import LISTS, Where, run_from_mapping, split_method, typed_mapping
 from codistill.settings.recipe import read_table
 from codistill.sweeps.engines.registry import ENGINES
-from codistill.sweeps.naming import canonical, digest, unique_names
+from codistill.sweeps.naming import TAKEN, canonical, digest, unique_names
 
 KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
     str: ("text", lambda value: isinstance(value, str) and bool(value)),
@@ -26,6 +26,7 @@ KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
     list: ("a list of lines", lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value)),
 }
 """What settings of engines may be, by their type."""
+LABEL = re.compile(r"[A-Za-z0-9+-][A-Za-z0-9.+-]*")
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,11 @@ def read_spec(path: Path, skip_bad: bool = False) -> list[PlannedRun]:
     settings, labels = [], []
     for entry in entries:
         label = entry.get("name", "")
-        if not isinstance(label, str) or re.search(r"[^A-Za-z0-9.+-]", label):
-            raise UsageError(f"{where('name')}: name must be a text of letters, digits and . + -, not {label!r}")
+        if not isinstance(label, str) or (label and not LABEL.fullmatch(label)):
+            form = "a text of letters, digits and . + -, the first no point"
+            raise UsageError(f"{where('name')}: name must be {form}, not {label!r}")
+        if label.lower() in TAKEN:
+            raise UsageError(f"{where('name')}: {label} is a file of the sweep itself: choose another name")
         entry = {key: value for key, value in entry.items() if key != "name"}
         for point in itertools.product(*axes):
             own: dict[str, Any] = {}
@@ -68,12 +72,13 @@ def read_spec(path: Path, skip_bad: bool = False) -> list[PlannedRun]:
             if skip_bad and isinstance(data := settings[-1].get("data"), str):
                 settings[-1]["data"] = with_options(data, skip_bad="true")
     groups = unique_names([{key: value for key, value in each.items() if key != "seed"} for each in settings])
+    groups = labelled(groups, labels)
     runs: dict[str, PlannedRun] = {}
     names = unique_names(settings)
     for each, label, name, group in zip(settings, labels, names, groups, strict=True):
         if label:
             name = f"{label}-{name}" if labels.count(label) > 1 else label
-        run = planned(each, name, group, where)
+        run = findable(planned(each, name, group, where))
         # The same run may be written in two ways, as with a default that only one of them names.
         key = digest(run.config) if run.config else canonical(run.recipe)
         if key in runs:
@@ -82,6 +87,17 @@ def read_spec(path: Path, skip_bad: bool = False) -> list[PlannedRun]:
     if all(run.problem for run in runs.values()):
         raise UsageError(f"sweep {path}: no run can work: {next(iter(runs.values())).problem}")
     return list(runs.values())
+
+
+def labelled(groups: Sequence[str], labels: Sequence[str]) -> list[str]:
+    """Name groups by the labels of their runs, where all of a group have one; they stay the same groups."""
+    pairs = set(zip(groups, labels, strict=True))
+    names = {}
+    for group, label in pairs:
+        alone = [pair[0] for pair in pairs if pair[1] == label] == [group]
+        whole = [pair[1] for pair in pairs if pair[0] == group] == [label]
+        names[group] = group if not (label and whole) else label if alone else f"{label}-{group}"
+    return [names[group] for group in groups] if len(set(names.values())) == len(names) else list(groups)
 
 
 def read_settings(path: Path) -> tuple[dict[str, Any], Where]:
@@ -143,16 +159,25 @@ def grid_axes(grid: Any, where: Where) -> list[list[dict[str, Any]]]:
 
 
 def planned(settings: Mapping[str, Any], name: str, group: str, where: Where) -> PlannedRun:
-    """Make a run of its settings; a value out of range, or an unknown network or data set, is the run's `problem`."""
+    """Make a run of its settings; a value out of range is the run's `problem`."""
     recipe = {key: value for key, value in settings.items() if not key.startswith("method.")}
     recipe["method"] = {key[len("method.") :]: value for key, value in settings.items() if key not in recipe}
     typed_mapping(recipe, where)
     try:
-        config = run_from_mapping(recipe, lambda key: "")
-        for network in config.networks:
-            NETWORKS.find(network)
-        if config.data:
-            DATASETS.find(config.data)
-        return PlannedRun(name, group, recipe, config, "")
+        return PlannedRun(name, group, recipe, run_from_mapping(recipe, lambda key: ""), "")
     except UsageError as error:
         return PlannedRun(name, group, recipe, None, str(error).removeprefix(": "))
+
+
+def findable(run: PlannedRun) -> PlannedRun:
+    """Return a run; where it has a network or a data set that is not registered here, that is its `problem`."""
+    if run.config is None:
+        return run
+    try:
+        for network in run.config.networks:
+            NETWORKS.find(network)
+        if run.config.data:
+            DATASETS.find(run.config.data)
+    except UsageError as error:
+        return replace(run, config=None, problem=str(error))
+    return run

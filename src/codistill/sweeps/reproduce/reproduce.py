@@ -2,6 +2,7 @@
 
 import base64
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from codistill.sweeps.spec import engine_settings
 
 LEDGER, OUT = Path("results/ledger.jsonl"), Path("runs/reproduce")
 SEEDS = (0, 1, 2)
+STEM = 150
+"""Letters of a table's file name, of those that it may have."""
 MARKED = re.compile(r"(<!-- ledger: (\w+) (\w+)( differences)? -->\n)(.*?)(?=<!-- /ledger -->)", re.DOTALL)
 """A part of a Markdown page that is made from the ledger: table, protocol, and whether of differences."""
 
@@ -61,7 +64,8 @@ def reproduce(
         ledger: The file of finished runs; it may not exist.
         collect: Train nothing.
         record: Add the finished runs of this protocol in `out` to the ledger.
-        dry_run: Train nothing, only print which runs are missing, with minutes where `data` or `data_dir` is there.
+        dry_run: Train and write nothing, only print which runs are missing, with minutes where `data` or `data_dir` is
+            there.
         executor: What runs the processes, as for `sweep`.
         engine: A TOML file with the table that sets it up: [slurm] or [ray].
         slots: How many at a time, as for `sweep`.
@@ -85,27 +89,30 @@ def reproduce(
     patterns, folder = tuple(cells), out / protocol.name
     chosen, recorded = contents(table, protocol, patterns).cells, read_ledger(ledger)
     console, failed = lasting_console(show, markup=False), []
+    if not ledger.exists() and not record:
+        note(f"{ledger}: no such ledger: only runs in {folder} count")
     if not collect:
-        place: dict[str, Any] = {}
-        if not dry_run or data or data_dir:  # the minutes of a dry run are measured on the data
-            chosen, place = located(chosen, protocol, data, data_dir, out)
         setup = {name: each for name, each in (engine_settings(engine) if engine else {}).items() if each}
-        missing = Missing(chosen, seeds or SEEDS, recorded, protocol, folder)
-        for stage in ("teachers", "students"):
-            entries, names = missing.entries(stage, place)
-            console.print(f"{len(names)} runs of {stage} to train")
-            if not names:
-                continue
-            spec = out / f"{protocol.name}-{stage}.json"
-            try:
-                out.mkdir(parents=True, exist_ok=True)
-                write_json(spec, setup | {"runs": entries})
-            except OSError as error:
-                raise system_error(error, out, fix="choose another --out") from None
-            rows = sweep(spec, folder, executor=executor, slots=slots, dry_run=dry_run, program=program, show=show)
-            failed += [f"{row.name} ({row.reason})" for row in rows if row.status == "FAILED"]
-            if failed and stage == "teachers":
-                break
+        with tempfile.TemporaryDirectory() as scratch:  # where a dry run writes
+            beside, place = Path(scratch) if dry_run else out, dict[str, Any]()
+            if not dry_run or data or data_dir:  # the minutes of a dry run are measured on the data
+                chosen, place = located(chosen, protocol, data, data_dir, beside)
+            missing = Missing(chosen, seeds or SEEDS, recorded, protocol, folder)
+            for stage in ("teachers", "students"):
+                entries, names = missing.entries(stage, place)
+                console.print(f"{len(names)} runs of {stage} to train")
+                if not names:
+                    continue
+                spec = beside / f"{protocol.name}-{stage}.json"
+                try:
+                    beside.mkdir(parents=True, exist_ok=True)
+                    write_json(spec, setup | {"runs": entries})
+                except OSError as error:
+                    raise system_error(error, out, fix="choose another --out") from None
+                rows = sweep(spec, folder, executor=executor, slots=slots, dry_run=dry_run, program=program, show=show)
+                failed += [f"{row.name} ({row.reason})" for row in rows if row.status == "FAILED"]
+                if failed and stage == "teachers":
+                    break
     own, refused = runs_below(folder, [protocol])
     for line in refused:
         warn(f"{line}: it does not count")
@@ -116,7 +123,10 @@ def reproduce(
         note(f"{ledger}: {len(new)} runs added, {len(own) - len(new)} were there")
     runs = gather([*recorded, *own])
     tables = tables_of(table, protocol, runs, patterns, seeds)
-    write_tables(out / f"{table}-{protocol.name}", tables, draw(table, protocol, runs, patterns, seeds))
+    if dry_run:
+        return tables
+    stem = re.sub(r"[^A-Za-z0-9.+]+", "-", "-".join([table, protocol.name, *patterns]))[:STEM].strip("-")
+    write_tables(out / stem, tables, draw(table, protocol, runs, patterns, seeds))
     console.print(*(each.markdown() for each in tables), sep="\n", soft_wrap=True)
     if failed:
         raise WorkerError(f"{len(failed)} runs failed: {', '.join(failed[:5])}: {folder}/table.md says why")
