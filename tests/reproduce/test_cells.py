@@ -88,6 +88,8 @@ def test_cells_are_chosen_by_rows_or_with_columns():
     assert len(chosen.cells) == 9 and len(chosen.pairs) == 7
     with pytest.raises(UsageError, match="table1 has no cell 'resnet32/cifar': did you mean resnet32/cifar10"):
         contents("table1", protocols()["paper"], ("resnet32/cifar",))
+    with pytest.raises(UsageError, match="no cell 'resnet32/cifar10/mfef-x': did you mean resnet32/cifar10/mfef-s or"):
+        contents("table1", protocols()["paper"], ("resnet32/cifar10/mfef-x",))
 
 
 def test_settings_that_decide_nothing_are_free_and_equal_ones_are_equal():

@@ -88,6 +88,8 @@ def test_a_recipe_may_leave_the_method_to_the_command(parsed, recipe):
     [
         ("epochs = 3\nlearning_rte = 0.1", "PATH:2: unknown key 'learning_rte': did you mean learning_rate"),
         ('# a\n\n  "eposch" = 3', "PATH:3: unknown key 'eposch': did you mean epochs?"),
+        ("epochs = 3\nlr = 0.1", "PATH:2: lr is a flag: write learning_rate"),
+        ('preset = "mfef"', "PATH:1: preset is a flag: write the settings that it stands for"),
         ("[optimiser]\nlr = 0.1", "PATH:1: optimiser does not exist: choose it with --optimizer: sgd or adamw"),
         ('[method]\nname = "mfef"\n\ntemprature = 3', "PATH:4: unknown key 'temprature': did you mean temperature?"),
         ('[method]\nname = "independent"\nemperature = 3', "PATH:3: unknown key 'emperature': choose from shared"),

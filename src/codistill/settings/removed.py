@@ -48,15 +48,25 @@ FOREIGN = {
     "method.no_attention": "write --method.attention none",
 }
 """What there is instead of settings of other tools, or forms of our own, several names a line."""
+FLAGS = {
+    "lr": "write learning_rate",
+    "min_lr": "write min_learning_rate",
+    "wd": "write weight_decay",
+    "b": "write batch_size",
+    "preset": "write the settings that it stands for, which codistill list shows",
+}
+"""What files have instead of flags."""
 
 
 def instead(key: str, known: Iterable[str] | None = None) -> str | None:
     """Return the end of a line about a setting that is not there; None: it is not known from elsewhere.
 
-    `known` are the flags that there are, for no other is worth naming; None: those of all settings.
+    `known` are the flags that there are, for no other is worth naming; None: it stands in a file.
     """
     if key in REMOVED:
         return f"was removed: {REMOVED[key]}"
+    if known is None and key in FLAGS:
+        return f"is a flag: {FLAGS[key]}"
     text = next((text for names, text in FOREIGN.items() if key.lower() in names.split()), "")
     flags = re.findall(r"--[a-z.-]+[a-z]", text)
     return f"does not exist: {text}" if text and (known is None or {*flags} <= {*known}) else None

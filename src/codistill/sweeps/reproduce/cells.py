@@ -205,7 +205,10 @@ def contents(table: str, protocol: Protocol, patterns: tuple[str, ...] = ()) -> 
     kept = cells
     for pattern in patterns:
         if not any(_fits(cell, pattern) for cell in cells):
-            raise UsageError(f"{table} has no cell {pattern!r}: {near_matches(pattern, {cell.row for cell in cells})}")
+            known = {cell.row for cell in cells}
+            if (row := pattern.rpartition("/")[0]) in known:
+                known = {f"{row}/{cell.column}" for cell in cells if cell.row == row}
+            raise UsageError(f"{table} has no cell {pattern!r}: {near_matches(pattern, known)}")
     if patterns:
         kept = [cell for cell in cells if any(_fits(cell, pattern) for pattern in patterns)]
     notes = [text for row, text in own.get("notes", {}).items() if any(cell.row == row for cell in kept)]
