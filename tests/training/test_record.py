@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import codistill as cd
 from codistill.cli import main
 from codistill.core.errors import UsageError
+from codistill.methods import METHODS, Method
 from codistill.training import record as module
 
 from .. import tiny
@@ -85,3 +86,21 @@ def test_pages_have_what_the_history_has(empty_folder, capsys):
     assert "Training loss, nats" in page
     seen = capsys.readouterr()
     assert "lacks a part" not in seen.out + seen.err + none + terms + sums + page
+
+
+def overrides(kind, hook):
+    """Whether a method of a kind does something there, with its default settings."""
+    if hook == "views":
+        return kind.Settings().views_per_student
+    if hook == "initial_epochs":
+        return getattr(kind.Settings(), "initial_share", 0) > 0
+    return getattr(kind, hook) is not getattr(Method, hook)
+
+
+def test_the_page_names_the_methods_that_want_more_than_two_lines():
+    text = PAGE.read_text(encoding="utf-8").partition("### What some methods want beside it")[2]
+    rows = re.findall(r"^\| (.*) \| (`[`a-z -]+) \|$", text, re.MULTILINE)
+    hooks = [re.findall(r"method\.(?!initialising)(\w+)", what)[0] for what, _ in rows]
+    assert {"parameter_groups", "alternating_updates", "after_step", "after_epoch", "between_epochs"} <= {*hooks}
+    for hook, (_, names) in zip(hooks, rows, strict=True):
+        assert names.replace("`", "").split() == [name for name in METHODS if overrides(METHODS[name], hook)], hook

@@ -114,7 +114,8 @@ def with_teacher_terms(losses: Callable[..., Terms]) -> Callable[..., Terms]:
 class Method(Marked):
     """A way of training students together.
 
-    In any loop: `terms = method.losses(method(images), labels, progress)`, then `sum(terms.values()).backward()`.
+    In any loop: `terms = method.losses(method(images), labels, progress)`, then `sum(terms.values()).backward()`. What
+    else a loop does for methods that override the hooks below is in docs/training.md.
 
     A new method is a subclass with the decorator `@METHODS.register("my-method")`, an annotation
     `settings: MySettings`, `losses`, and `build` where it has modules of its own. Everything else has a default.
