@@ -41,3 +41,10 @@ def test_the_notebook_runs(tmp_path):
     assert (tmp_path / "student.onnx").exists()
     shown = "".join(str(cell.get("outputs", "")) for cell in notebook.cells)
     assert "image/png" in shown and "student.onnx" in shown
+
+
+def test_the_page_of_kd_names_the_methods_that_a_teacher_may_stand_beside():
+    from codistill.methods import METHODS
+
+    sentence = re.search(r"The same flags work with (.*): the terms", (ROOT / "docs/kd.md").read_text())
+    assert re.findall(r"`(.*?)`", sentence[1]) == [name for name, kind in METHODS.items() if kind.teacher == "allowed"]

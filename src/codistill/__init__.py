@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from codistill.methods.rocket import Rocket
     from codistill.networks import NETWORKS, Network, network, network_from
     from codistill.runs.evaluate import evaluate_run as evaluate
+    from codistill.settings.augment import AugmentSettings
     from codistill.settings.config import ExecutionSettings, RunConfig, TeacherSettings, TrainSettings
     from codistill.sweeps.driver import sweep
     from codistill.training.record import record
@@ -72,6 +73,7 @@ _HOMES = {
     "modules": "modules",
     "networks": "NETWORKS Network network network_from",
     "runs.evaluate": "evaluate",
+    "settings.augment": "AugmentSettings",
     "settings.config": "ExecutionSettings RunConfig TeacherSettings TrainSettings",
     "sweeps.driver": "sweep",
     "training.record": "record",
@@ -97,6 +99,7 @@ __all__ = [
     "NETWORKS",
     "ONE",
     "PCL",
+    "AugmentSettings",
     "Classifier",
     "CodistillError",
     "Dataset",

@@ -227,6 +227,7 @@ def test_heic_needs_a_package_more(monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "pillow_heif", module)
     monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
     np.testing.assert_array_equal(decode_image(b"\0\0\0\x1cftypheic\0\0\0\0mif1heic", "x"), RGB)
 
 

@@ -643,7 +643,7 @@ def test_a_damaged_checkpoint_is_refused(flags, capsys, tmp_path, damage):
         path.mkdir()
     else:
         path.write_bytes({"cut": whole[: len(whole) // 2], "noise": b"\x80\x02noise" * 40, "empty": b""}[damage])
-    message = "teacher weights.pth: (cannot be read: |holds no weights by name|has 0 tensors, but tiny)"
+    message = "teacher weights.pth: (cannot be read: |is a folder: |holds no weights by name|has 0 tensors, but tiny)"
     arguments = ["--teacher", "weights.pth", "--teacher-network", "tiny"]
     refused(capsys, tmp_path, 4, message, "kd", *flags, *arguments)
 

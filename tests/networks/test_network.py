@@ -103,3 +103,9 @@ def test_pooled_linear_is_the_mean_then_the_classifier():
 def test_stages_and_widths_must_agree_in_number():
     with pytest.raises(UsageError, match="1 stages, but 2 widths"):
         Network([nn.Identity()], PooledLinear(3, 2), (3, 3))
+
+
+def test_a_function_that_returns_no_network_is_one_line(monkeypatch):
+    monkeypatch.setitem(NETWORKS._entries, "plain", lambda num_classes: nn.Linear(4, num_classes))
+    with pytest.raises(UsageError, match=r"network plain: its function returns a Linear, .* codistill.network_from"):
+        network("plain", 3)

@@ -57,6 +57,11 @@ def test_each_rule_says_what_it_saw(changes, words):
     assert line.startswith(words)
 
 
+def test_a_run_that_has_not_ended_is_not_called_too_short():
+    run = seen(path=[20.0 - 0.1 * epoch for epoch in range(20)])
+    assert told(Seen(run.run, {"status": "interrupted"}, run.rows)) == []
+
+
 def test_what_was_not_measured_is_named_with_its_command():
     (found,) = advice(seen(), {}, measured=False)
     assert found.do.startswith("`codistill report runs/a --latency`")

@@ -235,10 +235,17 @@ def test_a_run_that_did_not_finish_says_so(run, tmp_path):
     page = run_page(old)
     assert f"This run is not finished. <code>codistill resume {tmp_path}</code> continues it." in page
     (tmp_path / "summary.json").write_text(json.dumps({"status": "diverged", "error": "the loss is NaN"}))
-    assert "This run is diverged: the loss is NaN." in run_page(cd.Run(tmp_path))
+    assert "This run is diverged: the loss is NaN." in (page := run_page(cd.Run(tmp_path)))
+    assert " 0 images held out" not in page
+    assert ("validation: images held out of the training set" in page) == bool(run.config.train.validation)
     (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(cd.CodistillError, match="no epoch has been finished"):
-        run_page(cd.Run(tmp_path))
+    for remove in (False, True):
+        if remove:
+            (tmp_path / "metrics.jsonl").unlink()
+        with pytest.raises(
+            cd.CodistillError, match=r"no epoch has been finished \(the loss is NaN\): there is nothing to"
+        ):
+            run_page(cd.Run(tmp_path))
 
 
 @pytest.mark.fault(53)

@@ -116,6 +116,14 @@ def test_a_photo_that_lies_on_its_side_has_the_size_of_what_is_decoded(tmp_path)
     assert f": 2 files cannot be used: {', '.join(names)}: {fault}" in str(error.value)
 
 
+def test_a_picture_whose_header_says_nothing_is_decoded(tmp_path, monkeypatch):
+    pictures(tmp_path / "photos/a", (8, 9), (8, 9))
+    pictures(tmp_path / "photos/b", (8, 9))
+    (tmp_path / "photos/b/1.heic").write_bytes(b"\0\0\0\x1cftypheic\0\0\0\0mif1heic")
+    monkeypatch.setattr(automatic, "decode_image", lambda content, where: np.zeros((7, 5, 3), np.uint8))
+    assert look_up("folder:test=2", str(tmp_path / "photos")) == Known(2, (8, 9), False, True)
+
+
 def test_what_is_looked_up_of_a_table(tmp_path):
     pictures(tmp_path / "photos", (8, 9), (8, 9), (8, 9), (6, 9), (5, 9))
     lines = [f"photos/{number}.png,{'ab'[number % 2]}" for number in range(5)]

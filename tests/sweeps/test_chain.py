@@ -3,6 +3,7 @@
 import signal
 
 import pytest
+import torch
 
 import codistill as cd
 from codistill.cli import main
@@ -68,6 +69,23 @@ def test_a_network_that_cannot_be_is_found_before_the_first_link(train, tmp_path
     assert train("chain", networks=("tiny", "resnet21")) == 2
     assert "unknown network 'resnet21'" in capsys.readouterr().err
     assert not (tmp_path / "chain").exists()
+
+
+def test_weights_are_those_of_a_link_and_a_run_to_start_from_is_that_of_none(train, tmp_path, capsys):
+    assert train("first", networks=("tiny", "tiny")) == 0
+    file = tmp_path / "weights.pth"
+    torch.save(cd.Run(tmp_path / "first/1-tiny").load_method().cohort[0].state_dict(), file)
+    assert train("chain", "--weights", f"student1={file}", networks=("tiny", "tiny")) == 0
+    runs = [cd.Run(tmp_path / "chain" / name) for name in LINKS[:2]]
+    assert [run.config.weights for run in runs] == [(), (f"student0={file}",)]
+    capsys.readouterr()
+    for flags, words in (
+        (("--weights", f"student2={file}"), "student2"),
+        (("--init", str(tmp_path / "first/1-tiny")), "but a chain has 2 runs: leave it out"),
+        (("--weights", f"student1={tmp_path / 'none.pth'}"), "none.pth"),
+    ):
+        assert train("other", *flags, networks=("tiny", "tiny")) in (2, 4)
+        assert words in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
 def test_other_settings_are_refused(train, capsys):

@@ -8,6 +8,7 @@ import torch
 
 import codistill as cd
 from codistill.core.errors import UsageError
+from codistill.networks import PooledLinear
 from codistill.training import initial
 from codistill.training import trainer as loop
 from codistill.training.resume import resume, resume_together
@@ -197,6 +198,14 @@ def test_what_the_run_has_not_is_drawn_from_the_seed(origin, colours, tmp_path):
     taken = origin.load_method().cohort[0].state_dict()
     for name, tensor in method.cohort[0].state_dict().items():
         assert torch.equal(tensor, taken[name]) is ("head" not in name), name
+
+
+def test_a_deeper_network_is_refused(origin):
+    stages = list(cd.network("tiny", 3).stages)
+    students = [cd.Network(stages[:2], PooledLinear(stages[1][0].out_channels, 3), (4, 6)) for _ in range(2)]
+    method = cd.DML(students, 3, image_size=(8, 8))
+    with pytest.raises(UsageError, match=r"its student0 is another network: cohort.students.0.stages.2.* is not here"):
+        initial.start_from(method, initial.read_weights(str(origin.path)), ("red", "green", "blue"))
 
 
 def test_another_network_is_refused(origin, colours, tmp_path, capsys):

@@ -132,6 +132,35 @@ def test_with_a_teacher_and_validation_images(colours, tmp_path):
     assert end_state(tmp_path / "broken") == end_state(tmp_path / "whole")
 
 
+def test_a_teacher_that_is_handed_in_teaches_as_then(tmp_path):
+    def taught(**settings):
+        return cd.WithTeacher(tiny.method(cd.KD, students=1), tiny.own_students(1)[0], **settings)
+
+    data, out = tiny.data(), tmp_path / "run"
+    run = cd.train(taught(train="head"), data, out=out, settings=tiny.settings(epochs=1), show=False)
+    assert run.metadata["initial_weights"]["trained_in"] == []
+    with pytest.raises(UsageError, match=r"has teacher_weight 5.0, but the run began with 1.0: attach it as then"):
+        cd.resume(out, epochs=2, data=data, method=taught(train="head", weight=5), show=False)
+    longer = cd.resume(out, epochs=2, data=data, method=taught(train="head"), show=False)
+    assert longer.config.train.epochs == 2 and longer.extensions[0]["epochs"] == 1
+    for call, words in (
+        (lambda: longer.evaluate("lastt"), "checkpoint 'lastt': take last or best"),
+        (lambda: longer.evaluate(split="train"), "split is 'train': take test or validation"),
+        (lambda: cd.train(data, data), "train: method is a Dataset; it must be a codistill.Method"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            call()
+
+
+def test_augmentation_from_python_is_that_of_the_run(tmp_path):
+    chosen = cd.AugmentSettings(mixup=0.2, class_weights="balanced")
+    settings = tiny.settings(epochs=1)
+    run = cd.train(
+        tiny.method(cd.DML), tiny.data(), out=tmp_path / "run", settings=settings, augment=chosen, show=False
+    )
+    assert run.config.augment == chosen and (run.metadata["mixup"], run.metadata["class_weights"]) == (0.2, "balanced")
+
+
 # Stopped in the second of two epochs, or in the first, which may be the initialisation.
 @pytest.mark.parametrize(
     ("method", "step", "more"),

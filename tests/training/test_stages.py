@@ -94,6 +94,12 @@ def terms(run: cd.Run) -> list[set[str]]:
     return [{name.partition("/")[0] for name in row["train"]} - {"loss"} for row in run.metrics()]
 
 
+def test_patience_counts_from_the_end_of_the_initialisation(colours, teacher, tmp_path):
+    more = ("--epochs", "8", "--lr", "1e-9", "--validation", "4", "--patience", "2")  # nothing is learned
+    run = trained(colours, tmp_path / "run", *teacher, *more)
+    assert terms(run) == [{"hint"}] * 4 + [{"ce"}] * 2 and run.summary["stopped_early"] == 6
+
+
 def test_each_stage_has_its_own_terms(colours, teacher, tmp_path):
     run = trained(colours, tmp_path / "run", *teacher)
     assert terms(run) == [{"hint"}, {"hint"}, {"ce"}, {"ce"}]

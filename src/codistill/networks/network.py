@@ -118,6 +118,9 @@ def network(
     if not fresh:
         passed.pop("pretrained", None)
     built = build(num_classes=num_classes, **passed)
+    if not isinstance(built, Network):
+        what = f"network {name}: its function returns a {type(built).__name__}, which is no Network"
+        raise UsageError(f"{what}: have it return codistill.network_from(module)")
     if not built.initialised:
         initialise(built)
     built.spec = write_spec(name, chosen)

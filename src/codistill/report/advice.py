@@ -73,6 +73,8 @@ def _rules(seen: Seen, analyses: Mapping[str, Analysis], measured: bool) -> Iter
 
 
 def _length(seen: Seen) -> Iterator[Advice]:
+    if not seen.finished:  # nobody knows how it would go on
+        return
     scored = seen.scored
     last, best = scored[-1], seen.best
     assert best is not None
@@ -205,7 +207,7 @@ def _trust(seen: Seen, student: str, analyses: Mapping[str, Analysis]) -> Iterat
         if (high - low) / 2 > FEW_IMAGES:
             yield Advice(
                 f"{seen.images('test'):,} test images leave the error of {student} between {low:.1f} and {high:.1f} %.",
-                "Differences within that are noise: test on more images, and train a few `--seeds`.",
+                "On other images like these it may be as low or as high: test on more, and train a few `--seeds`.",
             )
     if chosen_by(last) == "test":
         yield Advice(

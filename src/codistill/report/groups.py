@@ -159,7 +159,7 @@ def text_of(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(text_of, value)) or "none"
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return "not set" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def differing(runs: Sequence[RunFolder]) -> list[str]:

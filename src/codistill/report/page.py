@@ -100,9 +100,10 @@ def seen_run(run: RunFolder, summary: Mapping[str, Any] | None = None) -> Seen:
     """Return what a folder tells; `summary`: that of a run whose file is not written yet."""
     if summary is None:
         summary = run.summary if run.status is not None else {}
-    rows = run.metrics()
+    rows = run.metrics() if (run.path / "metrics.jsonl").exists() else []
     if not rows:
-        raise CheckpointError(f"{run.path}/metrics.jsonl: no epoch has been finished: there is nothing to report yet")
+        why = f" ({summary['error']})" if summary.get("error") else ""
+        raise CheckpointError(f"{run.path}: no epoch has been finished{why}: there is nothing to report yet")
     return Seen(run, summary, rows)
 
 
@@ -278,7 +279,7 @@ def _predictors(seen: Seen, analyses: Mapping[str, Analysis]) -> dict[str, Any]:
             "parameters": f"{parameters:,}" if parameters is not None else "",
         }
         rows.append({"name": name, "colour": colour_of(name), "cells": list(cells.items())})
-    held_out = f"; validation: {seen.images('validation'):,} images held out of the training set" if held else ""
+    held_out = f"; validation: {_held_out(seen)}" if held else ""
     return {
         "headings": ["predictor", *(heading for heading, _ in rows[0]["cells"])],
         "rows": rows,
@@ -307,7 +308,12 @@ def _chosen_on(seen: Seen) -> str:
             "The best epoch is the one with the lowest student error on this test set, which flatters it; quote the "
             "last epoch, or choose on held-out training images with --validation."
         )
-    return f"The best epoch was chosen on {seen.images('validation')} validation images held out of the training set."
+    return f"The best epoch was chosen on {_held_out(seen)}."
+
+
+def _held_out(seen: Seen) -> str:
+    count = seen.images("validation")  # not known before the end of a run
+    return f"{count:,} images held out of the training set" if count else "images held out of the training set"
 
 
 def _settings(run: RunFolder) -> dict[str, Any]:

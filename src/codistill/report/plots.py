@@ -65,7 +65,7 @@ def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Return round numbers for a logarithmic axis from low to high, both above 0; two at least where it has room."""
+    """Return round numbers for a logarithmic axis from low to high, both above 0; two at least, unless they are one."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     stride = max(1, (last - first) // 5)
     for factors in ((1,), (1, 3), (1, 2, 5)):
@@ -73,7 +73,7 @@ def log_ticks(low: float, high: float) -> list[float]:
         ticks = [tick for tick in ticks if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
         if len(ticks) > 2:
             break
-    return ticks
+    return ticks if len(ticks) > 1 else nice_ticks(low, high)
 
 
 def number(value: float) -> str:

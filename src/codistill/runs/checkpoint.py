@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from codistill.core.console import warn
-from codistill.core.errors import CheckpointError
+from codistill.core.errors import CheckpointError, UsageError
 from codistill.core.files import system_error, write_atomically, write_json
 from codistill.runs.state import FORMAT, TrainingState, other_format
 
@@ -98,8 +98,11 @@ class CheckpointStore:
         """Read the last or the best checkpoint; a damaged last one is passed over for the one before, with a warning.
 
         Raises:
+            UsageError: `which` is neither.
             CheckpointError: There is none, or none that is whole; names each file and what is wrong with it.
         """
+        if which not in ("last", "best"):
+            raise UsageError(f"checkpoint {which!r}: take last or best")
         reasons: list[str] = []
         for entry in reversed(self.entries()):
             if which == "best" and not entry["best"]:

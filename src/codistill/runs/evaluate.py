@@ -73,6 +73,8 @@ def evaluate_images(
     facts = run.metadata["dataset"]
     other = _labelled_folder(run, Path(data_dir), skip_bad) if data_dir else None
     held = evaluated_splits(run, run.load_data(data_dir, skip_bad)) if other is None else {"test": Images(other)}
+    if split not in get_args(EvaluatedSplit):
+        raise UsageError(f"split is {split!r}: take {' or '.join(get_args(EvaluatedSplit))}")
     if split not in held:
         why = (
             "it was trained without --validation" if other is None else f"{data_dir} is a folder of class folders alone"

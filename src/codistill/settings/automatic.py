@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from codistill.core.errors import DataError
 from codistill.core.host import cores
 from codistill.core.registry import parse_spec, with_options
 from codistill.data.dataset import DATASETS, Dataset, dataset
+from codistill.data.images import FIX, FORMATS, MAX_FILE, decode_image
 from codistill.data.listing import Listed, listed_by
 from codistill.data.metadata import ORIENTATION
+from codistill.data.untrusted import read_file
 from codistill.methods import METHODS
 from codistill.networks import network
 from codistill.networks.probe import forward_flop
@@ -89,11 +91,16 @@ def look_up(spec: str, root: str | None) -> Known:
 
 def header_size(place: Path, listed: Listed, position: int) -> tuple[int, int] | None:
     """Return height and width of a listed image as it will be decoded, pixels, by its header; None: it has none."""
+    path = place / listed.names[position]
     try:
-        file = place / listed.names[position] if listed.read is None else io.BytesIO(listed.read(position))
-        with Image.open(file) as image:
-            lies = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
-            return (image.width, image.height) if lies else (image.height, image.width)
+        content = None if listed.read is None else listed.read(position)
+        try:
+            with Image.open(path if content is None else io.BytesIO(content), formats=FORMATS) as image:
+                lies = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+                return (image.width, image.height) if lies else (image.height, image.width)
+        except UnidentifiedImageError:  # a HEIC picture is decoded
+            pixels = decode_image(read_file(path, MAX_FILE, FIX) if content is None else content, str(path))
+            return pixels.shape[0], pixels.shape[1]
     except (DataError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
 

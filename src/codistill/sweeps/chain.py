@@ -8,7 +8,7 @@ from rich.table import Table
 from codistill.core.console import lasting_console, note
 from codistill.core.errors import DivergedError, UsageError
 from codistill.deploy.run import Run
-from codistill.settings.build import build_method, load_named_data
+from codistill.settings.build import build_method, load_named_data, weights_of
 from codistill.settings.config import RunConfig, default_config
 from codistill.sweeps.naming import differences, digest
 from codistill.training.resume import resume
@@ -23,14 +23,23 @@ def is_chain(config: RunConfig) -> bool:
 
 
 def links_of(config: RunConfig, folder: Path) -> dict[Path, RunConfig]:
-    """Return the runs of a chain by their folders: the first is `independent` unless the chain names a teacher."""
+    """Return the runs of a chain by their folders: the first is `independent` unless the chain names a teacher.
+
+    Weights of student0, student1, .. are those that the links begin with, in this order.
+
+    Raises:
+        UsageError: Weights of no link, or a run whose weights all would start from.
+    """
     links: dict[Path, RunConfig] = {}
-    teaching = config.teaching
+    teaching, files = config.teaching, weights_of(config)
+    if config.train.init is not None:
+        raise UsageError(f"init is {config.train.init}, but a chain has {len(config.networks)} runs: leave it out")
     for number, name in enumerate(config.networks):
-        link = dataclasses.replace(config, networks=(name,), teaching=teaching)
+        weights = (f"student0={files[number]}",) if number in files else ()
+        link = dataclasses.replace(config, networks=(name,), weights=weights, teaching=teaching)
         if teaching.teacher is None:
-            plain = default_config("independent")
-            link = dataclasses.replace(link, method_name="independent", method=plain.method)
+            plain, frozen = default_config("independent"), dataclasses.replace(teaching, teacher_train=None)
+            link = dataclasses.replace(link, method_name="independent", method=plain.method, teaching=frozen)
         path = folder / f"{number}-{name.partition(':')[0].replace('/', '-')}"
         links[path] = link
         teaching = dataclasses.replace(
@@ -58,7 +67,7 @@ def train_chain(config: RunConfig, out: Path | None = None, show: bool = True) -
     """
     data = load_named_data(config)
     for link in links_of(config, Path()).values():
-        build_method(link, data.num_classes, data.image_size, fresh=False)
+        build_method(link, data.num_classes, data.image_size, fresh=bool(link.weights))
     folder = out or free_folder(config)
     if (folder / "config.json").exists():
         raise UsageError(f"{folder} is a run folder: choose another --out for the chain")

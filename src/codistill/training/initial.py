@@ -46,7 +46,8 @@ def draw_weights(method: Method, seed: int) -> dict[str, Any]:
         if named and len(fresh) < len(tensors):
             like = drawn_like(method, seed, own=False)
         from_recipe = named and like is not None and weights_digest(method) == weights_digest(like)
-    trained_in = sorted({str(origin) for origin in origins.values() if isinstance(origin, Path)})
+    students = [origin for name, origin in origins.items() if not name.startswith("teacher_parts.")]
+    trained_in = sorted({str(origin) for origin in students if isinstance(origin, Path)})
     return {"sha256": weights_digest(method), "from_recipe": from_recipe, "trained_in": trained_in}
 
 
@@ -78,6 +79,12 @@ def start_from(method: Method, origin: Origin, classes: Sequence[str]) -> dict[s
         UsageError: A student of the run is another network.
     """
     own, there = tensors_once(method), origin.weights
+    for name in there:
+        stage = re.match(r"(cohort\.students\.)(\d+)(\.stages\..*)", name)
+        deeper = stage and int(stage[2]) < len(method.cohort) and not {name, f"{stage[1]}0{stage[3]}"} & own.keys()
+        if stage and deeper:
+            what = f"its student{stage[2]} is another network: {name} is not here"
+            raise UsageError(f"init {origin.run}: {what}: name the same --networks")
     same = list(classes) == list(origin.classes)
     taken: dict[str, Tensor] = {}
     for name, tensor in own.items():

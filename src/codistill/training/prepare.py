@@ -34,7 +34,7 @@ from codistill.runs.saving import Saver
 from codistill.runs.state import TrainingState
 from codistill.runs.summary import network_names, write_summary_of_failure
 from codistill.settings.build import build_method, weights_of
-from codistill.settings.config import RunConfig, TrainSettings
+from codistill.settings.config import RunConfig, TeacherSettings, TrainSettings
 from codistill.training.compiling import Execution, choose_execution
 from codistill.training.initial import draw_weights, read_weights, start_from
 from codistill.training.ranks import ALONE, Ranks
@@ -212,6 +212,19 @@ def build_taught(config: RunConfig, data: Dataset, own: Method | None = None, fr
     teacher = load_teacher(named, data.class_names, data.statistics, data.image_size)
     how = named.teacher_weight, named.teacher_temperature, named.teacher_kl, named.teacher_kl_weights
     return WithTeacher(method, teacher, *how, named.teacher_train)
+
+
+def teaching_of(method: Method) -> TeacherSettings:
+    """Return how the teacher of a method teaches, as settings without its place and what of it is trained."""
+    teacher = method.taught_by
+    if teacher is None:
+        return TeacherSettings()
+    return TeacherSettings(
+        teacher_weight=teacher.weight,
+        teacher_temperature=teacher.temperature,
+        teacher_kl=teacher.kl,
+        teacher_kl_weights=tuple(teacher.kl_weights),
+    )
 
 
 def check_teacher(method: type[Method], given: bool) -> None:

@@ -18,7 +18,7 @@ from codistill.settings.config import MOVABLE
 from codistill.settings.mapping import run_from_mapping
 from codistill.training.fleet import mark_diverged, shared, side_by_side, train_in_groups, train_in_processes
 from codistill.training.optim import rate_of
-from codistill.training.prepare import DeviceSplits, announce, build_taught, check, set_up
+from codistill.training.prepare import DeviceSplits, announce, build_taught, check, set_up, teaching_of
 from codistill.training.ranks import ALONE, Ranks
 from codistill.training.sharing import share_cores
 from codistill.training.train import fail
@@ -135,7 +135,8 @@ def resume_together(
             if device.type == "cpu":
                 sizes = [len(list(same)) for _, same in itertools.groupby(group, key=lambda each: each.position)]
             train_in_groups(openings, sizes, mark_diverged if several else fail)
-        return [each.run for each in interrupted]
+        # What an extension has changed is in config.json.
+        return [Run(each.run.path, each.run.own_method, each.run._data) for each in interrupted]
 
 
 def unfinished(
@@ -276,9 +277,16 @@ class InterruptedRun:
         if not places and own is None and began is not None:
             words = f"its teacher was attached in Python: {hand_in('method', run.metadata)}"
             raise CheckpointError(f"{run.path}: {words}; or {name_it}")
+        if own is not None and own.taught_by is not None:
+            now, wanted = teaching_of(own), self.config.teaching
+            for name in ("teacher_weight", "teacher_temperature", "teacher_kl", "teacher_kl_weights"):
+                has, began_with = getattr(now, name), getattr(wanted, name)
+                if has != began_with:
+                    what = f"the teacher that was handed in has {name} {has!r}"
+                    raise UsageError(f"{run.path}: {what}, but the run began with {began_with!r}: attach it as then")
         method = build_taught(self.config, data, own, fresh=self.state is None)
-        now = weights_digest(method.taught_by.network) if method.taught_by else None
-        if began is not None and now != began:
+        digest = weights_digest(method.taught_by.network) if method.taught_by else None
+        if began is not None and digest != began:
             what = f"teacher {', '.join(places) or 'handed in'}: its weights are not those that {run.path} began with"
-            raise CheckpointError(f"{what} (SHA-256 {str(now)[:12]}.. instead of {str(began)[:12]}..): {name_it}")
+            raise CheckpointError(f"{what} (SHA-256 {str(digest)[:12]}.. instead of {str(began)[:12]}..): {name_it}")
         return method

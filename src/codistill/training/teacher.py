@@ -57,6 +57,8 @@ def load_one(
             f"teacher {path}: {path.suffix} files do not teach: name the run, or export it as .safetensors"
         )
     if settings.teacher_network is not None:
+        if path.is_dir():
+            raise CheckpointError(f"teacher {path}: is a folder: a run knows its network: leave --teacher-network out")
         return read_checkpoint(path, settings.teacher_network, len(class_names), image_size)
     if not path.is_dir() and path.suffix != ".safetensors":
         if not path.exists():
@@ -68,6 +70,9 @@ def load_one(
         if path.is_file():
             raise CheckpointError(f"{error}; plain weights teach with --teacher-network") from None
         raise
+    if settings.teacher_predictor not in (None, card["predictor"]):
+        found = f"holds {card['predictor']}, not {settings.teacher_predictor}"
+        raise UsageError(f"teacher {path}: {found}: leave --teacher-predictor out, or name the run folder")
     if tuple(card["class_names"]) != tuple(class_names):
         raise UsageError(
             f"teacher {path} knows {len(card['class_names'])} classes ({card['trained_on']}) that are not the "

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from codistill.core.console import note, warn
-from codistill.core.errors import DivergedError
+from codistill.core.errors import DivergedError, UsageError
 from codistill.core.files import system_error
 from codistill.core.torchrun import launch, world_size
 from codistill.data.dataset import Dataset
@@ -20,10 +20,11 @@ from codistill.methods import Method
 from codistill.networks.origin import mark
 from codistill.runs.folder import ANOTHER, refuse_taken
 from codistill.runs.state import TrainingState
+from codistill.settings.augment import AugmentSettings
 from codistill.settings.build import load_named_data
-from codistill.settings.config import PLACES, ExecutionSettings, RunConfig, TeacherSettings, TrainSettings
+from codistill.settings.config import PLACES, ExecutionSettings, RunConfig, TrainSettings
 from codistill.training.loop import train_loop
-from codistill.training.prepare import DeviceSplits, announce, build_taught, check, check_teacher, set_up
+from codistill.training.prepare import DeviceSplits, announce, build_taught, check, check_teacher, set_up, teaching_of
 from codistill.training.ranks import Ranks
 from codistill.training.sharing import choose_threads
 from codistill.training.trainer import OnEpochEnd, Trainer
@@ -88,6 +89,7 @@ def train(
     epochs: int | None = None,
     out: str | Path | None = None,
     settings: TrainSettings | None = None,
+    augment: AugmentSettings | None = None,
     execution: ExecutionSettings | None = None,
     init: Run | str | Path | None = None,
     on_epoch_end: OnEpochEnd | None = None,
@@ -101,6 +103,7 @@ def train(
         epochs: How often each image is seen; overrides the settings.
         out: The run folder, which must not hold anything; None: a new one below runs/.
         settings: Everything else of the experiment; None: the defaults, which are the paper's recipe.
+        augment: What is done to images and labels beyond crops and flips, class weights and sampling; None: nothing.
         execution: Device, precision and how steps are computed; None: the defaults.
         init: A run whose last weights this one starts from; overrides the settings.
         on_epoch_end: Called after each epoch with its line of metrics.jsonl; of several ranks rank 0 calls it. If it
@@ -114,38 +117,38 @@ def train(
         UsageError: Settings, networks and data do not go together, or the folder is not empty; nothing was written.
         DivergedError: A loss became NaN or infinite; the last whole checkpoint is kept.
     """
+    for what, given, kind in (("method", method, Method), ("data", data, Dataset)):
+        if not isinstance(given, kind):
+            raise UsageError(f"train: {what} is a {type(given).__name__}; it must be a codistill.{kind.__name__}")
     check_teacher(type(method), method.taught_by is not None)
     settings = settings or TrainSettings()
     if epochs is not None:
         settings = dataclasses.replace(settings, epochs=epochs)
     if init is not None:
         settings = dataclasses.replace(settings, init=str(init.path if isinstance(init, Run) else init))
-    config = config_of(method, data, settings, execution)
+    config = config_of(method, data, settings, execution, augment)
     with Ranks.from_environment() as ranks:
         device = ranks.choose_device(config.execution)
         return _train(method, data, config, Path(out) if out else None, device, show, ranks, on_epoch_end)
 
 
 def config_of(
-    method: Method, data: Dataset, settings: TrainSettings, execution: ExecutionSettings | None = None
+    method: Method,
+    data: Dataset,
+    settings: TrainSettings,
+    execution: ExecutionSettings | None = None,
+    augment: AugmentSettings | None = None,
 ) -> RunConfig:
     """Return the settings of a run with a method and a data set that are made already."""
-    teacher, teaching = method.taught_by, TeacherSettings()
-    if teacher is not None:
-        teaching = TeacherSettings(
-            teacher_weight=teacher.weight,
-            teacher_temperature=teacher.temperature,
-            teacher_kl=teacher.kl,
-            teacher_kl_weights=tuple(teacher.kl_weights),
-        )
     return RunConfig(
         method_name=method.name,
         networks=tuple(student.spec for student in method.cohort),
         data=data.spec or data.name,
         data_dir=data.root or None,
         train=settings,
+        augment=augment or AugmentSettings(),
         execution=execution or ExecutionSettings(),
-        teaching=teaching,
+        teaching=teaching_of(method),
         method=method.settings,
     )
 

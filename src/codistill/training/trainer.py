@@ -185,11 +185,15 @@ class Trainer:
 
     @property
     def over(self) -> bool:
-        """Whether the run is at its end: all epochs are done, or its patience is, counted from its last extension."""
+        """Whether the run is at its end: all epochs are done, or its patience is.
+
+        It counts from the last extension, and from the end of an initialisation, whose errors mean nothing.
+        """
         patience, extensions = self.config.train.patience, self.run.extensions
         if len(self.rows) >= self.config.train.epochs or not patience or self.best is None:
             return len(self.rows) >= self.config.train.epochs
-        first: int = max(self.best["epoch"] + 1, extensions[-1]["after_epoch"] if extensions else 0)
+        extended: int = extensions[-1]["after_epoch"] if extensions else 0
+        first = max(self.best["epoch"] + 1, extended, self.initial_epochs)
         return bool(sum(row["epoch"] >= first for row in evaluated(self.rows)) >= patience)
 
     def stops(self) -> bool:
