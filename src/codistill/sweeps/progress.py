@@ -41,7 +41,9 @@ class Estimates:
         """Learn from a run that is finished."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             summary = json.loads((self.folder / run.name / "summary.json").read_text(encoding="utf-8"))
-            self.finished[kind(run)] = summary["wall_seconds"] / summary["epochs"]
+            # Of a run that was resumed the first is that of its last process alone.
+            seconds = max(summary["wall_seconds"], summary.get("train_seconds", 0))
+            self.finished[kind(run)] = seconds / summary["epochs"]
 
     def measure(self, runs: Sequence[PlannedRun], budget: float) -> None:
         """Time steps of the runs that train on this CPU, once for each kind of which nothing is known.
