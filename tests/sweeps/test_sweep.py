@@ -649,7 +649,9 @@ def test_a_dry_run_shows_order_minutes_and_how_they_were_estimated_and_changes_n
     bench.sweep()
     (bench.out / "seed2" / "metrics.jsonl").write_text('{"seconds": 30.0}\n')
     summary = json.loads((bench.out / "seed0" / "summary.json").read_text())
-    (bench.out / "seed0" / "summary.json").write_text(json.dumps({**summary, "wall_seconds": 12.0, "train_seconds": 240.0, "epochs": 4}))
+    (bench.out / "seed0" / "summary.json").write_text(
+        json.dumps({**summary, "wall_seconds": 12.0, "train_seconds": 240.0, "epochs": 4})
+    )
     monkeypatch.setattr(progress, "measured_epoch", lambda config: 6.0 if config.method_name == "dml" else None)
     Path("spec.toml").write_text(f'{SHARED}[grid]\nmethod = ["ffl", "dml", "mfef"]\nseed = [2, 1, 0, 3]')
     before = tiny.listing(bench.folder)
