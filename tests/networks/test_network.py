@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from codistill.core.errors import UsageError
-from codistill.networks import NETWORKS, Network, PooledLinear, network
+from codistill.methods import METHODS
+from codistill.networks import NETWORKS, Network, PooledLinear, network, network_from
 from codistill.networks.layers import BatchNormAct2d, conv, initialise
 from codistill.networks.probe import probe_shapes
 
@@ -109,3 +110,10 @@ def test_a_function_that_returns_no_network_is_one_line(monkeypatch):
     monkeypatch.setitem(NETWORKS._entries, "plain", lambda num_classes: nn.Linear(4, num_classes))
     with pytest.raises(UsageError, match=r"network plain: its function returns a Linear, .* codistill.network_from"):
         network("plain", 3)
+
+
+def test_one_network_for_several_and_a_class_for_a_network_are_one_line():
+    with pytest.raises(UsageError, match="dml: students is one network: hand in a list of networks"):
+        METHODS["dml"](network("resnet8", 3), num_classes=3)
+    with pytest.raises(UsageError, match=r"network_from: <class .*Linear'> is no torch.nn.Module: hand in a network"):
+        network_from(nn.Linear)

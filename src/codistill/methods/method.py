@@ -194,6 +194,8 @@ class Method(Marked):
             raise UsageError(f"{self.name} takes {self.Settings.__name__}, not {type(self.settings).__name__}")
         self.num_classes = num_classes
         self.image_size = image_size
+        if isinstance(students, nn.Module):
+            raise UsageError(f"{self.name}: students is one network: hand in a list of networks")
         students = list(students)
         self.require_students(len(students), self.min_students)
         if self.max_students is not None and len(students) > self.max_students:

@@ -296,6 +296,8 @@ def network_from(
     def chosen(trace: Trace, module: nn.Module, images: Tensor) -> tuple[list[fx.Node], Form]:
         return (named_ends(trace, module, stages) if stages else found_ends(trace, trace.results(images))), Form()
 
+    if not isinstance(module, nn.Module):
+        raise UsageError(f"network_from: {module!r} is no torch.nn.Module: hand in a network that is made already")
     name = name or type(module).__name__
     return cut(module, planned(module, chosen, name, image_size, stages), stages)
 

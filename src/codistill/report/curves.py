@@ -139,7 +139,7 @@ def _of_one(group: Group) -> list[Chart]:
             log=True,
             height=340,
         ),
-        _chart("Learning rate", [rate], log=True, height=220),
+        _chart("Learning rate", [rate], "Logarithmic.", log=True, height=220),
         _chart(
             "Disagreement of the students, % of test images", [differ] if len(seen.students) > 1 else [], height=220
         ),
@@ -180,7 +180,8 @@ def _of_several(groups: Sequence[Group]) -> list[Chart]:
             log=True,
         )
     )
-    found.append(_chart("Learning rate", by_group(lambda row: row.get("learning_rate")), log=True))
+    rate = by_group(lambda row: row.get("learning_rate"))
+    found.append(_chart("Learning rate", rate, "Logarithmic.", log=True))
     found.append(
         _chart(
             "Disagreement of the students, % of test images",

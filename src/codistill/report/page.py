@@ -279,7 +279,7 @@ def _predictors(seen: Seen, analyses: Mapping[str, Analysis]) -> dict[str, Any]:
             "parameters": f"{parameters:,}" if parameters is not None else "",
         }
         rows.append({"name": name, "colour": colour_of(name), "cells": list(cells.items())})
-    held_out = f"; validation: {_held_out(seen)}" if held else ""
+    held_out = f"; validation: {_held_out(seen, 'images')}" if held else ""
     return {
         "headings": ["predictor", *(heading for heading, _ in rows[0]["cells"])],
         "rows": rows,
@@ -308,12 +308,12 @@ def _chosen_on(seen: Seen) -> str:
             "The best epoch is the one with the lowest student error on this test set, which flatters it; quote the "
             "last epoch, or choose on held-out training images with --validation."
         )
-    return f"The best epoch was chosen on {_held_out(seen)}."
+    return f"The best epoch was chosen on {_held_out(seen, 'validation images')}."
 
 
-def _held_out(seen: Seen) -> str:
+def _held_out(seen: Seen, what: str) -> str:
     count = seen.images("validation")  # not known before the end of a run
-    return f"{count:,} images held out of the training set" if count else "images held out of the training set"
+    return f"{f'{count:,} ' if count else ''}{what} held out of the training set"
 
 
 def _settings(run: RunFolder) -> dict[str, Any]:

@@ -73,9 +73,8 @@ def train_from_config(config: RunConfig, out: Path | None = None, show: bool = T
     """Load the data set, build the networks and train; without `out` into a new folder below runs/; see `train`."""
     with Ranks.from_environment() as ranks:
         device = ranks.choose_device(config.execution)
-        with ranks.together():  # before data are read, which may take minutes
-            if out is not None and ranks.leads:
-                refuse_taken(out)
+        if out is not None and ranks.count == 1:  # ranks may have been started again, in the folder of their run
+            refuse_taken(out)  # before data are read, which may take minutes
         data = ranks.in_turn(lambda: load_named_data(config))
         with ranks.together():
             method = build_taught(config, data)
