@@ -1,5 +1,6 @@
 """Evaluation of a finished run."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -64,17 +65,17 @@ def evaluate_images(
         split: The test set, or the validation images.
 
     Raises:
-        UsageError: The run has no validation images.
+        UsageError: The run has no validation images, or there is no such split.
         CheckpointError: No whole checkpoint.
         DataError: The data set is missing or damaged, or has other classes or another image size than in training.
     """
+    if split not in get_args(EvaluatedSplit):
+        raise UsageError(f"split is {split!r}: take {' or '.join(get_args(EvaluatedSplit))}")
     config = run.config
     where = choose_device(device, config.execution.precision)
     facts = run.metadata["dataset"]
     other = _labelled_folder(run, Path(data_dir), skip_bad) if data_dir else None
     held = evaluated_splits(run, run.load_data(data_dir, skip_bad)) if other is None else {"test": Images(other)}
-    if split not in get_args(EvaluatedSplit):
-        raise UsageError(f"split is {split!r}: take {' or '.join(get_args(EvaluatedSplit))}")
     if split not in held:
         why = (
             "it was trained without --validation" if other is None else f"{data_dir} is a folder of class folders alone"
@@ -114,9 +115,9 @@ def _labelled_folder(run: RunFolder, place: Path, skip_bad: bool) -> Split | Non
     names, used = class_folders(place), read_images(run.path)
     if names is None or (used and 2 * len(used.keys() & set(names)) >= len(used)):
         return None
-    known: dict[str, set[str]] = {"train": set(), "validation": set(), "test": set()}
+    known: dict[str, set[str]] = defaultdict(set)
     for name, split in used.items():
-        known.setdefault(split, set()).update((name, name.partition("/")[2]))  # as below the folder of its split
+        known[split].update((name, name.partition("/")[2]))  # as below the folder of its split
     trained = [name for name in names if name in known["train"] | known["validation"]]
     if set(trained) - known["test"]:
         words = f"{len(trained)} of {len(names)} images of {place} are named as training images, such as {trained[0]}"

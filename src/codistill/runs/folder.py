@@ -71,7 +71,7 @@ class RunFolder:
         with contextlib.ExitStack() as held:
             try:
                 if run is None:
-                    refuse_taken(path)
+                    refuse_existing(path)
                     path.mkdir(parents=True, exist_ok=True)
                 held.enter_context(lock_folder(path))
                 remove_strays(path)
@@ -304,7 +304,7 @@ def hand_in(what: str, metadata: Mapping[str, Any]) -> str:
     return f"{handed}; on the command line, {began}, with {trained_with(metadata)}"
 
 
-def refuse_taken(path: Path) -> None:
+def refuse_existing(path: Path) -> None:
     """Raise `UsageError` where a process works on a run folder, which is named, or a new one would not be empty."""
     with contextlib.suppress(OSError):
         if (path / ".lock").exists():

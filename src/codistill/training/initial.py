@@ -18,6 +18,9 @@ from codistill.runs.folder import RunFolder
 from codistill.runs.metadata import weights_digest
 from codistill.runs.state import tensors_once
 
+STAGE = re.compile(r"(cohort\.students\.)(\d+)(\.stages\..*)")
+"""The name of a tensor of a student's stages: the number is the second group."""
+
 
 def draw_weights(method: Method, seed: int) -> dict[str, Any]:
     """Draw the weights of a method from a run's seed, in place, as the command line does, and describe the result.
@@ -80,15 +83,14 @@ def start_from(method: Method, origin: Origin, classes: Sequence[str]) -> dict[s
     """
     own, there = tensors_once(method), origin.weights
     for name in there:
-        stage = re.match(r"(cohort\.students\.)(\d+)(\.stages\..*)", name)
-        deeper = stage and int(stage[2]) < len(method.cohort) and not {name, f"{stage[1]}0{stage[3]}"} & own.keys()
-        if stage and deeper:
+        stage = STAGE.match(name)
+        if stage and int(stage[2]) < len(method.cohort) and not {name, f"{stage[1]}0{stage[3]}"} & own.keys():
             what = f"its student{stage[2]} is another network: {name} is not here"
             raise UsageError(f"init {origin.run}: {what}: name the same --networks")
     same = list(classes) == list(origin.classes)
     taken: dict[str, Tensor] = {}
     for name, tensor in own.items():
-        stage = re.match(r"(cohort\.students\.)(\d+)(\.stages\..*)", name)
+        stage = STAGE.match(name)
         source = there.get(name)
         if stage and any(each.startswith(f"{stage[1]}{stage[2]}.") for each in there):
             if source is None:  # a shared stage has the name of the first student

@@ -18,7 +18,7 @@ from codistill.data.dataset import Dataset
 from codistill.deploy.run import Run
 from codistill.methods import Method
 from codistill.networks.origin import mark
-from codistill.runs.folder import ANOTHER, refuse_taken
+from codistill.runs.folder import ANOTHER, refuse_existing
 from codistill.runs.state import TrainingState
 from codistill.settings.augment import AugmentSettings
 from codistill.settings.build import load_named_data
@@ -74,7 +74,7 @@ def train_from_config(config: RunConfig, out: Path | None = None, show: bool = T
     with Ranks.from_environment() as ranks:
         device = ranks.choose_device(config.execution)
         if out is not None and ranks.count == 1:  # ranks may have been started again, in the folder of their run
-            refuse_taken(out)  # before data are read, which may take minutes
+            refuse_existing(out)  # before data are read, which may take minutes
         data = ranks.in_turn(lambda: load_named_data(config))
         with ranks.together():
             method = build_taught(config, data)
