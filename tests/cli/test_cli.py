@@ -492,6 +492,19 @@ TRAIN = """
 """
 
 
+@pytest.mark.parametrize("command", ["train", "resume", "evaluate", "report", "predict", "export"])
+@pytest.mark.parametrize(("number", "line"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+def test_a_signal_at_any_time_is_a_line_and_only_what_trains_is_resumed(capsys, monkeypatch, command, number, line):
+    monkeypatch.setattr(f"codistill.cli.commands.{command}_command", lambda _: signal.raise_signal(number))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main([command, "run", "image.png"]) == 128 + number
+    finally:
+        signal.signal(signal.SIGINT, before)
+    resumes = "; what was saved before is kept: codistill resume RUN resumes it" * (command in ("train", "resume"))
+    assert capsys.readouterr().err == f"codistill: error: {line}{resumes}\n"
+
+
 @pytest.mark.parametrize(
     ("number", "status", "word"),
     [

@@ -123,6 +123,8 @@ def test_a_bad_image_is_named(classifier, images, tmp_path):
         with pytest.raises(DataError, match=f"^{path}: ") as error:
             predict(classifier, [paths[0], path])
         assert "\n" not in str(error.value)
+        missing = ": no such file or folder: name an image, or a folder of images"
+        assert str(error.value).endswith(missing) == (path.name == "none.png")
 
 
 @pytest.mark.fault(51)

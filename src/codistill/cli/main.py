@@ -17,9 +17,10 @@ from codistill.core.extras import missing_package
 from codistill.core.files import system_error
 from codistill.core.imports import import_own, own_place, split_imports
 from codistill.core.registry import unknown_name
-from codistill.core.signals import KEPT, Terminated, terminate
+from codistill.core.signals import Terminated, terminate
 from codistill.core.torchrun import refuse_ranks, world_size
 
+STOPPED = ("interrupted", "terminated")
 USAGE = """\
 usage: codistill COMMAND ...
 
@@ -89,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         status, line = explain(error)
+        if line in STOPPED and next((each for each in given if each in OPTIONS), None) in ("train", "resume"):
+            line += "; what was saved before is kept: codistill resume RUN resumes it"
         if isinstance(error, OSError) and sys.stdout is not None:
             try:
                 sys.stdout.flush()
@@ -107,7 +110,7 @@ def explain(error: BaseException) -> tuple[int, str]:
         case CodistillError():
             return error.exit_status, line
         case KeyboardInterrupt():
-            return 130, line or f"interrupted; {KEPT}"
+            return 130, line or STOPPED[0]
         case Terminated():
             return 143, line
         # That of torch, which need not be loaded, by its name.

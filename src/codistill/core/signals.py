@@ -9,13 +9,12 @@ from typing import Any
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 SAVING = (signal.SIGUSR1, signal.SIGUSR2)
-KEPT = "what was saved before is kept: codistill resume RUN resumes it"
 
 
 class Terminated(SystemExit):
     """SIGTERM arrived; a program that does not catch it ends with status 143."""
 
-    def __init__(self, line: str = f"terminated; {KEPT}") -> None:
+    def __init__(self, line: str = "terminated") -> None:
         super().__init__(line)
         self.code = 128 + signal.SIGTERM
 

@@ -89,6 +89,8 @@ def image_files(place: Path) -> list[Path | DataError]:
     Hidden files and those without the suffix of an image are passed over; where a folder cannot be read or holds no
     images, its error is in its place.
     """
+    if not place.exists():
+        return [DataError(f"{place}: no such file or folder: {FIX}")]
     if not place.is_dir():
         return [place]
     found: list[Path | DataError] = []
