@@ -98,10 +98,11 @@ class RunFolder:
         given, mapping, base = self.own_method, dict(self.metadata), None
         if given is not None:
             base, began = RunConfig(method_name=given.name, method=given.settings), mapping.pop("method")
-            networks = [student.spec for student in given.cohort]
-            for was, now in ((began, base.as_mapping()["method"]), (mapping["networks"], networks)):
-                if was != now:
-                    raise UsageError(f"{self.path} trained {was}, but the method that was handed in is {now}")
+            began = {**began, "networks": mapping["networks"]}
+            has = {**base.as_mapping()["method"], "networks": [student.spec for student in given.cohort]}
+            for key in began | has:  # the name of the method first
+                if (was := began.get(key)) != (now := has.get(key)):
+                    raise UsageError(f"{self.path}: its method has {key} = {was}, the one that was handed in {now}")
         elif self._unknown_method:
             self.refuse_unbuildable()
         try:
