@@ -298,8 +298,14 @@ def test_a_store_that_nothing_opened_for_a_month_is_removed(photos):
     for each in folder(photos).iterdir():
         os.utime(each, (1, 1))
     old = folder(photos)
+    own = [old.parent / "cats" / "1.png", old.with_name(f"shop-4x5-{'0' * 16}") / "1.png"]
+    for each in own:  # pictures of the user's below --data-cache, where stores have a folder of the same name
+        each.parent.mkdir()
+        shutil.copy(photos / NAMES[0], each)
+        os.utime(each, (1, 1))
     in_store(photos, NAMES[6:])
     assert not old.exists() and len(in_store(photos, NAMES[6:]).images) == 6
+    assert all([*each.parent.iterdir()] == [each] for each in own)
 
 
 def test_parts_of_a_map_are_read_from_their_place(photos):

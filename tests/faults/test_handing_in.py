@@ -149,7 +149,7 @@ def test_arrays_and_networks_of_ones_own_are_handed_in(tmp_path):
             with pytest.raises(CodistillError, match=rf"codistill\.resume\(path, {missing}=\.\.\)") as error:
                 act(**own)
             assert f"codistill.Run(path, {missing}=..)" in str(error.value) and "damaged" not in str(error.value)
-        with pytest.raises(UsageError, match="has temperature = 3.0, the one that was handed in 2.0$"):
+        with pytest.raises(UsageError, match=r"has temperature = 3\.0, the one that was handed in 2\.0$"):
             act(data=data, method=tiny.method(temperature=2.0))
     assert tiny.listing(tmp_path) == before
     other = changed(data.test, "labels")

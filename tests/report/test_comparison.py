@@ -6,12 +6,14 @@ import pytest
 
 import codistill as cd
 from codistill.cli.main import main
+from codistill.report.curves import colour_of
 from codistill.report.groups import grouped
 from codistill.report.page import seen_run
 from codistill.report.pictures import NAME
 from codistill.report.sources import run_folders
 
 from .. import tiny
+from .written import write_run
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +41,27 @@ def test_runs_that_differ_in_the_seed_are_one_group(folder):
     assert [path.name for path in runs] == ["dml-0", "mfef-0", "mfef-1"]
     groups = grouped([seen_run(cd.Run(path)) for path in runs])
     assert [(group.name, len(group.runs)) for group in groups] == [("dml", 1), ("mfef", 2)]
+
+
+def test_teachers_of_a_seed_each_tell_no_groups_apart(tmp_path):
+    seen = []
+    for seed, epochs in ((0, 2), (1, 2), (2, 3)):
+        teacher = write_run(tmp_path / f"seed{seed}/0-resnet8", "independent", seed, {"student0": 30.0}, epochs=epochs)
+        weights = [f"student0={teacher}"]
+        own = {"teacher": str(teacher), "weights": weights, "init": None}
+        run = write_run(tmp_path / f"seed{seed}/1-resnet8", "takd", seed, {"student0": 20.0}, **own)
+        seen.append(seen_run(cd.Run(run)))
+    assert [[each.seed for each in group.runs] for group in grouped(seen)] == [[0, 1], [2]]
+
+
+def test_averages_and_exits_are_no_students_of_their_own(tmp_path):
+    errors = {name: 20.0 for name in ("student0", "student0-ema", "student1", "student1/exit1", "ensemble")}
+    seen = seen_run(cd.Run(write_run(tmp_path / "run", "l-mcl", 0, errors)))
+    assert seen.students == ["student0", "student1"]
+    found = {name: colour_of(name) for name in (*errors, "students", "fused", "hub")}
+    assert found == {"student0": "c0", "student0-ema": "c0", "student1": "c1", "student1/exit1": "c1"} | {
+        **{"ensemble": "ensemble", "students": "ink", "fused": "fused", "hub": "ink"},
+    }
 
 
 def test_several_runs_make_a_comparison(folder, here, capsys):

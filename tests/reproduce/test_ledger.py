@@ -109,6 +109,16 @@ def test_a_recorded_run_needs_no_folder(copied, tmp_path, capsys):
     reproduce("table1", cells=["*/kd"], seeds=[1], dry_run=True, **(settings | {"collect": False, "show": True}))
     said = capsys.readouterr().out
     assert said.startswith("1 runs of teachers to train\n") and "independent-tiny-" in said and "Table 1" not in said
+    reproduce("table1", dry_run=True, **(settings | {"show": True}))
+    assert "Table 1" in capsys.readouterr().out  # one that collects prints the table
+    with pytest.raises(UsageError, match="--record with --dry-run, which writes nothing"):
+        reproduce("table1", dry_run=True, record=True, **settings)
+    # Lists of cells that begin alike have files of their own.
+    for last in ("mfef-s", "mfef"):
+        reproduce("table1", cells=[*(["*/baseline", "*/kd"] * 20), f"*/{last}"], **settings)
+    assert sum(path.endswith(".md") for path in tiny.listing(tmp_path).keys() - before.keys()) == 2
+    before = tiny.listing(tmp_path)
+    reproduce("table1", dry_run=True, **settings)
     assert tiny.listing(tmp_path) == before
 
 

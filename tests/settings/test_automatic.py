@@ -187,3 +187,7 @@ def test_a_flag_and_a_recipe_come_before_what_is_chosen(tmp_path, monkeypatch, c
     assert (config.method_name, config.data, config.train.batch_size) == ("dml", "digits", 100)
     assert (config.train.learning_rate, config.train.schedule) == (0.02, "cosine")
     assert "--batch-size" not in capsys.readouterr().err
+    # A flag with the value that is a default counts, too: what goes with it is chosen for it.
+    assert main(["train", "--data", "digits", "--batch-size", "128", "--epochs", "300"]) == 0
+    assert (asked[-1].train.batch_size, asked[-1].train.learning_rate) == (128, 0.1)
+    assert (asked[-1].train.epochs, asked[-1].train.warm_up) == (300, 15)

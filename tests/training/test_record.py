@@ -65,6 +65,10 @@ def test_a_history_and_its_refusals(tmp_path, no_page):
     assert [(row["train"], row["learning_rate"]) for row in rows] == [({"loss": 2.0}, 0.1), ({"loss": 1.0}, 0.01)]
     assert run.summary["epochs"] == 2 and run.summary["images_per_second"] == 12.0
     assert run.load_method().cohort[0].spec == ""  # of one's own, handed in
+    settings = cd.TrainSettings(epochs=9, milestones=(1, 5), learning_rate=0.5)
+    asked = cd.record(method, data, tmp_path / "asked", history=history, settings=settings)
+    assert asked.summary["epochs"] == 2 and "stopped_early" not in asked.summary
+    assert (asked.config.train.milestones, asked.config.train.learning_rate) == ((1,), 0.5)
     before = tiny.listing(tmp_path)
     with pytest.raises(UsageError, match="is not empty"):
         cd.record(method, data, tmp_path / "run")

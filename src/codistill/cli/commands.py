@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from codistill.cli import options
-from codistill.cli.flags import parse, parse_with_settings
+from codistill.cli.flags import keys_written, parse, parse_with_settings
 from codistill.core.console import lasting_console, note, warn
 from codistill.core.errors import CodistillError, DataError, DivergedError, UsageError, WorkerError
 from codistill.core.registry import with_options
@@ -162,7 +162,8 @@ def with_automatic(
     written: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Choose what neither flags nor a recipe have set, for a run that names data but no networks; show why."""
-    given = {key: value for key, value in values.items() if key in written or value != defaults[key]}
+    flagged = keys_written(flags, defaults)
+    given = {key: value for key, value in values.items() if key in written or key in flagged}
     known = look_up(values["data"], values["data_dir"])
     choices = automatic(known, values["data"], given, values["method"]["name"])
     made = {each.key: each.value for each in choices}

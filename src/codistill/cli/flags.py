@@ -100,6 +100,13 @@ def setting_flags(defaults: Mapping[str, Any]) -> list[Flag]:
     return [replace(flag, negated=True) for flag in found if (flag.key, flag.group) != ("method", "run")]
 
 
+def keys_written(arguments: Sequence[str], defaults: Mapping[str, Any]) -> set[str]:
+    """Return the keys of a run's settings, the method's aside, whose flags are among some arguments."""
+    written = {each.partition("=")[0].replace("_", "-") for each in arguments}
+    flags = [each for each in setting_flags(defaults) if each.group != "method"]
+    return {each.key for each in flags if not written.isdisjoint(each.spellings())}
+
+
 def unknown_option(flag: str, known: Iterable[str], command: str) -> str:
     """Return the line that a command has no such option, and which ones come close."""
     name = flag.partition("=")[0].replace("_", "-")

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import zlib
@@ -375,11 +376,19 @@ class _Store:
 
 
 def remove_unused(folder: Path) -> None:
-    """Remove stores that nothing has opened for a month; one that is being made is kept."""
-    for path in folder.iterdir():
+    """Remove stores that nothing has opened for a month; one that is being made is kept, and so is what is no store."""
+    for path in filter(is_store, folder.iterdir()):
         with contextlib.suppress(OSError):
             newest = max(each.stat().st_mtime for each in path.iterdir())
-            with open(path / "lock", "a") as lock:
+            with open(path / "lock", "r+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if time.time() - newest > UNUSED:
                     shutil.rmtree(path)
+
+
+def is_store(path: Path) -> bool:
+    """Return whether a folder has the name of a store and holds its files, and no others."""
+    if not re.fullmatch(r".*-\d+x\d+-[0-9a-f]{16}", path.name, re.DOTALL):
+        return False
+    names = {each.name.split(".")[0].split("-")[0] for each in path.iterdir()} if path.is_dir() else set()
+    return "lock" in names and names <= {"lock", "about", "pixels", "rows", "thumbnails"}

@@ -1,5 +1,6 @@
 """What predictors answered for each image of a split: on the device while it is evaluated, then as arrays."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,6 +13,11 @@ from torch import Tensor
 
 TOP = 5
 """How many classes are kept for each image, the most probable ones: memory does not grow with the number of classes."""
+
+
+def students_among(predictors: Iterable[str]) -> list[str]:
+    """Return those that are students themselves: neither moving averages of their weights nor their exits."""
+    return [name for name in predictors if re.fullmatch(r"student\d+", name)]
 
 
 class Ranking(NamedTuple):
@@ -103,8 +109,8 @@ class Predictions:
 
     @property
     def students(self) -> tuple[str, ...]:
-        """Names of the students, in order."""
-        return tuple(name for name in self.predictors if name.startswith("student"))
+        """Names of the students, in order, see `students_among`."""
+        return tuple(students_among(self.predictors))
 
     def place(self, image: int) -> str:
         """Return the file of an image, or where there is none its position in the split of the data set, as text."""

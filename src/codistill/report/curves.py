@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from codistill.evaluation.metrics import AVERAGED, own_student
+from codistill.evaluation.predictions import students_among
 from codistill.report.groups import Group
 from codistill.report.plots import Line, line_plot
 
@@ -45,9 +46,9 @@ def colour_of(predictor: str) -> str:
 
     An average has that of its weights, an exit that of its student.
     """
-    name = predictor.removesuffix(AVERAGED)
-    if name.startswith("student"):
-        return f"c{int(name.partition('/')[0].removeprefix('student') or 0) % 6}"
+    name = predictor.removesuffix(AVERAGED).partition("/")[0]
+    if students_among([name]):
+        return f"c{int(name.removeprefix('student')) % 6}"
     return name if name in ("ensemble", "fused") else "ink"
 
 

@@ -4,12 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from codistill.core.errors import CheckpointError
+from codistill.evaluation.predictions import students_among
 from codistill.runs.choice import ERRORS, evaluated, lowest_student
 from codistill.runs.folder import RunFolder
-from codistill.settings.config import PLACES
+from codistill.settings.config import MOVABLE, PLACES
+from codistill.settings.mapping import RECORDED_KEYS
 
-FACTS = ("dataset", "environment", "initial_weights", "asked", "imports", "own_method", "teacher_sha256")
-"""Keys of config.json that are no settings."""
+FACTS = tuple(key for key in RECORDED_KEYS if key not in ("extended", "own_loop"))
+"""Keys of config.json that do not tell runs apart: a run that was extended, or trained by another loop, is another."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +72,8 @@ class Seen:
 
     @property
     def students(self) -> list[str]:
-        """Names of the students."""
-        return [name for name in self.predictors if name.startswith("student")]
+        """Names of the students, see `students_among`."""
+        return students_among(self.predictors)
 
     @property
     def networks(self) -> list[str]:
@@ -153,6 +156,24 @@ def settings_of(run: RunFolder) -> dict[str, Any]:
     return found
 
 
+def compared(run: RunFolder) -> dict[str, Any]:
+    """Return `settings_of` a run without its seed, and for a teacher or weights of another run these of that run.
+
+    So runs that differ in the seed alone are alike where each has a teacher of its own seed, too.
+    """
+
+    def origin(place: Any) -> Any:
+        if isinstance(place, (list, tuple)):
+            return [origin(each) for each in place]
+        try:
+            return compared(RunFolder(str(place).split("=", 1)[-1])) if place else place
+        except CheckpointError:  # a file, or a run that is gone
+            return place
+
+    found = {key: origin(value) if key in MOVABLE else value for key, value in settings_of(run).items()}
+    return {key: value for key, value in found.items() if key != "seed"}
+
+
 def text_of(value: Any) -> str:
     """Write the value of a setting as a person would."""
     if isinstance(value, bool):
@@ -163,9 +184,9 @@ def text_of(value: Any) -> str:
 
 
 def differing(runs: Sequence[RunFolder]) -> list[str]:
-    """Return the keys of settings, the seed aside, of which the runs have more than one value; absent is a value."""
-    settings = [settings_of(run) for run in runs]
-    keys = dict.fromkeys(key for each in settings for key in each if key != "seed")
+    """Return the keys of settings, see `compared`, of which the runs have more than one value; absent is a value."""
+    settings = [compared(run) for run in runs]
+    keys = dict.fromkeys(key for each in settings for key in each)
     return [key for key in keys if len({repr(each.get(key)) for each in settings}) > 1]
 
 
@@ -176,7 +197,7 @@ def grouped(seen: Sequence[Seen]) -> list[Group]:
     telling = [key for key in keys if not key.startswith("method.") or key == "method.name"] or keys
     members: dict[str, list[Seen]] = {}
     for each in seen:
-        values = settings_of(each.run)
+        values = compared(each.run)
         members.setdefault(repr([values.get(key) for key in keys]), []).append(each)
 
     def name(each: Seen, chosen: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ from codistill.report.failures import (
     reliability_section,
     wrong_section,
 )
-from codistill.report.groups import FACTS, Group, Seen, settings_of, text_of
+from codistill.report.groups import Group, Seen, settings_of, text_of
 from codistill.report.pictures import read_pictures
 from codistill.report.tradeoff import run_tradeoff
 from codistill.runs.choice import choice, chosen_by, lowest_student, top1_errors
@@ -335,11 +335,8 @@ def _settings(run: RunFolder) -> dict[str, Any]:
         if changed
         else "All settings are the defaults."
     )
-    others = {
-        key: run.metadata[key]
-        for key in run.metadata
-        if key in FACTS or key not in {each.partition(".")[0] for each in settings}
-    }
+    among = {each.partition(".")[0] for each in settings}
+    others = {key: value for key, value in run.metadata.items() if key not in among}
     return {"settings": rows, "changed": words if defaults else "", "environment": list(_flat("", others))}
 
 

@@ -1,5 +1,6 @@
 """A run folder of a training that a loop of one's own has done."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,9 @@ def record(
         UsageError: The folder is not empty, or the history holds something else than numbers.
     """
     epochs = max(1, len(history))
-    config = config_of(method, data, settings or TrainSettings(epochs=epochs, milestones=()))
+    settings = settings or TrainSettings(epochs=epochs, milestones=())
+    within = settings.milestones and tuple(each for each in settings.milestones if each < epochs)
+    config = config_of(method, data, dataclasses.replace(settings, epochs=epochs, milestones=within))
     device = next(method.parameters()).device
     splits = DeviceSplits(data, device)
     held = splits.evaluated(None)

@@ -11,6 +11,7 @@ from typing import Any
 
 from codistill.core.errors import UsageError
 from codistill.core.registry import near_matches
+from codistill.evaluation.predictions import students_among
 from codistill.settings.config import RunConfig
 from codistill.sweeps.naming import canonical, identity
 from codistill.sweeps.spec import planned
@@ -85,8 +86,7 @@ class Cell:
 
     def best(self, errors: Mapping[str, float]) -> float:
         """Return the error that the paper would print of one run: that of its best student, where they are alike."""
-        students = [each for name, each in errors.items() if name.removeprefix("student").isdecimal()]
-        return min(students) if self.alike else errors[self.predictor]
+        return min(errors[each] for each in students_among(errors)) if self.alike else errors[self.predictor]
 
 
 def resolved(config: RunConfig, data: str, teacher: Settings | None) -> dict[str, Any]:

@@ -23,7 +23,7 @@ MARKS = {
     "lost in the source": "the paper prints it, but its text was lost in extraction",
 }
 BEST = "Best: the lowest error over the runs and, where students are alike, over the students, as the paper reports it."
-STUDENT = "Ours: mean ± sample standard deviation of the last epoch, of the same student in every run (student0)."
+STUDENT = "Ours: mean ± sample standard deviation of the last epoch, of one predictor, chosen beforehand."
 
 
 def gather(entries: Sequence[Entry]) -> dict[str, dict[int, Entry]]:
@@ -53,7 +53,7 @@ def values_of(cell: Cell, runs: Runs, seeds: Sequence[int] = ()) -> dict[int, fl
 
 
 def mark(printed: float | str | None, ours: Summary | None, own: bool) -> str:
-    """Return what a cell says of the paper's value; empty where the paper prints none.
+    """Return what a cell says of the paper's value; empty where the paper prints none and there are runs.
 
     Args:
         printed: The paper's value, percent, or `lost`.

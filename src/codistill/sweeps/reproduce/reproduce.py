@@ -1,6 +1,7 @@
 """Train what a table of the paper lacks, or only collect it, and write the table."""
 
 import base64
+import hashlib
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -84,6 +85,8 @@ def reproduce(
         if protocol not in protocols():
             raise UsageError(f"unknown protocol {protocol!r}: {near_matches(protocol, protocols())}")
         protocol = protocols()[protocol]
+    if record and dry_run:
+        raise UsageError("--record with --dry-run, which writes nothing: leave one of them out")
     if table not in all_tables():
         raise UsageError(f"unknown table {table!r}: {near_matches(table, all_tables())}")
     patterns, folder = tuple(cells), out / protocol.name
@@ -123,10 +126,13 @@ def reproduce(
         note(f"{ledger}: {len(new)} runs added, {len(own) - len(new)} were there")
     runs = gather([*recorded, *own])
     tables = tables_of(table, protocol, runs, patterns, seeds)
-    if dry_run:
+    if dry_run and not collect:
         return tables
-    stem = re.sub(r"[^A-Za-z0-9.+]+", "-", "-".join([table, protocol.name, *patterns]))[:STEM].strip("-")
-    write_tables(out / stem, tables, draw(table, protocol, runs, patterns, seeds))
+    stem = re.sub(r"[^A-Za-z0-9.+]+", "-", whole := "-".join([table, protocol.name, *patterns])).strip("-")
+    if len(stem) > STEM:  # two long lists of cells may begin alike
+        stem = f"{stem[:STEM]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+    if not dry_run:
+        write_tables(out / stem, tables, draw(table, protocol, runs, patterns, seeds))
     console.print(*(each.markdown() for each in tables), sep="\n", soft_wrap=True)
     if failed:
         raise WorkerError(f"{len(failed)} runs failed: {', '.join(failed[:5])}: {folder}/table.md says why")
