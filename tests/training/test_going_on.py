@@ -8,6 +8,7 @@ import torch
 
 import codistill as cd
 from codistill.core.errors import UsageError
+from codistill.deploy.card import protocol, training_words
 from codistill.networks import PooledLinear
 from codistill.training import initial
 from codistill.training import trainer as loop
@@ -47,6 +48,7 @@ def test_a_run_stops_when_its_patience_is_over(colours, tmp_path, capsys):
     run = cd.Run(tmp_path / "run")
     assert run.finished and len(run.metrics()) == 3
     assert (run.summary["stopped_early"], run.summary["epochs"], run.summary["best_epoch"]) == (3, 9, 1)
+    assert "Weights of epoch 3 of 9" in protocol(run, "last", run.load_data()) and ", 3 epochs," in training_words(run)
     line = "stopped after epoch 3 of 9: no lower validation error in 2 evaluations since epoch 1"
     assert line in capsys.readouterr().out
     assert run_here(arguments(colours, tmp_path / "seldom", *PATIENT, "--patience", "2", "--evaluate-every", "2")) == 0

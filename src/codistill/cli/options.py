@@ -162,7 +162,7 @@ class SweepOptions(DataOptions):
     these up."""
     slots: int | None = None
     """Number of processes at a time. None: one for each GPU; on a CPU by a short measurement of the first run; on slurm
-    all that are to do; on ray as many as the cluster holds."""
+    all that are to do, at most 250; on ray as many as the cluster holds."""
     side_by_side: bool | None = None
     """Whether runs that can train side by side share a process. None: on CUDA, where one graph holds them all."""
     dry_run: bool = False

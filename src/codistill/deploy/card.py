@@ -27,7 +27,7 @@ from codistill.evaluation.analysis import (
     wilson_interval,
 )
 from codistill.networks.probe import forward_flop
-from codistill.runs.choice import ERRORS
+from codistill.runs.choice import ERRORS, epochs_done
 from codistill.runs.folder import RunFolder
 from codistill.runs.latency import read_latency, rows
 from codistill.runs.metadata import split_digests
@@ -195,7 +195,7 @@ def protocol(run: RunFolder, which: str, data: Dataset) -> str:
     if not run.finished:
         return f"The training did not finish; {which} checkpoint, images of the test split, each once, uncropped."
     summary = run.summary
-    epoch = summary["best_epoch"] if which == "best" else summary["epochs"]
+    epoch = summary["best_epoch"] if which == "best" else epochs_done(summary)
     chosen = summary["chosen_by"]
     words = f"Weights of epoch {epoch} of {summary['epochs']}, seed {summary['seed']}; one view of each image."
     if which == "best":
@@ -257,9 +257,10 @@ def latency_words(run: RunFolder, predictor: str) -> dict[str, str]:
 def training_words(run: RunFolder) -> str:
     """Return in a paragraph what was trained on what."""
     data, config = run.metadata["dataset"], run.config.train
+    epochs = epochs_done(run.summary) if run.finished else config.epochs
     return (
         f"{len(run.metadata['networks'])} networks trained together with {run.metadata['method']['name']} on "
-        f"{data.get('train_images', 'the')} training images of {data['name']}, {config.epochs} epochs, batches of "
+        f"{data.get('train_images', 'the')} training images of {data['name']}, {epochs} epochs, batches of "
         f"{config.batch_size}, seed {config.seed}; torch {run.metadata['environment']['torch']}."
     )
 

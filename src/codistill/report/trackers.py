@@ -16,6 +16,7 @@ import numpy.typing as npt
 from codistill.core.errors import UsageError
 from codistill.core.extras import install
 from codistill.evaluation.analysis import confusion_matrix
+from codistill.runs.choice import epochs_done
 from codistill.runs.folder import RunFolder
 from codistill.runs.predictions import read_predictions
 from codistill.runs.saving import Tracker
@@ -93,8 +94,10 @@ class TensorBoard:
 
     def end(self, summary: Mapping[str, Any]) -> None:
         """Write the confusion matrix of the best student, and settings with results as hparams."""
-        board, student = self._open(summary["epochs"]), summary["best_student"]
-        board.add_image(f"test/confusion of {student}", confusion_picture(self._run, student)[None], summary["epochs"])
+        board, student = self._open(epochs_done(summary)), summary["best_student"]
+        board.add_image(
+            f"test/confusion of {student}", confusion_picture(self._run, student)[None], epochs_done(summary)
+        )
         board.add_hparams(settings_of(self._run), results_of(summary), run_name=".")
         board.flush()
 
@@ -126,7 +129,7 @@ class Opted:
     def end(self, summary: Mapping[str, Any]) -> None:
         """Send the results."""
         if self._open:
-            self.send(results_of(summary), summary["epochs"])
+            self.send(results_of(summary), epochs_done(summary))
 
     def close(self) -> None:
         """End what was begun."""

@@ -13,6 +13,11 @@ def evaluated(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [row for row in rows if "test" in row]
 
 
+def epochs_done(summary: Mapping[str, Any]) -> int:
+    """Return how many epochs a finished run trained: fewer than it was to where its patience ended."""
+    return int(summary.get("stopped_early", summary["epochs"]))
+
+
 def chosen_by(row: Mapping[str, Any]) -> str:
     """Return the split whose errors choose epoch and student: validation, or test in a run that holds no images out."""
     return "validation" if "validation" in row else "test"

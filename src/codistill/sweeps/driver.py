@@ -68,7 +68,7 @@ def sweep(
         out: The folder of the sweep; made where it does not exist.
         executor: What runs the processes: local, slurm or ray; `[slurm]` and `[ray]` in the spec set these up.
         slots: How many processes at a time. None, local: one for each GPU; on a CPU by a short measurement of the first
-            run. None, slurm: all that are to do; ray: as many as the cluster holds.
+            run. None, slurm: all that are to do, at most 250; ray: as many as the cluster holds.
         side_by_side: Whether runs that can train side by side share a process. None: on CUDA, in one graph.
         skip_bad: Whether the runs leave out images of a folder that cannot be read.
         controls: Whether to train the controls of the runs, too; see `codistill list`.

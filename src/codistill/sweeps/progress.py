@@ -12,6 +12,7 @@ import torch
 from codistill.core.console import duration
 from codistill.core.errors import CodistillError
 from codistill.report.tables import markdown
+from codistill.runs.choice import epochs_done
 from codistill.settings.build import load_named_data
 from codistill.settings.config import RunConfig
 from codistill.sweeps.naming import canonical, identity
@@ -43,7 +44,7 @@ class Estimates:
             summary = json.loads((self.folder / run.name / "summary.json").read_text(encoding="utf-8"))
             # Of a run that was resumed the first is that of its last process alone.
             seconds = max(summary["wall_seconds"], summary.get("train_seconds", 0))
-            self.finished[kind(run)] = seconds / summary["epochs"]
+            self.finished[kind(run)] = seconds / epochs_done(summary)
 
     def measure(self, runs: Sequence[PlannedRun], budget: float) -> None:
         """Time steps of the runs that train on this CPU, once for each kind of which nothing is known.

@@ -48,8 +48,8 @@ def draw(
 def _methods(axes: "Axes", cells: Sequence[tuple[Cell, list[float]]]) -> None:
     for place, (_, values) in enumerate(cells):
         _mark(axes, place, values, COLOURS["student"], upright=False)
-    axes.set_yticks(range(len(cells)), [cell.row for cell, _ in cells])
-    axes.invert_yaxis()
+    axes.set_yticks(range(len(cells)), [f"{cell.row} (n {len(values)})" for cell, values in cells])
+    axes.set_ylim(len(cells) - 0.5, -0.5)
     axes.set_xlabel("top-1 error of a student on the test set, %: seeds, mean and its 95 % interval")
 
 
