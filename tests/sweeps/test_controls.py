@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import codistill as cd
 from codistill.cli import main
@@ -112,7 +113,9 @@ def test_a_run_that_cannot_be_built_has_none_and_costs_no_other(tmp_path, monkey
 
 def test_a_factor_is_measured(tmp_path, tiny_registered, monkeypatch):
     colours = tiny.write_npz(tmp_path / "colours.npz", tiny.data())
+    torch.save(cd.network("tiny", 3).state_dict(), tmp_path / "begun.pt")  # those of one student of two
     text = f'data = "packed"\ndata_dir = "{colours}"\nnetworks = ["tiny", "tiny"]\nbatch_size = 8\n'
+    text += f'weights = ["student1={tmp_path}/begun.pt"]\nmethod = "dml"\n'
     (tmp_path / "spec.toml").write_text(text)
     (run,) = read_spec(tmp_path / "spec.toml")
     turns: list[int] = []

@@ -91,12 +91,14 @@ def controls_of(config: RunConfig, recipe: Mapping[str, Any], network: str, fact
 
 def measured_factor(config: RunConfig, network: str) -> float:
     """Measure how many times as long a step of a run takes as one of a network alone: the median of steps in turn."""
+    plain = default_config("independent")
     single = dataclasses.replace(
         config,
         method_name="independent",
         networks=(network,),
-        method=default_config("independent").method,
-        teaching=dataclasses.replace(config.teaching, teacher=None, teacher_predictor=None, teacher_network=None),
+        weights=(),
+        method=plain.method,
+        teaching=plain.teaching,
     )
     data, device = load_named_data(config), torch.device("cpu")
     plans = [check(build_taught(each, data), data, each, device) for each in (config, single)]
