@@ -501,7 +501,9 @@ def test_a_signal_at_any_time_is_a_line_and_only_what_trains_is_resumed(capsys, 
         assert main([command, "run", "image.png"]) == 128 + number
     finally:
         signal.signal(signal.SIGINT, before)
-    resumes = "; what was saved before is kept: codistill resume RUN resumes it" * (command in ("train", "resume"))
+    resumes = "; where a run folder is there already, codistill resume RUN resumes it" * (
+        command in ("train", "resume")
+    )
     assert capsys.readouterr().err == f"codistill: error: {line}{resumes}\n"
 
 

@@ -422,5 +422,12 @@ def test_batches_that_cannot_be_normalised(capsys, tmp_path, colours, more, said
 def test_129_images_in_batches_of_128(capsys, tmp_path):
     place = tiny.write_npz(tmp_path / "many.npz", tiny.data(train=129))
     arguments = train(place, "--batch-size", "128", "--epochs", "1", method="independent")
-    refused(capsys, arguments, 2, "129 images", "set drop_last or another batch_size than 128", unchanged=tmp_path)
+    refused(
+        capsys,
+        arguments,
+        2,
+        "129 images",
+        "set drop_last (--drop-last), or another batch_size than 128",
+        unchanged=tmp_path,
+    )
     assert main([*arguments, "--drop-last"]) == 0

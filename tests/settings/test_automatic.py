@@ -38,6 +38,14 @@ def test_a_recipe_by_hand(machine):
     assert found["warm_up"] == round(found["epochs"] / 20)
 
 
+def test_no_epoch_ends_with_a_batch_of_one_image(machine):
+    assert chosen(Known(33, (8, 8)))["drop_last"] is True  # 32 and 1
+    assert all("drop_last" not in chosen(Known(count, (8, 8))) for count in (32, 34))
+    # Of 1068 images 107 are held out and 961 trained on, 15 batches of 64 and one image.
+    assert "drop_last" not in chosen(Known(1069, (8, 8))) and chosen(Known(1068, (8, 8)))["drop_last"] is True
+    assert chosen(Known(5000, (8, 8)), {"train_limit": 129, "batch_size": 128})["drop_last"] is True
+
+
 def test_a_small_machine_has_a_small_recipe(machine):
     many = Known(50_000, (32, 32))
     epochs = {}

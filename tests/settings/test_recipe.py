@@ -175,3 +175,8 @@ def test_the_papers_row_is_its_section_4_1(parsed):
         data="cifar100",
         train=TrainSettings(milestones=(150, 225), flip=True),
     )
+
+
+def test_a_file_of_windows_may_begin_with_a_mark_of_its_byte_order(parsed, tmp_path):
+    (tmp_path / "notepad.toml").write_bytes(b'\xef\xbb\xbfdata = "digits"\r\n')
+    assert parsed("--recipe", str(tmp_path / "notepad.toml")).data == "digits"

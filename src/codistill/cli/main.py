@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         status, line = explain(error)
         if line in STOPPED and next((each for each in given if each in OPTIONS), None) in ("train", "resume"):
-            line += "; what was saved before is kept: codistill resume RUN resumes it"
+            line += "; where a run folder is there already, codistill resume RUN resumes it"
         if isinstance(error, OSError) and sys.stdout is not None:
             try:
                 sys.stdout.flush()

@@ -19,6 +19,7 @@ from codistill.data.dataset import DATASETS, Dataset, dataset
 from codistill.data.images import FIX, FORMATS, MAX_FILE, decode_image
 from codistill.data.listing import Listed, listed_by
 from codistill.data.metadata import ORIENTATION
+from codistill.data.splitting import part_of
 from codistill.data.untrusted import read_file
 from codistill.methods import METHODS
 from codistill.networks import network
@@ -147,6 +148,9 @@ def automatic(known: Known, spec: str, given: Mapping[str, Any], method: str) ->
     if held:
         held = choose("validation", held, "chooses the student to deploy; the test images only judge it")
     batch = choose("batch_size", 128 if images >= 4000 else 64 if images >= 1000 else 32, _steps(images))
+    trained = given.get("train_limit") or images - part_of(images, chosen.get("validation") or 0)
+    if trained > batch and trained % batch == 1:
+        choose("drop_last", True, "the last batch of an epoch would be one image, too few for batch normalisation")
     epochs = choose("epochs", *_epochs(images, forward_flops(networks, size), gpu))
     choose("learning_rate", 0.1 * batch / 128, "0.1 for 128 images, in proportion to the batch")
     if chosen.get("milestones") is None:

@@ -43,7 +43,7 @@ def read_table(path: Path, kind: str) -> tuple[dict[str, Any], str]:
         UsageError: Unreadable, not TOML or JSON, or JSON of something else than a table.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         mapping = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise UsageError(f"{kind} {path}: {error.strerror}: name a file that can be read") from None

@@ -168,7 +168,7 @@ def split_training(data: Dataset, settings: TrainSettings) -> tuple[Positions, P
     if wanted > size and wanted % size == 1 and not settings.drop_last:
         raise UsageError(
             f"the last batch of {wanted} images would be a single image, which batch normalisation cannot use: "
-            f"set drop_last or another batch_size than {size}"
+            f"set drop_last (--drop-last), or another batch_size than {size}"
         )
     if not held_out:
         return None if wanted == count else seeded_order(count, settings.seed)[:wanted], None
