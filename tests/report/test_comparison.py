@@ -51,7 +51,12 @@ def test_teachers_of_a_seed_each_tell_no_groups_apart(tmp_path):
         own = {"teacher": str(teacher), "weights": weights, "init": None}
         run = write_run(tmp_path / f"seed{seed}/1-resnet8", "takd", seed, {"student0": 20.0}, **own)
         seen.append(seen_run(cd.Run(run)))
-    assert [[each.seed for each in group.runs] for group in grouped(seen)] == [[0, 1], [2]]
+    # A run that now lies where its teacher did, and one whose place is no path, keep the place as it is.
+    for seed, place in ((3, "."), (4, "x" * 5000)):
+        where = tmp_path / f"seed{seed}"
+        own = {"teacher": str(where / place), "weights": [], "init": None}
+        seen.append(seen_run(cd.Run(write_run(where, "takd", seed, {"student0": 20.0}, **own))))
+    assert [[each.seed for each in group.runs] for group in grouped(seen)] == [[0, 1], [2], [3], [4]]
 
 
 def test_averages_and_exits_are_no_students_of_their_own(tmp_path):

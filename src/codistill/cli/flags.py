@@ -102,9 +102,13 @@ def setting_flags(defaults: Mapping[str, Any]) -> list[Flag]:
 
 def keys_written(arguments: Sequence[str], defaults: Mapping[str, Any]) -> set[str]:
     """Return the keys of a run's settings, the method's aside, whose flags are among some arguments."""
-    written = {each.partition("=")[0].replace("_", "-") for each in arguments}
+    written = _names_written(arguments)
     flags = [each for each in setting_flags(defaults) if each.group != "method"]
     return {each.key for each in flags if not written.isdisjoint(each.spellings())}
+
+
+def _names_written(arguments: Sequence[str]) -> set[str]:
+    return {each.partition("=")[0].replace("_", "-") for each in arguments}
 
 
 def unknown_option(flag: str, known: Iterable[str], command: str) -> str:
@@ -163,7 +167,7 @@ def _parse(
     import tyro
 
     # tyro takes 2 ms a flag: those that nobody wrote have their defaults without it, unless they are to be printed.
-    written = {each.partition("=")[0].replace("_", "-") for each in arguments}
+    written = _names_written(arguments)
     groups: dict[str, list[Flag]] = {}
     own: dict[str, Any] = {}
     method: dict[str, Any] = {}

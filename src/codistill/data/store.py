@@ -377,8 +377,10 @@ class _Store:
 
 def remove_unused(folder: Path) -> None:
     """Remove stores that nothing has opened for a month; one that is being made is kept, and so is what is no store."""
-    for path in filter(is_store, folder.iterdir()):
+    for path in folder.iterdir():
         with contextlib.suppress(OSError):
+            if not is_store(path):
+                continue
             newest = max(each.stat().st_mtime for each in path.iterdir())
             with open(path / "lock", "r+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from codistill.core.errors import CheckpointError
+from codistill.core.errors import CodistillError
 from codistill.evaluation.predictions import students_among
 from codistill.runs.choice import ERRORS, evaluated, lowest_student
 from codistill.runs.folder import RunFolder
@@ -156,18 +157,23 @@ def settings_of(run: RunFolder) -> dict[str, Any]:
     return found
 
 
-def compared(run: RunFolder) -> dict[str, Any]:
+def compared(run: RunFolder, above: Sequence[Path] = ()) -> dict[str, Any]:
     """Return `settings_of` a run without its seed, and for a teacher or weights of another run these of that run.
 
-    So runs that differ in the seed alone are alike where each has a teacher of its own seed, too.
+    So runs that differ in the seed alone are alike where each has a teacher of its own seed, too. `above` are the
+    folders that have led to this one: a run that was moved to the place of its teacher is not its own.
     """
+    above = (*above, run.path.resolve())
 
     def origin(place: Any) -> Any:
         if isinstance(place, (list, tuple)):
             return [origin(each) for each in place]
+        folder = Path(str(place).split("=", 1)[-1])
+        if not place or folder.resolve() in above:
+            return place
         try:
-            return compared(RunFolder(str(place).split("=", 1)[-1])) if place else place
-        except CheckpointError:  # a file, or a run that is gone
+            return compared(RunFolder(folder), above)
+        except CodistillError:  # a file, or a run that is gone
             return place
 
     found = {key: origin(value) if key in MOVABLE else value for key, value in settings_of(run).items()}

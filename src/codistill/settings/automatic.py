@@ -116,8 +116,8 @@ def automatic(known: Known, spec: str, given: Mapping[str, Any], method: str) ->
         method: Name of the method.
 
     Returns:
-        Data set (with a size), networks, epochs, batch size, learning rate, schedule, weight decay, validation images,
-        augmentation and precision, as far as they were not given.
+        Data set (with a size), networks, epochs, batch size, whether the last batch is dropped, learning rate,
+        schedule, weight decay, validation images, augmentation and precision, as far as they were not given.
     """
     device = given.get("device", "auto")
     gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())

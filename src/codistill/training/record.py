@@ -48,7 +48,8 @@ def record(
         history: For each epoch the means of the loss terms by name, which the report draws, and `learning_rate`, if it
             is to be drawn.
         seconds: Of the training; 0: not known.
-        settings: Those of the loop that you want recorded; epochs are those of the history.
+        settings: Those of the loop that you want recorded; epochs are those of the history,
+            and milestones behind them are left out.
 
     Returns:
         The run, which is finished; it cannot be resumed, but another can start from it (`init`).
