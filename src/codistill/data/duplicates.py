@@ -1,4 +1,4 @@
-"""Images that are in two splits: the same pixels, or nearly so."""
+"""Images that are in two splits, the same pixels or nearly so, and equal images of one split with two labels."""
 
 import contextlib
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from codistill.core.files import replaced
 from codistill.core.host import cores
-from codistill.data.dataset import Dataset, Pixels, Split
+from codistill.data.dataset import Dataset, Labels, Pixels, Split
 from codistill.data.mapped import facts_of, is_mapped, pieces
 
 Kind = Literal["exact", "near"]
@@ -36,12 +36,12 @@ _thumbnails: WeakKeyDictionary[Split, Pixels] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Duplicate:
-    """An image that is in two splits.
+    """An image that is in two splits, or twice in one with two labels.
 
     Attributes:
         kind: Whether all pixels are equal, or nearly so.
         split: The split that should know nothing of the other one, and the image's position in it.
-        other: The other split, and the position there.
+        other: The other split, or the same one, and the position there.
     """
 
     kind: Kind
@@ -54,6 +54,8 @@ def duplicates(
 ) -> list[Duplicate]:
     """Find the images of a data set that are in two splits; for each at most one in the other split, the most similar.
 
+    Images of one split that are equal in all pixels are found where their labels differ, each with the first of them.
+
     Thumbnails of 16x16 pixels are compared, less that of the mean image, which plain drawings have in common; those of
     near duplicates correlate by at least 0.98: copies that were scaled, compressed, made a little brighter, or moved by
     a pixel or two. Mirrored images and larger crops are not found.
@@ -63,19 +65,23 @@ def duplicates(
         training: Positions of the training images that are used; None: all.
         held_out: Positions of training images that are held out for validation; None: none.
     """
-    places = {name: (split.images, np.arange(len(split))) for name, split in data.splits.items()}
+    places = {name: (split, np.arange(len(split))) for name, split in data.splits.items()}
     if training is not None:
-        places["train"] = data.train.images, _array(training)
+        places["train"] = data.train, _array(training)
     if held_out is not None:
-        places = {"train": places["train"], "validation": (data.train.images, _array(held_out)), **places}
-    small = {id(split.images): thumbnails(split) for split in data.splits.values()}
+        places = {"train": places["train"], "validation": (data.train, _array(held_out)), **places}
     found = []
     for (other, (there, others)), (name, (here, positions)) in combinations(places.items(), 2):
-        thumbs, known = small[id(here)][positions], small[id(there)][others]
+        thumbs, known = thumbnails(here)[positions], thumbnails(there)[others]
         for position, match in (_most_similar(thumbs, known) | _equal(thumbs, known)).items():
-            image, copy = here[positions[position]], there[others[match]]
+            image, copy = here.images[positions[position]], there.images[others[match]]
             kind: Kind = "exact" if np.array_equal(image, copy) else "near"
             found.append(Duplicate(kind, (name, int(positions[position])), (other, int(others[match]))))
+    for name, (split, positions) in places.items():
+        for position, first in _contradictions(thumbnails(split)[positions], split.labels[positions]).items():
+            image, copy = positions[position], positions[first]
+            if np.array_equal(split.images[image], split.images[copy]):
+                found.append(Duplicate("exact", (name, int(image)), (name, int(copy))))
     return found
 
 
@@ -91,7 +97,11 @@ def line_about(data: Dataset, found: Sequence[Duplicate]) -> str:
         exact = sum(each.kind == "exact" for each in pairs)
         first = [f"{named(data, *each.split)} = {named(data, *each.other)}" for each in pairs[:NAMED]]
         listed = ", ".join([*first, *([".."] if len(pairs) > NAMED else [])])
-        parts.append(f"{len(pairs)} {name} images are in {other}, too ({exact} exactly: {listed})")
+        of = f"{len(pairs)} {name} images are"
+        if name == other:
+            parts.append(f"{of} there with another label, too ({listed})")
+        else:
+            parts.append(f"{of} in {other}, too ({exact} exactly: {listed})")
     return f"data set {data.name}: {'; '.join(parts)}" if parts else ""
 
 
@@ -152,6 +162,13 @@ def _equal(thumbs: Pixels, others: Pixels) -> dict[int, int]:
     known = {each.tobytes(): position for position, each in enumerate(others)}
     found = ((position, known.get(each.tobytes())) for position, each in enumerate(thumbs))
     return {position: match for position, match in found if match is not None}
+
+
+def _contradictions(thumbs: Pixels, labels: Labels) -> dict[int, int]:
+    """Return the position of the first equal thumbnail for each that is not the first and has another label."""
+    first: dict[bytes, int] = {}
+    places = ((position, first.setdefault(each.tobytes(), position)) for position, each in enumerate(thumbs))
+    return {position: place for position, place in places if labels[position] != labels[place]}
 
 
 def _most_similar(thumbs: Pixels, others: Pixels) -> dict[int, int]:

@@ -1,7 +1,7 @@
 """Lists of images in a run folder.
 
 images.csv has the files with class and split, as `--data table` reads them; duplicates.csv has the images that are in
-two splits.
+two splits, or twice in one with two labels.
 """
 
 import csv
