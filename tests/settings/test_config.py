@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from codistill.core.errors import UsageError
 from codistill.methods import METHODS
+from codistill.methods.method import MethodSettings
 from codistill.settings.config import ExecutionSettings, RunConfig, TeacherSettings, TrainSettings, default_config
 from codistill.settings.mapping import run_from_mapping
 from codistill.settings.recipe import read_recipe
@@ -203,7 +204,12 @@ def test_settings_made_in_python_have_the_kinds_of_a_recipe():
         (TrainSettings, {"seed": "1"}),
         (TrainSettings, {"epochs": 1.0}),
         (ExecutionSettings, {"threads": "2"}),
+        (MethodSettings, {"shared_stages": "2"}),
     ):
         name, value = next(iter(values.items()))
-        with pytest.raises(UsageError, match=f"^{name} is {value!r}; it must be a whole number"):
+        with pytest.raises(UsageError, match=rf"^(method\.)?{name} is {value!r}; it must be a whole number"):
             kind(**values)
+    whole, text = (METHODS["dml"].Settings(temperature=each).temperature for each in (3, 3.0))
+    assert (type(whole), whole) == (float, text)  # or else two digests for one setting
+    with pytest.raises(UsageError, match=r"^method\.temperature is '3'; it must be a number"):
+        METHODS["dml"].Settings(temperature="3")

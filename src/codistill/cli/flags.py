@@ -246,7 +246,7 @@ def default_text(flag: Flag) -> str:
 
 def _one_line(box: str, flags: Iterable[Flag]) -> str:
     """Fold what tyro found wrong, a box of several lines, into one."""
-    from codistill.settings.kinds import describe
+    from codistill.core.kinds import describe
 
     text = " ".join(re.sub(r"[│╭╮╰╯─]+|-{4,}", " ", box).split())
     text = re.split("Argument helptext|For full helptext", text)[0]

@@ -10,8 +10,12 @@ import numpy as np
 from codistill.core.errors import UsageError
 
 
-def take_kinds(settings: Any) -> None:
+def take_kinds(settings: Any, prefix: str = "") -> None:
     """Convert the values of settings that a program made as those of a file; numbers of NumPy and paths are taken too.
+
+    Args:
+        settings: A dataclass.
+        prefix: What errors write before the names.
 
     Raises:
         UsageError: A value of another kind. Choices and percentages are left to the settings themselves.
@@ -24,7 +28,7 @@ def take_kinds(settings: Any) -> None:
             value = convert(value, kind)
         except TypeError:
             if get_origin(kind) is not Literal:
-                raise UsageError(f"{name} is {shown(value)}; it must be {describe(kind)}") from None
+                raise UsageError(f"{prefix}{name} is {shown(value)}; it must be {describe(kind)}") from None
         object.__setattr__(settings, name, value)
 
 

@@ -17,6 +17,7 @@ from codistill.core.errors import CheckpointError, CodistillError, UsageError
 from codistill.core.extras import install
 from codistill.core.files import system_error
 from codistill.core.imports import trained_with
+from codistill.core.kinds import shown
 from codistill.data.affine import Affine, usable
 from codistill.data.dataset import Pixels
 from codistill.data.images import Interpolation, preprocessing
@@ -26,7 +27,6 @@ from codistill.evaluation.metrics import AVERAGED
 from codistill.runs.folder import RunFolder
 from codistill.runs.state import load_weights
 from codistill.settings.build import build_method, unbuildable
-from codistill.settings.kinds import shown
 from codistill.settings.mapping import run_from_mapping
 
 CARD_KEY = "codistill"

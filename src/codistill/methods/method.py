@@ -3,14 +3,14 @@
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal, get_args, get_origin
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from codistill.core.errors import UsageError
+from codistill.core.kinds import take_kinds
 from codistill.core.registry import Registry, near_matches
 from codistill.methods.cohort import Cohort, EnsembleNetwork, Images, Outputs
 from codistill.methods.losses import Labels, Logits, Scalar, Terms
@@ -60,15 +60,13 @@ class MethodSettings:
         return ""
 
     def __post_init__(self) -> None:
-        for name, value in list(vars(self).items()):
-            if isinstance(value, np.generic):  # a number of NumPy, which JSON does not hold
-                object.__setattr__(self, name, value.item())
+        take_kinds(self, "method.")
         self.check("shared_stages", self.shared_stages is None or self.shared_stages >= 0, "at least 0")
         # Without this a misspelt choice would quietly be another experiment.
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if get_origin(each.type) is Literal and value not in get_args(each.type):
-                raise UsageError(f"method.{each.name} is {value!r}: {near_matches(str(value), get_args(each.type))}")
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if get_origin(kind) is Literal and value not in get_args(kind):
+                raise UsageError(f"method.{name} is {value!r}: {near_matches(str(value), get_args(kind))}")
 
     def check(self, name: str, valid: bool, bounds: str) -> None:
         """Raise a UsageError if a setting's value is not valid; `bounds` tells which ones are."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from codistill.core.console import note, warn
 from codistill.core.device import choose_device
 from codistill.core.errors import CheckpointError, UsageError
+from codistill.core.kinds import shown
 from codistill.core.randomness import draws_kept
 from codistill.data.dataset import Dataset, Split
 from codistill.data.folder import class_folders, labelled_images
@@ -25,7 +26,6 @@ from codistill.runs.folder import RunFolder
 from codistill.runs.images import read_images
 from codistill.runs.metadata import held_out_digest, split_digests
 from codistill.runs.predictions import NAME, read_predictions, write_predictions
-from codistill.settings.kinds import shown
 
 EvaluatedSplit = Literal["test", "validation"]
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from codistill.core.errors import CheckpointError
 from codistill.core.host import keep_freed_memory
 from codistill.core.imports import imported
+from codistill.core.kinds import shown
 from codistill.core.source import source
 from codistill.core.torchrun import launch
 from codistill.data.affine import usable
@@ -26,7 +27,6 @@ from codistill.methods import METHODS, Method
 from codistill.networks.origin import contents
 from codistill.runs.state import tensors_once
 from codistill.settings.config import RunConfig
-from codistill.settings.kinds import shown
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from codistill.core.errors import UsageError
+from codistill.core.kinds import take_kinds
 from codistill.core.registry import near_matches
 from codistill.data.dataset import Dataset
 from codistill.data.policy import LEVELS, Policy, Sampling, Transforms, balanced_weights
-from codistill.settings.kinds import take_kinds
 
 CHOICES = ("auto_augment", "class_weights", "sampling")
 

@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from codistill.core.errors import UsageError
+from codistill.core.kinds import take_kinds
 from codistill.core.registry import near_matches
 from codistill.data.augment import Augmentation, PaddingMode
 from codistill.data.dataset import Dataset
@@ -18,7 +19,6 @@ from codistill.data.splitting import checked_part, part_of
 from codistill.methods import METHODS, MethodSettings
 from codistill.methods.losses import KLForm, weights_fit
 from codistill.settings.augment import AugmentSettings
-from codistill.settings.kinds import take_kinds
 from codistill.settings.updates import UpdateSettings
 
 # For counts without a bound of their own.

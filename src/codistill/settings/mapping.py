@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, get_type_hints
 
 from codistill.core.errors import UsageError
+from codistill.core.kinds import convert, describe, shown
 from codistill.core.registry import near_matches, unknown_name
 from codistill.methods import METHODS
 from codistill.settings.config import SETTINGS, RunConfig, default_config
-from codistill.settings.kinds import convert, describe, shown
 from codistill.settings.removed import VALUES, instead
 
 T = TypeVar("T")

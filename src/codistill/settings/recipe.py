@@ -45,6 +45,9 @@ def read_table(path: Path, kind: str) -> tuple[dict[str, Any], str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         mapping = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except IsADirectoryError:
+        run = path / "config.json"
+        raise UsageError(f"{kind} {path}: is a folder: name {run if run.exists() else 'a file'}") from None
     except OSError as error:
         raise UsageError(f"{kind} {path}: {error.strerror}: name a file that can be read") from None
     except (UnicodeDecodeError, RecursionError, ValueError) as error:
