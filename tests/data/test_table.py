@@ -76,6 +76,14 @@ def test_paths_are_relative_to_a_folder_or_absolute_within_it(root):
     assert dataset("table:images=/", root=written(root / "tables", [(str(root / path), name) for path, name in ROWS]))
 
 
+def test_paths_with_backslashes_as_windows_writes_them(root):
+    rows = [(path.replace("/", "\\"), name) for path, name in ROWS]
+    data = dataset("table", root=written(root, rows))
+    assert {*data.train.files, *data.test.files} == {path for path, _ in ROWS}
+    with pytest.raises(DataError, match=r"leads out of"):
+        dataset("table", root=written(root, [("..\\ant.png", "ant"), *ROWS]))
+
+
 def test_columns_by_name(root):
     path = written(root, [(*row, "x", "test") for row in splits()], "path,label,part,image,split")
     for options in ("path=path,split=part", "path=path,split=part,label=label"):

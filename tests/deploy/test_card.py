@@ -224,6 +224,8 @@ def test_names_of_classes_are_no_markup(tmp_path):
     assert (tmp_path / "picture.png").stat().st_size > 1000
     many = tuple(str(each) for each in range(100))
     card.draw_confusion(np.eye(100, dtype=np.int64), many, tmp_path / "many.png")
+    # A Python warning would be an error here: two long names leave room for the matrix.
+    card.draw_confusion(np.diag([3, 2]), ("x" * 200, "n02085620-Chihuahua-of-the-world"), tmp_path / "long.png")
 
 
 def test_a_run_exports_to_a_folder_from_python(run, folder, tmp_path, monkeypatch):

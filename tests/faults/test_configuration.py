@@ -5,6 +5,7 @@ import errno
 import inspect
 import math
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -280,6 +281,30 @@ def test_options_methods_and_data_sets_that_do_not_exist(capsys, tmp_path, colou
     refused(capsys, train(colours, method="mefe"), 2, "unknown method 'mefe': did you mean mfef")
     refused(capsys, recipe('seed = 1\nmethod = "mefe"'), 2, "recipe.toml:2: unknown method 'mefe': did you mean mfef")
     assert os.listdir() == ["recipe.toml"]
+
+
+@pytest.mark.fault(4)
+def test_paths_and_lists_in_place_of_names(capsys, tmp_path, colours):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "images.csv").touch()
+    for line, read in (
+        (["train", "photos"], "unknown method 'photos': .* --data folder --data-dir photos"),
+        (["train", "--data", "photos"], "unknown data set 'photos': .* --data folder --data-dir photos"),
+        (["train", "--data", "folder=photos"], "unknown data set 'folder=photos': .* --data folder --data-dir photos"),
+        (["train", "--data", "images.csv"], "unknown data set 'images.csv': .* --data table --data-dir images.csv"),
+        (
+            ["train", "--data", "folder", "--data-dir", "images.csv"],
+            "images.csv: is a file, .* --data table",
+        ),
+        (["train", "--recipe", "photos"], "recipe photos: is a folder: name a file"),
+    ):
+        assert main(line) in (2, 3)
+        said = capsys.readouterr().err
+        assert re.search(read, said) and said.count("\n") == 1
+    (tmp_path / "photos" / "config.json").touch()
+    refused(capsys, ["train", "--recipe", "photos"], 2, "is a folder: name photos/config.json")
+    for name in ("tiny,tiny", "tiny tiny"):
+        refused(capsys, train(colours, networks=(name,)), 2, "separated by spaces, without quotes: tiny tiny")
 
 
 @pytest.mark.fault(5)

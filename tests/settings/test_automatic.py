@@ -120,7 +120,7 @@ def test_a_photo_that_lies_on_its_side_has_the_size_of_what_is_decoded(tmp_path)
     with pytest.raises(DataError) as error:
         cd.dataset("folder", tmp_path / "photos")
     names = [str(tmp_path / f"photos/b/turned{turn}.jpg") for turn in (3, 6)]
-    fault = "is 9x8 pixels, but most images are 8x9: bring all to one size with --data folder:resize=9"
+    fault = "is 9x8 pixels, not 8x9: bring all to one size with --data folder:resize=9"
     assert f": 2 files cannot be used: {', '.join(names)}: {fault}" in str(error.value)
 
 

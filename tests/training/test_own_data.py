@@ -83,6 +83,16 @@ def test_files_that_came_later_do_not_make_trained_images_test_images(tmp_path, 
         assert "(missing: bee/00.png, bee/01.png, bee/02.png and 1 more): restore" in capsys.readouterr().err
 
 
+def test_a_run_on_class_folders_is_evaluated_on_test_images_that_were_set_apart_later(tmp_path, capsys):
+    assert train(photos(tmp_path / "photos", {"ant": 20, "bee": 20}), tmp_path / "run") == 0
+    apart = photos(tmp_path / "apart", {"train/ant": 4, "train/bee": 4, "test/ant": 3, "test/bee": 2})
+    assert main(["evaluate", str(tmp_path / "run"), "--data-dir", str(apart)]) == 0
+    out, said = capsys.readouterr()
+    assert f"5 test images of {apart}" in out and "not comparable with these" in said
+    (tmp_path / "run" / "summary.json").unlink()
+    assert main(["resume", str(tmp_path / "run"), "--data-dir", str(apart)]) == 3
+
+
 def test_uneven_classes_are_said(tmp_path, capsys):
     root = photos(tmp_path / "photos", {"train/ant": 24, "train/bee": 12, "test/ant": 3, "test/bee": 3})
     assert train(root, tmp_path / "run") == 0

@@ -15,6 +15,8 @@ from typing import Annotated, Any, Generic, Literal, TypeVar, Union, cast, get_a
 from codistill.core.errors import UsageError
 
 T = TypeVar("T")
+READERS = {".npz": "packed", **dict.fromkeys((".csv", ".tsv", ".tab", ".jsonl", ".ndjson"), "table")}
+"""Data sets that read a file, by its suffix."""
 
 
 def near_matches(name: str, known: Iterable[str], otherwise: str = "") -> str:
@@ -29,7 +31,13 @@ def near_matches(name: str, known: Iterable[str], otherwise: str = "") -> str:
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
-    """Return the line that nothing of a kind has a name."""
+    """Return the line that nothing of a kind has a name, with a hint where it is a path or several names in one."""
+    names, place = re.split(r"[\s,]+", name.strip(), flags=re.ASCII), Path(name.partition("=")[2] or name)
+    if kind == "network" and len(names) > 1:
+        return f"unknown {kind} {name!r}: names are separated by spaces, without quotes: {' '.join(names)}"
+    if kind in ("method", "data set") and "\0" not in name and place.exists():
+        reader = "folder" if place.is_dir() else READERS.get(place.suffix.lower(), "NAME")
+        return f"unknown {kind} {name!r}: it is a path, of images to train on with --data {reader} --data-dir {place}"
     known = sorted(known)
     every = f"choose from {', '.join(known)}"
     own = "; your own are there with --import MODULE" if kind in ("method", "network", "data set") else ""

@@ -254,7 +254,9 @@ def dataset(spec: str, root: str | Path | None = None, **options: Any) -> Datase
     if "root" not in inspect.signature(load).parameters:
         loaded = load(**chosen)
     elif root is None:
-        raise UsageError(f"data set {name}: needs the path of its files: give --data-dir (root=)")
+        raise UsageError(
+            f"data set {name}: needs the path of its files: give --data-dir (in Python data_dir= or root=)"
+        )
     else:
         loaded = load(root=Path(root), **chosen)
     return replace(loaded, spec=write_spec(name, chosen), root="" if root is None else str(Path(root).resolve()))

@@ -60,6 +60,8 @@ def folder(
     reading = Reading(
         name="folder", resize=resize, interpolation=interpolation, skip_bad=skip_bad, test=test, split_seed=split_seed
     )
+    if root.is_file():
+        raise DataError(f"{root}: is a file, no folder: {LAYOUT}; a table of images is read by --data table")
     bad: dict[str, str] = {}
     places = _places(root)
     files = {part: _class_files(root, place, bad) for part, place in places.items()}

@@ -186,18 +186,19 @@ def read_listed(
             title=f"{reading.name}: reading images",
         )
         bad |= {listed.names[position]: line for position, line in found.bad.items()}
-        one_size = f"bring all to one size with --data {reading.name}:resize={min(64, max(size))}"
-        unlike |= {listed.names[position]: f"{line}: {one_size}" for position, line in found.unlike.items()}
+        unlike |= {listed.names[position]: line for position, line in found.unlike.items()}
         names = tuple(listed.names[position] for position in found.kept)
         splits[part] = Split(found.images, listed.labels[found.kept], names)
-    refuse_bad(root, (unlike if reading.skip_bad else bad | unlike).values(), reading, len(bad))
+    one_size = f"bring all to one size with --data {reading.name}:resize={min(64, max(size))}" if unlike else ""
+    refuse_bad(root, (unlike if reading.skip_bad else bad | unlike).values(), reading, len(bad), one_size)
     for part, split in splits.items():
         counts = np.bincount(split.labels, minlength=len(class_names))
         empty = [name for name, count in zip(class_names, counts, strict=True) if count == 0]
         if empty and (part == "train" or len(empty) == len(class_names)):
             raise DataError(f"{called(part, empty[0])}: holds no images: {fix}")
         if empty and leads():
-            warn(f"{root}: no {part} images of {', '.join(map(repr, empty[:LISTED]))} ({len(empty)} classes)")
+            of = f"{len(empty)} of {len(class_names)} classes"
+            warn(f"{root}: no {part} images of {', '.join(map(repr, empty[:LISTED]))} ({of})")
     left_out = tuple(sorted(bad))
     if bad and leads():
         more = f" and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
@@ -216,8 +217,11 @@ def read_listed(
     )
 
 
-def refuse_bad(root: Path, lines: Iterable[str], reading: Reading, bad: int) -> None:
-    """Raise `DataError` for lines about files that cannot be used, if there are any; `bad` of them can be left out."""
+def refuse_bad(root: Path, lines: Iterable[str], reading: Reading, bad: int, fix: str = "") -> None:
+    """Raise `DataError` for lines about files that cannot be used, if there are any; `bad` of them can be left out.
+
+    `fix` repairs those that say how to repair nothing.
+    """
     if problems := list(lines):
         named: dict[str, list[str]] = {}
         for place, _, fault in (line.partition(": ") for line in problems[:LISTED]):
@@ -227,7 +231,7 @@ def refuse_bad(root: Path, lines: Iterable[str], reading: Reading, bad: int) -> 
         count = f"{root}: {len(problems)} files cannot be used: " if len(problems) > 1 else ""
         option = f"--data {reading.name}:skip_bad=true"
         skip = "" if reading.skip_bad or not bad else f" (to leave out bad files: --skip-bad, or {option})"
-        raise DataError(f"{count}{faults}{more}{skip}")
+        raise DataError(f"{count}{faults}{more}{f': {fix}' * bool(fix)}{skip}")
 
 
 def _with_test(root: Path, parts: Mapping[str, Listed], reading: Reading) -> tuple[dict[str, Listed], str]:

@@ -63,7 +63,7 @@ class Decoded:
         images: uint8 [kept, height, width, 3], RGB, in the order of the names; a read-only memory map, or in memory.
         kept: int64 [kept], the position in the names of each of these images.
         bad: A line about each file that cannot be read, by its position in the names.
-        unlike: Likewise about each image of another size, where images are not resized; the caller adds how to fix it.
+        unlike: Likewise about each image of another size, where images are not resized; the caller adds the fix, once.
     """
 
     images: Pixels
@@ -106,7 +106,7 @@ class _Files:
                 continue
             if image.shape[:2] != self.size:
                 usual = f"{self.size[0]}x{self.size[1]}"
-                unlike[position] = f"{path}: is {size_of(image[None])} pixels, but most images are {usual}"
+                unlike[position] = f"{path}: is {size_of(image[None])} pixels, not {usual}"
                 continue
             pixels[kept] = image
             rows[kept] = position, zlib.crc32(pixels[kept].data)

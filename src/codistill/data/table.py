@@ -74,7 +74,8 @@ def table(
 
     Args:
         root: The table, or a folder that holds no other one.
-        images: Folder that paths are relative to, and that all images lie in. Empty: that of the table.
+        images: Folder that paths are relative to, and that all images lie in; it is itself relative to that of the
+            table. Empty: that of the table.
         path: Column of the paths.
         label: Column of the classes.
         split: Column of the splits; none: no column is.
@@ -101,7 +102,8 @@ def table(
     rows = _rows(source, {"path": path, "label": label, "split": split})
     place = Path(os.path.abspath(source.parent / images))
     if not place.is_dir():
-        raise DataError(f"{place}: no such folder: name that of the images with --data table:images=FOLDER")
+        fix = "name that of the images with --data table:images=FOLDER, relative to the table"
+        raise DataError(f"{place}: no such folder: {fix}")
     usable: dict[str, Row] = {}
     bad: dict[str, str] = {}
     for row in rows:
@@ -141,7 +143,9 @@ def _table_in(root: Path) -> Path:
 
 
 def _inside(place: Path, path: str) -> str:
-    """Return a path relative to a folder; empty: it leads out of it."""
+    """Return a path relative to a folder; empty: it leads out of it. Backslashes separate where no file has them."""
+    if "\\" in path and "\0" not in path and not os.path.lexists(os.path.join(place, path)):
+        path = path.replace("\\", "/")
     whole, inside = os.path.normpath(os.path.join(place, path)), os.path.join(place, "")
     return whole.removeprefix(inside) if whole.startswith(inside) else ""
 

@@ -41,7 +41,7 @@ TEXTS = {
     "confusion.png": "the confusion matrix of the test images",
     "recipe.json": "every setting of the training",
 }
-NAMED_CLASSES = 30  # that a picture has room to name
+NAMED_CLASSES, NAME_LENGTH = 30, 32  # that a picture has room to name, and of which length
 LICENCE = "unknown"
 
 
@@ -272,7 +272,8 @@ def draw_confusion(matrix: Counts, names: tuple[str, ...], file: Path) -> None:
 
     shares = matrix / np.maximum(1, matrix.sum(axis=1, keepdims=True))
     few = len(names) <= NAMED_CLASSES
-    side = min(12.0, 3.5 + 0.3 * len(names)) if few else 8.0
+    short = [each if len(each) <= NAME_LENGTH else f"{each[: NAME_LENGTH - 2]}.." for each in names]
+    side = min(12.0, 2.7 + 0.08 * max(map(len, short)) + 0.3 * len(names)) if few else 8.0
     with matplotlib.style.context("default"):  # whatever the user's own is
         figure = Figure(figsize=(side + 1, side), layout="constrained")
         axes = figure.subplots()
@@ -280,7 +281,7 @@ def draw_confusion(matrix: Counts, names: tuple[str, ...], file: Path) -> None:
         figure.colorbar(drawn, ax=axes, label="% of the label's images", shrink=0.8)
         axes.set(xlabel="answered", ylabel="label")
         if few:
-            shown = [each.replace("$", r"\$") for each in names]
+            shown = [each.replace("$", r"\$") for each in short]
             axes.set_xticks(range(len(names)), shown, rotation=90)
             axes.set_yticks(range(len(names)), shown)
             for (row, column), count in np.ndenumerate(matrix):

@@ -95,7 +95,7 @@ def choose_format(file: Path | None, format: str | None) -> str:
         raise UsageError(f"unknown format {format!r}: choose from {', '.join(SUFFIXES)}")
     suffix = "." + SUFFIXES[chosen].rpartition(".")[2]
     if file is not None and file.suffix != suffix:
-        raise UsageError(f"{file}: a {chosen} file must end in {suffix}")
+        raise UsageError(f"{file}: the name of a file in {chosen} must end in {suffix}")
     return chosen
 
 

@@ -225,7 +225,8 @@ def check_student(index: int, student: nn.Module) -> None:
     if isinstance(getattr(student, "module", None), Network):
         raise UsageError(f"student {index} is a Network within {type(student).__name__}: hand in its .module")
     if not isinstance(student, Network):
-        raise UsageError(f"student {index} is a {type(student).__name__}, but {form}: put its parts into one")
+        found = f"student {index} is a {type(student).__name__}"
+        raise UsageError(f"{found}, but {form}: codistill.network_from(module) makes one")
     if any(is_lazy(each) for each in (*student.parameters(), *student.buffers())):
         name = student.spec or type(student).__name__
         raise UsageError(f"student {index} ({name}) has lazy layers without weights: call it once on some images first")

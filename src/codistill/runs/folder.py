@@ -15,6 +15,7 @@ from torch import nn
 from codistill.core.errors import CheckpointError, DataError, UsageError
 from codistill.core.files import read_json, system_error, write_atomically, write_json
 from codistill.core.imports import trained_with
+from codistill.core.kinds import shown
 from codistill.data import DATASETS, Dataset, dataset
 from codistill.data.store import stored_in
 from codistill.evaluation.metrics import AVERAGED
@@ -29,7 +30,6 @@ from codistill.runs.metadata import checked_metadata, drawn_digest
 from codistill.runs.state import load_weights
 from codistill.settings.build import build_method, unbuildable
 from codistill.settings.config import RunConfig
-from codistill.settings.kinds import shown
 from codistill.settings.mapping import run_from_mapping
 
 ANOTHER = "choose another --out"
@@ -273,7 +273,7 @@ class RunFolder:
                 fix = f"{shown(found)}, but {self.path} was trained on {shown(began)}"
                 raise DataError(f"data set {data.name}: other {what} than those of the run: {fix}")
         began = self.metadata["dataset"].get("drawn_sha256")
-        if began is not None and began != drawn_digest(data):
+        if began is not None and data.drawn and began != drawn_digest(data):
             words = "other files than in training, of which other ones would be drawn for testing"
             words += f" ({changed})" if (changed := changed_files(self.path, data)) else ""
             raise DataError(f"data set {data.name}: {words}: restore them as {self.path}/images.csv lists them")
