@@ -95,6 +95,21 @@ def test_operators_of_one_run(tiny_registered, capsys):
     assert operators("--method.attention", "none") < alone
 
 
+def test_a_taught_run_is_timed_with_its_teacher(tiny_registered, tmp_path, capsys):
+    colours = str(tiny.write_npz(tmp_path / "colours.npz", tiny.data()))
+    teacher, shared = str(tmp_path / "teacher"), ["--networks", "tiny", "--data", "packed", "--data-dir", colours]
+    assert main(["train", "independent", *shared, "-b", "8", "--epochs", "1", "--device", "cpu", "--out", teacher]) == 0
+    line = ["bench", "kd", *shared, "-b", "8", "--device", "cpu"]
+    assert main(line) == 2 and "kd needs a teacher" in capsys.readouterr().err
+
+    def operators(*arguments: str) -> int:
+        assert main([*line, *arguments, "--json", "--seconds", "0.01"]) == 0
+        return json.loads(capsys.readouterr().out)["operators_per_step"]
+
+    capsys.readouterr()
+    assert operators("--teacher", teacher) < operators("--teacher", teacher, teacher)
+
+
 def test_the_limit_has_each_convolution_and_product_of_a_step_and_nothing_else():
     convolutions = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Conv2d(4, 5, 1, bias=False))
     head, images = nn.Linear(5, 2), torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)

@@ -21,9 +21,10 @@ from codistill.methods import Method
 from codistill.networks.network import parameter_count
 from codistill.networks.probe import forward_flop
 from codistill.runs.metadata import environment
-from codistill.settings.build import build_method, load_named_data
+from codistill.settings.build import load_named_data
 from codistill.settings.config import RunConfig
 from codistill.training.compiling import choose_execution
+from codistill.training.prepare import build_taught
 
 STEPS_UNTIL_CAPTURED = 8
 OWN, LIMIT, PLAIN, DETERMINISTIC = "codistill", "limit", "plain", "deterministic"
@@ -59,7 +60,7 @@ def bench(
         warn(f"there are {size} training images, less than a batch of {config.train.batch_size}: steps are of {size}")
 
     def build() -> Method:
-        return build_method(config, data.num_classes, data.image_size).to(device).train()
+        return build_taught(config, data).to(device).train()
 
     def own(name: str, deterministic: bool) -> Contestant:
         methods = [build() for _ in range(runs)]
