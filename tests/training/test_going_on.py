@@ -13,6 +13,7 @@ from codistill.networks import PooledLinear
 from codistill.training import initial
 from codistill.training import trainer as loop
 from codistill.training.resume import resume, resume_together
+from codistill.training.step import TrainStep
 
 from .. import tiny
 from ..faults.running import arguments, at_step, end_state, run_here
@@ -73,6 +74,32 @@ def test_of_runs_side_by_side_each_stops_by_itself(colours, tmp_path):
     for seed in (0, 1):
         assert run_here(arguments(colours, tmp_path / f"alone{seed}", *flags, "--seed", str(seed))) == 0
         assert end_state(tmp_path / f"both/seed{seed}") == end_state(tmp_path / f"alone{seed}")
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_run_that_is_over_before_the_others_is_finished_then(colours, tmp_path, capsys, monkeypatch, first):
+    for seed in (0, 1):  # nothing is learned at this rate
+        settings = {"seed": seed, "learning_rate": 1e-9, "patience": 3 if seed == first else 0}
+        (tmp_path / f"r{seed}.json").write_text(json.dumps(settings))
+    out = tmp_path / "both"
+    over, other = out / f"r{first}", out / f"r{1 - first}"
+    call = TrainStep.__call__
+
+    def stepping(self, *given):
+        if (over / "summary.json").exists():
+            signal.raise_signal(signal.SIGTERM)
+        call(self, *given)
+
+    monkeypatch.setattr(TrainStep, "__call__", stepping)
+    flags = ["--networks", "tiny", "tiny", "--data", "packed", "--data-dir", colours, "-b", "8", "--threads", "1"]
+    recipes = ["--recipes", str(tmp_path / "r0.json"), str(tmp_path / "r1.json")]
+    line = ["train", *flags, "--epochs", "9", "--validation", "4", *recipes, "--out", str(out)]
+    assert run_here(line) == 143
+    assert cd.Run(over).finished and cd.Run(over).summary["stopped_early"] == 4
+    assert len(cd.Run(other).metrics()) == 4 and not cd.Run(other).finished
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"codistill resume {other}")
+    monkeypatch.undo()
+    assert run_here(["resume", str(out)]) == 0 and cd.Run(other).finished
 
 
 def test_patience_needs_images_that_are_held_out(colours, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The epochs of one run, or of several that train side by side: steps, evaluation, signals, and one read at the end."""
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -7,7 +8,7 @@ from typing import Any
 
 import torch
 
-from codistill.core.errors import DivergedError
+from codistill.core.errors import CodistillError, DivergedError
 from codistill.core.randomness import draws_kept
 from codistill.core.signals import SignalRequests, defer_signals
 from codistill.evaluation.metrics import read_together
@@ -35,12 +36,30 @@ def train_loop(
     ended, active = ([each for each in trainers if each.over is over] for over in (True, False))
     started = time.monotonic()
     steps: GraphedSteps | EagerSteps | None = None
-    with draws_kept(trainers[0].step.device), defer_signals() as requests, trainers[0].display:
+    lost: list[CodistillError] = []
+
+    def finish() -> None:
+        """Finish the runs that have ended; what one of them cannot write costs the others nothing."""
+        while ended:
+            trainer = ended.pop(0)
+            try:
+                with trainer.step.ranks.together():
+                    if trainer.step.ranks.leads:
+                        trainer.finish(time.monotonic() - started)
+            except CodistillError as error:
+                lost.append(error)
+
+    shown: Trainer | None = None
+    with draws_kept(trainers[0].step.device), defer_signals() as requests, contextlib.ExitStack() as display:
         # One signal may reach a rank from several sides.
         requests.insistent = trainers[0].step.ranks.count == 1
         for epoch in range(trainers[0].position[0], trainers[0].config.train.epochs):
             if not active:
                 break
+            if active[0] is not shown:
+                display.close()
+                shown = active[0]
+                display.enter_context(shown.display)
             if any(epoch == trainer.initial_epochs > 0 for trainer in active):
                 steps = None  # what was captured of the initialisation is over
             steps = steps or make_fleet([trainer.step for trainer in active])
@@ -61,12 +80,13 @@ def train_loop(
                 active.remove(trainer)
                 ended.append(trainer)
                 steps = None
+            if active:  # for those that are over before the others
+                finish()
             if epoch == 0 and active and active[0].step.ranks.leads:
                 active[0].suggest()
-    for trainer in ended:
-        with trainer.step.ranks.together():
-            if trainer.step.ranks.leads:
-                trainer.finish(time.monotonic() - started)
+    finish()
+    if lost:
+        raise lost[0]
 
 
 def train_epoch(trainers: Sequence[Trainer], steps: GraphedSteps | EagerSteps, epoch: int) -> Iterator[int]:
