@@ -95,6 +95,22 @@ def test_other_settings_are_refused(train, capsys):
     assert "0-tiny holds a run with other settings: seed 0 -> 1: choose another --out" in capsys.readouterr().err
 
 
+def test_what_is_refused_leaves_no_folder(train, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = ["train", "takd", "--networks", "tiny", "tiny", "--data", "packed", "--data-dir", "colours.npz"]
+    assert main([*line, "--padding", "100"]) == 2
+    assert main([*line, "--verify-resume"]) == 2
+    assert "--verify-resume is of one run, and a chain has several" in capsys.readouterr().err
+    # Of several ranks each would make a folder of its own.
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    assert main(line) == 2
+    assert "a chain on several ranks needs a folder that all of them know" in capsys.readouterr().err
+    assert [each.name for each in tmp_path.iterdir()] == ["colours.npz"]
+
+
 def test_a_run_folder_is_no_chain(train, tmp_path, capsys):
     assert train("run", networks=("tiny", "tiny")) == 0
     capsys.readouterr()

@@ -298,7 +298,15 @@ def test_captured_steps_go_on_with_the_same_bits(colours, tmp_path, step, more):
 
 
 @pytest.mark.fault(86)
-@pytest.mark.parametrize(("method", "more"), [("mfef", ()), ("kdcl", ()), ("dml", ("--batch-size", "64"))])
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("mfef", ()),
+        ("kdcl", ()),
+        ("dml", ("--batch-size", "64")),
+        ("dml", ("--batch-size", "9", "--drop-last")),  # two batches, and a part of a third
+    ],
+)
 def test_verify_resume(colours, tmp_path, capsys, method, more):
     out = tmp_path / "run"
     assert run_here(arguments(colours, out, "--verify-resume", "--milestones", "1", *more, method=method)) == 0

@@ -95,6 +95,8 @@ def train_command(arguments: Sequence[str]) -> None:
     for flag, given in (("--recipes", chosen.recipes), ("--seeds", chosen.seeds)):
         if flag in rest and not given:
             raise UsageError(f"codistill train: {flag}: name at least one")
+    if chosen.verify_resume and is_chain(configs[0]):
+        raise UsageError("codistill train: --verify-resume is of one run, and a chain has several: leave it out")
     if chosen.verify_resume:
         for config in configs:
             print(verify_resume(config))

@@ -7,12 +7,13 @@ from rich.table import Table
 
 from codistill.core.console import lasting_console, note
 from codistill.core.errors import DivergedError, UsageError
+from codistill.core.torchrun import world_size
 from codistill.deploy.run import Run
 from codistill.settings.build import build_method, load_named_data, weights_of
 from codistill.settings.config import RunConfig, default_config
 from codistill.sweeps.naming import differences, digest
 from codistill.training.resume import resume
-from codistill.training.train import free_folder, train_from_config
+from codistill.training.train import kept_if_used, train_from_config
 
 METHOD = "takd"
 
@@ -62,13 +63,21 @@ def train_chain(config: RunConfig, out: Path | None = None, show: bool = True) -
         The runs, in order.
 
     Raises:
-        UsageError: A network that cannot be built, or a folder with a run of other settings; nothing was started.
+        UsageError: A network that cannot be built, a folder with a run of other settings, or no folder on several
+            ranks; nothing was started.
         DivergedError: A link diverged, now or before; those behind it were not started.
     """
+    if out is None and world_size() > 1:
+        raise UsageError("a chain on several ranks needs a folder that all of them know: name it with --out (out=)")
     data = load_named_data(config)
     for link in links_of(config, Path()).values():
         build_method(link, data.num_classes, data.image_size, fresh=bool(link.weights))
-    folder = out or free_folder(config)
+    with kept_if_used(config, out) as folder:
+        return train_links(config, folder, show)
+
+
+def train_links(config: RunConfig, folder: Path, show: bool) -> list[Run]:
+    """Train the links of a chain in its folder; see `train_chain`."""
     if (folder / "config.json").exists():
         raise UsageError(f"{folder} is a run folder: choose another --out for the chain")
     links = links_of(config, folder)

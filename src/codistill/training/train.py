@@ -48,7 +48,7 @@ def free_folder(config: RunConfig, ending: str | None = None) -> Path:
 
 
 @contextlib.contextmanager
-def kept_if_used(config: RunConfig, out: Path | None, ending: str) -> Iterator[Path]:
+def kept_if_used(config: RunConfig, out: Path | None, ending: str | None = None) -> Iterator[Path]:
     """Yield `out`, or a folder of `free_folder` that is removed again if nothing is in it after an error."""
     folder = out or free_folder(config, ending)
     try:

@@ -37,14 +37,12 @@ def verify_resume(config: RunConfig) -> str:
     data = load_named_data(config)
     data = dataclasses.replace(data, test=Split(data.test.images[:TEST_IMAGES], data.test.labels[:TEST_IMAGES]))
     size, count = config.train.batch_size, len(data.train)
-    if count <= (STEPS - 1) * size:  # there are no three batches
-        size = count // STEPS
-        count = STEPS * size
+    size = min(size, count // STEPS)
     if size < 2:
         raise UsageError(f"--verify-resume trains {STEPS} steps of at least two images: {data.name} has too few")
     warm_up = min(config.train.warm_up, 1)
     settings = dataclasses.replace(config.train, epochs=2, milestones=None, validation=0, patience=0, warm_up=warm_up)
-    settings = dataclasses.replace(settings, train_limit=min(count, STEPS * size), batch_size=size)
+    settings = dataclasses.replace(settings, train_limit=STEPS * size, batch_size=size)
     short = dataclasses.replace(config, train=settings)
 
     def train(out: Path, stop: tuple[int, int] | None, state: TrainingState | None = None) -> None:
