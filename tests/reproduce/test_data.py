@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import codistill as cd
+from codistill.cli import main
 from codistill.core.errors import UsageError
 from codistill.runs.metadata import data_digests
 from codistill.sweeps.reproduce import data as module
@@ -73,3 +74,11 @@ def test_rows_of_other_data_sets_are_left_out(whole, tmp_path):
     kept, place = located(cells, protocols()["paper"], "packed", str(file), tmp_path)
     assert {cell.row for cell in kept} == {"resnet20/cifar100"} and place["data_dir"] == str(file)
     assert located(cells, protocols()["paper"], None, "data", tmp_path) == (cells, {"data_dir": "data"})
+
+
+def test_a_dry_run_needs_no_images(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["reproduce", "methods", "--protocol", "small", "--dry-run", "--seeds", "0", "--slots", "1"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("1 runs of teachers to train\n") and "runs of students to train" in said
+    assert "mfef-resnet20x2" in said and tiny.listing(tmp_path) == {}

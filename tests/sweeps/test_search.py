@@ -4,6 +4,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from codistill.sweeps.driver import sweep
 from codistill.sweeps.reproduce.cells import protocols
 from codistill.sweeps.search import Search, read_search
 
+from ..data.writers import encode, write_folder
 from .bench import Bench
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="no optuna here")
@@ -237,6 +239,18 @@ WRONG = {
 def test_a_wrong_spec_is_one_line(tmp_path, text, line):
     (tmp_path / "spec.toml").write_text(text)
     with pytest.raises(UsageError, match=line):
+        read_search(tmp_path / "spec.toml")
+
+
+def test_images_of_the_data_set_may_choose(tmp_path):
+    image = encode(np.zeros((8, 8, 3), np.uint8))
+    names = [f"{part}/{name}/{index}.png" for part in ("train", "val", "test") for name in "ab" for index in (0, 1)]
+    root = write_folder(tmp_path / "photos", dict.fromkeys(names, image))
+    spec = SEARCH.replace("validation = 100\n", "").replace('"digits"', f'"folder"\ndata_dir = "{root}"')
+    (tmp_path / "spec.toml").write_text(spec)
+    assert read_search(tmp_path / "spec.toml").trials == 6
+    (root / "val").rename(tmp_path / "val")
+    with pytest.raises(UsageError, match="a search chooses by validation errors: hold out training images"):
         read_search(tmp_path / "spec.toml")
 
 

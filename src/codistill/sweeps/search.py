@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import importlib.util
 import json
 import math
@@ -21,6 +22,7 @@ from codistill.core.files import system_error, write_json
 from codistill.core.registry import near_matches, with_options
 from codistill.evaluation.metrics import AVERAGED, own_student
 from codistill.runs.folder import ANOTHER
+from codistill.settings.automatic import look_up
 from codistill.settings.build import build_method
 from codistill.settings.config import PLACES, RunConfig
 from codistill.settings.mapping import Where
@@ -94,6 +96,7 @@ def read_search(path: Path, skip_bad: bool = False) -> SearchSpec | None:
 
     Raises:
         UsageError: A key or value that it cannot have, or no validation images to choose by.
+        DataError: No images are held out, and the data set, which may have some of its own, is missing or damaged.
     """
     mapping, where = read_settings(path)
     table, grid, runs = mapping.pop("search", None), mapping.pop("grid", {}), mapping.pop("runs", None)
@@ -125,11 +128,12 @@ def read_search(path: Path, skip_bad: bool = False) -> SearchSpec | None:
             )
             raise UsageError(f"{where(key)}: {key} in [search.space] must be {form}")
     search = SearchSpec(space=space, shared=shared, seeds=seeds, where=where, **table)
+    own_validation = functools.cache(lambda data, place: look_up(data, place).validation)
     for key, axis in space.items():
         for run in (run for value in _ends(axis) for run in search.runs("trial", {**search.first, key: value})):
             if run.config is None:
                 raise UsageError(f"{where(key)}: {run.problem}")
-            if not run.config.train.validation:
+            if not run.config.train.validation and not own_validation(run.config.data, run.config.data_dir):
                 held_out = "hold out training images with validation = 1000"
                 raise UsageError(f"{where('search')}: a search chooses by validation errors: {held_out}")
             if search.predictor not in (known := _predictors(run.config, search.predictor)):

@@ -17,7 +17,7 @@ from codistill.report.page import render
 from codistill.report.tables import Table
 from codistill.sweeps.driver import PROGRAM, sweep
 from codistill.sweeps.naming import part
-from codistill.sweeps.reproduce.cells import Cell, Protocol, contents, protocols
+from codistill.sweeps.reproduce.cells import Cell, Protocol, contents, protocols, rules
 from codistill.sweeps.reproduce.cells import tables as all_tables
 from codistill.sweeps.reproduce.collect import gather, runs_below, tables_of
 from codistill.sweeps.reproduce.data import located
@@ -100,6 +100,8 @@ def reproduce(
             beside, place = Path(scratch) if dry_run else out, dict[str, Any]()
             if not dry_run or data or data_dir:  # the minutes of a dry run are measured on the data
                 chosen, place = located(chosen, protocol, data, data_dir, beside)
+            elif protocol.subset:
+                place = {"data": rules()["data"][protocol.subset]["of"]}
             missing = Missing(chosen, seeds or SEEDS, recorded, protocol, folder)
             for stage in ("teachers", "students"):
                 entries, names = missing.entries(stage, place)
