@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from codistill.deploy.run import Run
     from codistill.methods import METHODS, Method, MethodSettings, ParameterGroup, losses
     from codistill.methods.ab import AB
+    from codistill.methods.ahbf import AHBF
     from codistill.methods.at import AT
     from codistill.methods.byot import BYOT
     from codistill.methods.cd import CD
@@ -35,17 +36,24 @@ if TYPE_CHECKING:
     from codistill.methods.cohort import Outputs
     from codistill.methods.dml import DML
     from codistill.methods.ffl import FFL
+    from codistill.methods.ffsd import FFSD
     from codistill.methods.fitnets import FitNets
     from codistill.methods.fsp import FSP
     from codistill.methods.independent import Independent
     from codistill.methods.kd import KD, WithTeacher
     from codistill.methods.kdcl import KDCL
+    from codistill.methods.kdgan import KDGAN
+    from codistill.methods.l_mcl import LMCL
+    from codistill.methods.mcl import MCL
     from codistill.methods.mfef import MFEF
     from codistill.methods.okd_cheap import OKDCheap
     from codistill.methods.okddip import OKDDip
+    from codistill.methods.okdph import OKDPH
     from codistill.methods.one import ONE
     from codistill.methods.pcl import PCL
     from codistill.methods.rocket import Rocket
+    from codistill.methods.switokd import SwitOKD
+    from codistill.methods.takd import TAKD
     from codistill.networks import NETWORKS, Network, network, network_from
     from codistill.runs.evaluate import evaluate_run as evaluate
     from codistill.settings.augment import AugmentSettings
@@ -84,6 +92,7 @@ _HOMES = {
 
 __all__ = [
     "AB",
+    "AHBF",
     "AT",
     "BYOT",
     "CD",
@@ -91,14 +100,20 @@ __all__ = [
     "DATASETS",
     "DML",
     "FFL",
+    "FFSD",
     "FSP",
     "KD",
     "KDCL",
+    "KDGAN",
+    "LMCL",
+    "MCL",
     "METHODS",
     "MFEF",
     "NETWORKS",
+    "OKDPH",
     "ONE",
     "PCL",
+    "TAKD",
     "AugmentSettings",
     "Classifier",
     "CodistillError",
@@ -117,6 +132,7 @@ __all__ = [
     "Run",
     "RunConfig",
     "Split",
+    "SwitOKD",
     "TeacherSettings",
     "TrainSettings",
     "WithTeacher",

@@ -189,8 +189,8 @@ def summary_table(summary: Mapping[str, Any], keys: Mapping[str, str]) -> "Table
     table.add_column("predictor", no_wrap=True)
     if len(splits) > 1:
         table.add_column("images", no_wrap=True)
-    best = f"top-1 best ({summary['best_epoch']})"
-    for heading in ("top-1 last", best, "top-5", "ECE", "NLL", "parameters"):
+    table.caption = f"top-1 best: at epoch {summary['best_epoch']}, of a student's lowest {splits[0]} error"
+    for heading in ("top-1 last", "top-1 best", "top-5", "ECE", "NLL", "parameters"):
         table.add_column(heading.replace(" ", "\n") if len(splits) > 1 else heading, justify="right")
     for name, parameters in summary["parameters"].items():
         for split in splits:

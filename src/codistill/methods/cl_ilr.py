@@ -68,6 +68,7 @@ class CLILR(Method):
     """
 
     settings: CLILRSettings
+    title = "CL-ILR"
     family = "online"
     year = 2018
     exchanges = "logits"

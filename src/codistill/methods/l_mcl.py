@@ -89,6 +89,7 @@ class LMCL(Method):
     """
 
     settings: LMCLSettings
+    title = "L-MCL"
     family = "online"
     year = 2023
     exchanges = "logits, embeddings"

@@ -144,6 +144,8 @@ class Method(Marked):
     max_students: ClassVar[int | None] = None
     like_students: ClassVar[bool] = False
     """Whether all students must be the same network."""
+    title: ClassVar[str] = ""
+    """How its paper writes its name, where that is not the name of the class."""
     family: ClassVar[Family | None] = None
     """Its place in docs/methods.md, of methods of this package."""
     year: ClassVar[int | None] = None

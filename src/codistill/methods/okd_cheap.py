@@ -60,6 +60,7 @@ class OKDCheap(Method):
     """
 
     settings: OKDCheapSettings
+    title = "OKD-Cheap"
     family = "online"
     year = 2019
     exchanges = "logits, features"

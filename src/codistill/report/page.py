@@ -11,6 +11,7 @@ from codistill.core.errors import CheckpointError
 from codistill.core.files import write_atomically
 from codistill.evaluation.analysis import Analysis, analyse, wilson_interval
 from codistill.evaluation.predictions import Predictions
+from codistill.methods import METHODS
 from codistill.report.advice import advice
 from codistill.report.curves import charts, colour_of
 from codistill.report.failures import (
@@ -35,29 +36,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 REPORT = "report.html"
-NAMES = {
-    "mfef": "MFEF",
-    "dml": "DML",
-    "kdcl": "KDCL",
-    "one": "ONE",
-    "okddip": "OKDDip",
-    "ffl": "FFL",
-    "ffsd": "FFSD",
-    "pcl": "PCL",
-    "okdph": "OKDPH",
-    "ahbf": "AHBF",
-    "kd": "KD",
-    "takd": "TAKD",
-    "fitnets": "FitNets",
-    "at": "AT",
-    "cd": "CD",
-    "fsp": "FSP",
-    "ab": "AB",
-    "kdgan": "KDGAN",
-    "mcl": "MCL",
-    "l-mcl": "L-MCL",
-    "switokd": "SwitOKD",
-}
 
 
 def write_report(run: RunFolder, summary: Mapping[str, Any]) -> None:
@@ -191,7 +169,8 @@ def page_title(seen: Seen) -> str:
     method, data = str(metadata["method"]["name"]), str(metadata["dataset"]["name"])
     if data in ("folder", "packed", "listing", "arrow") and metadata.get("data_dir"):
         data = Path(metadata["data_dir"]).name or data
-    return f"{NAMES.get(method, method)} on {data}"
+    known = METHODS.get(method)
+    return f"{known.title or known.__name__ if known else method} on {data}"
 
 
 def _facts(seen: Seen) -> list[str]:

@@ -77,7 +77,7 @@ def side_by_side(plans: Sequence[Plan], splits: DeviceSplits) -> list[int]:
     if device.type != "cuda" or count == 1:
         return [count]
     gc.collect()  # runs that finished before; see `train_in_groups`
-    kinds = {(plan.config.method_name, plan.config.networks): plan for plan in plans}
+    kinds = {plan.kind: plan for plan in plans}
     need = 0
     for plan in kinds.values():
         try:

@@ -27,6 +27,7 @@ from codistill.deploy.run import Run
 from codistill.methods import METHODS, Method
 from codistill.methods.kd import WithTeacher
 from codistill.methods.teacher import TeacherEnsemble
+from codistill.networks.network import parameter_count
 from codistill.report.trackers import refuse_missing, trackers
 from codistill.runs.images import write_duplicates, write_images
 from codistill.runs.metadata import data_digests, held_out_digest, run_metadata, weights_digest
@@ -67,6 +68,13 @@ class Plan:
     def held_out(self) -> dict[str, str]:
         """SHA-256 of the positions of the images that are held out; empty: there are none."""
         return {} if self.validation is None else held_out_digest(self.validation)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What decides on the time and the memory of a step, of runs that train side by side."""
+        config, settings, teacher = self.config, self.config.train, self.method.taught_by
+        taught = None if teacher is None else (type(teacher.network), parameter_count(teacher.network))
+        return config.method, config.networks, settings.optimizer, settings.ema_decay > 0, taught
 
 
 def announce(plans: Sequence[Plan]) -> None:

@@ -110,7 +110,7 @@ def share_cores(plans: Sequence[Plan], splits: DeviceSplits) -> tuple[int, int]:
     if largest < 2 or plans[0].device.type != "cpu" or BINDING & os.environ.keys() or not can_fork():
         return 1, most
     _ = splits.train, splits.validation, splits.test  # once, for all processes
-    kinds = {(plan.config.method_name, plan.config.networks): plan for plan in plans}
+    kinds = {plan.kind: plan for plan in plans}
     runs = len(plans)
     alone = {name: measure([plan], splits, most, runs) for name, plan in kinds.items()}
     heaviest = kinds[min(alone, key=lambda name: alone[name][0])]
