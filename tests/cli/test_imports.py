@@ -75,6 +75,7 @@ def test_what_is_imported_is_trained_and_used_in_later_processes(fresh, name, ca
         assert run_here([*TRAIN, "--out", "stopped", *own]) == 130
     fresh()
     recorded = json.loads(Path("stopped/config.json").read_text())["imports"]
+    assert capsys.readouterr().err.endswith(f"and saved: codistill resume stopped --import {recorded[0]}\n")
     assert recorded == [str(Path(name).absolute()) if name.endswith(".py") else name]
     for command in (["resume", "stopped"], ["evaluate", "stopped"], ["export", "stopped", "--format", "safetensors"]):
         refused(capsys, command, 4, "'my-method' is not registered", f"--import {recorded[0]}")

@@ -85,6 +85,8 @@ def test_a_line_has_what_the_run_has(copied, tmp_path):
     assert taught.line["settings"]["teacher"] == entry_of(run_of(copied, "independent"), known()).line["settings"]
     append(tmp_path / "l" / "ledger.jsonl", [entry.line])
     append(tmp_path / "l" / "ledger.jsonl", [taught.line])
+    with open(tmp_path / "l" / "ledger.jsonl", "a") as file:
+        file.write("\n")  # as an editor may leave it
     assert [each.line for each in read_ledger(tmp_path / "l" / "ledger.jsonl")] == [entry.line, taught.line]
     assert read_ledger(tmp_path / "none.jsonl") == []
 
@@ -123,7 +125,9 @@ def test_a_recorded_run_needs_no_folder(copied, tmp_path, capsys):
 
 
 def test_a_ledger_that_is_not_there_is_said(tmp_path, capsys):
-    reproduce("table1", out=tmp_path, ledger=tmp_path / "nothere.jsonl", collect=True, show=False)
+    for record in (False, True):  # there are no runs: a ledger of none is not made either
+        reproduce("table1", out=tmp_path, ledger=tmp_path / "nothere.jsonl", collect=True, record=record, show=False)
+        assert not (tmp_path / "nothere.jsonl").exists()
     assert f"{tmp_path}/nothere.jsonl: no such ledger: only runs in {tmp_path}/paper count" in capsys.readouterr().err
 
 

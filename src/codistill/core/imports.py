@@ -108,6 +108,11 @@ def import_flags() -> list[str]:
     return [part for name in _done for part in (FLAG, name)]
 
 
+def resuming(*runs: object) -> str:
+    """Return the command that resumes runs of this process, for lines that say so."""
+    return " ".join(["codistill resume", *map(str, runs), *import_flags()])
+
+
 def trained_with(metadata: Any) -> str:
     """Return the flags that registered what config.json or a card names, for lines that say so; nothing is imported."""
     names = metadata.get("imports") if isinstance(metadata, dict) else None

@@ -50,7 +50,7 @@ def difference_table(groups: Sequence[Group]) -> Table | None:
         return None
     compared = {group for group, _, _ in found}
     left = [each.name for each in groups if each not in compared and each is not reference and not each.lost]
-    notes = ["Percentage points; a negative difference is a lower error."]
+    notes = ["Percentage points; a negative difference is a lower error. Neither test is corrected for many."]
     notes += [f"Not compared, for want of common predictors or seeds: {', '.join(left)}."] if left else []
     return Table(
         f"Differences in test error from {reference.name}, paired by seed",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from codistill.core.console import duration, warn
 from codistill.core.errors import CheckpointError
 from codistill.core.files import write_atomically
+from codistill.core.imports import trained_with
 from codistill.evaluation.analysis import Analysis, analyse, wilson_interval
 from codistill.evaluation.predictions import Predictions
 from codistill.methods import METHODS
@@ -201,7 +202,8 @@ def _alert(seen: Seen) -> str:
     status = seen.summary.get("status", "not finished")
     error = seen.summary.get("error")
     words = f"This run is {status}{': ' + str(error) if error else ''}."
-    return words if status == "diverged" else f"{words} `codistill resume {seen.run.path}` continues it."
+    flags = f" {trained_with(seen.run.metadata)}" if seen.run.metadata.get("imports") else ""
+    return words if status == "diverged" else f"{words} `codistill resume {seen.run.path}{flags}` continues it."
 
 
 def interval_of(seen: Seen, predictor: str, error: float) -> tuple[float, float] | None:

@@ -16,6 +16,7 @@ from codistill.core.console import warn
 from codistill.core.errors import CodistillError, ResourceError
 from codistill.core.extras import missing_package
 from codistill.core.files import system_error
+from codistill.core.imports import resuming
 from codistill.runs.folder import RunFolder
 from codistill.runs.state import TrainingState
 
@@ -116,7 +117,7 @@ class Saver:
         if self._unsaved is not None:
             self._save(self._unsaved)
         if self._unsaved is not None:
-            fix = f"; then: codistill resume {path}"
+            fix = f"; then: {resuming(path)}"
             raise self._error("checkpoint", f"{path}: the last checkpoint could not be written", fix)
         if self._unwritten is not None:
             self._write_metrics(self._unwritten)

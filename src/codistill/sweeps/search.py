@@ -206,6 +206,8 @@ class Search:
                 found += [dataclasses.replace(run, problem=reason or run.problem) for run in self._runs(trial)]
             elif trial.state == self.states.RUNNING:  # the process was killed while it chose
                 self.study.tell(trial.number, state=self.states.FAIL)
+        if len(self.names) > self.spec.trials:
+            self.say(f"{len(self.names)} trials are there already, more than trials = {self.spec.trials}")
         while len(self.names) < min(STARTUP, self.spec.trials):
             found += self._ask()
         return found

@@ -15,6 +15,7 @@ from codistill.core.console import note, warn
 from codistill.core.device import choose_device
 from codistill.core.errors import DivergedError, UsageError, WorkerError
 from codistill.core.host import set_threads
+from codistill.core.imports import resuming
 from codistill.core.torchrun import refuse_ranks
 from codistill.data.augment import epoch_indices
 from codistill.deploy.run import Run
@@ -174,12 +175,12 @@ def train_in_processes(openings: Sequence[Opening], outs: Sequence[Path], proces
 
     def kept() -> str:
         left = [str(out) for out in outs if Run(out).status not in ("finished", "diverged")]
-        return f"and saved: codistill resume {' '.join(left)}" if left else ""
+        return f"and saved: {resuming(*left)}" if left else ""
 
     outcomes = run_in_processes(works, processes, kept)
     for out, outcome in zip(outs, outcomes, strict=True):
         if isinstance(outcome, WorkerError):
-            raise WorkerError(f"{out}: {outcome}; what it saved is kept: codistill resume {out}")
+            raise WorkerError(f"{out}: {outcome}; what it saved is kept: {resuming(out)}")
         if outcome is not None:
             raise outcome
 

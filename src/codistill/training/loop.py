@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from codistill.core.errors import CodistillError, DivergedError
+from codistill.core.imports import resuming
 from codistill.core.randomness import draws_kept
 from codistill.core.signals import SignalRequests, defer_signals
 from codistill.evaluation.metrics import read_together
@@ -121,8 +122,8 @@ def handle_signals(requests: SignalRequests, trainers: Sequence[Trainer], epoch:
         for trainer in trainers:
             trainer.save_inside(epoch, step)
     if stopping:
-        runs = " ".join(str(trainer.run.path) for trainer in trainers)
-        requests.act(f"after step {step} of epoch {epoch + 1} and saved: codistill resume {runs}")
+        again = resuming(*(trainer.run.path for trainer in trainers))
+        requests.act(f"after step {step} of epoch {epoch + 1} and saved: {again}")
 
 
 def completed(trainers: Sequence[Trainer]) -> list[tuple[dict[str, Any], TrainingState | None]]:

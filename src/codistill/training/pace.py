@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from codistill.core.imports import resuming
+
 FIRST = 20  # steps, whose median is the measure
 TIMES = 8
 SECONDS = 5.0
@@ -44,7 +46,7 @@ class Pace:
             return None
         self._said = True
         slow, threads = statistics.median(self._slow), torch.get_num_threads()
-        again = f"codistill resume {self._run} --override threads={threads // 2}"
+        again = f"{resuming(self._run)} --override threads={threads // 2}"
         fewer = f", or go on with fewer threads: Ctrl-C, then {again}"
         return (
             f"a step takes {slow:.2g} s, {slow / usual:.0f} times as long as the first ones: other programs may keep "

@@ -9,6 +9,7 @@ from typing import Any
 
 from codistill.core.console import note
 from codistill.core.errors import CheckpointError, DataError, UsageError
+from codistill.core.imports import resuming
 from codistill.data.dataset import Dataset
 from codistill.deploy.run import Run
 from codistill.methods import Method
@@ -268,9 +269,7 @@ class InterruptedRun:
         run.refuse_unbuildable()
         began = run.metadata.get("teacher_sha256")
         one = "the one" if len(places) < 2 else "all in the order that"
-        name_it = (
-            f"name {one} it began with: codistill resume {run.path} --override{' teacher=PATH' * max(1, len(places))}"
-        )
+        name_it = f"name {one} it began with: {resuming(run.path)} --override{' teacher=PATH' * max(1, len(places))}"
         for each in places if own is None or own.taught_by is None else ():
             if not Path(each).exists():
                 raise CheckpointError(f"teacher {each}: no such run folder or file; if it has moved, {name_it}")

@@ -12,6 +12,7 @@ from codistill.core.errors import CheckpointError, DivergedError, UsageError
 from codistill.core.extras import missing_package
 from codistill.core.files import write_json
 from codistill.core.host import release_freed_memory
+from codistill.core.imports import resuming
 from codistill.core.randomness import STEP_STREAM, draws_kept, stream_seed
 from codistill.data.augment import BatchIndices, DeviceImages
 from codistill.deploy.run import Run
@@ -288,7 +289,7 @@ class Trainer:
         except Exception as error:
             self.saver.flush()
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            kept = f"the run is saved up to epoch {row['epoch'] + 1}: codistill resume {self.run.path}"
+            kept = f"the run is saved up to epoch {row['epoch'] + 1}: {resuming(self.run.path)}"
             raise UsageError(f"on_epoch_end raised {reason}; {kept}") from error
 
     def suggest(self) -> None:

@@ -98,16 +98,19 @@ def tables_of(
     found = contents(table, protocol, patterns)
     caption = f"{paper()[table]['caption']}; top-1 error on the test set, % (protocol {protocol.about})"
     main = _methods(found, runs, seeds) if table == "methods" else _cells(found, protocol, runs, seeds)
-    notes = [*main.notes, *found.notes, *_precisions(found, runs, seeds)]
+    notes = [*main.notes, *found.notes, *_provenance(found, runs, seeds)]
     return Table(caption, main.headings, main.rows, notes), _differences(found, protocol, runs, seeds)
 
 
-def _precisions(found: Contents, runs: Runs, seeds: Sequence[int]) -> list[str]:
+def _provenance(found: Contents, runs: Runs, seeds: Sequence[int]) -> list[str]:
     keys = dict.fromkeys(cell.key for cell in found.cells)
     entries = [entry for key in keys for seed, entry in runs.get(key, {}).items() if not seeds or seed in seeds]
-    used = [str(entry.line["precision"]) for entry in entries]
-    counts = [f"{each} {used.count(each)}" for each in sorted(set(used))]
-    return [f"Precision, by the number of runs: {', '.join(counts)}."] if counts else []
+    notes = []
+    for heading, key in (("Precision", "precision"), ("Commit", "commit")):
+        used = [str(entry.line[key])[:8] or "unknown" for entry in entries]
+        counts = [f"{each} {used.count(each)}" for each in sorted(set(used))]
+        notes += [f"{heading}, by the number of runs: {', '.join(counts)}."] if counts else []
+    return notes
 
 
 def _cells(found: Contents, protocol: Protocol, runs: Runs, seeds: Sequence[int]) -> Table:

@@ -34,6 +34,8 @@ FORM: dict[str, type] = {
     **{"top1_error": dict, "best_epoch_top1_error": dict, "validation_top1_error": dict, "parameters": dict},
     **{"environment": dict, "train_seconds": float, "wall_seconds": float},
 }
+TEACHER = "teacher"
+"""Column of the cell that a teacher is."""
 SAME = ("epochs", "best_epoch", "best_student", "chosen_by", "top1_error", "best_epoch_top1_error", "parameters")
 """What a line has as summary.json has it."""
 
@@ -82,6 +84,8 @@ def read_ledger(path: Path) -> list[Entry]:
     entries = []
     for number, text in enumerate(lines, 1):
         place = f"{path}:{number}"
+        if not text.strip():
+            continue
         try:
             line = json.loads(text)
         except ValueError as error:
@@ -126,7 +130,7 @@ def known_cells(protocols: Sequence[Protocol]) -> dict[str, tuple[Protocol, Cell
 def teacher_of(cell: Cell) -> Cell:
     """Return the run that teaches those of a cell, as a cell of its own."""
     assert cell.teacher is not None
-    return Cell(row=cell.row, column="teacher", settings=cell.teacher)
+    return Cell(row=cell.row, column=TEACHER, settings=cell.teacher)
 
 
 def entry_of(run: RunFolder, known: Mapping[str, tuple[Protocol, Cell]]) -> Entry:
@@ -196,4 +200,5 @@ def _nearest(settings: Mapping[str, Any], known: Mapping[str, tuple[Protocol, Ce
     found = min(known.values(), key=lambda each: len(differing(settings, each[1].resolved)))
     differences = differing(settings, found[1].resolved)
     more = f" and {len(differences) - 6} more" if len(differences) > 6 else ""
-    return f"beside protocol {found[0].name} ({found[1].row}) {', '.join(differences[:6])}{more}"
+    row = f"{found[1].row}, its teacher" if found[1].column == TEACHER else found[1].row
+    return f"beside protocol {found[0].name} ({row}) {', '.join(differences[:6])}{more}"

@@ -124,7 +124,8 @@ def reproduce(
     if record:
         known = gather(recorded)
         new = [entry for entry in own if entry.seed not in known.get(entry.key, {})]
-        append(ledger, [entry.line for entry in new])
+        if new:
+            append(ledger, [entry.line for entry in new])
         note(f"{ledger}: {len(new)} runs added, {len(own) - len(new)} were there")
     runs = gather([*recorded, *own])
     tables = tables_of(table, protocol, runs, patterns, seeds)
