@@ -15,6 +15,9 @@ def test_ticks_are_round_numbers():
     assert nice_ticks(0, 100) == [0, 20, 40, 60, 80, 100]
     assert nice_ticks(0.3, 7) == [2, 4, 6]
     assert nice_ticks(3, 3) == [3]
+    for high, ticks in ((2, [1, 2]), (3, [1, 2, 3]), (60, [20, 40, 60])):  # epochs
+        assert Axis(1, high, whole=True).ticks() == ticks
+    assert Axis(0.5, 1.5, whole=True).ticks() == [1]
     assert log_ticks(0.001, 10) == pytest.approx([0.001, 0.01, 0.1, 1, 10])
     assert log_ticks(2, 6) == [2, 5] and log_ticks(3, 3) == [3]
     assert log_ticks(3.3, 5.1) == pytest.approx([3.5, 4, 4.5, 5])

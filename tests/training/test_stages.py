@@ -94,10 +94,13 @@ def terms(run: cd.Run) -> list[set[str]]:
     return [{name.partition("/")[0] for name in row["train"]} - {"loss"} for row in run.metrics()]
 
 
-def test_patience_counts_from_the_end_of_the_initialisation(colours, teacher, tmp_path):
+def test_patience_and_the_best_epoch_count_from_the_end_of_the_initialisation(colours, teacher, tmp_path):
     more = ("--epochs", "8", "--lr", "1e-9", "--validation", "4", "--patience", "2")  # nothing is learned
     run = trained(colours, tmp_path / "run", *teacher, *more)
-    assert terms(run) == [{"hint"}] * 4 + [{"ce"}] * 2 and run.summary["stopped_early"] == 6
+    assert terms(run) == [{"hint"}] * 4 + [{"ce"}] * 3
+    # The first epoch that counts stays the best, although those before it have the same error.
+    assert (run.summary["best_epoch"], run.summary["stopped_early"]) == (5, 7)
+    assert [each["epoch"] for each in run.checkpoints.entries() if each.get("best")] == [5]
 
 
 def test_each_stage_has_its_own_terms(colours, teacher, tmp_path):

@@ -85,11 +85,12 @@ def number(value: float) -> str:
 
 @dataclass(frozen=True)
 class Axis:
-    """A direction of a plot: its range, and whether it is logarithmic."""
+    """A direction of a plot: its range, and whether it is logarithmic, or of whole numbers alone."""
 
     low: float
     high: float
     log: bool = False
+    whole: bool = False
 
     @classmethod
     def around(cls, values: Iterable[float], log: bool = False, zero: bool = False) -> "Axis":
@@ -123,7 +124,9 @@ class Axis:
 
     def ticks(self, most: int = 6) -> list[float]:
         """Return the values that are written beside it."""
-        return log_ticks(self.low, self.high) if self.log else nice_ticks(self.low, self.high, most)
+        if self.log:
+            return log_ticks(self.low, self.high)
+        return nice_ticks(self.low, self.high, min(most, int(self.high - self.low) + 1) if self.whole else most)
 
 
 def _percent(share: float) -> str:
@@ -183,9 +186,9 @@ def line_plot(
         zero: Whether the vertical axis begins at 0, where that is not far below.
         height: Pixels.
     """
-    x = Axis.around(each for line in lines for each in line.x)
-    x = Axis(min(each for line in lines for each in line.x), max(each for line in lines for each in line.x))
-    x = x if x.high > x.low else Axis(x.low - 0.5, x.high + 0.5)
+    places = [each for line in lines for each in line.x]
+    around = 0.0 if max(places) > min(places) else 0.5
+    x = Axis(min(places) - around, max(places) + around, whole=all(float(each).is_integer() for each in places))
     edges = [each for line in lines for edge in (line.low, line.high) if edge for each in edge]
     y = Axis.around([*(each for line in lines for each in line.y), *edges], log, zero)
     bands, drawn = [], []

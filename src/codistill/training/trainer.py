@@ -103,7 +103,8 @@ class Trainer:
                 self.step.average.load(state.method, state.ema, done, f"{what}'s average")
             if state.step > len(self.steps):
                 raise ValueError(f"it is at step {state.step}, but an epoch has {len(self.steps)}")
-            self.best = min(evaluated(state.rows), key=self.selection_error, default=None)
+            counted = [row for row in evaluated(state.rows) if row["epoch"] >= self.initial_epochs]
+            self.best = min(counted, key=self.selection_error, default=None)
             if self.step.ranks.leads:
                 self.run.write_metrics(state.rows)
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
@@ -188,13 +189,14 @@ class Trainer:
     def over(self) -> bool:
         """Whether the run is at its end: all epochs are done, or its patience is.
 
-        It counts from the last extension, and from the end of an initialisation, whose errors mean nothing.
+        It counts from the last extension, and from the best epoch, which is none of an initialisation: errors there
+        mean nothing.
         """
         patience, extensions = self.config.train.patience, self.run.extensions
         if len(self.rows) >= self.config.train.epochs or not patience or self.best is None:
             return len(self.rows) >= self.config.train.epochs
         extended: int = extensions[-1]["after_epoch"] if extensions else 0
-        first = max(self.best["epoch"] + 1, extended, self.initial_epochs)
+        first = max(self.best["epoch"] + 1, extended)
         return bool(sum(row["epoch"] >= first for row in evaluated(self.rows)) >= patience)
 
     def stops(self) -> bool:
@@ -273,7 +275,8 @@ class Trainer:
         seconds = self.stopwatch.seconds()
         trained = self.used - sum(stop - start for start, stop in self.steps[: self.first_step(epoch)])
         row |= {"seconds": seconds, "images_per_second": trained / seconds}
-        best = self.evaluates and (self.best is None or self.selection_error(row) < self.selection_error(self.best))
+        counted = self.evaluates and epoch >= self.initial_epochs
+        best = counted and (self.best is None or self.selection_error(row) < self.selection_error(self.best))
         if best:
             self.best = row
         self.rows.append(row)
