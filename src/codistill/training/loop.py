@@ -24,7 +24,7 @@ def train_loop(
     diverged: Callable[[Trainer, DivergedError], None],
     after_step: Callable[[int, int], None] = lambda epoch, step: None,
 ) -> None:
-    """Train runs side by side until their last epoch; each ends as it would have ended alone.
+    """Train runs side by side until their last epoch; each ends as it would have ended alone, and when it would have.
 
     The host waits for the device once an epoch: terms, scores and the state's copy come together. Files are written
     during the next epoch.
@@ -33,6 +33,10 @@ def train_loop(
         trainers: Runs with the same number of images, batch size and epochs, at the same position.
         diverged: Called with a run that diverged and is dropped; the others continue.
         after_step: Called with the epoch, from 0, and the number of its steps that are done.
+
+    Raises:
+        CodistillError: What the first of those runs met that could not be written to their ends; the others are
+            finished.
     """
     ended, active = ([each for each in trainers if each.over is over] for over in (True, False))
     started = time.monotonic()
