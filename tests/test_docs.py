@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 def test_the_site_builds_and_all_links_lead_somewhere(tmp_path):
     pytest.importorskip("mkdocs")
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path)]
     built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
     pages = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*.html")}
@@ -24,6 +24,15 @@ def test_the_site_builds_and_all_links_lead_somewhere(tmp_path):
     # No page asks another server for anything.
     loaded = re.compile(r'<(?:script|img|iframe)[^>]* src="https?:|<link rel="(?:stylesheet|preconnect)" href="https?:')
     assert not [name for name, text in pages.items() if loaded.search(text)]
+
+
+def test_public_names_are_on_the_page_of_python():
+    import codistill as cd
+
+    page = (ROOT / "docs/api.md").read_text()
+    named = {line.rpartition(".")[2] for line in page.splitlines() if line.startswith(":::")}
+    registries = {"METHODS", "NETWORKS", "DATASETS", "modules", "losses", "__version__"}
+    assert {"evaluate_run" if name == "evaluate" else name for name in {*cd.__all__} - registries} <= named
 
 
 def test_each_command_has_a_page():
