@@ -8,10 +8,12 @@ from pathlib import Path
 import jaxtyping
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 import codistill as cd
 from codistill.cli import commands
+from codistill.core import console
 from codistill.networks import Network, PooledLinear
 from codistill.networks.layers import conv_bn_act, initialise
 from codistill.settings.config import RunConfig
@@ -19,6 +21,17 @@ from codistill.training import trainer as loop
 
 from . import tiny
 from .pretended_gpu import pretended
+
+# The same examples everywhere, however slow the machine is.
+settings.register_profile("tests", deadline=None, derandomize=True)
+settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_yet() -> None:
+    """Have lines that a process says once said again."""
+    console.warn_once.cache_clear()
+    console.note_once.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ def test_a_file_is_written_whole(tmp_path):
     assert tiny.listing(tmp_path) == {"file": b"new"}
 
 
+@pytest.mark.fault(31)
 @pytest.mark.parametrize("fails", ["replace", "fsync"])
 @pytest.mark.parametrize("old", [b"old", None])
 def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch, fails, old):

@@ -343,7 +343,7 @@ def slow(files, positions):
     for count, batch in enumerate(whole(files, positions)):
         yield batch
         print(count, flush=True)
-        time.sleep(0.05)
+        time.sleep(60 if count == int(sys.argv[3]) else 0)  # until it is killed
 store._Files.batches = slow
 with store.stored_in(sys.argv[2]):
     store.decoded(Path(sys.argv[1]), sorted(each.name for each in Path(sys.argv[1]).iterdir()), (4, 5), resize=False)
@@ -354,7 +354,7 @@ with store.stored_in(sys.argv[2]):
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 3, 11])
 def test_a_killed_process_leaves_what_the_next_one_finishes(photos, after):
-    command = [sys.executable, "-c", KILLED, str(photos), str(photos.parent / "cache")]
+    command = [sys.executable, "-c", KILLED, str(photos), str(photos.parent / "cache"), str(after)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if int(line) == after:

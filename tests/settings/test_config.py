@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Literal, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -213,3 +214,11 @@ def test_settings_made_in_python_have_the_kinds_of_a_recipe():
     assert (type(whole), whole) == (float, text)  # or else two digests for one setting
     with pytest.raises(UsageError, match=r"^method\.temperature is '3'; it must be a number"):
         METHODS["dml"].Settings(temperature="3")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_misspelt_choice_of_a_method_is_refused(name):
+    for key, kind in get_type_hints(METHODS[name].Settings).items():
+        if get_origin(kind) is Literal:
+            with pytest.raises(UsageError, match=rf"^method\.{key} is 'wrong': "):
+                METHODS[name].Settings(**{key: "wrong"})

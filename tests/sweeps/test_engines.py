@@ -189,9 +189,14 @@ def test_two_sweeps_share_the_runs_of_a_folder(bench):
     bench.act(**{f"learning-rate-0.1-seed{seed}": ["wait"] for seed in range(2)})
     driver = bench.driver(text, slots=2)
     until(lambda: sum(1 for _ in bench.out.glob("*/waiting")) == 2)
-    threading.Timer(1.0, (bench.folder / "go").touch).start()
     calls = bench.folder / "calls.txt"
     before = calls.read_text()
+
+    def release():
+        until(lambda: not calls.exists())  # the second sweep has begun
+        (bench.folder / "go").touch()
+
+    threading.Thread(target=release).start()
     rows = bench.sweep(text, slots=2)
     assert driver.wait(60) == 0, (bench.folder / "driver.log").read_text()
     assert [row.status for row in rows.values()] == ["finished"] * 8

@@ -52,6 +52,8 @@ def test_a_run_stops_when_its_patience_is_over(colours, tmp_path, capsys):
     assert "Weights of epoch 3 of 9" in protocol(run, "last", run.load_data()) and ", 3 epochs," in training_words(run)
     line = "stopped after epoch 3 of 9: no lower validation error in 2 evaluations since epoch 1"
     assert line in capsys.readouterr().out
+    assert run_here(["resume", str(run.path), "--epochs", "12"]) == 0  # its patience begins anew
+    assert len(cd.Run(run.path).metrics()) == 5
     assert run_here(arguments(colours, tmp_path / "seldom", *PATIENT, "--patience", "2", "--evaluate-every", "2")) == 0
     assert len(cd.Run(tmp_path / "seldom").metrics()) == 6
 

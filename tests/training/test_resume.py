@@ -15,10 +15,12 @@ import torch
 import codistill as cd
 from codistill.cli import main
 from codistill.core.errors import CheckpointError, UsageError
+from codistill.core.randomness import STEP_STREAM, stream_seed
 from codistill.data.augment import DeviceImages
 from codistill.report.page import write_report
 from codistill.settings.config import default_config
 from codistill.training import trainer as loop
+from codistill.training.capture import EagerSteps
 from codistill.training.ranks import Ranks
 from codistill.training.resume import resume, resume_together
 from codistill.training.trial import IMAGES
@@ -115,9 +117,28 @@ def test_seeds_steps_and_ranks_draw_otherwise(colours, tmp_path):
     assert len(set(drawn)) == len(drawn) == 16
 
 
+def test_the_speed_of_an_epoch_that_was_interrupted_is_that_of_the_images_after(colours, tmp_path):
+    run = resume(stopped(colours, tmp_path / "run", 4), show=False)  # one step of eight images into the second epoch
+    rows = run.metrics()
+    assert [row["images_per_second"] * row["seconds"] for row in rows] == pytest.approx([20, 12])
+
+
+@pytest.mark.fault(96)
+def test_each_step_draws_by_its_seed(colours, tmp_path, monkeypatch):
+    seen, call = [], EagerSteps.__call__
+
+    def noted(self, batches, progress, seeds):
+        seen.extend(seeds)
+        return call(self, batches, progress, seeds)
+
+    monkeypatch.setattr(EagerSteps, "__call__", noted)
+    assert run_here(arguments(colours, tmp_path / "run", "--seed", "3")) == 0
+    assert seen == [stream_seed(3, STEP_STREAM, epoch, number, 0) for epoch in (0, 1) for number in (1, 2, 3)]
+
+
 @pytest.mark.fault(96)
 def test_a_network_that_draws_in_evaluation_scores_as_in_training(colours, tmp_path):
-    drawing = ("--networks", "drawing", "drawing")
+    drawing = ("--networks", "drawing", "drawing", "--seed", "1")
     assert run_here(arguments(colours, tmp_path / "run", *drawing, method="dml")) == 0
     run = cd.Run(tmp_path / "run")
     scores = {name: dataclasses.asdict(each) for name, each in run.evaluate(device="cpu").items()}

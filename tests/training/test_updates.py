@@ -40,7 +40,8 @@ def colours(tmp_path_factory) -> str:
 def test_adamw_equals_torchs_plain_one(everywhere):
     method = tiny.method()
     twin = copy.deepcopy(method)
-    settings = TrainSettings(optimizer="adamw", learning_rate=0.01, weight_decay=0.1, decay_norms=everywhere)
+    more = {"weight_decay": 0.1, "decay_norms": everywhere, "adam_beta2": 0.9}
+    settings = TrainSettings(optimizer="adamw", learning_rate=0.01, **more)
     optimizer = make_optimizer(method, settings)
     assert len(optimizer_tensors(optimizer)) == 3 * len(list(method.parameters()))
     before = [each.data_ptr() for each in optimizer_tensors(optimizer)]
@@ -51,6 +52,7 @@ def test_adamw_equals_torchs_plain_one(everywhere):
     reference = AdamW(  # torch's, but for the import of the compiler, which takes seconds
         [{"params": [each], "weight_decay": decays[name]} for name, each in twin.named_parameters()],
         lr=0.01,
+        betas=(0.9, 0.9),
         foreach=False,
     )
     for seed in range(4):

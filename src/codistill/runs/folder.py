@@ -314,10 +314,10 @@ def refuse_existing(path: Path) -> None:
 
 
 def refuse_occupied(path: Path) -> None:
-    """Raise `UsageError` where a new run folder would not be empty."""
+    """Raise `UsageError` where a new run folder would not be empty, but for what a process leaves that was killed."""
     try:
         present = {entry.name for entry in path.iterdir()} if path.exists() else set()
     except OSError as error:
         raise system_error(error, f"run folder {path}", fix=ANOTHER) from None
-    if present - {".lock"}:
+    if any(name != ".lock" and not name.startswith("config.json.tmp-") for name in present):
         raise UsageError(f"run folder {path} is not empty: choose another --out; nothing was overwritten")
