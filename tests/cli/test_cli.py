@@ -259,6 +259,7 @@ def test_files_and_predictors_that_cannot_be_are_status_2(run, made, capsys, tmp
         refused(capsys, ["export", str(run), *arguments.split()], 2, message)
     message = "no predictor 'student7': choose from student0, student1, ensemble, fused"
     refused(capsys, ["predict", str(run), str(made / "image0.png"), "--predictor", "student7"], 2, message)
+    refused(capsys, ["evaluate", str(run), "--device", "cuda:99"], 2, "device 'cuda:99'")
     assert [path.name for path in tmp_path.iterdir()] == ["run"] and not (run / "exports").exists()
 
 
@@ -313,6 +314,8 @@ def test_skip_bad_leaves_out_what_cannot_be_read_in_every_command(made, capsys, 
     refused(capsys, ["evaluate", "r"], 3, "cut.png: cannot be read")
     does("evaluate", "r", "--skip-bad")
     does("export", "r", "--predictor", "student0", "--format", "safetensors", "--skip-bad")
+    (tmp_path / "r/report-images.npz").unlink(missing_ok=True)
+    does("report", "r", "--skip-bad")
     assert main(["bench", *tiny_pair, "--seconds", "0.01", "--skip-bad"]) == 0
     assert "photos: 1 bad file is left out: train/a/cut.png" in capsys.readouterr().err
     assert main(["predict", str(made / "run"), "photos/train/a", "--skip-bad"]) == 0

@@ -42,8 +42,8 @@ def run(tiny_registered, tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(run, tmp_path_factory):
     out = tmp_path_factory.mktemp("hand-on") / "model"
-    done = export_folder(run, out, "student0", "onnx-int8", licence="apache-2.0")
-    assert [each.path for each in done] == [out / "model.int8.onnx"]
+    line = ["export", str(run.path), "--predictor", "student0", "--format", "onnx-int8", "--license", "apache-2.0"]
+    assert main([*line, "--out", f"{out}/"]) == 0
     return out
 
 

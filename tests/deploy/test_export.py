@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import codistill as cd
+from codistill.cli import main
 from codistill.core.errors import CheckpointError, CodistillError, DataError, ResourceError, UsageError
 from codistill.deploy import export
 from codistill.deploy.classifier import CARD_KEY, Classifier, load_classifier
@@ -175,6 +176,9 @@ def test_last_and_best_weights_are_different_files(tiny_run, tmp_path):
         student = tiny_run.load_method(which).predictors()["student1"].state_dict()
         with safetensors.safe_open(path, "pt") as file:
             assert all(torch.equal(tensor, file.get_tensor(name)) for name, tensor in student.items())
+        line = ["export", str(tiny_run.path), "--predictor", "student1", "--checkpoint", which]
+        assert main([*line, "--out", str(tmp_path / f"{which}-too.safetensors")]) == 0
+        assert (tmp_path / f"{which}-too.safetensors").read_bytes() == path.read_bytes()
     assert (tmp_path / "last.safetensors").read_bytes() != (tmp_path / "best.safetensors").read_bytes()
 
 

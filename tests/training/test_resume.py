@@ -290,6 +290,19 @@ def test_the_host_waits_once_an_epoch(colours, tmp_path, monkeypatch, more):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("chosen", [True, False])
+def test_deterministic_algorithms_are_asked_of_torch(colours, tmp_path, monkeypatch, chosen):
+    seen = []
+    at_step(monkeypatch, 1, lambda _: seen.append(torch.are_deterministic_algorithms_enabled()))
+    more = ("--device", "cuda", *["--deterministic"] * chosen)
+    try:
+        assert run_here(arguments(colours, tmp_path / "run", *more)) == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [chosen]
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "more", [(), pytest.param(("--seeds", "0", "1"), marks=pytest.mark.slow)], ids=["one run", "fleet"]
 )

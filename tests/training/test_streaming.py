@@ -1,6 +1,7 @@
 """Images that are read from their file during training: the same run, bit for bit, as with images in memory."""
 
 import dataclasses
+import shutil
 import signal
 from pathlib import Path
 
@@ -121,6 +122,23 @@ def photos(tmp_path_factory) -> Path:
 def command(photos: Path, out: Path, *more: str, method: str = "mfef") -> list[str]:
     line = arguments(str(photos), out, "--data-cache", str(photos.parent / "cache"), *more, method=method)
     return ["folder" if each == "packed" else each for each in line]
+
+
+@pytest.mark.fault(152)
+def test_a_file_that_is_cut_during_training_is_status_3(photos, tmp_path, capsys, monkeypatch):
+    own = shutil.copytree(photos, tmp_path / "photos")
+    cut = []
+
+    def cutting(step):
+        for file in (tmp_path / "cache").rglob("pixels"):
+            with open(file, "r+b") as opened:
+                opened.truncate(200)
+            cut.append(file)
+
+    at_step(monkeypatch, 2, cutting)
+    assert run_here(command(own, tmp_path / "run", "--stream", "on")) == 3
+    said = capsys.readouterr().err.splitlines()
+    assert len(cut) == 2 and "pixels: cannot be read (the file was cut): start again" in said[-1]
 
 
 @pytest.mark.fault(152)
