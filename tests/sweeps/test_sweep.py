@@ -372,6 +372,13 @@ def test_bad_images_are_left_out_in_all_runs(tmp_path):
     ]
 
 
+@pytest.mark.fault(44)
+def test_the_processes_of_a_sweep_leave_bad_images_out(bench):
+    bench.sweep(SEEDS.replace('"digits"', '"folder"'), skip_bad=True)
+    configs = [json.loads(each.read_text()) for each in bench.out.glob("*/config.json")]
+    assert [each["data"] for each in configs] == ["folder:skip_bad=true"] * 3
+
+
 def test_a_value_out_of_range_is_a_failed_row(bench):
     rows = bench.sweep(f"{SHARED}[grid]\nmomentum = [0.9, 1.5]")
     assert [row.status for row in rows.values()] == ["finished", "FAILED"]

@@ -19,7 +19,8 @@ from codistill.training.ranks import ALONE, Ranks
 from codistill.training.step import make_step
 
 from .. import tiny
-from .rank_program import forked
+from ..faults.running import arguments
+from .rank_program import forked, program
 
 CPU = torch.device("cpu")
 CROPS = Augmentation(padding=1)
@@ -187,3 +188,11 @@ def test_gpus_are_counted(monkeypatch, tmp_path, device, capfd):
     assert re.match(
         rf"0 device {device}: 2 ranks on .* need a GPU each of its 1: use", (tmp_path / "error").read_text()
     )
+
+
+def test_patience_ends_all_ranks_after_the_same_epoch(tmp_path):
+    colours = tiny.write_npz(tmp_path / "colours.npz", tiny.data(train=20, test=21))
+    more = ("--lr", "1e-9", "--epochs", "9", "--validation", "4", "--patience", "2")  # hardly anything is learned
+    assert forked(lambda: program(arguments(str(colours), tmp_path / "run", *more, method="dml"))) == [0, 0]
+    run = cd.Run(tmp_path / "run")
+    assert run.finished and len(run.metrics()) == run.summary["stopped_early"] == run.summary["best_epoch"] + 2 < 9
