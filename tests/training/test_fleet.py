@@ -28,7 +28,7 @@ from codistill.training import trainer as loop
 from codistill.training.capture import GraphedSteps, make_fleet
 from codistill.training.compiling import Execution
 from codistill.training.fleet import train_fleet, train_seeds
-from codistill.training.prepare import DeviceSplits, check, set_up
+from codistill.training.prepare import DeviceSplits, build_taught, check, set_up
 from codistill.training.resume import resume_together
 from codistill.training.step import TrainStep, make_step
 from codistill.training.train import train_from_config
@@ -345,6 +345,20 @@ def test_groups_that_wait_are_resumed_too(config, monkeypatch):
     resume_together([Path("fleet")], show=False)
     for index, each in enumerate(configs):
         assert_equal(cd.Run(folders(3)[index]), train_from_config(each, Path(f"alone{index}"), show=False))
+
+
+def test_runs_are_of_one_kind_where_their_steps_take_as_long(colours, config):
+    data = cd.dataset("packed", colours)
+
+    def kind(*given, **changes):
+        each = config(*given, **changes)
+        return check(build_taught(each, data), data, each, CPU).kind
+
+    first = kind()
+    assert first == kind(seed=1) == kind(weight_decay=0.01)
+    others = [kind(optimizer="adamw", learning_rate=0.001), kind(ema_decay=0.9), kind("dml"), kind("ffl")]
+    others.append(kind(method=METHODS["mfef"].Settings(attention="none")))
+    assert len({first, *others}) == 6
 
 
 @pytest.mark.parametrize("changes", [{}, {"validation": 4}, {"train_limit": 16}], ids=["all", "validation", "limit"])

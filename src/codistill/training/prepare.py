@@ -74,7 +74,8 @@ class Plan:
         """What decides on the time and the memory of a step, of runs that train side by side."""
         config, settings, teacher = self.config, self.config.train, self.method.taught_by
         taught = None if teacher is None else (type(teacher.network), parameter_count(teacher.network))
-        return config.method, config.networks, settings.optimizer, settings.ema_decay > 0, taught
+        method = config.method_name, repr(config.method), config.networks  # settings of one's own may have no hash
+        return *method, settings.optimizer, settings.ema_decay > 0, taught
 
 
 def announce(plans: Sequence[Plan]) -> None:
