@@ -303,6 +303,9 @@ def test_paths_and_lists_in_place_of_names(capsys, tmp_path, colours):
         assert re.search(read, said) and said.count("\n") == 1
     (tmp_path / "photos" / "config.json").touch()
     refused(capsys, ["train", "--recipe", "photos"], 2, "is a folder: name photos/config.json")
+    for name in ("x" * 5000, "a/" * 3000, "\udcff"):  # no file can be called so
+        for line in (["train", name], ["train", "--data", name], ["train", "--data", "folder", "--data-dir", name]):
+            assert main(line) in (2, 3) and capsys.readouterr().err.count("\n") == 1
     for name in ("tiny,tiny", "tiny tiny"):
         refused(capsys, train(colours, networks=(name,)), 2, "separated by spaces, without quotes: tiny tiny")
 

@@ -5,6 +5,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import os
 import pkgutil
 import re
 import types
@@ -35,7 +36,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     names, place = re.split(r"[\s,]+", name.strip(), flags=re.ASCII), Path(name.partition("=")[2] or name)
     if kind == "network" and len(names) > 1:
         return f"unknown {kind} {name!r}: names are separated by spaces, without quotes: {' '.join(names)}"
-    if kind in ("method", "data set") and "\0" not in name and place.exists():
+    if kind in ("method", "data set") and os.path.exists(place):
         reader = "folder" if place.is_dir() else READERS.get(place.suffix.lower(), "NAME")
         return f"unknown {kind} {name!r}: it is a path, of images to train on with --data {reader} --data-dir {place}"
     known = sorted(known)

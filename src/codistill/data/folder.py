@@ -60,7 +60,7 @@ def folder(
     reading = Reading(
         name="folder", resize=resize, interpolation=interpolation, skip_bad=skip_bad, test=test, split_seed=split_seed
     )
-    if root.is_file():
+    if os.path.isfile(root):
         raise DataError(f"{root}: is a file, no folder: {LAYOUT}; a table of images is read by --data table")
     bad: dict[str, str] = {}
     places = _places(root)

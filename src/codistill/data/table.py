@@ -144,7 +144,7 @@ def _table_in(root: Path) -> Path:
 
 def _inside(place: Path, path: str) -> str:
     """Return a path relative to a folder; empty: it leads out of it. Backslashes separate where no file has them."""
-    if "\\" in path and "\0" not in path and not os.path.lexists(os.path.join(place, path)):
+    if "\\" in path and not os.path.lexists(os.path.join(place, path)):
         path = path.replace("\\", "/")
     whole, inside = os.path.normpath(os.path.join(place, path)), os.path.join(place, "")
     return whole.removeprefix(inside) if whole.startswith(inside) else ""
