@@ -230,13 +230,13 @@ def test_recipes_that_cannot_be_are_status_2(colours, capsys, tmp_path, words, s
 
 def poison(monkeypatch, seed: int, step: int = 4, kind: type[cd.Method] = cd.MFEF) -> None:
     """Make the loss of the run with this seed no number from a step on."""
-    counts: dict[int, int] = {}
+    counts = weakref.WeakKeyDictionary[cd.Method, int]()  # a later method may have the id of one that is gone
     losses = kind.losses
 
     def poisoned(self, outputs, labels, progress):
         terms = losses(self, outputs, labels, progress)
-        counts[id(self)] = counts.get(id(self), 0) + 1
-        if getattr(self, "poisoned", False) and counts[id(self)] >= step:
+        counts[self] = counts.get(self, 0) + 1
+        if getattr(self, "poisoned", False) and counts[self] >= step:
             terms["ce/student0"] = terms["ce/student0"] * math.nan
         return terms
 
