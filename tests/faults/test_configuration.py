@@ -291,7 +291,10 @@ def test_paths_and_lists_in_place_of_names(capsys, tmp_path, colours):
         (["train", "photos"], "unknown method 'photos': .* --data folder --data-dir photos"),
         (["train", "--data", "photos"], "unknown data set 'photos': .* --data folder --data-dir photos"),
         (["train", "--data", "folder=photos"], "unknown data set 'folder=photos': .* --data folder --data-dir photos"),
-        (["train", "--data", "images.csv"], "unknown data set 'images.csv': .* --data table --data-dir images.csv"),
+        (
+            ["train", "--data", "images.csv"],
+            "unknown data set 'images.csv': .* --data table.packed --data-dir images.csv",
+        ),
         (
             ["train", "--data", "folder", "--data-dir", "images.csv"],
             "images.csv: is a file, .* --data table",

@@ -16,8 +16,6 @@ from typing import Annotated, Any, Generic, Literal, TypeVar, Union, cast, get_a
 from codistill.core.errors import UsageError
 
 T = TypeVar("T")
-READERS = {".npz": "packed", **dict.fromkeys((".csv", ".tsv", ".tab", ".jsonl", ".ndjson"), "table")}
-"""Data sets that read a file, by its suffix."""
 
 
 def near_matches(name: str, known: Iterable[str], otherwise: str = "") -> str:
@@ -37,7 +35,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     if kind == "network" and len(names) > 1:
         return f"unknown {kind} {name!r}: names are separated by spaces, without quotes: {' '.join(names)}"
     if kind in ("method", "data set") and os.path.exists(place):
-        reader = "folder" if place.is_dir() else READERS.get(place.suffix.lower(), "NAME")
+        reader = "folder" if place.is_dir() else "table|packed"
         return f"unknown {kind} {name!r}: it is a path, of images to train on with --data {reader} --data-dir {place}"
     known = sorted(known)
     every = f"choose from {', '.join(known)}"
