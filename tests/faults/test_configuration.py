@@ -293,7 +293,7 @@ def test_paths_and_lists_in_place_of_names(capsys, tmp_path, colours):
         (["train", "--data", "folder=photos"], "unknown data set 'folder=photos': .* --data folder --data-dir photos"),
         (
             ["train", "--data", "images.csv"],
-            "unknown data set 'images.csv': .* --data table.packed --data-dir images.csv",
+            "unknown data set 'images.csv': .* table.packed --data-dir images.csv",
         ),
         (
             ["train", "--data", "folder", "--data-dir", "images.csv"],
