@@ -3,12 +3,15 @@
 import html.parser
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch.nn.functional as F
 
 import codistill as cd
-from codistill.report.page import run_page, write_report
+from codistill.report.groups import Seen
+from codistill.report.page import page_title, run_page, write_report
 from codistill.report.pictures import NAME, read_pictures
 
 from .. import tiny
@@ -73,6 +76,24 @@ def parsed(page):
 
 def headings(page: str) -> list[str]:
     return re.findall(r'<h2 id="(\w+)"', page)
+
+
+class Own(cd.Method):
+    """A method of one's own, which no name can rebuild."""
+
+    def losses(self, outputs, labels, progress):
+        return {f"ce/student{index}": F.cross_entropy(each, labels) for index, each in enumerate(outputs.logits)}
+
+
+def test_a_method_of_ones_own_that_is_not_registered_has_a_page(tmp_path):
+    run = cd.train(tiny.method(Own), tiny.data(), out=tmp_path / "run", settings=tiny.settings(epochs=1), show=False)
+    assert {"predictors", "curves", "settings"} <= {*headings((run.path / "report.html").read_text(encoding="utf-8"))}
+
+
+@pytest.mark.parametrize("data", ["folder", "huggingface", "packed", "table"])
+def test_the_title_names_the_place_of_data_of_ones_own(data):
+    metadata = {"method": {"name": "dml"}, "dataset": {"name": data}, "data_dir": "/data/birds"}
+    assert page_title(Seen(SimpleNamespace(metadata=metadata), {}, [])) == "DML on birds"
 
 
 def test_every_predictor_has_its_row(run, page):

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import Literal, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from codistill.core.errors import UsageError
 from codistill.methods import METHODS
 from codistill.methods.method import MethodSettings
+from codistill.settings.augment import AugmentSettings
 from codistill.settings.config import ExecutionSettings, RunConfig, TeacherSettings, TrainSettings, default_config
 from codistill.settings.mapping import run_from_mapping
 from codistill.settings.recipe import read_recipe
@@ -222,3 +223,12 @@ def test_a_misspelt_choice_of_a_method_is_refused(name):
         if get_origin(kind) is Literal:
             with pytest.raises(UsageError, match=rf"^method\.{key} is 'wrong': "):
                 METHODS[name].Settings(**{key: "wrong"})
+
+
+@pytest.mark.parametrize("settings", [TrainSettings, ExecutionSettings, TeacherSettings, AugmentSettings])
+def test_a_misspelt_choice_of_a_run_is_refused(settings):
+    choices = {key: get_args(kind) for key, kind in get_type_hints(settings).items() if get_origin(kind) is Literal}
+    assert choices
+    for key, (first, *_) in choices.items():
+        with pytest.raises(UsageError, match=rf"^{key} is '{first}x': did you mean {first}"):
+            settings(**{key: f"{first}x"})

@@ -19,6 +19,28 @@ def place(error: BaseException) -> str:
     return ""
 
 
+def reason(error: BaseException) -> str:
+    """Return an exception's message in one line, without the path that an OSError carries; without one, its type."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def typed_reason(error: BaseException, most: int = 300) -> str:
+    """Return an exception's type and message in one line of at most `most` letters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:most]
+
+
+def in_words(error: BaseException) -> str:
+    """Return the text of an error of somebody else's code, at most 300 letters, with its type if that is needed."""
+    text = " ".join(str(error).split())[:300]
+    return text if isinstance(error, RuntimeError) and text else f"{type(error).__name__}: {text}"
+
+
+def printable(text: str) -> str:
+    """Return a text, such as a name from a hostile file, with what no terminal should get escaped."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
 class CodistillError(Exception):
     """Base of every error that codistill raises on purpose; `exit_status` is what the command line returns.
 
@@ -28,8 +50,7 @@ class CodistillError(Exception):
     exit_status = 1
 
     def __init__(self, message: str = "") -> None:
-        line = " ".join(message.split())
-        super().__init__("".join(each if each.isprintable() else ascii(each)[1:-1] for each in line))
+        super().__init__(printable(" ".join(message.split())))
 
 
 class UsageError(CodistillError):

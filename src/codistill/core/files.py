@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from codistill.core.errors import CheckpointError, CodistillError, ResourceError, UsageError
+from codistill.core.errors import CheckpointError, CodistillError, ResourceError, UsageError, reason
 
 # What the user's choice of a place can change; all other answers of a system are about its resources.
 PLACES = {
@@ -41,11 +41,10 @@ def system_error(
     """
     where = error.filename if path is None else path
     where = "" if where is None else f"{os.fsdecode(where) if isinstance(where, (str, bytes, Path)) else where}: "
-    reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
     if error.errno in PLACES:
-        return places(f"{where}{reason}: {fix}")
+        return places(f"{where}{reason(error)}: {fix}")
     fix = FIXES.get(error.errno or 0, "repair or replace the disk" if error.errno == errno.EIO else "free resources")
-    return ResourceError(f"{where}{reason}: {fix}; what was written before is kept")
+    return ResourceError(f"{where}{reason(error)}: {fix}; what was written before is kept")
 
 
 @contextlib.contextmanager

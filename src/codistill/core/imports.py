@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from codistill.core.errors import UsageError
+from codistill.core.errors import UsageError, typed_reason
 
 FLAG = "--import"
 ABOUT = f"{FLAG} MODULE or {FLAG} FILE.py, with any command and more than once, registers what is your own."
@@ -87,7 +87,7 @@ def _reason(error: BaseException, folder: str) -> str:
     """Return the type and text of an exception, and the last line of files in a folder that it went through."""
     own = [each for each in traceback.extract_tb(error.__traceback__) if each.filename.startswith(folder)]
     place = f" ({own[-1].filename}, line {own[-1].lineno})" if own and not isinstance(error, SyntaxError) else ""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:500] + place
+    return typed_reason(error, 500) + place
 
 
 def own_place(error: BaseException) -> str:

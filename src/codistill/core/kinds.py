@@ -8,6 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import numpy as np
 
 from codistill.core.errors import UsageError
+from codistill.core.registry import near_matches
 
 
 def take_kinds(settings: Any, prefix: str = "") -> None:
@@ -18,7 +19,7 @@ def take_kinds(settings: Any, prefix: str = "") -> None:
         prefix: What errors write before the names.
 
     Raises:
-        UsageError: A value of another kind. Choices and percentages are left to the settings themselves.
+        UsageError: A value of another kind, or none of the choices. Percentages are left to the settings themselves.
     """
     for name, kind in get_type_hints(type(settings)).items():
         value = getattr(settings, name)
@@ -27,8 +28,9 @@ def take_kinds(settings: Any, prefix: str = "") -> None:
         try:
             value = convert(value, kind)
         except TypeError:
-            if get_origin(kind) is not Literal:
-                raise UsageError(f"{prefix}{name} is {shown(value)}; it must be {describe(kind)}") from None
+            if get_origin(kind) is Literal:
+                raise UsageError(f"{prefix}{name} is {value!r}: {near_matches(str(value), get_args(kind))}") from None
+            raise UsageError(f"{prefix}{name} is {shown(value)}; it must be {describe(kind)}") from None
         object.__setattr__(settings, name, value)
 
 

@@ -1,6 +1,8 @@
 """Signals that are held back until the end of a step, so that a run is saved before they act."""
 
 import contextlib
+import ctypes
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -9,6 +11,8 @@ from typing import Any
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 SAVING = (signal.SIGUSR1, signal.SIGUSR2)
+# Found here: between a fork and the next program nothing is to be loaded.
+PRCTL = getattr(ctypes.CDLL(None), "prctl", None) if os.name == "posix" else None
 
 
 class Terminated(SystemExit):
@@ -26,6 +30,12 @@ class Interrupted(KeyboardInterrupt):
 def terminate(*_: object) -> None:
     """Turn SIGTERM into an exception, so that what is open is closed."""
     raise Terminated
+
+
+def end_with_parent() -> None:
+    """Have this process get SIGTERM when the one that started it dies, whatever killed that; on Linux only."""
+    if PRCTL:
+        PRCTL(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 class SignalRequests:

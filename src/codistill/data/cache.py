@@ -1,6 +1,5 @@
 """A cache file of decoded arrays, so that a data set of many small images is decoded once."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from codistill.core.console import warn
-from codistill.core.errors import CodistillError, DataError
+from codistill.core.errors import CodistillError, DataError, reason
 from codistill.core.files import replaced
-from codistill.data.untrusted import reading, reason
+from codistill.data.mapped import digest
+from codistill.data.untrusted import reading
 
-FORMAT = 1
+FORMAT = 2
 Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -52,22 +52,15 @@ def _read(path: Path, source: str, names: Iterable[str]) -> Arrays | None:
             raise DataError(f"{path}: was made from other files or by another version: {fix}")
         arrays = {name: file[name] for name in names}
         for name, array in arrays.items():
-            if _digest(array) != about["sha256"][name]:
+            if digest(array) != about["sha256"][name]:
                 raise DataError(f"{path}: the sha256 of {name} is wrong: {fix}")
     return arrays
 
 
 def _write(path: Path, source: str, arrays: Arrays) -> None:
-    about = {"format": FORMAT, "source": source, "sha256": {name: _digest(array) for name, array in arrays.items()}}
+    about = {"format": FORMAT, "source": source, "sha256": {name: digest(array) for name, array in arrays.items()}}
     try:
         with replaced(path) as part, part.open("wb") as file:
             np.savez(file, allow_pickle=False, about=np.array(json.dumps(about)), **arrays)
     except OSError as error:
         warn(f"{path}: cannot be written ({reason(error)}): the images are decoded again next time")
-
-
-def _digest(array: npt.NDArray[Any]) -> str:
-    """Return a hash of type, shape and content."""
-    digest = hashlib.sha256(f"{array.dtype.str} {array.shape} ".encode())
-    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()

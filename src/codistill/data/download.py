@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
 
-from codistill.core.errors import DataError, UsageError
+from codistill.core.errors import DataError, UsageError, reason
 from codistill.core.files import system_error
-from codistill.data.untrusted import check_file, reason
+from codistill.data.untrusted import check_file
 
 if sys.platform != "win32":
     import fcntl

@@ -64,7 +64,7 @@ def huggingface(
     features = splits["train"].features
     columns = _column(root, "image", image, features), _column(root, "label", label, features)
     bad: dict[str, str] = {}
-    read = {part: _read(root, part, split, columns, bad) for part, split in splits.items()}
+    read = {part: _read(root, part, split, columns) for part, split in splits.items()}
     names = getattr(features[columns[1]], "names", None)
     found = {text for text in read["train"][1] if text}
     class_names: Sequence[str] = in_order(found) if names is None else [str(each) for each in names]
@@ -122,7 +122,7 @@ def _column(root: Path, kind: str, name: str, features: Any) -> str:
     raise DataError(f"{root}: has {lack} (it has {listed}): name it with --data huggingface:{kind}=COLUMN")
 
 
-def _read(root: Path, part: str, split: Any, columns: tuple[str, str], bad: dict[str, str]) -> tuple[Listed, list[str]]:
+def _read(root: Path, part: str, split: Any, columns: tuple[str, str]) -> tuple[Listed, list[str]]:
     """Return the images of a split with their contents, and the classes as texts; empty: none."""
     datasets, (image, label) = importlib.import_module("datasets"), columns
     if missing := [each for each in columns if each not in split.features]:

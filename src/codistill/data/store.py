@@ -27,13 +27,13 @@ import numpy.typing as npt
 import PIL
 
 from codistill.core.console import duration, note, track, warn
-from codistill.core.errors import DataError, ResourceError
+from codistill.core.errors import DataError, ResourceError, reason
 from codistill.core.files import PLACES, system_error, write_json
 from codistill.core.host import cache_folder, cores, free_memory
 from codistill.data.dataset import Pixels, size_of
 from codistill.data.images import FIX, MAX_FILE, Interpolation, decode_image
 from codistill.data.mapped import Facts, RowReader, begun_digest, digest, first_wrong, histogram
-from codistill.data.untrusted import read_file, reason
+from codistill.data.untrusted import read_file
 
 FORMAT = 1
 ROW = np.dtype([("position", "<i8"), ("crc", "<u4")])

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from io import BufferedReader, BytesIO
 from pathlib import Path
 
-from codistill.core.errors import CodistillError, DataError, ResourceError
+from codistill.core.errors import CodistillError, DataError, ResourceError, reason
 
 # Files that operating systems and archivers put beside pictures, in lower case; others (".DS_Store") are hidden.
 FOREIGN = {"thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "picasa.ini", "icon\r", "__macosx", "@eadir"}
@@ -34,12 +34,6 @@ def reading(where: str | Path, fix: str) -> Iterator[None]:
         raise ResourceError(f"{where}: not enough memory to read it: use a machine with more") from error
     except Exception as error:
         raise DataError(f"{where}: cannot be read ({reason(error)}): {fix}") from error
-
-
-def reason(error: BaseException) -> str:
-    """Return an exception's message in one line, without the path that an OSError carries."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split()) or type(error).__name__
 
 
 def visible(folder: Path, fix: str) -> list[Path]:

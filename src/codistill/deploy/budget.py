@@ -7,7 +7,7 @@ from typing import Any
 from codistill.core.errors import UsageError
 from codistill.data.dataset import Pixels
 from codistill.deploy.latency import known_latency, measure_latency
-from codistill.runs.choice import ERRORS
+from codistill.runs.choice import ERRORS, prefix_of
 from codistill.runs.folder import RunFolder
 from codistill.runs.latency import Runtime
 
@@ -74,7 +74,7 @@ def choose_predictor(
 
 def errors_of(summary: Mapping[str, Any], which: str = "last") -> tuple[str, dict[str, float]]:
     """Return on which split predictors of a finished run are compared, and the top-1 error of each there, percent."""
-    prefix = "best_epoch_" if which == "best" else ""
+    prefix = prefix_of(which)
     split = "validation" if prefix + ERRORS["validation"] in summary else "test"
     return split, dict(summary[prefix + ERRORS[split]])
 
@@ -102,11 +102,11 @@ def _why(
         among = f"of {within} of {candidates} predictors within {budget:g} ms ({_way(runtime)})"
     took = f" in {times[name]:.3g} ms" if name in times else ""
     start = f"best: {name}{took}, with the lowest {split} error {among}: {errors[name]:.2f} %"
-    better = [other for other in errors if other not in (name,) and errors[other] < errors[name] and other in times]
+    better = [other for other in errors if errors[other] < errors[name] and other in times]
     slower = min(better, key=lambda other: errors[other], default="")
     more = f"; {slower} has {errors[slower]:.2f} %, and takes {times[slower]:.3g} ms" if slower else ""
     if split == "test":
         return f"{start}, which is too optimistic: --validation N chooses on held-out training images{more}"
-    prefix = "best_epoch_" if which == "best" else ""
+    prefix = prefix_of(which)
     images, test = summary["validation_images"], summary[prefix + ERRORS["test"]][name]
     return f"{start} of {images} images; its test error: {test:.2f} %{more}"

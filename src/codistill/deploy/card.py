@@ -24,10 +24,11 @@ from codistill.evaluation.analysis import (
     balanced_error,
     confusion_matrix,
     largest_confusions,
+    row_shares,
     wilson_interval,
 )
 from codistill.networks.probe import forward_flop
-from codistill.runs.choice import ERRORS, epochs_done
+from codistill.runs.choice import ERRORS, epochs_done, prefix_of
 from codistill.runs.folder import RunFolder
 from codistill.runs.latency import read_latency, rows
 from codistill.runs.metadata import split_digests
@@ -104,7 +105,7 @@ def export_folder(
         raise system_error(error, folder, fix="choose another folder") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return [_moved(each, folder) for each in done]
+    return [dataclasses.replace(each, path=folder / each.path.name) for each in done]
 
 
 def refuse_licence(licence: str) -> None:
@@ -121,10 +122,6 @@ def refuse_taken(folder: Path) -> None:
         raise system_error(error, folder, fix="choose another folder") from None
     if taken:
         raise UsageError(f"{folder} is not an empty folder: choose another --out; nothing was overwritten")
-
-
-def _moved(done: Exported, folder: Path) -> Exported:
-    return dataclasses.replace(done, path=folder / done.path.name)
 
 
 def _write_others(
@@ -218,7 +215,7 @@ def error_rows(run: RunFolder, which: str, predictor: str, matrix: Counts) -> li
 
     images = int(matrix.sum())
     found = [row("test images, by model.onnx", images - int(matrix.diagonal().sum()), images)]
-    prefix = "best_epoch_" if which == "best" else ""
+    prefix = prefix_of(which)
     errors = run.summary.get(prefix + ERRORS["validation"], {}) if run.finished else {}
     if predictor in errors:
         held = int(run.summary["validation_images"])
@@ -270,7 +267,7 @@ def draw_confusion(matrix: Counts, names: tuple[str, ...], file: Path) -> None:
     import matplotlib.style
     from matplotlib.figure import Figure
 
-    shares = matrix / np.maximum(1, matrix.sum(axis=1, keepdims=True))
+    shares = row_shares(matrix)
     few = len(names) <= NAMED_CLASSES
     short = [each if len(each) <= NAME_LENGTH else f"{each[: NAME_LENGTH - 2]}.." for each in names]
     side = min(12.0, 2.7 + 0.08 * max(map(len, short)) + 0.3 * len(names)) if few else 8.0

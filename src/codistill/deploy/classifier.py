@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from codistill.core.errors import CheckpointError, CodistillError, UsageError
+from codistill.core.errors import CheckpointError, CodistillError, UsageError, typed_reason
 from codistill.core.extras import install
 from codistill.core.files import system_error
 from codistill.core.imports import trained_with
@@ -208,8 +208,7 @@ def _damage(path: Path) -> Iterator[None]:
     except OSError as error:
         raise system_error(error, path, CheckpointError) from None
     except Exception as error:  # each library raises types of its own
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise CheckpointError(f"{path}: damaged, or not written by codistill: {reason}") from error
+        raise CheckpointError(f"{path}: damaged, or not written by codistill: {typed_reason(error)}") from error
 
 
 def _card(text: str | None, path: Path) -> dict[str, Any]:

@@ -16,11 +16,10 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from codistill.core.errors import UsageError
+from codistill.core.errors import UsageError, in_words
 from codistill.core.extras import install
 from codistill.data.dataset import Pixels
 from codistill.deploy.classifier import CARD_KEY, on_pixels
-from codistill.networks.probe import in_words
 from codistill.runs.state import tensors_once
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "onnx-int8": ".int8.onnx", "torch-export": ".pt2"}

@@ -1,5 +1,6 @@
 """How long each predictor of a run takes here, with the size of its file, its parameters and operations."""
 
+import copy
 import platform
 import statistics
 import tempfile
@@ -173,8 +174,6 @@ def _gpu_calls(
     """Return the calls on the GPU: pixels and logits are on the host, as where one process serves requests."""
     calls: dict[tuple[Any, ...], Callable[[], object]] = {}
     if as_torch:
-        import copy
-
         whole, images = on_pixels(copy.deepcopy(module), card).cuda(), torch.from_numpy(pixels)
 
         @torch.inference_mode()
@@ -219,8 +218,8 @@ def _timed(call: Callable[[], object], count: int) -> float:
     return (time.perf_counter() - started) / count
 
 
-def onnx_pace(files: Sequence[bytes], card: Mapping[str, Any], seconds: float = 1.0) -> list[float]:
+def onnx_pace(files: Sequence[bytes], card: Mapping[str, Any]) -> list[float]:
     """Return the milliseconds of a call of one image with one thread, for each of several ONNX files, in turn."""
     pixels = np.random.default_rng(0).integers(0, 256, (1, 3, *card["image_size"]), np.uint8)
-    rounds = in_turn({place: _onnx_call(each, pixels, 1) for place, each in enumerate(files)}, seconds)
+    rounds = in_turn({place: _onnx_call(each, pixels, 1) for place, each in enumerate(files)}, 1.0)
     return [1000 * statistics.median(times) for times in rounds.values()]

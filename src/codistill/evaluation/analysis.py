@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from codistill.evaluation.predictions import Predictions
 
-LEVEL = 0.95
 BINS = 15
 LISTED = 20
 
@@ -21,24 +20,28 @@ Counts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 
-def wilson_interval(count: int, images: int, level: float = LEVEL) -> tuple[float, float]:
-    """Compute the Wilson score interval of a share, percent.
+def row_shares(confusion: Counts) -> Floats:
+    """Return each count of a confusion matrix [labels, predictions] as a share of its row; a row of no images is 0."""
+    return np.asarray(confusion / np.maximum(1, confusion.sum(axis=1, keepdims=True)))
 
-    With z the normal quantile of (1 + level) / 2, k = count and n = images:
+
+def wilson_interval(count: int, images: int) -> tuple[float, float]:
+    """Compute the 95 % Wilson score interval of a share, percent.
+
+    With z the normal quantile of 0.975, k = count and n = images:
     (k + z^2 / 2 +- z sqrt(k (n - k) / n + z^2 / 4)) / (n + z^2). Unlike the interval of a normal distribution around
-    k / n it stays within 0 to 100 and has a width where k is 0 or n. It covers the true share for about `level` of all
-    test sets: it is about the choice of the test images, drawn
-    independently; what other seeds of the training would change is not in it.
+    k / n it stays within 0 to 100 and has a width where k is 0 or n. It covers the true share for about 95 % of all
+    test sets: it is about the choice of the test images, drawn independently; what other seeds of the training would
+    change is not in it.
 
     Args:
         count: Images that something is true of, 0 to `images`.
         images: Number of images, at least 1.
-        level: Confidence, between 0 and 1.
 
     Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927);
         recommended for proportions by Brown, Cai and DasGupta, Statistical Science 16 (2001).
     """
-    z = NormalDist().inv_cdf((1 + level) / 2)
+    z = NormalDist().inv_cdf(0.975)
     half = z * math.sqrt(count * (images - count) / images + z * z / 4)
     low, high = ((count + z * z / 2 + sign * half) / (images + z * z) for sign in (-1, 1))
     # Exactly so at the ends, where rounding may miss them.

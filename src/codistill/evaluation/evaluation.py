@@ -141,11 +141,10 @@ def evaluate(
     images: DeviceImages,
     precision: str = "float32",
     batch_size: int = EVALUATION_BATCH,
-    seed: int = 0,
     averaged: Method | None = None,
 ) -> dict[str, Scores]:
     """Score each student, the ensemble and the fused classifier on one split once; see `Evaluation`."""
-    evaluation = Evaluation(method, {"split": images}, precision, batch_size, seed=seed, averaged=averaged)
+    evaluation = Evaluation(method, {"split": images}, precision, batch_size, averaged=averaged)
     with draws_kept(images.device):
         evaluation.run()
     return evaluation.scored(read_together(evaluation.tensors()))["split"][0]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from codistill.core.errors import printable
 from codistill.evaluation.analysis import (
     Analysis,
     Disagreement,
@@ -149,7 +150,7 @@ def scores_table(scores: Mapping[str, Scores], predictions: Predictions) -> "Tab
 def where_wrong(predictions: Predictions, predictor: str, class_names: Sequence[str]) -> Iterator["RenderableType"]:
     """Yield what a terminal shows of where one predictor is wrong, and where the students disagree."""
     analysis = analyse(predictions, predictor, len(class_names))
-    class_names = [_printable(name) for name in class_names]
+    class_names = [printable(name) for name in class_names]
     if not analysis.mistakes:
         yield f"{predictor} names the label of every image"
         return
@@ -217,7 +218,7 @@ def _mistakes(analysis: Analysis, predictions: Predictions, predictor: str, clas
     table = _list(f"{predictor}: most confident mistakes", headings)
     for each in analysis.mistakes[:SHOWN]:
         names = class_names[each.label], class_names[each.named]
-        table.add_row(_printable(predictions.place(each.image)), *names, f"{100 * each.confidence:.1f}")
+        table.add_row(printable(predictions.place(each.image)), *names, f"{100 * each.confidence:.1f}")
     return table
 
 
@@ -231,8 +232,3 @@ def _disagreements(predictions: Predictions, class_names: Sequence[str]) -> "Tab
         counts = map(str, (pair.only_first_right, pair.only_second_right, pair.both_wrong))
         table.add_row(*pair.predictors, str(pair.images), f"{pair.share:.1f}", *counts, where)
     return table
-
-
-def _printable(text: str) -> str:
-    """Return a file name with what no terminal should get escaped."""
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)

@@ -17,7 +17,7 @@ from codistill.methods.terms import cross_entropy_terms
 from codistill.modules.fusion import MapShape
 from codistill.networks import Network, PooledLinear
 from codistill.networks.layers import BatchNormAct2d, initialise
-from codistill.networks.probe import probe_shapes
+from codistill.networks.probe import label, probe_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +110,7 @@ class BYOT(Method):
         self.exits = nn.ModuleList(nn.ModuleList(self._exits(student)) for student in self.cohort)
 
     def _exits(self, student: Network) -> list[Exit]:
-        name = student.spec or type(student).__name__
-        shapes = probe_shapes(student, self.image_size)
+        name, shapes = label(student), probe_shapes(student, self.image_size)
         if len(shapes) < 3:
             raise UsageError(f"byot needs networks of at least 3 stages, but {name} has {len(shapes)}: choose another")
         last = shapes[-1]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from codistill.methods.cohort import Outputs
-from codistill.methods.losses import Labels, Scalar, Terms, at_least_float32, soft_target_kl
+from codistill.methods.losses import Labels, Scalar, Terms, at_least_float32, soft_target_kl, true_classes
 from codistill.methods.method import METHODS
 from codistill.methods.offline import MapPairs, Maps, OfflineMethod, OfflineSettings
 from codistill.methods.terms import weighted
@@ -105,7 +105,7 @@ class CD(OfflineMethod):
         if outputs.teacher_logits is None:
             return {}
         chosen, terms = self.settings, Terms()
-        classes = labels.argmax(dim=1) if labels.is_floating_point() else labels
+        classes = true_classes(labels)
         for index, (logits, targets) in enumerate(
             zip(outputs.logits, outputs.teacher_logits.expand(len(outputs.logits), -1, -1), strict=True)
         ):

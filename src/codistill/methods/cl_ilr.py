@@ -10,7 +10,7 @@ from torch import Tensor
 from codistill.methods.cohort import Images, Outputs
 from codistill.methods.losses import Labels, Scalar, Terms, ensemble
 from codistill.methods.method import METHODS, Method
-from codistill.methods.terms import EnsembleSettings, cross_entropy_terms, kl_pairs, ramped_kl
+from codistill.methods.terms import EnsembleSettings, cross_entropy_terms, kl_pairs, ramped_kl, weighted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +85,8 @@ class CLILR(Method):
     def losses(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
         """Compute `ce/student<j>` and `kl/peers->student<j>` of each student."""
         chosen, logits, weight = self.settings, outputs.logits, self.settings.ce_weight
-        terms = {name: weight * term for name, term in cross_entropy_terms(logits, labels).items()}
+        terms = weighted(weight, cross_entropy_terms(logits, labels))
         others = [[*logits[:index], *logits[index + 1 :]] for index in range(len(logits))]
         targets = [ensemble(each, chosen.ensemble_of, chosen.temperature) for each in others]
         divergences = ramped_kl(kl_pairs("peers", logits, targets), labels, progress, chosen, chosen.detach_teachers)
-        return terms | {name: (1 - weight) * divergence for name, divergence in divergences.items()}
+        return terms | weighted(1 - weight, divergences)

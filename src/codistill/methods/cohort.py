@@ -14,6 +14,7 @@ from codistill.core.device import critical_stream
 from codistill.core.errors import UsageError
 from codistill.methods.losses import Logits, mean_logits
 from codistill.networks import Network
+from codistill.networks.probe import label
 
 T = TypeVar("T")
 FeatureMap = Float[Tensor, "batch _channel _height _width"]
@@ -97,7 +98,7 @@ class Cohort(nn.Module):
         if asked is None:
             equal = all(layout(student.stages) == layout(students[0].stages) for student in students[1:])
             return len(students[0].stages) - 1 if equal else 0
-        names = " + ".join(student.spec or type(student).__name__ for student in students)
+        names = " + ".join(map(label, students))
         shortest = min(len(student.stages) for student in students)
         if not 0 <= asked <= shortest:
             raise UsageError(f"cannot share {asked} stages of {names}: share between 0 and {shortest}")
@@ -110,7 +111,7 @@ class Cohort(nn.Module):
         """Raise a UsageError for a method that needs equal students, where they are not."""
         forms = [layout(nn.ModuleList([*student.stages, student.head])) for student in self]
         if any(form != forms[0] for form in forms[1:]):
-            names = " + ".join(student.spec or type(student).__name__ for student in self)
+            names = " + ".join(map(label, self))
             raise UsageError(f"{method} needs equal students, got {names}: name one network several times")
 
     def trunk(self, images: Images) -> Float[Tensor, "*form"]:
@@ -228,8 +229,8 @@ def check_student(index: int, student: nn.Module) -> None:
         found = f"student {index} is a {type(student).__name__}"
         raise UsageError(f"{found}, but {form}: codistill.network_from(module) makes one")
     if any(is_lazy(each) for each in (*student.parameters(), *student.buffers())):
-        name = student.spec or type(student).__name__
-        raise UsageError(f"student {index} ({name}) has lazy layers without weights: call it once on some images first")
+        lazy = f"student {index} ({label(student)}) has lazy layers without weights"
+        raise UsageError(f"{lazy}: call it once on some images first")
 
 
 def layout(stages: nn.ModuleList) -> tuple[object, ...]:

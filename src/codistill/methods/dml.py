@@ -10,7 +10,7 @@ from codistill.core.errors import UsageError
 from codistill.methods.cohort import Outputs
 from codistill.methods.losses import Labels, Scalar, Terms, mean_logits
 from codistill.methods.method import METHODS, Method
-from codistill.methods.terms import DistillationSettings, cross_entropy_terms, ramped_kl
+from codistill.methods.terms import DistillationSettings, cross_entropy_terms, ramped_kl, weighted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,4 +89,4 @@ class DML(Method):
             pairs |= {f"kl/{name}->student{index}": (logits, target) for name, target in targets.items()}
         share = 1 / (count - 1) if settings.divide_by_peers and settings.target != "mean" else 1.0
         divergences = ramped_kl(pairs, labels, progress, settings, settings.detach_teachers)
-        return terms | {name: share * divergence for name, divergence in divergences.items()}
+        return terms | weighted(share, divergences)

@@ -83,7 +83,7 @@ def weighted_sum(weights: Float[Tensor, "*some student"], logits: StudentLogits)
     return torch.stack(products).sum(dim=0)
 
 
-def linear_weights(logits: StudentLogits, labels: Labels, steps: int = LINEAR_STEPS) -> Float[Tensor, " student"]:
+def linear_weights(logits: StudentLogits, labels: Labels) -> Float[Tensor, " student"]:
     """Find weights, at least 0 and of sum 1, with which the combined logits have the smallest mean cross-entropy.
 
     Exponentiated gradient, w_i <- w_i exp(-s g_i) / sum, from equal weights. The problem is convex, so the only thing
@@ -99,7 +99,7 @@ def linear_weights(logits: StudentLogits, labels: Labels, steps: int = LINEAR_ST
     # By how much a step shifts the log-weights of the best and the worst student apart.
     shifts = torch.cat([2.0 ** torch.arange(4, -12, -1, device=logits.device), log_weights.new_zeros(1)])
     shifts = shifts.to(log_weights.dtype)
-    for _ in range(steps):
+    for _ in range(LINEAR_STEPS):
         predicted = weighted_sum(log_weights.exp(), logits).softmax(dim=1)
         gradient = ((logits * predicted).sum(dim=2) - correct[:, :, 0]).mean(dim=1)
         gradient = gradient - gradient.min()

@@ -16,7 +16,7 @@ from codistill.methods.method import METHODS, Method
 from codistill.methods.terms import KLSettings, cross_entropy_terms
 from codistill.networks import Network
 from codistill.networks.layers import initialise
-from codistill.networks.probe import copied, probe_shapes
+from codistill.networks.probe import copied, label, probe_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ class LMCL(Method):
 
     def _exits(self, student: Network) -> list[Network]:
         """Return, for each exit, what follows the stage behind which it leaves."""
-        name, most = student.spec or type(student).__name__, len(student.stages) - 2
+        name, most = label(student), len(student.stages) - 2
         if most < 1:
             raise UsageError(f"l-mcl needs networks of at least 3 stages, but {name} has {most + 2}: choose another")
         count = most if self.settings.exits is None else self.settings.exits

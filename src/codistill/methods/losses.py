@@ -117,6 +117,11 @@ def standardised(logits: Float[Tensor, "*head batch class"]) -> Float[Tensor, "*
     return (logits - logits.mean(dim=-1, keepdim=True)) / (1e-7 + logits.std(dim=-1, keepdim=True))
 
 
+def true_classes(labels: Labels) -> Tensor:
+    """Return the class of each image [images]: of shares of the classes the largest one, the first of equal ones."""
+    return labels.argmax(dim=1) if labels.is_floating_point() else labels
+
+
 def decoupled_kl(
     logits: Float[Tensor, "*head batch class"],
     target_logits: Float[Tensor, "*head batch class"],
@@ -140,7 +145,7 @@ def decoupled_kl(
         megvii-research/mdistiller at e8c5bb3, mdistiller/distillers/DKD.py.
     Differs: there -1000 on a logit takes the class out of the others; here minus infinity.
     """
-    classes = labels.argmax(dim=1) if labels.is_floating_point() else labels
+    classes = true_classes(labels)
     of_label = classes[:, None] == torch.arange(logits.shape[-1], device=logits.device)
     sides = []
     for each in (logits, target_logits):
@@ -297,7 +302,7 @@ def supervised_contrast(similarities: Float[Tensor, "*pair batch batch"], labels
     Differs: in that code an image without a positive makes the loss NaN.
     """
     similarities = at_least_float32(similarities)
-    classes = labels.argmax(dim=1) if labels.is_floating_point() else labels
+    classes = true_classes(labels)
     itself = torch.eye(len(classes), dtype=torch.bool, device=classes.device)
     positive = (classes[:, None] == classes) & ~itself
     number = positive.sum(dim=1)

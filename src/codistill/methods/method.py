@@ -4,14 +4,14 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from codistill.core.errors import UsageError
 from codistill.core.kinds import take_kinds
-from codistill.core.registry import Registry, near_matches
+from codistill.core.registry import Registry
 from codistill.methods.cohort import Cohort, EnsembleNetwork, Images, Outputs
 from codistill.methods.losses import Labels, Logits, Scalar, Terms
 from codistill.methods.mistakes import checked_terms, title
@@ -62,11 +62,6 @@ class MethodSettings:
     def __post_init__(self) -> None:
         take_kinds(self, "method.")
         self.check("shared_stages", self.shared_stages is None or self.shared_stages >= 0, "at least 0")
-        # Without this a misspelt choice would quietly be another experiment.
-        for name, kind in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if get_origin(kind) is Literal and value not in get_args(kind):
-                raise UsageError(f"method.{name} is {value!r}: {near_matches(str(value), get_args(kind))}")
 
     def check(self, name: str, valid: bool, bounds: str) -> None:
         """Raise a UsageError if a setting's value is not valid; `bounds` tells which ones are."""

@@ -22,7 +22,7 @@ from codistill.methods.losses import (
     students_kl,
 )
 from codistill.methods.method import METHODS, Method
-from codistill.methods.terms import KLSettings, cross_entropy_terms
+from codistill.methods.terms import KLSettings, cross_entropy_terms, weighted
 from codistill.networks.origin import DRAWN, mark, origin_of
 from codistill.networks.probe import copied
 
@@ -137,8 +137,7 @@ class OKDPH(Method):
     def losses(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
         """Compute `ce/student<i>`, `ce/hub` and `kl/target->student<i>`."""
         chosen, hub = self.settings, outputs.extras["hub"]
-        terms = cross_entropy_terms(outputs.logits, labels)
-        terms = {name: chosen.ce_weight * term for name, term in terms.items()}
+        terms = weighted(chosen.ce_weight, cross_entropy_terms(outputs.logits, labels))
         terms["ce/hub"] = (1 - chosen.ce_weight) * cross_entropy(hub, labels)
         target = mean_logits([*outputs.logits, hub])
         how = chosen.temperature, chosen.kl_weight, *chosen.form

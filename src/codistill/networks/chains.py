@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from codistill.core.console import warn_once
+from codistill.core.errors import typed_reason
 
 Maps = Float[Tensor, "image channel height width"]
 Rows = Float[Tensor, "image place channel"]
@@ -46,7 +47,7 @@ class Compiler:
             return inductor(function, arguments, self.options)
         except Exception as error:
             self.failed = True
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            reason = typed_reason(error, 200)
             warn_once(f"compilation failed, training goes on without a compiler, more slowly: {reason}")
             return function
 

@@ -18,11 +18,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, fx, nn
 
-from codistill.core.errors import UsageError
+from codistill.core.errors import UsageError, in_words
 from codistill.core.randomness import CPU, draws_kept, seed_draws
 from codistill.core.registry import near_matches
 from codistill.networks.network import Network
-from codistill.networks.probe import in_words
 
 Maps = Float[Tensor, "batch channel height width"]
 Tokens = Float[Tensor, "batch token channel"]
@@ -335,6 +334,20 @@ def planned(
     finally:
         for each, mode in modes:
             each.training = mode
+
+
+_PLANS: dict[tuple[str, str, tuple[int, int]], Plan] = {}
+
+
+def planned_once(module: nn.Module, choose: Chooser, name: str, spec: str, image_size: tuple[int, int]) -> Plan:
+    """Plan where to cut a network of a library, once for each spec and size; see `planned`."""
+    key = name, spec, image_size
+    if key not in _PLANS:
+        found = planned(module, choose, name, image_size)
+        if next(module.parameters()).is_meta:  # what its parts compute was not tried
+            return found
+        _PLANS[key] = found
+    return _PLANS[key]
 
 
 def accepted_images(module: nn.Module, device: torch.device, image_size: tuple[int, int] | None) -> Tensor:

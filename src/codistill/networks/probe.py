@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-from codistill.core.errors import UsageError
+from codistill.core.errors import UsageError, in_words
 from codistill.core.randomness import CPU, draws_kept
 from codistill.networks.layers import BatchNormAct2d
 from codistill.networks.network import Network
@@ -119,12 +119,6 @@ def odd_types(module: nn.Module) -> str:
     others = {each.dtype for each in module.parameters()} & {torch.float16, torch.bfloat16, torch.float64}
     types = " and ".join(sorted(str(each).removeprefix("torch.") for each in others))
     return f" (it has {types} weights, images are float32: .float() converts them)" if others else ""
-
-
-def in_words(error: BaseException) -> str:
-    """Return the text of an error of somebody else's code, at most 300 letters, with its type if that is needed."""
-    text = " ".join(str(error).split())[:300]
-    return text if isinstance(error, RuntimeError) and text else f"{type(error).__name__}: {text}"
 
 
 def probe_shapes(built: Network, image_size: tuple[int, int]) -> list[tuple[int, int, int]]:

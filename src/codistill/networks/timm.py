@@ -8,12 +8,11 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from codistill.core.console import note_once
-from codistill.core.errors import CheckpointError, UsageError
+from codistill.core.errors import CheckpointError, UsageError, in_words
 from codistill.core.extras import install
 from codistill.core.registry import near_matches, write_spec
-from codistill.networks.cut import Form, Plan, Trace, cut, found_ends, planned
+from codistill.networks.cut import Form, Trace, cut, found_ends, planned_once
 from codistill.networks.network import NETWORKS, Network
-from codistill.networks.probe import in_words
 
 SIZE = (64, 64)  # of the images that networks for images of any size are tried on, pixels
 EVERY = "timm.list_models() shows all"
@@ -42,7 +41,8 @@ def timm_network(
     """
     module = create(name, num_classes, image_size, pretrained, options)
     fixed = getattr(module, "img_size", None) or getattr(getattr(module, "patch_embed", None), "img_size", None)
-    return cut(module, plan(module, write_spec(name, {**options, "num_classes": 0}), tuple(fixed or SIZE)))
+    height, width = fixed or SIZE
+    return cut(module, planned_once(module, choose, f"network timm/{name}", write_spec(name, options), (height, width)))
 
 
 def create(
@@ -78,39 +78,25 @@ def create(
         hub.setLevel(level)
 
 
-_PLANS: dict[tuple[str, tuple[int, ...]], Plan] = {}
-
-
-def plan(module: nn.Module, spec: str, size: tuple[int, ...]) -> Plan:
-    """Plan where to cut a network, once for each spec."""
-    key = spec, size
-    if key not in _PLANS:
-        found = planned(module, choose, f"network timm/{spec.partition(':')[0]}", (size[0], size[1]))
-        if next(module.parameters()).is_meta:
-            return found
-        _PLANS[key] = found
-    return _PLANS[key]
-
-
 def choose(trace: Trace, module: nn.Module, images: Tensor) -> tuple[list[fx.Node], Form]:
     """Choose the ends of the stages by what timm calls intermediate features, and find the form of the tensors."""
     whole: Any = module
     results = trace.results(images)
     if hasattr(whole, "forward_intermediates"):
-        paths, _ = outputs(module, images, lambda: whole.forward_intermediates(images, intermediates_only=True))
+        paths, _ = outputs(module, lambda: whole.forward_intermediates(images, intermediates_only=True))
         ends = [trace.end_of(path) for path in paths if path]
         passes = trace.passes()
         if ends and all(paths) and all(end in passes for end in ends):
             return [end for end in ends if end is not None], Form()
     if not hasattr(whole, "forward_features"):
         return found_ends(trace, results), Form()
-    (path,), features = outputs(module, images, lambda: whole.forward_features(images))
+    (path,), features = outputs(module, lambda: whole.forward_features(images))
     final = trace.end_of(path) if path else None
     form = form_of(module, features)
     return found_ends(trace, results, final, form.kind == "last"), form
 
 
-def outputs(module: nn.Module, images: Tensor, run: Any) -> tuple[list[str], Tensor]:
+def outputs(module: nn.Module, run: Any) -> tuple[list[str], Tensor]:
     """Run a part of a network, and return the names of the submodules that made its results; empty: none did."""
     made: dict[int, tuple[str, Tensor]] = {}
 

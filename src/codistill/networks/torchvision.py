@@ -7,16 +7,14 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from codistill.core.console import note_once
-from codistill.core.errors import CheckpointError, UsageError
+from codistill.core.errors import CheckpointError, UsageError, in_words
 from codistill.core.extras import install
 from codistill.core.registry import near_matches, write_spec
-from codistill.networks.cut import Form, Plan, Trace, cut, found_ends, named_ends, planned
+from codistill.networks.cut import Form, Trace, cut, found_ends, named_ends, planned_once
 from codistill.networks.network import NETWORKS, Network
-from codistill.networks.probe import in_words
 
 SIZE = (128, 128)  # of the images that networks are tried on, pixels
 LAST = ("features.1", "features.3", "features.5", "norm")  # ends of stages where channels are the last axis: of Swin
-_PLANS: dict[str, Plan] = {}
 
 
 @NETWORKS.register("torchvision/*")
@@ -59,13 +57,7 @@ def torchvision_network(name: str, num_classes: int, pretrained: bool = False, *
             fix = "without a network, name a file: --weights student0=FILE"
             raise CheckpointError(f"{title}: its pretrained weights: {in_words(error)}: {fix}") from error
         begin_with(module, state, title)
-    spec = write_spec(name, options)
-    if spec not in _PLANS:
-        found = planned(module, choose, title, SIZE)
-        if next(module.parameters()).is_meta:
-            return cut(module, found)
-        _PLANS[spec] = found
-    return cut(module, _PLANS[spec])
+    return cut(module, planned_once(module, choose, title, write_spec(name, options), SIZE))
 
 
 def begin_with(module: nn.Module, state: dict[str, Tensor], title: str) -> None:

@@ -72,9 +72,9 @@ def take(
     raise CheckpointError(f"{what}: {reasons[0]}{'' if '' in tables else _found(content)}")
 
 
-def classifier_of(head: nn.Module, num_classes: int, prefix: str = "head.") -> list[str]:
+def classifier_of(head: nn.Module, num_classes: int) -> list[str]:
     """Return the names of a head's tensors that have an entry for each class."""
-    return [prefix + name for name, value in head.state_dict().items() if value.shape[:1] == (num_classes,)]
+    return [f"head.{name}" for name, value in head.state_dict().items() if value.shape[:1] == (num_classes,)]
 
 
 def _read_values(path: Path, what: str) -> tuple[Any, bool]:

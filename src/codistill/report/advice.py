@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from codistill.evaluation.analysis import Analysis, largest_confusions
 from codistill.report.groups import Seen
 from codistill.runs.choice import chosen_by, lowest_student, top1_errors
-from codistill.settings.config import SETTINGS
 
 OVERFITTED = 0.5
 """Nats between test and training loss of a student, from which augmentation is the first thing to try."""
@@ -34,12 +33,6 @@ class Advice:
     do: str
 
 
-def _flags(*flags: str) -> str:
-    """Return those of some flags that this version has, as text; each is `--key value`."""
-    known = [flag for flag in flags if flag.split()[0].removeprefix("--").replace("-", "_") in SETTINGS]
-    return " or ".join(f"`{flag}`" for flag in known)
-
-
 def advice(seen: Seen, analyses: Mapping[str, Analysis], measured: bool) -> list[Advice]:
     """Return at most `MOST` things to try after a run, the most telling first.
 
@@ -63,7 +56,7 @@ def _rules(seen: Seen, analyses: Mapping[str, Analysis], measured: bool) -> Iter
     yield from _fit(seen, student)
     yield from _cohort(seen, student)
     if student in analyses:
-        yield from _classes(seen, student, analyses[student])
+        yield from _classes(seen, analyses[student])
     yield from _trust(seen, student, analyses)
     if seen.finished and not measured:
         folder = seen.run.path
@@ -92,10 +85,7 @@ def _length(seen: Seen) -> Iterator[Advice]:
         yield Advice(
             f"The best epoch was {best['epoch'] + 1} of {epochs}; since then the {split} error of {name} rose by "
             f"{rise:.1f} points.",
-            " ".join(
-                filter(None, ["Train shorter or regularise more:", _flags("--patience 10", "--weight-decay 5e-4")])
-            )
-            + ".",
+            "Train shorter or regularise more: `--patience 10` or `--weight-decay 5e-4`.",
         )
     elif len(scored) > 3 and now < FALLING * before:
         yield Advice(
@@ -112,18 +102,12 @@ def _fit(seen: Seen, student: str) -> Iterator[Advice]:
     if trained is None:
         return
     tested = last["test"][student]["nll"]
-    stronger = _flags(
-        "--auto-augment trivialaugment",
-        "--mixup 0.2",
-        "--random-erasing 0.25",
-        "--label-smoothing 0.1",
-        "--weight-decay 5e-4",
-    )
     if tested - trained > OVERFITTED:
         yield Advice(
             f"{student} fits the training images far better than the test images: cross-entropy {trained:.2f} against "
             f"{tested:.2f} nats.",
-            f"More images, or more regularisation: {stronger}.",
+            "More images, or more regularisation: `--auto-augment trivialaugment` or `--mixup 0.2` or "
+            "`--random-erasing 0.25` or `--label-smoothing 0.1` or `--weight-decay 5e-4`.",
         )
     elif trained > 1.0 and trained > 0.8 * tested:
         yield Advice(
@@ -154,7 +138,7 @@ def _cohort(seen: Seen, student: str) -> Iterator[Advice]:
             return
 
 
-def _classes(seen: Seen, student: str, found: Analysis) -> Iterator[Advice]:
+def _classes(seen: Seen, found: Analysis) -> Iterator[Advice]:
     names, recall = seen.run.class_names, found.classes.recall
     there = [index for index in range(len(names)) if found.classes.images[index] >= 10]
     if len(there) > 1:
@@ -169,11 +153,11 @@ def _classes(seen: Seen, student: str, found: Analysis) -> Iterator[Advice]:
                 f"Look at the labels of {names[weakest]} and {taken} below; more images of {names[weakest]} help most.",
             )
     if found.balanced_error > found.top1_error + 3:
-        weights = _flags("--class-weights balanced", "--sampling balanced")
         yield Advice(
             f"Rare classes fare worse: the balanced error is {found.balanced_error:.1f} %, the plain one "
             f"{found.top1_error:.1f} %.",
-            f"Weigh or sample classes evenly{': ' + weights if weights else ''}, and add images of rare ones.",
+            "Weigh or sample classes evenly: `--class-weights balanced` or `--sampling balanced`, and add images of "
+            "rare ones.",
         )
 
 
@@ -190,14 +174,7 @@ def _trust(seen: Seen, student: str, analyses: Mapping[str, Analysis]) -> Iterat
             )
             over = gap > 0
             words = "is too high" if over else "is too low"
-        smoothing = _flags("--label-smoothing 0.1")
-        help = (
-            f"{smoothing}, mixup or a weight average"
-            if over and smoothing
-            else "Longer training"
-            if not over
-            else "Stronger augmentation"
-        )
+        help = "`--label-smoothing 0.1`, mixup or a weight average" if over else "Longer training"
         yield Advice(
             f"The confidence of {student} {words} (calibration error {scores['ece']:.1f} %).",
             f"{help} may help; do not read its probabilities as certainty.",

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from codistill.evaluation.analysis import Analysis, disagreements, largest_confusions
+from codistill.evaluation.analysis import Analysis, disagreements, largest_confusions, row_shares
 from codistill.evaluation.predictions import Predictions
 from codistill.report.curves import Chart, colour_of
 from codistill.report.pictures import DISPUTED, MISTAKES, Pictures, png, veil
@@ -106,7 +106,7 @@ def _matrix(found: Analysis, classes: Sequence[str]) -> dict[str, Any]:
 
 def _heat(confusion: npt.NDArray[np.int64]) -> str:
     """Return a confusion matrix as a picture: blue for right, orange for wrong, opaque for the whole row."""
-    share = confusion / np.maximum(1, confusion.sum(axis=1, keepdims=True))
+    share = row_shares(confusion)
     pixels = np.empty((*share.shape, 4))
     pixels[..., :3] = (200, 96, 10)
     pixels[..., 3] = 255 * np.minimum(1, 3 * share)

@@ -144,6 +144,18 @@ class Group:
         return dict(zip(seeds, errors, strict=True)) if len(set(seeds)) == len(errors) == len(seeds) else {}
 
 
+def seen_in(run: RunFolder, summary: Mapping[str, Any] | None = None) -> Seen:
+    """Return what a folder tells, without rows where no epoch has been finished.
+
+    Args:
+        run: The run.
+        summary: That of a run whose file is not written yet.
+    """
+    if summary is None:
+        summary = run.summary if run.status is not None else {}
+    return Seen(run, summary, run.metrics() if (run.path / "metrics.jsonl").exists() else [])
+
+
 def settings_of(run: RunFolder) -> dict[str, Any]:
     """Return the settings of a run by dotted key, flat: those that may affect its results, and the seed."""
     found: dict[str, Any] = {}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from codistill.core.console import duration, warn
-from codistill.core.errors import CheckpointError
+from codistill.core.errors import CheckpointError, UsageError, typed_reason
 from codistill.core.files import write_atomically
 from codistill.core.imports import trained_with
 from codistill.evaluation.analysis import Analysis, analyse, wilson_interval
@@ -21,7 +21,7 @@ from codistill.report.failures import (
     reliability_section,
     wrong_section,
 )
-from codistill.report.groups import Group, Seen, settings_of, text_of
+from codistill.report.groups import Group, Seen, seen_in, settings_of, text_of
 from codistill.report.pictures import read_pictures
 from codistill.report.tradeoff import run_tradeoff
 from codistill.runs.choice import choice, chosen_by, lowest_student, top1_errors
@@ -77,13 +77,11 @@ def with_code(text: str) -> "Markup":
 
 def seen_run(run: RunFolder, summary: Mapping[str, Any] | None = None) -> Seen:
     """Return what a folder tells; `summary`: that of a run whose file is not written yet."""
-    if summary is None:
-        summary = run.summary if run.status is not None else {}
-    rows = run.metrics() if (run.path / "metrics.jsonl").exists() else []
-    if not rows:
-        why = f" ({summary['error']})" if summary.get("error") else ""
+    seen = seen_in(run, summary)
+    if not seen.rows:
+        why = f" ({seen.summary['error']})" if seen.summary.get("error") else ""
         raise CheckpointError(f"{run.path}: no epoch has been finished{why}: there is nothing to report yet")
-    return Seen(run, summary, rows)
+    return seen
 
 
 def run_page(run: RunFolder, summary: Mapping[str, Any] | None = None) -> str:
@@ -95,7 +93,7 @@ def run_page(run: RunFolder, summary: Mapping[str, Any] | None = None) -> str:
         try:
             return make()
         except Exception as error:  # a run is worth more than a part of its page
-            words = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            words = typed_reason(error)
             missing.append(f"{name}: making it failed ({words}); the other files of the run hold the numbers.")
             warn(f"{run.path / REPORT} lacks a part: {missing[-1]}")
         return None
@@ -160,7 +158,7 @@ def _predictions(run: RunFolder, missing: list[str]) -> Predictions | None:
 
 def _latency(seen: Seen) -> dict[str, Any] | None:
     errors = top1_errors(seen.last, "test") if seen.last else {}
-    intervals = {name: interval_of(seen, name, error) for name, error in errors.items()}
+    intervals = {name: interval_of(seen, error) for name, error in errors.items()}
     return run_tradeoff(seen, read_latency(seen.run), intervals)
 
 
@@ -168,7 +166,7 @@ def page_title(seen: Seen) -> str:
     """Return what a run is, in a few words: its method, and the data set or, of one's own, its folder or file."""
     metadata = seen.run.metadata
     method, data = str(metadata["method"]["name"]), str(metadata["dataset"]["name"])
-    if data in ("folder", "packed", "listing", "arrow") and metadata.get("data_dir"):
+    if data in ("folder", "huggingface", "packed", "table") and metadata.get("data_dir"):
         data = Path(metadata["data_dir"]).name or data
     known = METHODS.get(method)
     return f"{known.title or known.__name__ if known else method} on {data}"
@@ -206,7 +204,7 @@ def _alert(seen: Seen) -> str:
     return words if status == "diverged" else f"{words} `codistill resume {seen.run.path}{flags}` continues it."
 
 
-def interval_of(seen: Seen, predictor: str, error: float) -> tuple[float, float] | None:
+def interval_of(seen: Seen, error: float) -> tuple[float, float] | None:
     """Return the 95 % interval of an error on the test set, percent; None: the number of its images is unknown."""
     images = seen.images("test")
     return wilson_interval(round(error / 100 * images), images) if images else None
@@ -219,7 +217,7 @@ def _tiles(seen: Seen) -> list[tuple[str, str, str, str]]:
     errors = top1_errors(last, "test")
     tiles = []
     for name in (student, *(each for each in ("fused", "ensemble") if each in errors)):
-        interval = interval_of(seen, name, errors[name])
+        interval = interval_of(seen, errors[name])
         words = f"95 %: {interval[0]:.1f} to {interval[1]:.1f}" if interval else "after the last epoch"
         best = name == student and len(seen.students) > 1
         title = "Error of the best student" if best else f"Error of {name}"
@@ -240,7 +238,7 @@ def _predictors(seen: Seen, analyses: Mapping[str, Analysis]) -> dict[str, Any]:
     assert last is not None and best is not None
     errors, at_best = top1_errors(last, "test"), top1_errors(best, "test")
     held = top1_errors(last, "validation") if "validation" in last else {}
-    bounds = {name: interval_of(seen, name, error) for name, error in errors.items()}
+    bounds = {name: interval_of(seen, error) for name, error in errors.items()}
     known = [each for each in bounds.values() if each]
     scale = (min((each[0] for each in known), default=0.0), max((each[1] for each in known), default=100.0))
     rows = []
@@ -303,7 +301,7 @@ def _settings(run: RunFolder) -> dict[str, Any]:
     try:
         plain = default_config(str(run.metadata["method"]["name"])).as_mapping()
         defaults = {**plain, **{f"method.{key}": value for key, value in plain["method"].items()}}
-    except KeyError:  # a method of the user's own
+    except UsageError:  # a method of the user's own, which is not registered here
         defaults = {}
     rows, changed = [], []
     for key, value in settings.items():

@@ -122,11 +122,11 @@ class Axis:
         low, high = change(self.low), change(self.high)
         return min(1.0, max(0.0, (change(value) - low) / (high - low)))
 
-    def ticks(self, most: int = 6) -> list[float]:
+    def ticks(self) -> list[float]:
         """Return the values that are written beside it."""
         if self.log:
             return log_ticks(self.low, self.high)
-        return nice_ticks(self.low, self.high, min(most, int(self.high - self.low) + 1) if self.whole else most)
+        return nice_ticks(self.low, self.high, min(6, int(self.high - self.low) + 1) if self.whole else 6)
 
 
 def _percent(share: float) -> str:
@@ -210,7 +210,7 @@ def line_plot(
     return _frame(title, description, x, y, x_label, "".join(bands + drawn), height, "")
 
 
-def reliability_plot(title: str, description: str, lines: Sequence[Line], height: int = 320) -> str:
+def reliability_plot(title: str, description: str, lines: Sequence[Line]) -> str:
     """Draw accuracy against confidence, both 0 to 1, with the diagonal on which a calibrated predictor lies."""
     drawn = ['<path class="line muted dashed" d="M0 1000L1000 0"/>']
     for line in lines:
@@ -220,16 +220,13 @@ def reliability_plot(title: str, description: str, lines: Sequence[Line], height
         name = f"<title>{html.escape(line.name)}</title>"
         drawn.append(f'<path class="line {line.colour}" d="{_path(points)}">{name}</path>')
         drawn += [f'<path class="line dot {line.colour}" d="{_path([point])}h0">{name}</path>' for point in points]
-    return _frame(title, description, Axis(0, 1), Axis(0, 1), "confidence", "".join(drawn), height, "")
+    return _frame(title, description, Axis(0, 1), Axis(0, 1), "confidence", "".join(drawn), 320, "")
 
 
-def scatter_plot(
-    title: str, description: str, points: Sequence[Point], x_label: str, *, height: int = 340, log: bool = True
-) -> str:
-    """Draw named points with error bars, those on the Pareto front filled and joined by steps."""
-    x = Axis.around((each.x for each in points), log)
-    if log:  # room for names
-        x = Axis(x.low / 1.3, x.high * 1.3, True)
+def scatter_plot(title: str, description: str, points: Sequence[Point], x_label: str) -> str:
+    """Draw named points with error bars over a logarithmic axis; those on the Pareto front are filled and joined."""
+    x = Axis.around((each.x for each in points), log=True)
+    x = Axis(x.low / 1.3, x.high * 1.3, log=True)  # room for names
     y = Axis.around([edge for each in points for edge in (each.y, each.low, each.high) if edge is not None], zero=True)
     names, steps = [], []
     front = sorted((each for each in points if each.best), key=lambda each: (each.x, each.y))
@@ -249,4 +246,4 @@ def scatter_plot(
         right = x.share(each.x) > 0.55
         place = 'class="name end" dx="-7"' if right else 'class="name" dx="7"'
         names.append(f'<text {place} x="{across}" y="{up}" dy="-8">{label}</text>')
-    return _frame(title, description, x, y, x_label, "".join(steps), height, "".join(names))
+    return _frame(title, description, x, y, x_label, "".join(steps), 340, "".join(names))

@@ -6,8 +6,8 @@ from typing import Any
 
 from codistill.core.errors import CheckpointError
 from codistill.core.files import read_json
-from codistill.report.groups import Group, Lost, Seen, coloured, grouped
-from codistill.runs.folder import RunFolder
+from codistill.report.groups import Group, Lost, Seen, coloured, grouped, seen_in
+from codistill.runs.folder import RunFolder, runs_in
 
 TABLE = "table.json"
 """What the folder of a sweep has, and no other one."""
@@ -22,10 +22,7 @@ def run_folders(paths: Sequence[Path]) -> list[Path]:
     """Return run folders: of each path itself, or where it is no run, those directly in it; each once."""
     found: dict[Path, Path] = {}
     for path in paths:
-        inner = (
-            sorted(each.parent for each in path.glob("*/config.json")) if not (path / "config.json").exists() else []
-        )
-        for each in inner or [path]:
+        for each in runs_in(path) or [path]:
             found.setdefault(each.resolve(), each)
     return list(found.values())
 
@@ -42,16 +39,10 @@ def groups_of(paths: Sequence[Path]) -> list[Group]:
     if len(paths) == 1 and is_sweep(paths[0]):
         groups = _sweep_groups(paths[0])
     else:
-        groups = grouped([_seen(RunFolder(path)) for path in run_folders(paths)])
+        groups = grouped([seen_in(RunFolder(path)) for path in run_folders(paths)])
     if not any(seen.rows for group in groups for seen in group.runs):
         raise CheckpointError(f"{paths[0]}: no run has finished an epoch: there is nothing to report yet")
     return groups
-
-
-def _seen(run: RunFolder) -> Seen:
-    """Return what the folder of a run tells, without rows where no epoch has been finished."""
-    summary = run.summary if run.status is not None else {}
-    return Seen(run, summary, run.metrics() if (run.path / "metrics.jsonl").exists() else [])
 
 
 def _sweep_groups(folder: Path) -> list[Group]:
@@ -67,7 +58,7 @@ def _sweep_groups(folder: Path) -> list[Group]:
             lost.append(Lost(name, reason))
             continue
         try:
-            runs.append(seen := _seen(RunFolder(folder / name)))
+            runs.append(seen := seen_in(RunFolder(folder / name)))
             if not seen.finished:
                 lost.append(Lost(name, reason or seen.ending))
         except CheckpointError as error:

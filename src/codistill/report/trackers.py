@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from codistill.core.errors import UsageError
 from codistill.core.extras import install
-from codistill.evaluation.analysis import confusion_matrix
+from codistill.evaluation.analysis import confusion_matrix, row_shares
 from codistill.runs.choice import epochs_done
 from codistill.runs.folder import RunFolder
 from codistill.runs.predictions import read_predictions
@@ -57,9 +57,8 @@ def results_of(summary: Mapping[str, Any]) -> dict[str, float]:
 def confusion_picture(run: RunFolder, predictor: str) -> npt.NDArray[np.uint8]:
     """Draw the confusion matrix of a predictor on the test set, uint8 [height, width]: rows are labels, 0 is 100 %."""
     test = read_predictions(run)["test"]
-    matrix = confusion_matrix(test.labels, test.predictors[predictor].named, len(run.class_names)).astype(float)
-    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    cells = np.round(255 * (1 - shares)).astype(np.uint8)
+    matrix = confusion_matrix(test.labels, test.predictors[predictor].named, len(run.class_names))
+    cells = np.round(255 * (1 - row_shares(matrix))).astype(np.uint8)
     factor = max(1, CONFUSION_PIXELS // len(cells))
     return np.kron(cells, np.ones((factor, factor), np.uint8))
 

@@ -39,12 +39,17 @@ def lowest_student(row: Mapping[str, Any]) -> tuple[str, float]:
     return name, errors[name]
 
 
+def prefix_of(which: str) -> str:
+    """Return what keys of summary.json begin with for the `last` or the `best` checkpoint."""
+    return "best_epoch_" if which == "best" else ""
+
+
 def choice(summary: Mapping[str, Any], which: str = "last") -> str:
     """Return in a line which student is the best of a finished run's checkpoint, and how it was chosen.
 
     Empty where nothing was chosen: of a single student the last checkpoint, and of runs that did not finish.
     """
-    prefix = "best_epoch_" if which == "best" else ""
+    prefix = prefix_of(which)
     name, split = summary.get(f"{prefix}best_student"), summary.get("chosen_by")
     if name is None or (not prefix and sum(each.startswith("student") for each in summary["top1_error"]) == 1):
         return ""

@@ -305,6 +305,11 @@ def hand_in(what: str, metadata: Mapping[str, Any]) -> str:
     return f"{handed}; on the command line, {began}, with {trained_with(metadata)}"
 
 
+def runs_in(path: Path) -> list[Path]:
+    """Return the run folders directly in a folder, sorted; none where it is a run itself."""
+    return [] if (path / "config.json").exists() else sorted(each.parent for each in path.glob("*/config.json"))
+
+
 def refuse_existing(path: Path) -> None:
     """Raise `UsageError` where a process works on a run folder, which is named, or a new one would not be empty."""
     with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""The lock of a run folder, and removal of temporary files that a killed process left in it."""
+"""Locks of run folders, who holds them, and removal of temporary files that a killed process left."""
 
 import contextlib
 import fcntl
@@ -14,20 +14,42 @@ def lock_folder(folder: Path) -> IO[str]:
     """Lock a folder until the returned file is closed or the process dies, or raise `UsageError` with who holds it."""
     file = open(folder / ".lock", "a+")  # noqa: SIM115
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        owner = file.read().strip() or "another process"
-        file.close()
-        raise UsageError(f"run folder {folder} is in use by {owner}: wait for it, or choose another --out") from None
-    except OSError:  # a file system without locks
+        if not taken(file, fcntl.LOCK_EX):
+            raise UsageError(f"run folder {folder} is in use by {owner(file)}: wait for it, or choose another --out")
+    except BaseException:  # or a file system without locks
         file.close()
         raise
-    with contextlib.suppress(OSError):  # the disk may be full; the lock holds
-        file.truncate(0)
-        file.write(f"pid {os.getpid()} on host {socket.gethostname()}")
-        file.flush()
+    write_line(file, this_process())
     return file
+
+
+def this_process() -> str:
+    """Return what names this process to a person."""
+    return f"pid {os.getpid()} on host {socket.gethostname()}"
+
+
+def taken(file: IO[str], how: int) -> bool:
+    """Return whether a lock could be had at once."""
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def owner(lock: IO[str]) -> str:
+    """Return who has written its name into a locked file."""
+    lock.seek(0)
+    return lock.read().strip() or "another process"
+
+
+def write_line(file: IO[str], line: str) -> None:
+    """Replace the contents of an open file."""
+    with contextlib.suppress(OSError):  # the disk may be full; the lock holds
+        file.seek(0)
+        file.truncate(0)
+        file.write(line)
+        file.flush()
 
 
 def remove_strays(folder: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from codistill.core.errors import CheckpointError, DataError
+from codistill.core.errors import CheckpointError, DataError, reason
 from codistill.core.files import replaced, system_error
 from codistill.data.packed import read_array
 from codistill.evaluation.predictions import Predictions
@@ -75,6 +75,5 @@ def read_predictions(run: RunFolder) -> dict[str, Predictions]:
     except OSError as error:
         raise system_error(error, path, CheckpointError) from None
     except Exception as error:  # whatever zipfile and NumPy raise on bad bytes
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"{path}: damaged ({reason}): {fix}") from None
+        raise CheckpointError(f"{path}: damaged ({reason(error)}): {fix}") from None
     return found

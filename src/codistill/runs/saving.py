@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import KeyPath, tree_map_with_path
 
 from codistill.core.console import warn
-from codistill.core.errors import CodistillError, ResourceError
+from codistill.core.errors import CodistillError, ResourceError, reason
 from codistill.core.extras import missing_package
 from codistill.core.files import system_error
 from codistill.core.imports import resuming
@@ -160,9 +160,8 @@ class Saver:
             self._failed[what] = error
             if what not in self._warned:
                 self._warned.add(what)
-                reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-                reason = missing_package(error) or reason
-                warn(f"{self.run.path}: {what} not written: {reason}; training goes on and will try again")
+                why = missing_package(error) or reason(error)
+                warn(f"{self.run.path}: {what} not written: {why}; training goes on and will try again")
             return False
         return True
 

@@ -9,16 +9,11 @@ from codistill.core.files import write_json
 from codistill.evaluation.analysis import wilson_interval
 from codistill.evaluation.metrics import AVERAGED
 from codistill.methods import Method
-from codistill.methods.cohort import Cohort
 from codistill.networks.network import parameter_count
+from codistill.networks.probe import label
 from codistill.runs.choice import ERRORS, chosen_by, lowest_student, top1_errors
 from codistill.runs.folder import RunFolder
 from codistill.settings.config import RunConfig
-
-
-def network_names(cohort: Cohort) -> list[str]:
-    """Name the students by their specs, or by their class where they have none."""
-    return [student.spec or type(student).__name__ for student in cohort]
 
 
 def run_facts(config: RunConfig, method: Method) -> dict[str, Any]:
@@ -28,7 +23,7 @@ def run_facts(config: RunConfig, method: Method) -> dict[str, Any]:
         counts |= {name + AVERAGED: count for name, count in counts.items()}
     return {
         "method": config.method_name,
-        "networks": network_names(method.cohort),
+        "networks": list(map(label, method.cohort)),
         "data": config.data,
         "seed": config.train.seed,
         "epochs": config.train.epochs,

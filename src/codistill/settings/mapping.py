@@ -20,24 +20,21 @@ RECORDED_KEYS: tuple[str, ...] = ("codistill", "environment", "dataset", "teache
 RECORDED_KEYS += ("extended", "own_loop", "initial_weights", "asked")
 
 
-def run_from_mapping(
-    mapping: Mapping[str, Any], where: Where, method: str | None = None, base: RunConfig | None = None
-) -> RunConfig:
+def run_from_mapping(mapping: Mapping[str, Any], where: Where, base: RunConfig | None = None) -> RunConfig:
     """Make a run of a mapping as `RunConfig.as_mapping` returns it.
 
     Args:
         mapping: Settings by key. `method` is a name or a table of a name and settings; keys that only config.json has
             are ignored.
         where: The place of a key.
-        method: The method where the mapping names none; None: mfef.
         base: Values of what the mapping leaves out; None: the method's defaults.
 
     Raises:
         UsageError: An unknown key or method, or a value that a setting cannot have; says where.
     """
-    values = typed_mapping(mapping, where, method)
+    values = typed_mapping(mapping, where)
     settings = values.pop("method")
-    base = base or default_config(settings.pop("name", method or "mfef"))
+    base = base or default_config(settings.pop("name", "mfef"))
     parts: dict[str, dict[str, Any]] = {part: {} for part, _ in SETTINGS.values()} | {"method": settings}
     for key, value in values.items():
         parts[SETTINGS[key][0]][key] = value

@@ -2,10 +2,9 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args, get_type_hints
+from typing import Literal
 
 from codistill.core.errors import UsageError
-from codistill.core.registry import near_matches
 
 HIGHEST_ADAMW_RATE = 0.05
 
@@ -44,10 +43,6 @@ class UpdateSettings:
 
     def check_updates(self, learning_rate: float, epochs: int) -> None:
         """Raise `UsageError` for values that cannot be, or not with such a learning rate and number of epochs."""
-        for name in ("optimizer", "schedule"):
-            value, choices = getattr(self, name), get_args(get_type_hints(type(self))[name])
-            if value not in choices:
-                raise UsageError(f"{name} is {value!r}: {near_matches(str(value), choices)}")
         for name in ("adam_beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be from 0 to below 1")

@@ -49,7 +49,7 @@ def links_of(config: RunConfig, folder: Path) -> dict[Path, RunConfig]:
     return links
 
 
-def train_chain(config: RunConfig, out: Path | None = None, show: bool = True) -> list[Run]:
+def train_chain(config: RunConfig, out: Path | None = None) -> list[Run]:
     """Train the links of a chain, each in a folder of its own below `out`, and print the error of each.
 
     Links that are finished are not repeated, and an interrupted one is resumed: the same command goes on.
@@ -57,7 +57,6 @@ def train_chain(config: RunConfig, out: Path | None = None, show: bool = True) -
     Args:
         config: The chain; its networks are the teacher, the assistants and the student, in this order.
         out: The folder of the chain; None: a new one below runs/.
-        show: Whether to print progress and the tables.
 
     Returns:
         The runs, in order.
@@ -73,10 +72,10 @@ def train_chain(config: RunConfig, out: Path | None = None, show: bool = True) -
     for link in links_of(config, Path()).values():
         build_method(link, data.num_classes, data.image_size, fresh=bool(link.weights))
     with kept_if_used(config, out) as folder:
-        return train_links(config, folder, show)
+        return train_links(config, folder)
 
 
-def train_links(config: RunConfig, folder: Path, show: bool) -> list[Run]:
+def train_links(config: RunConfig, folder: Path) -> list[Run]:
     """Train the links of a chain in its folder; see `train_chain`."""
     if (folder / "config.json").exists():
         raise UsageError(f"{folder} is a run folder: choose another --out for the chain")
@@ -90,11 +89,11 @@ def train_links(config: RunConfig, folder: Path, show: bool) -> list[Run]:
     for path, link in links.items():
         run = Run(path) if (path / "config.json").exists() else None
         if run is None:
-            run = train_from_config(link, path, show)
+            run = train_from_config(link, path)
         elif run.status == "diverged":
             raise DivergedError(f"{path} has diverged: start the chain in another --out with a lower --learning-rate")
         elif not run.finished:
-            run = resume(path, config.data_dir, show)
+            run = resume(path, config.data_dir)
         else:
             note(f"run {path} is finished")
         runs.append(run)
@@ -102,5 +101,5 @@ def train_links(config: RunConfig, folder: Path, show: bool) -> list[Run]:
     for run in runs:
         source = " ".join(Path(each).name for each in run.config.teaching.teachers) or "labels"
         table.add_row(run.path.name, run.config.networks[0], source, f"{run.summary['top1_error']['student0']:.2f}")
-    lasting_console(show).print(table)
+    lasting_console(True).print(table)
     return runs

@@ -6,8 +6,6 @@ All of it is `flock` on files of the folder, which the kernel releases with the 
 import contextlib
 import fcntl
 import json
-import os
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import IO
 from codistill.core.errors import UsageError
 from codistill.core.files import read_json, system_error, write_json
 from codistill.runs.folder import ANOTHER
+from codistill.runs.lock import owner, taken, this_process, write_line
 from codistill.sweeps.naming import canonical, digest
 from codistill.sweeps.spec import PlannedRun
 
@@ -23,20 +22,6 @@ PLAN = "sweep.json"
 # How long another sweep may take to plan its runs; that measures steps where it has controls.
 PLAN_SECONDS = 120.0
 WAIT_SECONDS = 0.1
-
-
-def this_process() -> str:
-    """Return what names this process to a person."""
-    return f"pid {os.getpid()} on host {socket.gethostname()}"
-
-
-def taken(file: IO[str], how: int) -> bool:
-    """Return whether a lock could be had at once."""
-    try:
-        fcntl.flock(file, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 @contextlib.contextmanager
@@ -78,21 +63,6 @@ def at_work(folder: Path, plan: Callable[[], list[PlannedRun]]) -> Iterator[list
                 f"wait for it, or {ANOTHER}"
             )
         yield runs
-
-
-def owner(lock: IO[str]) -> str:
-    """Return who has written its name into a locked file."""
-    lock.seek(0)
-    return lock.read().strip() or "another process"
-
-
-def write_line(file: IO[str], line: str) -> None:
-    """Replace the contents of an open file."""
-    with contextlib.suppress(OSError):  # the disk may be full; the lock holds
-        file.seek(0)
-        file.truncate(0)
-        file.write(line)
-        file.flush()
 
 
 class Claims:

@@ -28,12 +28,13 @@ from codistill.methods import METHODS, Method
 from codistill.methods.kd import WithTeacher
 from codistill.methods.teacher import TeacherEnsemble
 from codistill.networks.network import parameter_count
+from codistill.networks.probe import label
 from codistill.report.trackers import refuse_missing, trackers
 from codistill.runs.images import write_duplicates, write_images
 from codistill.runs.metadata import data_digests, held_out_digest, run_metadata, weights_digest
 from codistill.runs.saving import Saver
 from codistill.runs.state import TrainingState
-from codistill.runs.summary import network_names, write_summary_of_failure
+from codistill.runs.summary import write_summary_of_failure
 from codistill.settings.build import build_method, weights_of
 from codistill.settings.config import RunConfig, TeacherSettings, TrainSettings
 from codistill.training.compiling import Execution, choose_execution
@@ -373,7 +374,7 @@ def set_up(
 
 def out_of_memory(config: RunConfig, method: Method, error: BaseException) -> ResourceError:
     """Return the error of a run that does not fit into memory. To split its batch would change its statistics."""
-    names = " + ".join(network_names(method.cohort))
+    names = " + ".join(map(label, method.cohort))
     reason = " ".join(str(error).split())[:200]
     return ResourceError(
         f"out of memory: {config.method_name} with {names} at batch size {config.train.batch_size}: use a smaller "

@@ -5,7 +5,6 @@ thread that has started them.
 """
 
 import contextlib
-import ctypes
 import os
 import pickle
 import signal
@@ -20,11 +19,10 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 from codistill.core.errors import CodistillError, WorkerError
-from codistill.core.signals import SAVING, STOPPING, defer_signals, terminate
+from codistill.core.signals import SAVING, STOPPING, defer_signals, end_with_parent, terminate
 
 T = TypeVar("T")
 POLL_SECONDS = 0.1
-PR_SET_PDEATHSIG = 1
 
 
 def can_fork() -> bool:
@@ -117,7 +115,7 @@ def become_a_worker(work: Callable[[], Any], writing: int) -> NoReturn:
     status = 1
     try:
         os.setsid()  # the Ctrl-C of a terminal reaches the parent alone
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        end_with_parent()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, terminate)
         for number in SAVING:

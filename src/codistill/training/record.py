@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from codistill.core.console import warn
-from codistill.core.errors import UsageError
+from codistill.core.errors import UsageError, typed_reason
 from codistill.core.extras import missing_package
 from codistill.core.files import write_json
 from codistill.core.randomness import draws_kept
@@ -92,7 +92,7 @@ def record(
             keep_pictures(run, method, predictions["test"], summary["best_student"], data.test)
             write_report(run, summary)
         except Exception as error:  # a run is worth more than its page
-            reason = missing_package(error) or " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            reason = missing_package(error) or typed_reason(error)
             warn(f"{run.path / 'report.html'} is not written: {reason}; the other files of the run hold it all")
         write_json(run.path / "summary.json", summary)
     return run

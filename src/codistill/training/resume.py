@@ -13,7 +13,7 @@ from codistill.core.imports import resuming
 from codistill.data.dataset import Dataset
 from codistill.deploy.run import Run
 from codistill.methods import Method
-from codistill.runs.folder import hand_in
+from codistill.runs.folder import hand_in, runs_in
 from codistill.runs.metadata import weights_digest
 from codistill.settings.config import MOVABLE
 from codistill.settings.mapping import run_from_mapping
@@ -147,7 +147,7 @@ def unfinished(
 
     With a number of epochs, those that are finished, too.
     """
-    inner = sorted(each.parent for each in path.glob("*/config.json")) if not (path / "config.json").exists() else []
+    inner = runs_in(path)
     if not inner:
         return [Run(path, method, data)]
     runs = [Run(each, method, data) for each in inner]

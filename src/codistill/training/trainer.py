@@ -8,7 +8,7 @@ from typing import Any
 
 from codistill.core.console import TrainingDisplay, summary_table, warn
 from codistill.core.device import Stopwatch, fast_bf16
-from codistill.core.errors import CheckpointError, DivergedError, UsageError
+from codistill.core.errors import CheckpointError, DivergedError, UsageError, typed_reason
 from codistill.core.extras import missing_package
 from codistill.core.files import write_json
 from codistill.core.host import release_freed_memory
@@ -193,8 +193,10 @@ class Trainer:
         mean nothing.
         """
         patience, extensions = self.config.train.patience, self.run.extensions
-        if len(self.rows) >= self.config.train.epochs or not patience or self.best is None:
-            return len(self.rows) >= self.config.train.epochs
+        if len(self.rows) >= self.config.train.epochs:
+            return True
+        if not patience or self.best is None:
+            return False
         extended: int = extensions[-1]["after_epoch"] if extensions else 0
         first = max(self.best["epoch"] + 1, extended)
         return bool(sum(row["epoch"] >= first for row in evaluated(self.rows)) >= patience)
@@ -291,9 +293,8 @@ class Trainer:
             on_epoch_end(copy.deepcopy(dict(row)))
         except Exception as error:
             self.saver.flush()
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             kept = f"the run is saved up to epoch {row['epoch'] + 1}: {resuming(self.run.path)}"
-            raise UsageError(f"on_epoch_end raised {reason}; {kept}") from error
+            raise UsageError(f"on_epoch_end raised {typed_reason(error)}; {kept}") from error
 
     def suggest(self) -> None:
         """Show after the first epoch what bf16 would gain a long run on a CPU that is fast in it."""
@@ -319,7 +320,7 @@ class Trainer:
         try:
             keep_pictures(self.run, self.method, test, student, self.run.load_data().test)
         except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            reason = typed_reason(error)
             warn(f"{self.run.path}: the pictures of its report are not written: {reason}; codistill report makes them")
 
     def finish(self, seconds: float) -> None:
@@ -338,7 +339,7 @@ class Trainer:
                 self.keep_pictures()
                 write_report(self.run, summary)
         except Exception as error:  # a run is worth more than its page
-            reason = missing_package(error) or " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            reason = missing_package(error) or typed_reason(error)
             warn(f"{self.run.path / 'report.html'} is not written: {reason}; the other files of the run hold it all")
         # Last, for a run is finished once it is there.
         write_json(self.run.path / "summary.json", summary)

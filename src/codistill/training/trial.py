@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from codistill.core.device import autocast
-from codistill.core.errors import CodistillError, UsageError
+from codistill.core.errors import CodistillError, UsageError, in_words
 from codistill.data.augment import Augmentation, DeviceImages, epoch_indices
 from codistill.data.dataset import Dataset, Split
 from codistill.methods import Method
-from codistill.networks.probe import count_classes, in_words, label, odd_types, probing, stage_maps
+from codistill.networks.probe import count_classes, label, odd_types, probing, stage_maps
 from codistill.settings.config import TrainSettings
 from codistill.training.rehearsal import rehearse
 from codistill.training.step import make_step

@@ -4,34 +4,26 @@ It is imported on the nodes of a cluster, too: nothing here needs torch.
 """
 
 import contextlib
-import ctypes
 import fcntl
 import json
 import os
 import shlex
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any
+
+from codistill.core.errors import WorkerError
+from codistill.core.signals import end_with_parent
 
 if TYPE_CHECKING:
     from codistill.sweeps.spec import PlannedRun
 
 Process = subprocess.Popen[bytes]
 NODE_SECONDS = 0.2
-PRCTL = getattr(ctypes.CDLL(None), "prctl", None)  # Linux has it
-DEATH = 1  # PR_SET_PDEATHSIG
-LOST = 7  # the exit status of a job that its engine lost; its log has the reason
-
-
-class Started(Protocol):
-    """A job that an engine has started."""
-
-    def poll(self) -> int | None:
-        """Return the exit status, or None while it waits or runs; LOST with a line in the log where it has none."""
+LOST = WorkerError.exit_status  # the exit status of a job that its engine lost; its log has the reason
 
 
 class Engine:
@@ -50,7 +42,12 @@ class Engine:
         return len(runs)
 
     def start(self, works: Sequence["Work"], logs: Sequence[Sequence[IO[bytes]]]) -> list[Any]:
-        """Start jobs, which are `Started`; the logs of each are open and locked until this returns."""
+        """Start jobs, whose logs are open and locked until this returns.
+
+        Returns:
+            For each an object whose `poll()` returns the exit status: None while it waits or runs, LOST, with a line in
+            its log, where it has none.
+        """
         raise NotImplementedError
 
     def stop(self, jobs: Sequence[Any]) -> None:
@@ -138,12 +135,6 @@ class Work:
         while running(self.process):
             time.sleep(NODE_SECONDS)
         return self.process.wait()
-
-
-def end_with_parent() -> None:
-    """Make this process save and end when the one that started it dies, whatever killed that."""
-    if PRCTL:
-        PRCTL(DEATH, signal.SIGTERM)
 
 
 def running(process: Process) -> bool:

@@ -1,10 +1,11 @@
 """Train what a table of the paper lacks, or only collect it, and write the table."""
 
 import base64
+import functools
 import hashlib
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from codistill.sweeps.reproduce.data import located
 from codistill.sweeps.reproduce.ledger import Entry, append, read_ledger, teacher_of
 from codistill.sweeps.reproduce.picture import draw
 from codistill.sweeps.spec import engine_settings
+from codistill.sweeps.table import Row
 
 LEDGER, OUT = Path("results/ledger.jsonl"), Path("runs/reproduce")
 SEEDS = (0, 1, 2)
@@ -91,7 +93,7 @@ def reproduce(
         raise UsageError(f"unknown table {table!r}: {near_matches(table, all_tables())}")
     patterns, folder = tuple(cells), out / protocol.name
     chosen, recorded = contents(table, protocol, patterns).cells, read_ledger(ledger)
-    console, failed = lasting_console(show, markup=False), []
+    console, failed = lasting_console(show, markup=False), list[str]()
     if not ledger.exists() and not record:
         note(f"{ledger}: no such ledger: only runs in {folder} count")
     if not collect:
@@ -103,21 +105,10 @@ def reproduce(
             elif protocol.subset:
                 place = {"data": rules()["data"][protocol.subset]["of"]}
             missing = Missing(chosen, seeds or SEEDS, recorded, protocol, folder)
-            for stage in ("teachers", "students"):
-                entries, names = missing.entries(stage, place)
-                console.print(f"{len(names)} runs of {stage} to train")
-                if not names:
-                    continue
-                spec = beside / f"{protocol.name}-{stage}.json"
-                try:
-                    beside.mkdir(parents=True, exist_ok=True)
-                    write_json(spec, setup | {"runs": entries})
-                except OSError as error:
-                    raise system_error(error, out, fix="choose another --out") from None
-                rows = sweep(spec, folder, executor=executor, slots=slots, dry_run=dry_run, program=program, show=show)
-                failed += [f"{row.name} ({row.reason})" for row in rows if row.status == "FAILED"]
-                if failed and stage == "teachers":
-                    break
+            train = functools.partial(
+                sweep, executor=executor, slots=slots, dry_run=dry_run, program=program, show=show
+            )
+            failed = _train(missing, place, setup, beside, train, console.print)
     own, refused = runs_below(folder, [protocol])
     for line in refused:
         warn(f"{line}: it does not count")
@@ -140,6 +131,43 @@ def reproduce(
     if failed:
         raise WorkerError(f"{len(failed)} runs failed: {', '.join(failed[:5])}: {folder}/table.md says why")
     return tables
+
+
+def _train(
+    missing: "Missing",
+    place: Mapping[str, Any],
+    setup: Mapping[str, Any],
+    beside: Path,
+    train: Callable[[Path, Path], Sequence[Row]],
+    show: Callable[[str], None],
+) -> list[str]:
+    """Train teachers, then students, and return those that failed; students need all teachers.
+
+    Args:
+        missing: The runs, and the folder of their sweep.
+        place: Settings of them all, of the data.
+        setup: Tables of the spec that set up an engine.
+        beside: Where the specs are written.
+        train: The sweep of a spec in a folder.
+        show: Prints a line.
+    """
+    failed: list[str] = []
+    for stage in ("teachers", "students"):
+        entries, names = missing.entries(stage, place)
+        show(f"{len(names)} runs of {stage} to train")
+        if not names:
+            continue
+        spec = beside / f"{missing.protocol.name}-{stage}.json"
+        try:
+            beside.mkdir(parents=True, exist_ok=True)
+            write_json(spec, {**setup, "runs": entries})
+        except OSError as error:
+            raise system_error(error, missing.folder.parent, fix="choose another --out") from None
+        rows = train(spec, missing.folder)
+        failed += [f"{row.name} ({row.reason})" for row in rows if row.status == "FAILED"]
+        if failed:
+            break
+    return failed
 
 
 @dataclass(frozen=True)
