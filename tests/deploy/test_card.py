@@ -1,5 +1,6 @@
 """A folder to hand on: int8 and float ONNX, load.py that answers without torch, model card, picture, recipe."""
 
+import dataclasses
 import json
 import os
 import re
@@ -205,6 +206,23 @@ def test_what_is_refused_costs_no_measurement(run, tmp_path, capsys):
     assert not (run.path / "latency.json").exists() and list(tmp_path.iterdir()) == []
 
 
+def test_the_folder_that_one_is_in_is_refused(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for out in (".", "./", str(tmp_path)):
+        assert main(["export", str(run.path), "--predictor", "student0", "--format", "safetensors", "--out", out]) == 2
+        assert capsys.readouterr().err.endswith("is the folder that you are in: name a new one, such as --out model/\n")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({}, "on 96 training images"), ({"train_limit": 40}, "on 40 "), ({"validation": 16}, "on 80 ")],
+)
+def test_the_card_counts_the_images_that_were_trained_on(run, monkeypatch, settings, words):
+    trained = dataclasses.replace(run.config.train, **settings)
+    monkeypatch.setitem(run.__dict__, "config", dataclasses.replace(run.config, train=trained))
+    assert f"One network trained with independent {words}" in card.training_words(run)
+
+
 def test_a_licence_is_an_identifier(run, tmp_path):
     with pytest.raises(UsageError, match="--license 'a: b': name an identifier"):
         export_folder(run, tmp_path / "out", licence="a: b")
@@ -224,7 +242,9 @@ def test_names_of_classes_are_no_markup(tmp_path):
     assert (tmp_path / "picture.png").stat().st_size > 1000
     many = tuple(str(each) for each in range(100))
     card.draw_confusion(np.eye(100, dtype=np.int64), many, tmp_path / "many.png")
-    # A Python warning would be an error here: two long names leave room for the matrix.
+    # A Python warning would be an error here: letters that the font lacks,
+    card.draw_confusion(np.diag([3, 2, 1]), ("\N{CAT}", "\u732b", "dog"), tmp_path / "letters.png")
+    # and two long names leave room for the matrix.
     card.draw_confusion(np.diag([3, 2]), ("x" * 200, "n02085620-Chihuahua-of-the-world"), tmp_path / "long.png")
 
 

@@ -1,11 +1,16 @@
 """`codistill report`: the page of a run again, and one that compares several."""
 
+import os
 import re
+import shutil
+from pathlib import Path
+from urllib.parse import unquote_to_bytes
 
 import pytest
 
 import codistill as cd
 from codistill.cli.main import main
+from codistill.report import pictures
 from codistill.report.curves import colour_of
 from codistill.report.groups import grouped
 from codistill.report.page import seen_run
@@ -57,6 +62,52 @@ def test_teachers_of_a_seed_each_tell_no_groups_apart(tmp_path):
         own = {"teacher": str(where / place), "weights": [], "init": None}
         seen.append(seen_run(cd.Run(write_run(where, "takd", seed, {"student0": 20.0}, **own))))
     assert [[each.seed for each in group.runs] for group in grouped(seen)] == [[0, 1], [2], [3], [4]]
+
+
+def test_runs_on_other_images_are_other_groups(tmp_path):
+    seen = []
+    for seed, (place, digest) in enumerate([("/a/birds", "0"), ("/b/birds", "0"), ("/a/cats", "1")]):
+        run = write_run(tmp_path / str(seed), "dml", seed, {"student0": 30.0}, data_dir=place, test=digest)
+        seen.append(seen_run(cd.Run(run)))
+    groups = grouped(seen)
+    assert [(group.name, len(group.runs)) for group in groups] == [("data_dir birds", 2), ("data_dir cats", 1)]
+
+
+def test_the_page_of_a_run_that_trains_on_has_nothing_of_its_earlier_end(folder, here, capsys):
+    run = shutil.copytree(folder / "dml-0", here / "run")
+
+    def stop(row):
+        raise KeyError("enough")
+
+    with pytest.raises(cd.CodistillError, match="on_epoch_end raised"):
+        cd.resume(run, epochs=6, on_epoch_end=stop, show=False)
+    assert main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text(encoding="utf-8")
+    sections = set(re.findall(r'<h2 id="(\w+)"', page))
+    assert {"predictors", "curves"} <= sections and not sections & {"wrong", "calibration", "disagreement", "attention"}
+    assert "run/predictions.npz: " in page
+    cd.resume(run, show=False)
+    assert (run / "predictions.npz").exists() and main(["report", str(run)]) == 0
+    assert '<h2 id="wrong"' in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_folder_may_have_any_name(folder, here):
+    name = os.fsdecode(b"nu\xff ?#")
+    shutil.copytree(folder, here / name)
+    assert main(["report", name, "--out", "page.html"]) == 0
+    links = re.findall(r'href="([^"#]+report.html)"', (here / "page.html").read_text(encoding="utf-8"))
+    assert len(links) == 3 and all(os.path.exists(unquote_to_bytes(each)) for each in links)
+
+
+def test_a_run_folder_that_cannot_be_written_to_costs_the_pictures_alone(folder, here, monkeypatch, capsys):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied", NAME)
+
+    (folder / "mfef-1" / NAME).unlink()
+    monkeypatch.setattr(pictures, "keep_pictures", refuse)
+    assert main(["report", str(folder / "mfef-1"), "--out", "page.html"]) == 0 and Path("page.html").exists()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"{folder / 'mfef-1'}: its page has no pictures: Permission denied")
 
 
 def test_averages_and_exits_are_no_students_of_their_own(tmp_path):

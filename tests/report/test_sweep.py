@@ -117,6 +117,17 @@ def test_methods_stand_beside_their_controls(tmp_path):
     ]
 
 
+def test_all_numbers_beside_a_control_are_of_the_seeds_that_both_have(tmp_path):
+    groups = {**CONTROLLED, "alone-x": {**ALONE, "errors": {"student0": [9.0, 10.0, 14.0, 15.0]}}}
+    table = control_table(groups_of([write_sweep(tmp_path, {name: groups[name] for name in ("mfef", "alone-x")})]))
+    assert [row[:7] for row in table.rows] == [["mfef", "student0", "alone", "10.50", "9.50", "2", "+1.00"]]
+
+
+def test_no_control_is_trained_on_other_images(tmp_path):
+    groups = {"mfef": CONTROLLED["mfef"], "alone-x": {**CONTROLLED["alone-x"], "test": "1"}}
+    assert control_table(groups_of([write_sweep(tmp_path, groups)])) is None
+
+
 @pytest.mark.parametrize("content", [None, "[1]", "{", '{"no settings": 2.5}'])
 def test_without_a_measured_factor_nothing_is_of_equal_compute(tmp_path, content):
     write_sweep(tmp_path, CONTROLLED)

@@ -99,6 +99,13 @@ def test_a_recorded_run_needs_no_folder(copied, tmp_path, capsys):
     shutil.rmtree(copied)
     main, _ = reproduce("table1", **settings)
     assert [row[7] for row in main.rows] == ["1", "1", "1", "1"]
+    # An editor may take the end of the last line.
+    ledger = tmp_path / "ledger.jsonl"
+    lines = ledger.read_text().splitlines()
+    ledger.write_text("\n".join(lines))
+    append(ledger, [json.loads(lines[0])])
+    assert ledger.read_text().splitlines() == [*lines, lines[0]]
+    ledger.write_text("".join(f"{line}\n" for line in lines))
     # A part of a table leaves the whole one as it is, and a dry run all.
     whole = (tmp_path / "table1-paper.md").read_text()
     reproduce("table1", cells=["*/kd"], **settings)

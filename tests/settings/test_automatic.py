@@ -75,6 +75,9 @@ def test_what_is_set_stays_and_the_rest_goes_with_it(machine):
     assert "validation" not in chosen(Known(100, (32, 32)))
     assert "validation" not in chosen(Known(5000, (32, 32), validation=True))
     assert len(chosen(Known(5000, (32, 32)), method="okddip")["networks"]) == 3
+    # A tenth of 1437 images is 144.
+    assert "validation" in chosen(Known(1437, (32, 32)), {"train_limit": 1293})
+    assert "validation" not in chosen(Known(1437, (32, 32)), {"train_limit": 1294})
 
 
 @settings(deadline=None, max_examples=20)

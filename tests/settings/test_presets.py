@@ -63,6 +63,13 @@ def test_a_preset_sets_all_that_it_says_and_nothing_else(chosen, name):
 
 
 @pytest.mark.parametrize("name", PRESETS)
+def test_without_networks_only_these_are_chosen(chosen, name, capsys):
+    alone, whole = chosen("--preset", name), chosen("--preset", name, *PAIR)
+    assert alone.networks and dataclasses.replace(alone, networks=whole.networks) == whole
+    assert re.findall(r" (--[a-z-]+)", capsys.readouterr().err) == ["--networks"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_builds_a_method(chosen, name):
     networks = ["resnet20"] * max(2, METHODS[name].min_students)
     config = chosen("--preset", name, "--networks", *networks)

@@ -14,6 +14,7 @@ from codistill.core.errors import UsageError
 from codistill.core.signals import Terminated
 from codistill.sweeps import search as search_module
 from codistill.sweeps.driver import sweep
+from codistill.sweeps.engines.local import Local
 from codistill.sweeps.reproduce.cells import protocols
 from codistill.sweeps.search import Search, read_search
 
@@ -143,6 +144,33 @@ def test_a_search_of_which_all_fails_says_so(bench, capsys):
     said = capsys.readouterr()
     assert "none of 6 trials has finished" in said.out and "6 of 6 runs failed" in said.err
     assert result(bench)["best"] is None
+
+
+@pytest.mark.parametrize(("failing", "status"), [((0, 1), 7), ((0,), 0)])
+def test_a_trial_counts_if_all_its_runs_have_finished(bench, failing, status):
+    bench.act(**{f"trial-000{n}-seed1": ["exit 3 gone"] for n in failing})
+    text = SEARCH.replace("trials = 6", "trials = 2\n") + "[grid]\nseed = [0, 1]\n"
+    (bench.folder / "spec.toml").write_text(text)
+    command = ["sweep", str(bench.folder / "spec.toml"), "--out", str(bench.out), "--slots", "1"]
+    ends = {
+        f"trial-000{n}-seed{seed}": "FAILED" if n in failing and seed else "finished" for n in (0, 1) for seed in (0, 1)
+    }
+    for _ in range(2):  # what has finished stays so
+        assert main(command) == status
+        assert {row["name"]: row["status"] for row in bench.table()["runs"]} == ends
+
+
+def test_a_spec_may_go_while_its_runs_are_trained(bench, monkeypatch):
+    (bench.folder / "spec.toml").write_text(SEARCH)
+    start = Local.start
+
+    def gone(engine, works, logs):
+        (bench.folder / "spec.toml").unlink(missing_ok=True)
+        return start(engine, works, logs)
+
+    monkeypatch.setattr(Local, "start", gone)
+    bench.act(**{"trial-0001": ["exit 3 gone"]})
+    assert main(["sweep", str(bench.folder / "spec.toml"), "--out", str(bench.out), "--slots", "1"]) == 0
 
 
 def test_equal_trials_are_one_run(bench):

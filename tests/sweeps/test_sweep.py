@@ -25,13 +25,15 @@ from codistill.core.console import lasting_console
 from codistill.core.errors import UsageError
 from codistill.runs.lock import lock_folder
 from codistill.settings.build import build_method
+from codistill.settings.mapping import run_from_mapping
 from codistill.sweeps import driver as sweep_module
 from codistill.sweeps import progress
 from codistill.sweeps.dealing import assign
 from codistill.sweeps.driver import own_program, sweep
 from codistill.sweeps.engines import local
 from codistill.sweeps.engines.local import Local, measured_slots
-from codistill.sweeps.folder import Claims
+from codistill.sweeps.folder import Claims, at_work
+from codistill.sweeps.naming import digest
 from codistill.sweeps.spec import labelled, read_spec
 from codistill.sweeps.table import Row, grouped, write_tables
 
@@ -343,6 +345,33 @@ def test_runs_are_known_by_their_settings_and_not_by_their_names(bench):
     assert [group["name"] for group in bench.table()["groups"]] == ["dml", "mfef"]
 
 
+@pytest.mark.parametrize("key", ["init", "teacher", "weights"])
+def test_a_run_may_name_other_runs_from_where_the_command_is_given(tmp_path, monkeypatch, key):
+    monkeypatch.chdir(tmp_path)
+    first = {"init": "base", "teacher": "base", "weights": ["student0=base"]}[key]
+    place = "student0=" * (key == "weights") + str(tmp_path / "base")
+    whole, plain = ([place] if key == "weights" else place), {"networks": ["resnet8"], "method": {"name": "kd"}}
+    runs = [run_from_mapping({**plain, key: each}, str) for each in (first, whole)]
+    assert digest(runs[0]) == digest(runs[1]) != digest(run_from_mapping(plain, str))
+
+
+def test_a_finished_run_that_is_damaged_has_failed_and_costs_no_other(bench):
+    bench.sweep()
+    (bench.out / "seed0" / "config.json").write_text("")
+    (bench.out / "seed1" / "summary.json").unlink()
+    rows = bench.sweep()
+    assert [row.status for row in rows.values()] == ["FAILED", "finished", "finished"]
+    assert rows["seed0"].reason.startswith(f"{bench.out}/seed0/config.json: ")
+    assert bench.calls() == ["resume seed1"]
+
+
+def test_a_chain_is_no_run_of_a_sweep(bench):
+    text = SHARED.replace('["resnet20", "resnet20"]', '["resnet20", "resnet8"]')
+    rows = bench.sweep(f'{text}[grid]\nmethod = ["takd", "dml"]\n')
+    assert [row.status for row in rows.values()] == ["FAILED", "finished"] and bench.calls() == ["train dml"]
+    assert rows["takd"].reason.startswith("takd in a sweep is one link of a chain: one network, and a teacher")
+
+
 def test_another_run_in_the_folder_is_status_2(bench, capsys):
     bench.sweep()
     Path("spec.toml").write_text(SEEDS.replace("epochs = 4", "epochs = 5\nmethod.name = 'ffl'"))
@@ -452,6 +481,20 @@ def test_what_a_sweep_beside_this_one_gave_up_has_failed_here_too(bench, monkeyp
     assert waits[0] == "seed0: waits for job 7 that still works on it" and rows["seed0"].reason == "no data"
     assert bench.calls() == ["train seed1", "train seed2"]
     assert [row.status for row in bench.sweep().values()] == ["finished"] * 3  # one that starts later tries again
+
+
+@pytest.mark.fault(44)
+def test_what_a_sweep_at_work_gave_up_before_has_failed_here_too(bench):
+    Path("spec.toml").write_text(SEEDS)
+    with at_work(bench.out, lambda: read_spec(Path("spec.toml"))):
+        other = Claims(bench.out / "logs")
+        assert other.take("seed0")[0]
+        other.write(["seed0"], failed="no data")
+        other.close()
+        rows = bench.sweep()
+        assert [row.status for row in rows.values()] == ["FAILED", "finished", "finished"]
+        assert rows["seed0"].reason == "no data" and bench.calls() == ["train seed1", "train seed2"]
+    assert [row.status for row in bench.sweep().values()] == ["finished"] * 3  # alone, it tries again
 
 
 def test_slots_share_the_threads(bench, monkeypatch):

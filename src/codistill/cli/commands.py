@@ -52,7 +52,7 @@ from codistill.sweeps.chain import is_chain, train_chain
 from codistill.sweeps.controls import CONTROLS
 from codistill.sweeps.driver import own_program, sweep
 from codistill.sweeps.reproduce.reproduce import reproduce
-from codistill.sweeps.search import read_search
+from codistill.sweeps.spec import read_settings
 from codistill.training.fleet import train_fleet, train_seeds
 from codistill.training.resume import resume_together
 from codistill.training.train import kept_if_used, train_from_config
@@ -142,7 +142,7 @@ def train_options(
     chosen, values = parse_with_settings(options.TrainOptions, flags, command, defaults := values)
     refuse_two_sources(chosen, command)
     if not values["networks"] and values["data"] and "--networks" not in flags:
-        values = with_automatic(flags, command, defaults, values, written)
+        values = with_automatic(flags, command, defaults, values, values if preset else written)
 
     def where(key: str) -> str:
         found, of_recipe = ({**each, **each["method"]}.get(key) for each in (values, written))
@@ -163,9 +163,12 @@ def with_automatic(
     values: Mapping[str, Any],
     written: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Choose what neither flags nor a recipe have set, for a run that names data but no networks; show why."""
+    """Choose what is neither in flags nor written, for a run that names data but no networks; show why.
+
+    `written` is a recipe; with a preset it is all that a run has, for that is a protocol as a whole.
+    """
     flagged = keys_written(flags, defaults)
-    given = {key: value for key, value in values.items() if key in written or key in flagged}
+    given = {key: each for key, each in values.items() if key != "networks" and (key in written or key in flagged)}
     known = look_up(values["data"], values["data_dir"])
     choices = automatic(known, values["data"], given, values["method"]["name"])
     made = {each.key: each.value for each in choices}
@@ -386,10 +389,12 @@ def list_command(arguments: Sequence[str]) -> None:
 def sweep_command(arguments: Sequence[str]) -> None:
     """Run `codistill sweep`."""
     chosen = parse(options.SweepOptions, arguments, "codistill sweep")
+    searches = "search" in read_settings(chosen.spec)[0]
     rows = sweep(**vars(chosen), program=own_program(["sweep", *arguments]))
     failed = [row.name for row in rows if row.status == "FAILED" and not chosen.dry_run]
-    # Trials of a search may fail.
-    if failed and (len(failed) == len(rows) or read_search(chosen.spec) is None):
+    # Trials of a search may fail, if one has all its runs.
+    whole = {row.group for row in rows} - {row.group for row in rows if row.status != "finished"}
+    if failed and not (searches and whole):
         some = ", ".join(failed[:5]) + (", .." if len(failed) > 5 else "")
         raise WorkerError(f"{len(failed)} of {len(rows)} runs failed: {some}: {chosen.out}/table.md says why")
 

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Sequence
 
 from codistill.cli.early import refuse_early
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if type(error) is SystemExit:  # --help of a command
             return int(error.code or 0)
         if debug:
-            raise
+            traceback.print_exc()
         status, line = explain(error)
         if line in STOPPED and next((each for each in given if each in OPTIONS), None) in ("train", "resume"):
             line += "; where a run folder is there already, codistill resume RUN resumes it"

@@ -120,6 +120,8 @@ def refuse_taken(folder: Path) -> None:
         taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     except OSError as error:
         raise system_error(error, folder, fix="choose another folder") from None
+    if folder.absolute() == Path.cwd():  # the folder takes the place of an empty one
+        raise UsageError(f"{folder} is the folder that you are in: name a new one, such as --out model/")
     if taken:
         raise UsageError(f"{folder} is not an empty folder: choose another --out; nothing was overwritten")
 
@@ -255,9 +257,12 @@ def training_words(run: RunFolder) -> str:
     """Return in a paragraph what was trained on what."""
     data, config = run.metadata["dataset"], run.config.train
     epochs = epochs_done(run.summary) if run.finished else config.epochs
+    networks, images = len(run.metadata["networks"]), int(data["train_images"])
+    images = config.train_limit or images - config.held_out(images)
+    together = f"{networks} networks trained together" if networks > 1 else "One network trained"
     return (
-        f"{len(run.metadata['networks'])} networks trained together with {run.metadata['method']['name']} on "
-        f"{data.get('train_images', 'the')} training images of {data['name']}, {epochs} epochs, batches of "
+        f"{together} with {run.metadata['method']['name']} on {images} training images of {data['name']}, "
+        f"{epochs} epochs, batches of "
         f"{config.batch_size}, seed {config.seed}; torch {run.metadata['environment']['torch']}."
     )
 
@@ -266,6 +271,7 @@ def draw_confusion(matrix: Counts, names: tuple[str, ...], file: Path) -> None:
     """Draw a confusion matrix, each row as shares of its label's images, as a PNG file."""
     import matplotlib.style
     from matplotlib.figure import Figure
+    from matplotlib.font_manager import FontProperties, findfont, get_font
 
     shares = row_shares(matrix)
     few = len(names) <= NAMED_CLASSES
@@ -278,7 +284,9 @@ def draw_confusion(matrix: Counts, names: tuple[str, ...], file: Path) -> None:
         figure.colorbar(drawn, ax=axes, label="% of the label's images", shrink=0.8)
         axes.set(xlabel="answered", ylabel="label")
         if few:
-            shown = [each.replace("$", r"\$") for each in short]
+            font = get_font(findfont(FontProperties()))
+            known = [all(font.get_char_index(ord(letter)) for letter in each) for each in short]
+            shown = [each.replace("$", r"\$") if known[place] else f"class {place}" for place, each in enumerate(short)]
             axes.set_xticks(range(len(names)), shown, rotation=90)
             axes.set_yticks(range(len(names)), shown)
             for (row, column), count in np.ndenumerate(matrix):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from codistill.core.console import track, warn
-from codistill.core.errors import CodistillError, UsageError
+from codistill.core.errors import CodistillError, UsageError, reason
 from codistill.core.host import cores
 from codistill.data.dataset import Pixels
 from codistill.deploy.classifier import make_card, on_pixels, onnx_session
@@ -22,7 +22,7 @@ from codistill.deploy.formats import calibration_images, quantise, write_onnx
 from codistill.networks.network import parameter_count
 from codistill.networks.probe import forward_flop
 from codistill.runs.folder import RunFolder
-from codistill.runs.latency import Cost, Latency, Runtime, Timing, read_latency, write_latency
+from codistill.runs.latency import FILE, Cost, Latency, Runtime, Timing, read_latency, write_latency
 
 BATCHES = (1, 64)
 ROUNDS, LEAST_ROUNDS = 7, 3
@@ -121,7 +121,10 @@ def measure_latency(
         for key, times in rounds.items()
     ]
     found = Latency(machine=this_machine(), image_size=run.image_size, predictors=costs, timings=timings)
-    write_latency(run, found)
+    try:
+        write_latency(run, found)
+    except OSError as error:
+        warn(f"{run.path / FILE} is not written: {reason(error)}; the next command measures again")
     return found
 
 

@@ -8,7 +8,7 @@ from codistill.core.errors import CheckpointError
 from codistill.core.files import read_json
 from codistill.evaluation.metrics import AVERAGED
 from codistill.evaluation.seeds import Paired, paired
-from codistill.report.groups import Group, settings_of
+from codistill.report.groups import Group, contents_of, settings_of
 from codistill.report.tables import Table
 
 PAIRED = ("pairs", "difference", "95 % interval", "paired t p", "sign test p")
@@ -81,17 +81,22 @@ def control_table(groups: Sequence[Group]) -> Table | None:
                     others = control.runs[0].networks
                     beside = place if others[place : place + 1] == [network] else others.index(network)
                     predictor = f"student{beside}" + AVERAGED * (kind == "ema")
-                    difference = paired(group.by_seed(own), control.by_seed(predictor))
+                    errors = group.by_seed(own), control.by_seed(predictor)
+                    difference = paired(*errors)
                     if difference is not None:
-                        errors = [_mean(group.errors(own)), _mean(control.errors(predictor))]
-                        rows.append([group.name, learner, kind, *errors, *paired_cells(difference)])
+                        seeds = sorted(errors[0].keys() & errors[1].keys())
+                        means = [_mean([each[seed] for seed in seeds]) for each in errors]
+                        rows.append([group.name, learner, kind, *means, *paired_cells(difference)])
     if not rows:
         return None
     return Table(
         "Methods beside their controls: test error of a student after the last epoch, %",
         ["runs", "student", "control", "error", "its error", *PAIRED],
         rows,
-        ["Differences are method - control, percentage points: a negative one is a lower error of the method."],
+        [
+            "Differences are method - control, percentage points: a negative one is a lower error of the method.",
+            "All numbers are those of the seeds that both have.",
+        ],
     )
 
 
@@ -103,6 +108,8 @@ def is_control(kind: str, control: Group, group: Group, network: str) -> bool:
     first, method = control.runs[0], method_of(control)
     own, other = settings_of(group.runs[0].run), settings_of(first.run)
     changed = {key for key in own.keys() | other.keys() if not _aside(key) and own.get(key) != other.get(key)}
+    if contents_of(group.runs[0].run) != contents_of(first.run):
+        return False
     if network not in first.networks or method != (method_of(group) if kind == MATCHED else "independent"):
         return False
     if kind == EQUAL_COMPUTE:

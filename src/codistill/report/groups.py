@@ -9,9 +9,11 @@ from codistill.core.errors import CodistillError
 from codistill.evaluation.predictions import students_among
 from codistill.runs.choice import ERRORS, evaluated, lowest_student
 from codistill.runs.folder import RunFolder
+from codistill.runs.metadata import HELD_OUT
 from codistill.settings.config import MOVABLE, PLACES
 from codistill.settings.mapping import RECORDED_KEYS
 
+DATA = "data_dir"
 FACTS = tuple(key for key in RECORDED_KEYS if key not in ("extended", "own_loop"))
 """Keys of config.json that do not tell runs apart: a run that was extended, or trained by another loop, is another."""
 
@@ -169,11 +171,18 @@ def settings_of(run: RunFolder) -> dict[str, Any]:
     return found
 
 
-def compared(run: RunFolder, above: Sequence[Path] = ()) -> dict[str, Any]:
-    """Return `settings_of` a run without its seed, and for a teacher or weights of another run these of that run.
+def contents_of(run: RunFolder) -> dict[str, str]:
+    """Return the SHA-256 of a run's images and labels, whatever the place of its data; those of older runs are none."""
+    digests = run.metadata["dataset"].get("sha256", {})
+    return {key: each for key, each in digests.items() if key != HELD_OUT}  # which are drawn by the seed
 
-    So runs that differ in the seed alone are alike where each has a teacher of its own seed, too. `above` are the
-    folders that have led to this one: a run that was moved to the place of its teacher is not its own.
+
+def compared(run: RunFolder, above: Sequence[Path] = ()) -> dict[str, Any]:
+    """Return `settings_of` a run without its seed; in place of data, a teacher or weights of another run what is there.
+
+    So runs that differ in the seed alone are alike where each has a teacher of its own seed, too, and runs on other
+    images are not. `above` are the folders that have led to this one: a run that was moved to the place of its teacher
+    is not its own.
     """
     above = (*above, run.path.resolve())
 
@@ -189,7 +198,13 @@ def compared(run: RunFolder, above: Sequence[Path] = ()) -> dict[str, Any]:
             return place
 
     found = {key: origin(value) if key in MOVABLE else value for key, value in settings_of(run).items()}
-    return {key: value for key, value in found.items() if key != "seed"}
+    return {key: value for key, value in found.items() if key != "seed"} | {DATA: contents_of(run)}
+
+
+def placed(run: RunFolder) -> dict[str, Any]:
+    """Return `settings_of` a run and, for a person, the last part of the place of its data."""
+    place = run.metadata.get("data_dir")
+    return settings_of(run) | {DATA: Path(place).name if place else str(run.metadata["dataset"]["name"])}
 
 
 def text_of(value: Any) -> str:
@@ -219,7 +234,7 @@ def grouped(seen: Sequence[Seen]) -> list[Group]:
         members.setdefault(repr([values.get(key) for key in keys]), []).append(each)
 
     def name(each: Seen, chosen: Sequence[str]) -> str:
-        values = settings_of(each.run)
+        values = placed(each.run)
         plain = ("method.name", "networks", "data")
         words = [text_of(values.get(key)) if key in plain else f"{key} {text_of(values.get(key))}" for key in chosen]
         return " · ".join(words) or str(each.run.metadata["method"]["name"])

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from codistill.core.console import warn
-from codistill.core.errors import CodistillError, DataError
+from codistill.core.errors import CodistillError, DataError, reason
 from codistill.core.files import replaced
 from codistill.core.randomness import draws_kept
 from codistill.data.affine import Affine
@@ -163,8 +163,8 @@ def complete_pictures(run: RunFolder, data_dir: str | None = None, skip_bad: boo
         if len(data.test) <= int(test.positions.max()):
             raise DataError(f"data set {data.name}: its test set has {len(data.test)} images, less than in training")
         keep_pictures(run, method, test, lowest_student(evaluated(run.metrics())[-1])[0], data.test)
-    except CodistillError as error:
-        warn(f"{run.path}: its page has no pictures: {error}")
+    except (CodistillError, OSError) as error:
+        warn(f"{run.path}: its page has no pictures: {reason(error)}")
 
 
 def read_pictures(folder: Path) -> Pictures | None:

@@ -33,6 +33,8 @@ from codistill.settings.config import RunConfig
 from codistill.settings.mapping import run_from_mapping
 
 ANOTHER = "choose another --out"
+# What tells how a run has ended: of one that trains on, it would be of an epoch before.
+OF_THE_END = ("summary.json", "predictions.npz", "report-images.npz")
 
 
 class RunFolder:
@@ -86,7 +88,8 @@ class RunFolder:
                 if run.finished and extended is None:
                     raise UsageError(f"run {path} is finished: there is nothing to resume")
                 remove_strays(run.checkpoints.folder)
-                (path / "summary.json").unlink(missing_ok=True)  # tells how it ended before
+                for each in OF_THE_END:
+                    (path / each).unlink(missing_ok=True)
             except OSError as error:
                 raise system_error(error, f"run folder {path}", fix=fix) from None
             run.own_method, run._data = (method if run.unbuildable else None), data

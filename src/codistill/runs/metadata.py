@@ -28,6 +28,8 @@ from codistill.networks.origin import contents
 from codistill.runs.state import tensors_once
 from codistill.settings.config import RunConfig
 
+HELD_OUT = "positions of held-out images"
+
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Return what a result may depend on: code, versions, machine, device; and its speed: threads, cores, memory."""
@@ -71,7 +73,7 @@ def drawn_digest(data: Dataset) -> str:
 
 def held_out_digest(positions: Int[Tensor, " image"]) -> dict[str, str]:
     """Return the SHA-256 of the positions of training images that are held out for validation."""
-    return {"positions of held-out images": hashlib.sha256(contents(positions)).hexdigest()}
+    return {HELD_OUT: hashlib.sha256(contents(positions)).hexdigest()}
 
 
 def weights_digest(module: nn.Module) -> str:

@@ -144,9 +144,9 @@ def automatic(known: Known, spec: str, given: Mapping[str, Any], method: str) ->
     where = "a GPU" if gpu else f"{cores()} CPU core{'s' if cores() > 1 else ''}"
     networks = choose("networks", (NETWORKS[kind],) * students, f"small enough for {where}; they teach each other")
     images = given.get("train_limit") or known.images
-    held = 0 if known.validation or images < 200 else "10%"
-    if held:
-        held = choose("validation", held, "chooses the student to deploy; the test images only judge it")
+    left = known.images - (given.get("train_limit") or 0)
+    if not known.validation and images >= 200 and part_of(known.images, "10%") <= left:
+        choose("validation", "10%", "chooses the student to deploy; the test images only judge it")
     batch = choose("batch_size", 128 if images >= 4000 else 64 if images >= 1000 else 32, _steps(images))
     trained = given.get("train_limit") or images - part_of(images, chosen.get("validation") or 0)
     if trained > batch and trained % batch == 1:

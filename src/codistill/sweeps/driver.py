@@ -22,7 +22,7 @@ from codistill.runs.folder import RunFolder
 from codistill.runs.latency import read_latency
 from codistill.sweeps.controls import with_controls
 from codistill.sweeps.dealing import assign, find_folders
-from codistill.sweeps.engines.engine import Engine, Work, locked
+from codistill.sweeps.engines.engine import Engine, Work, ended, locked
 from codistill.sweeps.engines.local import Local
 from codistill.sweeps.engines.registry import ENGINES
 from codistill.sweeps.folder import Claims, at_work
@@ -240,7 +240,7 @@ class Sweep:
         logs: dict[str, IO[bytes]] = {}
         busy: dict[str, list[PlannedRun]] = {}
         for run in self.unfinished(job):
-            log, who = self.take(run, held, job.elsewhere)
+            log, who = self.take(run, held)
             if log is not None:
                 logs[run.name] = log
             elif who:
@@ -260,7 +260,7 @@ class Sweep:
             self.say(f"{job.name}: {'resume' if begun else 'start'}{' side by side' if len(job.runs) > 1 else 's'}")
         return [logs[run.name] for run in job.runs]
 
-    def take(self, run: PlannedRun, held: contextlib.ExitStack, elsewhere: str) -> tuple[IO[bytes] | None, str]:
+    def take(self, run: PlannedRun, held: contextlib.ExitStack) -> tuple[IO[bytes] | None, str]:
         """Take a run into the hands of this sweep; return its log, locked, or who has it, or neither: it has failed."""
         mine, found = self.claims.take(run.name)
         if not mine:
@@ -268,7 +268,7 @@ class Sweep:
         if self.engine.alive(found.get("job", "")):
             self.claims.release(run.name)
             return None, found["job"]
-        if elsewhere and found.get("failed"):  # tried by a sweep beside this one, as often as this would
+        if found.get("failed"):  # tried by a sweep beside this one, as often as this would
             self.note(self.row(run, found["failed"]))
             return None, ""
         self.claims.write([run.name])
@@ -331,8 +331,11 @@ class Sweep:
         folder = self.folder / run.name
         row = Row(name=run.name, group=run.group, folder=str(folder), status="unfinished")
         summary: dict[str, Any] = {}
-        with contextlib.suppress(CodistillError):  # no run folder, or not yet or no longer a whole one
+        try:
             summary = RunFolder(folder).summary
+        except CodistillError as error:  # no run folder, or not yet or no longer a whole one
+            if ended(folder):  # of no process that could report it
+                reason = str(error)
         if summary.get("status") == "finished" and not run.problem:
             found = {key: summary[key] for key in RESULTS if key in summary}
             with contextlib.suppress(CodistillError):  # a damaged latency.json

@@ -47,6 +47,7 @@ def at_work(folder: Path, plan: Callable[[], list[PlannedRun]]) -> Iterator[list
                 time.sleep(WAIT_SECONDS)
             if alone:
                 write_line(lock, this_process())
+                Claims.forget_failures(folder / "logs")
             runs = plan()
             planned = {run.name: digest(run.config) if run.config else canonical(run.recipe) for run in runs}
             if alone:
@@ -75,15 +76,20 @@ class Claims:
     def __init__(self, folder: Path) -> None:
         self._folder, self._held = folder, dict[str, IO[str]]()
 
+    @staticmethod
+    def forget_failures(folder: Path) -> None:
+        """Have a sweep that is alone in a folder try again what earlier ones did not try any more."""
+        for claim in folder.glob("*.claim"):
+            if "failed" in _contents(claim.read_text(encoding="utf-8")):
+                claim.unlink()
+
     def take(self, name: str) -> tuple[bool, dict[str, str]]:
         """Try to take a run; return whether it is in the hands of this sweep now, and what the last one has written."""
         file = self._held.get(name) or open(self._folder / f"{name}.claim", "a+")  # noqa: SIM115
         if mine := taken(file, fcntl.LOCK_EX):
             self._held[name] = file
         file.seek(0)
-        found: dict[str, str] = {}
-        with contextlib.suppress(ValueError):  # empty, or just being written
-            found = json.loads(file.read())
+        found = _contents(file.read())
         if not mine:
             file.close()
         return mine, found
@@ -103,3 +109,11 @@ class Claims:
     def close(self) -> None:
         """Leave all runs."""
         self.release(*list(self._held))
+
+
+def _contents(claim: str) -> dict[str, str]:
+    """Return what a claim says."""
+    with contextlib.suppress(ValueError):  # empty, or just being written
+        found: dict[str, str] = json.loads(claim)
+        return found
+    return {}

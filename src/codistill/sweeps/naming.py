@@ -29,6 +29,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
     settings["teacher"] = places if len(places) > 1 else next(iter(places), None)
     files = [each.partition("=") for each in settings["weights"]]
     settings["weights"] = [f"{name}={Path(file).absolute()}" for name, _, file in files]
+    settings["init"] = settings["init"] and str(Path(settings["init"]).absolute())
     return settings
 
 

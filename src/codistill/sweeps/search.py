@@ -26,6 +26,7 @@ from codistill.settings.automatic import look_up
 from codistill.settings.build import build_method
 from codistill.settings.config import PLACES, RunConfig
 from codistill.settings.mapping import Where
+from codistill.sweeps.engines.engine import ended
 from codistill.sweeps.naming import canonical, digest, part
 from codistill.sweeps.spec import PlannedRun, findable, flat, planned, read_settings
 from codistill.sweeps.table import Row
@@ -202,8 +203,10 @@ class Search:
         found = []
         for trial in self.study.get_trials(deepcopy=False):
             if trial.params.keys() == self.spec.space.keys():
-                reason = self.study.user_attrs.get(_name(trial.number), "")  # it is not tried again
-                found += [dataclasses.replace(run, problem=reason or run.problem) for run in self._runs(trial)]
+                reason = self.study.user_attrs.get(_name(trial.number), "")
+                for run in self._runs(trial):  # what a failed trial lacks is not tried again
+                    lost = "" if ended(self.folder / run.name) else reason
+                    found.append(dataclasses.replace(run, problem=lost or run.problem))
             elif trial.state == self.states.RUNNING:  # the process was killed while it chose
                 self.study.tell(trial.number, state=self.states.FAIL)
         if len(self.names) > self.spec.trials:

@@ -16,6 +16,7 @@ from codistill.networks import NETWORKS
 from codistill.settings.config import RunConfig
 from codistill.settings.mapping import LISTS, Where, run_from_mapping, split_method, typed_mapping
 from codistill.settings.recipe import read_table
+from codistill.sweeps.chain import is_chain
 from codistill.sweeps.engines.registry import ENGINES
 from codistill.sweeps.naming import TAKEN, canonical, digest, unique_names
 
@@ -170,10 +171,12 @@ def planned(settings: Mapping[str, Any], name: str, group: str, where: Where) ->
 
 
 def findable(run: PlannedRun) -> PlannedRun:
-    """Return a run; where it has a network or a data set that is not registered here, that is its `problem`."""
+    """Return a run; a network or a data set that is not registered here, or a chain, is its `problem`."""
     if run.config is None:
         return run
     try:
+        if is_chain(run.config):
+            raise UsageError("takd in a sweep is one link of a chain: one network, and a teacher or a run that teaches")
         for network in run.config.networks:
             NETWORKS.find(network)
         if run.config.data:

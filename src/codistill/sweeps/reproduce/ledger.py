@@ -105,8 +105,10 @@ def append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Add lines to a ledger, which is made where it does not exist, and flush it to the disk."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write("".join(f"{json.dumps(line, allow_nan=False)}\n" for line in lines))
+        with open(path, "a+b") as file:
+            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+                file.write(b"\n")  # which an editor has taken from the last line
+            file.write("".join(f"{json.dumps(line, allow_nan=False)}\n" for line in lines).encode())
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
