@@ -66,8 +66,7 @@ def pretended(monkeypatch):
     told = {name: Told() for name in ("trackio", "wandb")}
     for name, each in told.items():
         monkeypatch.setitem(sys.modules, name, each)
-    monkeypatch.setattr(trackers, "refuse_missing", lambda names: None)
-    monkeypatch.setattr("codistill.training.prepare.refuse_missing", lambda names: None)
+    monkeypatch.setattr("codistill.training.prepare.refuse_missing", lambda where, package: None)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     return told
 

@@ -1,9 +1,12 @@
 """Packages that are not there, and how to install them into this environment."""
 
 import importlib.metadata
+import importlib.util
 import re
 import shlex
 import sys
+
+from codistill.core.errors import UsageError
 
 # Where a package is not called as its module is.
 NAMES = {"PIL": "pillow", "sklearn": "scikit-learn"}
@@ -14,7 +17,18 @@ def missing_package(error: BaseException) -> str:
     name = (getattr(error, "name", None) or "").partition(".")[0]
     if not isinstance(error, ModuleNotFoundError) or not name or name == "codistill":
         return ""
-    return f"the package {NAMES.get(name, name)} is not installed here: {install(name)}"
+    return lacks(name)
+
+
+def lacks(module: str) -> str:
+    """Return the line about a package that is not installed here."""
+    return f"the package {NAMES.get(module, module)} is not installed here: {install(module)}"
+
+
+def refuse_missing(where: str, package: str) -> None:
+    """Raise `UsageError` where a package is not installed here; it is not imported. `where` begins the line."""
+    if importlib.util.find_spec(package) is None:
+        raise UsageError(f"{where}: {lacks(package)}")
 
 
 def install(*modules: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from codistill.core.errors import DataError, UsageError
-from codistill.core.extras import install
+from codistill.core.extras import lacks
 from codistill.data.dataset import DATASETS, Dataset
 from codistill.data.images import Interpolation
 from codistill.data.listing import PARTS, Listed, Part, Reading, Resize, in_order, part_called, read_listed
@@ -86,7 +86,7 @@ def _splits(root: Path) -> dict[str, Any]:
     try:
         datasets = importlib.import_module("datasets")
     except ImportError:
-        lack = f"the package datasets is not installed here: {install('datasets')}"
+        lack = lacks("datasets")
         raise UsageError(f"data set huggingface: {lack}") from None
     with reading(root, FIX):
         if not root.exists():

@@ -14,7 +14,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from codistill.core.errors import CheckpointError, CodistillError, UsageError, typed_reason
-from codistill.core.extras import install
+from codistill.core.extras import lacks
 from codistill.core.files import system_error
 from codistill.core.imports import trained_with
 from codistill.core.kinds import shown
@@ -136,7 +136,7 @@ def load_classifier(path: str | Path, predictor: str | None = None) -> Classifie
     try:
         import onnxruntime  # noqa: F401
     except ImportError:
-        raise UsageError(f"{path}: the package onnxruntime is not installed here: {install('onnxruntime')}") from None
+        raise UsageError(f"{path}: {lacks('onnxruntime')}") from None
     with _damage(path):
         session = onnx_session(path.read_bytes())
         card = _card(session.get_modelmeta().custom_metadata_map.get(CARD_KEY), path)

@@ -43,6 +43,9 @@ def predict(classifier: Classifier, images: Sequence[Path], top: int = 3) -> lis
         images: Files of any kind that `codistill.data.images.open_image` reads, or folders; see `image_files`.
         top: How many classes to name for each.
 
+    Returns:
+        An entry for each image file, in the order of `images`; those of a folder by their names.
+
     Raises:
         DataError: An image is missing or damaged; names it.
     """

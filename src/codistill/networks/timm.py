@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from codistill.core.console import note_once
 from codistill.core.errors import CheckpointError, UsageError, in_words
-from codistill.core.extras import install
+from codistill.core.extras import lacks
 from codistill.core.registry import near_matches, write_spec
 from codistill.networks.cut import Form, Trace, cut, found_ends, planned_once
 from codistill.networks.network import NETWORKS, Network
@@ -52,7 +52,7 @@ def create(
     try:
         import timm
     except ImportError as error:
-        raise UsageError(f"network timm/{name}: timm is not installed here: {install('timm')}") from error
+        raise UsageError(f"network timm/{name}: {lacks('timm')}") from error
     if not timm.is_model(name):
         raise UsageError(f"unknown network timm/{name}: {near_matches(name, timm.list_models(), EVERY)}")
     make = functools.partial(timm.create_model, name, pretrained, num_classes=num_classes, **options)

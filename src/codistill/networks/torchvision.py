@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from codistill.core.console import note_once
 from codistill.core.errors import CheckpointError, UsageError, in_words
-from codistill.core.extras import install
+from codistill.core.extras import lacks
 from codistill.core.registry import near_matches, write_spec
 from codistill.networks.cut import Form, Trace, cut, found_ends, named_ends, planned_once
 from codistill.networks.network import NETWORKS, Network
@@ -38,7 +38,7 @@ def torchvision_network(name: str, num_classes: int, pretrained: bool = False, *
     try:
         from torchvision import models
     except ImportError as error:
-        raise UsageError(f"{title}: torchvision is not installed here: {install('torchvision')}") from error
+        raise UsageError(f"{title}: {lacks('torchvision')}") from error
     known = models.list_models(module=models)
     if name.startswith("vit_"):
         raise UsageError(f"{title}: its tokens are no map: name one of timm's: timm/vit_tiny_patch16_224")

@@ -13,8 +13,7 @@ from codistill.report.tables import Table
 
 PAIRED = ("pairs", "difference", "95 % interval", "paired t p", "sign test p")
 """Headings of the cells of a paired difference."""
-EQUAL_COMPUTE, MATCHED = "equal-compute", "parameter-matched"
-CONTROLS = ("alone", "ema", EQUAL_COMPUTE, MATCHED)
+CONTROLS = ALONE, EMA, EQUAL_COMPUTE, MATCHED = "alone", "ema", "equal-compute", "parameter-matched"
 """The controls of a sweep; the name of a control that it has added begins with its kind."""
 FACTORS = "controls.json"
 """In the folder of a sweep with controls: by settings of a run and network, how long a step takes beside one alone."""
@@ -80,7 +79,7 @@ def control_table(groups: Sequence[Group]) -> Table | None:
                 for control in sorted(found, key=lambda each: len(each.runs[0].networks))[:1]:
                     others = control.runs[0].networks
                     beside = place if others[place : place + 1] == [network] else others.index(network)
-                    predictor = f"student{beside}" + AVERAGED * (kind == "ema")
+                    predictor = f"student{beside}" + AVERAGED * (kind == EMA)
                     errors = group.by_seed(own), control.by_seed(predictor)
                     difference = paired(*errors)
                     if difference is not None:
@@ -119,7 +118,7 @@ def is_control(kind: str, control: Group, group: Group, network: str) -> bool:
             and changed <= {"epochs", "milestones"}
             and other["epochs"] == max(1, round(factor * own["epochs"]))
         )
-    if kind == "ema":
+    if kind == EMA:
         return changed == {"ema_decay"} and bool(other["ema_decay"])
     return not changed and (kind != MATCHED or (control.name.startswith(MATCHED) and _size(control) == _size(group)))
 

@@ -2,12 +2,14 @@
 
 import importlib.metadata
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from codistill.core.console import duration, warn
 from codistill.core.errors import CheckpointError, UsageError, typed_reason
+from codistill.core.extras import missing_package
 from codistill.core.files import write_atomically
 from codistill.core.imports import trained_with
 from codistill.evaluation.analysis import Analysis, analyse, wilson_interval
@@ -50,6 +52,16 @@ def write_report(run: RunFolder, summary: Mapping[str, Any]) -> None:
     """
     page = run_page(run, summary)
     write_atomically(run.path / REPORT, page.encode(errors="backslashreplace"))
+
+
+@contextmanager
+def page_if_possible(run: RunFolder) -> Iterator[None]:
+    """Warn where making the page of a run fails: a run is worth more than its page."""
+    try:
+        yield
+    except Exception as error:
+        reason = missing_package(error) or typed_reason(error)
+        warn(f"{run.path / REPORT} is not written: {reason}; the other files of the run hold it all")
 
 
 def render(template: str, **content: Any) -> str:

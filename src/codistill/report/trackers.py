@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from codistill.core.errors import UsageError
-from codistill.core.extras import install
 from codistill.evaluation.analysis import confusion_matrix, row_shares
 from codistill.runs.choice import epochs_done
 from codistill.runs.folder import RunFolder
@@ -40,7 +38,7 @@ def scalars(row: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def settings_of(run: RunFolder) -> dict[str, Any]:
+def hparams_of(run: RunFolder) -> dict[str, Any]:
     """Return the settings of a run as flat plain values, those of the method as method.<name>."""
     mapping = run.config.as_mapping()
     flat = {key: value for key, value in mapping.items() if key != "method"}
@@ -97,7 +95,7 @@ class TensorBoard:
         board.add_image(
             f"test/confusion of {student}", confusion_picture(self._run, student)[None], epochs_done(summary)
         )
-        board.add_hparams(settings_of(self._run), results_of(summary), run_name=".")
+        board.add_hparams(hparams_of(self._run), results_of(summary), run_name=".")
         board.flush()
 
     def close(self) -> None:
@@ -163,7 +161,7 @@ class Trackio(Opted):
         """Open the run: the project has the name of the folder that holds the run."""
         project = self._run.path.resolve().parent.name or PROJECT
         name = f"{self._run.path.name}-{self.identity()[:6]}"
-        self._held = library.init(project=project, name=name, config=settings_of(self._run), resume="allow")
+        self._held = library.init(project=project, name=name, config=hparams_of(self._run), resume="allow")
 
     def send(self, numbers: Mapping[str, float], step: int) -> None:
         """Log them."""
@@ -187,7 +185,7 @@ class WandB(Opted):
             id=self.identity(),
             resume="allow",
             dir=str(self._run.path),
-            config=settings_of(self._run),
+            config=hparams_of(self._run),
             mode=os.environ.get("WANDB_MODE", "offline"),
             reinit="create_new",
             settings=library.Settings(silent=True, console="off"),
@@ -224,7 +222,7 @@ class MLflow(Opted):
             return
         tags = {"codistill": self.identity(), "folder": str(self._run.path.resolve())}
         self._id = self._client.create_run(experiment, tags=tags, run_name=self._run.path.name).info.run_id
-        for key, value in settings_of(self._run).items():
+        for key, value in hparams_of(self._run).items():
             self._client.log_param(self._id, key, value)
 
     def send(self, numbers: Mapping[str, float], step: int) -> None:
@@ -239,13 +237,6 @@ class MLflow(Opted):
 
 
 TRACKERS: dict[str, type[Opted]] = {each.name: each for each in (Trackio, WandB, MLflow)}
-
-
-def refuse_missing(names: Sequence[str]) -> None:
-    """Raise `UsageError` for a tracker whose package is not installed; nothing is imported."""
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise UsageError(f"track {name}: the package {name} is not installed here: {install(name)}")
 
 
 def trackers(run: RunFolder, names: Sequence[str]) -> Iterator[Tracker]:

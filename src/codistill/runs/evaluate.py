@@ -38,19 +38,7 @@ def evaluate_run(
     skip_bad: bool = False,
     split: EvaluatedSplit = "test",
 ) -> dict[str, Scores]:
-    """Score a checkpoint of a run on the test set of its data set; see `evaluate_images`."""
-    return evaluate_images(run, which, data_dir, device, skip_bad, split)[0]
-
-
-def evaluate_images(
-    run: RunFolder,
-    which: str = "last",
-    data_dir: str | None = None,
-    device: str = "auto",
-    skip_bad: bool = False,
-    split: EvaluatedSplit = "test",
-) -> tuple[dict[str, Scores], Predictions]:
-    """Score a checkpoint of a run, and return what each predictor answered too, in the precision of the training.
+    """Score a checkpoint of a run, in the precision of the training.
 
     A test set with other images or labels than in training is scored, and a warning says that it is another one. Where
     predictions.npz of a finished run is absent or damaged, and the data are those of the training, it is written.
@@ -64,11 +52,26 @@ def evaluate_images(
         skip_bad: Whether a folder's images that cannot be read are left out, where the training had none.
         split: The test set, or the validation images.
 
+    Returns:
+        Errors in percent and NLL in nats, by predictor: student0, student1, .., ensemble, fused; see `Scores`.
+
     Raises:
         UsageError: The run has no validation images, or there is no such split.
         CheckpointError: No whole checkpoint.
         DataError: The data set is missing or damaged, or has other classes or another image size than in training.
     """
+    return evaluate_images(run, which, data_dir, device, skip_bad, split)[0]
+
+
+def evaluate_images(
+    run: RunFolder,
+    which: str = "last",
+    data_dir: str | None = None,
+    device: str = "auto",
+    skip_bad: bool = False,
+    split: EvaluatedSplit = "test",
+) -> tuple[dict[str, Scores], Predictions]:
+    """Score as `evaluate_run`, and return what each predictor answered, too."""
     if split not in get_args(EvaluatedSplit):
         raise UsageError(f"split is {split!r}: take {' or '.join(get_args(EvaluatedSplit))}")
     config = run.config

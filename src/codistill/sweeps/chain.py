@@ -3,8 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-from rich.table import Table
-
 from codistill.core.console import lasting_console, note
 from codistill.core.errors import DivergedError, UsageError
 from codistill.core.torchrun import world_size
@@ -77,6 +75,8 @@ def train_chain(config: RunConfig, out: Path | None = None) -> list[Run]:
 
 def train_links(config: RunConfig, folder: Path) -> list[Run]:
     """Train the links of a chain in its folder; see `train_chain`."""
+    from rich.table import Table
+
     if (folder / "config.json").exists():
         raise UsageError(f"{folder} is a run folder: choose another --out for the chain")
     links = links_of(config, folder)

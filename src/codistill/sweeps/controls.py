@@ -12,7 +12,7 @@ import torch
 from codistill.core.errors import CodistillError, UsageError
 from codistill.core.files import write_json
 from codistill.methods import METHODS
-from codistill.report.differences import FACTORS
+from codistill.report.differences import ALONE, EMA, EQUAL_COMPUTE, FACTORS, MATCHED
 from codistill.settings.build import load_named_data
 from codistill.settings.config import RunConfig, default_config
 from codistill.sweeps.naming import canonical, digest, identity, unique_names
@@ -21,10 +21,10 @@ from codistill.training.prepare import DeviceSplits, build_taught, check
 from codistill.training.sharing import timed_steps
 
 CONTROLS = {
-    "alone": "The student trained alone, by the labels.",
-    "ema": "The student trained alone, with a moving average of its weights as a predictor of its own.",
-    "equal-compute": "The student trained alone for as many epochs as take the time of the run, by measured steps.",
-    "parameter-matched": "The student with the components that the method deploys, trained alone.",
+    ALONE: "The student trained alone, by the labels.",
+    EMA: "The student trained alone, with a moving average of its weights as a predictor of its own.",
+    EQUAL_COMPUTE: "The student trained alone for as many epochs as take the time of the run, by measured steps.",
+    MATCHED: "The student with the components that the method deploys, trained alone.",
 }
 EMA_DECAY = 0.999
 ROUNDS = 5
@@ -76,16 +76,16 @@ def controls_of(config: RunConfig, recipe: Mapping[str, Any], network: str, fact
         begun = f"student{config.networks.index(network)}="
         kept["weights"] = [each.replace(begun, "student0=", 1) for each in kept["weights"] if each.startswith(begun)]
     alone = {**kept, "networks": [network], "method.name": "independent"}
-    found = {"alone": alone, "ema": {**alone, "ema_decay": EMA_DECAY}}
+    found = {ALONE: alone, EMA: {**alone, "ema_decay": EMA_DECAY}}
     longer = {**alone, "epochs": max(1, round(factor * config.train.epochs))}
     if "milestones" in kept:
         longer["milestones"] = [round(factor * each) for each in kept["milestones"]]
-    found["equal-compute"] = longer
+    found[EQUAL_COMPUTE] = longer
     components = METHODS[config.method_name].alone(config.method)
     if components is not None:
         settings = {f"method.{key}": value for key, value in dataclasses.asdict(components).items()}
         settings = {key: value for key, value in settings.items() if value is not None}
-        found["parameter-matched"] = {**alone, **settings, "method.name": config.method_name}
+        found[MATCHED] = {**alone, **settings, "method.name": config.method_name}
     return found
 
 

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import importlib.util
 import json
 import math
 import statistics
@@ -17,7 +16,7 @@ import numpy as np
 
 from codistill.core.console import lasting_console
 from codistill.core.errors import CodistillError, UsageError
-from codistill.core.extras import install
+from codistill.core.extras import refuse_missing
 from codistill.core.files import system_error, write_json
 from codistill.core.registry import near_matches, with_options
 from codistill.evaluation.metrics import AVERAGED, own_student
@@ -173,8 +172,7 @@ class Search:
     """The trials of a search in a folder that this process holds, as Optuna's journal there has them."""
 
     def __init__(self, spec: SearchSpec, folder: Path, show: bool) -> None:
-        if importlib.util.find_spec("optuna") is None:
-            raise UsageError(f"{spec.where('search')}: optuna is not installed here: {install('optuna')}")
+        refuse_missing(spec.where("search"), "optuna")
         self.spec, self.folder, self.console = spec, folder, lasting_console(show)
         self.names: dict[int, list[str]] = {}  # of the runs of each trial
         self.first: dict[str, int] = {}  # trial with such runs, by their digest

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from codistill.core.console import note, note_once, warn, warn_once
 from codistill.core.device import choose_precision, fast_bf16, set_up_gpu
 from codistill.core.errors import ResourceError, UsageError
+from codistill.core.extras import refuse_missing
 from codistill.core.files import system_error
 from codistill.core.host import set_up_cpu
 from codistill.data.augment import Augmentation, DeviceImages, seeded_order
@@ -29,7 +30,7 @@ from codistill.methods.kd import WithTeacher
 from codistill.methods.teacher import TeacherEnsemble
 from codistill.networks.network import parameter_count
 from codistill.networks.probe import label
-from codistill.report.trackers import refuse_missing, trackers
+from codistill.report.trackers import trackers
 from codistill.runs.images import write_duplicates, write_images
 from codistill.runs.metadata import data_digests, held_out_digest, run_metadata, weights_digest
 from codistill.runs.saving import Saver
@@ -125,7 +126,8 @@ def check(
                 f"precision bf16: {lack}, so a step may take far longer than in float32: see --precision auto"
             )
         check_parts(config, images, ranks)
-        refuse_missing(config.execution.track)
+        for tracker in config.execution.track:
+            refuse_missing(f"track {tracker}", tracker)
         if settings.patience and validation is None and data.validation is None:
             words = f"patience is {settings.patience}, but no images are held out to stop by"
             raise UsageError(f"{words}: --validation 20%, or leave it out")

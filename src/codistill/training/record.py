@@ -5,9 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from codistill.core.console import warn
-from codistill.core.errors import UsageError, typed_reason
-from codistill.core.extras import missing_package
+from codistill.core.errors import UsageError
 from codistill.core.files import write_json
 from codistill.core.randomness import draws_kept
 from codistill.data.dataset import Dataset
@@ -15,7 +13,7 @@ from codistill.deploy.run import Run
 from codistill.evaluation.evaluation import Evaluation
 from codistill.evaluation.metrics import read_together
 from codistill.methods import Method
-from codistill.report.page import write_report
+from codistill.report.page import page_if_possible, write_report
 from codistill.report.pictures import keep_pictures
 from codistill.runs.metadata import run_metadata, weights_digest
 from codistill.runs.predictions import write_predictions
@@ -88,11 +86,8 @@ def record(
         write_predictions(run.path, predictions)
         images = {split: len(each) for split, each in held.items()}
         summary = summarise(run, config, method, rows, rows[-1], seconds, {}, images)
-        try:
+        with page_if_possible(run):
             keep_pictures(run, method, predictions["test"], summary["best_student"], data.test)
             write_report(run, summary)
-        except Exception as error:  # a run is worth more than its page
-            reason = missing_package(error) or typed_reason(error)
-            warn(f"{run.path / 'report.html'} is not written: {reason}; the other files of the run hold it all")
         write_json(run.path / "summary.json", summary)
     return run

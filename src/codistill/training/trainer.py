@@ -9,7 +9,6 @@ from typing import Any
 from codistill.core.console import TrainingDisplay, summary_table, warn
 from codistill.core.device import Stopwatch, fast_bf16
 from codistill.core.errors import CheckpointError, DivergedError, UsageError, typed_reason
-from codistill.core.extras import missing_package
 from codistill.core.files import write_json
 from codistill.core.host import release_freed_memory
 from codistill.core.imports import resuming
@@ -20,7 +19,7 @@ from codistill.evaluation.diversity import Diversity, health_warnings
 from codistill.evaluation.evaluation import Evaluation
 from codistill.evaluation.metrics import Scores, own_student, read_together
 from codistill.methods.mistakes import blamed
-from codistill.report.page import write_report
+from codistill.report.page import page_if_possible, write_report
 from codistill.report.pictures import keep_pictures
 from codistill.runs.choice import ERRORS, choice, evaluated, lowest_student
 from codistill.runs.predictions import NAME, write_predictions
@@ -334,13 +333,10 @@ class Trainer:
         images = {split: len(each) for split, each in self.evaluation.splits.items()}
         summary = summarise(self.run, self.config, self.method, self.rows, best, seconds, execution, images)
         self.saver.tell("end", summary)
-        try:
-            if lost is None:
+        if lost is None:
+            with page_if_possible(self.run):
                 self.keep_pictures()
                 write_report(self.run, summary)
-        except Exception as error:  # a run is worth more than its page
-            reason = missing_package(error) or typed_reason(error)
-            warn(f"{self.run.path / 'report.html'} is not written: {reason}; the other files of the run hold it all")
         # Last, for a run is finished once it is there.
         write_json(self.run.path / "summary.json", summary)
         if lost is not None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from codistill.core.errors import UsageError
-from codistill.core.extras import install
+from codistill.core.extras import refuse_missing
 from codistill.sweeps.engines.engine import Engine, Work, lost
 
 if TYPE_CHECKING:
@@ -31,8 +31,7 @@ class Ray(Engine):
     settings: Mapping[str, type] = {"address": str, "cpus": float, "gpus": float}
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        if importlib.util.find_spec("ray") is None:
-            raise UsageError(f"--executor ray: ray is not installed here: {install('ray')}")
+        refuse_missing("--executor ray", "ray")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         self.ray: Any = importlib.import_module("ray")
         self.ours = not self.ray.is_initialized()

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import hashlib
-import importlib.util
 import os
 import pickle
 import shutil
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from codistill.core.errors import UsageError
-from codistill.core.extras import install
+from codistill.core.extras import refuse_missing
 from codistill.sweeps.engines.engine import Engine, Work, lost
 
 if TYPE_CHECKING:
@@ -71,8 +70,7 @@ class Slurm(Engine):
     }
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        if importlib.util.find_spec("submitit") is None:
-            raise UsageError(f"--executor slurm: submitit is not installed here: {install('submitit')}")
+        refuse_missing("--executor slurm", "submitit")
         if not shutil.which("sbatch"):
             raise UsageError("--executor slurm: there is no sbatch here: start the sweep where SLURM's commands are")
         place = folder.resolve()
