@@ -12,8 +12,9 @@ train: $(VENV)/.core
 	$(BIN)/codistill train mfef --networks resnet20 resnet20 --data digits --epochs 10 --batch-size 64
 
 # The first tier, with style and types checked beside the tests; what they say is shown when they fail.
-# A worker for each core, and one thread in each: more would wait for each other.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+# A worker for each core, and one thread in each: more would wait for each other. What is imported is compiled once, and
+# not in each of the processes that tests start.
+PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 test: $(VENV)/.dev
 	@$(MAKE) --no-print-directory check > $(VENV)/check.log 2>&1 & \
 	  $(PYTEST) -m 'not slow'; tests=$$?; \

@@ -11,6 +11,7 @@ import pytest
 import codistill as cd
 from codistill.cli.main import main
 from codistill.report import pictures
+from codistill.report.comparison import comparison_page
 from codistill.report.curves import colour_of
 from codistill.report.groups import grouped
 from codistill.report.page import seen_run
@@ -71,6 +72,10 @@ def test_runs_on_other_images_are_other_groups(tmp_path):
         seen.append(seen_run(cd.Run(run)))
     groups = grouped(seen)
     assert [(group.name, len(group.runs)) for group in groups] == [("data_dir birds", 2), ("data_dir cats", 1)]
+    named = [write_run(tmp_path / name, "dml", 0, {"student0": 1.0}, data=name, test=name) for name in ("c10", "c100")]
+    groups = grouped([seen_run(cd.Run(run)) for run in named])
+    assert [group.name for group in groups] == ["c10", "c100"]
+    assert comparison_page(groups, tmp_path, "", ()).count("data_dir") == 0
 
 
 def test_the_page_of_a_run_that_trains_on_has_nothing_of_its_earlier_end(folder, here, capsys):

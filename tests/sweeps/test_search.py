@@ -294,7 +294,11 @@ def test_without_optuna_it_is_one_line(bench, monkeypatch, capsys):
     (bench.folder / "spec.toml").write_text(SEARCH)
     assert main(["sweep", str(bench.folder / "spec.toml"), "--out", str(bench.out)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "spec.toml:7: the package optuna is not installed here: " in line and "pip install" in line and not bench.out.exists()
+    assert (
+        "spec.toml:7: the package optuna is not installed here: " in line
+        and "pip install" in line
+        and not bench.out.exists()
+    )
 
 
 def test_a_search_has_no_controls(bench):

@@ -10,7 +10,7 @@ from urllib.parse import quote
 from codistill.core.errors import UsageError
 from codistill.core.files import system_error, write_atomically
 from codistill.report.curves import charts
-from codistill.report.groups import Group, differing, placed, settings_of, text_of
+from codistill.report.groups import Group, differing, placed, settings_of, text_of, told
 from codistill.report.page import REPORT, page_title, render, run_page
 from codistill.report.results import COLUMNS, count, error_table, numbers, predictors_of, spread, tables, unlike_tests
 from codistill.report.sources import groups_of
@@ -173,7 +173,7 @@ def _runs(groups: Sequence[Group], folder: Path) -> dict[str, Any]:
 def _differ(groups: Sequence[Group]) -> dict[str, Any]:
     keys = differing([group.runs[0].run for group in groups])
     settings = [placed(group.runs[0].run) for group in groups]
-    rows = [[key, *(text_of(each[key]) if key in each else "" for each in settings)] for key in keys]
+    rows = [[key, *(text_of(each[key]) if key in each else "" for each in settings)] for key in told(keys)]
     return {"headings": ["setting", *(group.name for group in groups)], "rows": rows}
 
 

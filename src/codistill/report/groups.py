@@ -223,11 +223,16 @@ def differing(runs: Sequence[RunFolder]) -> list[str]:
     return [key for key in keys if len({repr(each.get(key)) for each in settings}) > 1]
 
 
+def told(keys: Sequence[str]) -> list[str]:
+    """Return the keys by which a person tells runs apart: the place of data says nothing beside the name."""
+    return [key for key in keys if key != DATA or "data" not in keys]
+
+
 def grouped(seen: Sequence[Seen]) -> list[Group]:
     """Return the groups of runs in order of their first run, named by what tells them apart."""
     keys = differing([each.run for each in seen])
     # Two methods differ in settings that only one of them has; their names say it.
-    telling = [key for key in keys if not key.startswith("method.") or key == "method.name"] or keys
+    telling = [key for key in told(keys) if not key.startswith("method.") or key == "method.name"] or keys
     members: dict[str, list[Seen]] = {}
     for each in seen:
         values = compared(each.run)
