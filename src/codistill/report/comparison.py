@@ -66,12 +66,12 @@ def write_comparison(paths: Sequence[Path], file: Path | None = None) -> Path:
 
 
 def _refuse_foreign(path: Path) -> None:
-    """Raise `UsageError` where a file is there that codistill, of this version or an older one, did not write."""
+    """Raise `UsageError` where a file is there that codistill did not write."""
     try:
         content = b"" if path.is_dir() or not path.exists() else path.read_bytes()
     except OSError as error:
         raise system_error(error, path, fix="choose another --out") from None
-    page = b'<meta name="generator" content="codistill">' in content[:2000] or b"<h2>Curves</h2>" in content
+    page = b'<meta name="generator" content="codistill">' in content[:2000]
     own = page or content.startswith((LATEX.encode(), ",".join(COLUMNS).encode()))
     if path.is_dir() or (content and not own):
         raise UsageError(f"{path}: is there, and not of codistill report: choose another --out")

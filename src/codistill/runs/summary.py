@@ -56,8 +56,7 @@ def summarise(
             name: list(wilson_interval(round(error / 100 * images[split]), images[split]))
             for name, error in last.items()
         }
-        # A last epoch of an older version has none.
-        balanced = {name: each["balanced_error"] for name, each in rows[-1][split].items() if "balanced_error" in each}
+        balanced = {name: each["balanced_error"] for name, each in rows[-1][split].items()}
         errors[key.replace("top1", "balanced")] = balanced
     return {
         "status": "finished",
