@@ -54,6 +54,12 @@ def test_sixteen_bit_grey_is_scaled_not_clipped():
     np.testing.assert_array_equal(decode_image(encode(values), "x")[:, :, 1], values >> 8)
 
 
+def test_a_transparent_value_of_sixteen_bits_is_white():
+    values = np.array([[0, 255, 256], [1000, 40000, 65535]], dtype=np.uint16)
+    image = decode_image(encode(values, transparency=1000), "x")[:, :, 1]
+    assert image.tolist() == [[0, 0, 1], [255, 40000 >> 8, 255]]
+
+
 def test_transparency_lies_on_white():
     alpha = np.dstack([RGB, np.full(RGB.shape[:2], 255, np.uint8)])
     alpha[:5, :, 3] = 0

@@ -1,11 +1,16 @@
 """Students and the trunk that they share."""
 
+import functools
+
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from codistill.core.errors import UsageError
-from codistill.methods.cohort import Cohort, Outputs, layout
+from codistill.methods.cohort import Cohort, Outputs
+from codistill.networks.likeness import alike
 from codistill.networks.network import parameter_count
 
 # Stages of the tiny network with 8 channels: 3*4*9 + 8, 4*6*9 + 12, 6*8*9 + 16; head 8*3 + 3.
@@ -109,15 +114,65 @@ def test_what_cannot_work_is_refused(tiny_network):
         Cohort(named, 3)
 
 
-def test_layout_tells_structures_and_shapes_apart(tiny_network):
-    assert layout(tiny_network().stages) == layout(tiny_network().stages)
-    assert layout(tiny_network(8).stages) != layout(tiny_network(10).stages)
-    assert layout(tiny_network(stride=1).stages) != layout(tiny_network(stride=2).stages)
+def test_likeness_tells_structures_and_shapes_apart(tiny_network):
+    assert alike(tiny_network().stages, tiny_network().stages)
+    assert not alike(tiny_network(8).stages, tiny_network(10).stages)
+    assert not alike(tiny_network(stride=1).stages, tiny_network(stride=2).stages)
     scales = [nn.ModuleList([nn.Module()]) for _ in range(2)]  # whose text does not tell their sizes
     for stages, size in zip(scales, (2, 3), strict=True):
         stages[0].register_parameter("scale", nn.Parameter(torch.ones(size)))
     assert repr(scales[0]) == repr(scales[1])
-    assert layout(scales[0]) != layout(scales[1])
+    assert not alike(scales[0], scales[1])
+
+
+class Held(nn.Module):
+    """A module with a value that its text and its state do not tell."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+
+class Plain:
+    """An object without a comparison of its own."""
+
+    def __init__(self, value):
+        self.value, self.itself = value, self
+
+
+def shifted(by):
+    return lambda maps: maps + by
+
+
+@pytest.mark.parametrize(
+    ("one", "like", "unlike"),
+    [
+        (F.relu, F.relu, F.hardswish),
+        ([1, [2]], [1, [2]], [1, [3]]),
+        ({"a": 1}, {"a": 1}, {"a": 2}),
+        (torch.arange(3), torch.arange(3), torch.arange(3) + 1),
+        (np.arange(3), np.arange(3), np.arange(3) + 1),
+        (functools.partial(F.leaky_relu, negative_slope=0.1), functools.partial(F.leaky_relu, negative_slope=0.1),
+         functools.partial(F.leaky_relu, negative_slope=0.2)),
+        (shifted(1), shifted(1), shifted(2)),
+        (Plain(1), Plain(1), Plain(2)),
+        (nn.ReLU, nn.ReLU, nn.GELU),
+        ([nn.Linear(2, 2)], [nn.Linear(2, 2)], [nn.Linear(2, 3)]),
+        (Plain(1).__init__, Plain(1).__init__, Held(1).__init__),
+    ],
+)  # fmt: skip
+def test_likeness_tells_attributes_apart(one, like, unlike):
+    assert alike(Held(one), Held(like)) and not alike(Held(one), Held(unlike))
+
+
+def test_students_that_compute_other_things_share_nothing(tiny_network):
+    students = [tiny_network(), tiny_network()]
+    students[1].stages[0].activation = F.hardswish
+    assert Cohort(students).shared_stages == 0
+    buffers = [Held(1), Held(1)]
+    for number, each in enumerate(buffers):
+        each.register_buffer("mask", torch.full((2,), float(number)), persistent=False)
+    assert not alike(*buffers)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

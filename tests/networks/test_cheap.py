@@ -11,9 +11,10 @@ import torch.nn.functional as F
 
 import codistill as cd
 from codistill.core.errors import UsageError
-from codistill.methods.cohort import Cohort, layout
+from codistill.methods.cohort import Cohort
 from codistill.networks import network
 from codistill.networks.cheap import Shift
+from codistill.networks.likeness import alike
 from codistill.networks.network import parameter_count
 from codistill.networks.resnet import CheapBlock
 
@@ -104,8 +105,8 @@ def test_block_against_the_formula(conv, groups, before, stride, shaken):
 def test_unlike_convolutions_share_nothing(on_meta):
     specs = [f"resnet8:conv={each}" for each in ("standard", "depthwise", "shift", "group")]
     specs += ["resnet8:conv=group,groups=2"]
-    layouts = [layout(on_meta(spec, 10).stages[1:]) for spec in specs]
-    assert all(one != other for index, one in enumerate(layouts) for other in layouts[:index])
+    stages = [on_meta(spec, 10).stages[1:] for spec in specs]
+    assert not any(alike(one, other) for index, one in enumerate(stages) for other in stages[:index])
     assert Cohort([on_meta(specs[1], 10), on_meta(specs[2], 10)]).shared_stages == 0
     shared = Cohort([on_meta(specs[1], 10), on_meta(specs[2], 10)], 1)
     assert shared[0].stages[0] is shared[1].stages[0]  # the stem is the same

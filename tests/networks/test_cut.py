@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 import codistill as cd
 from codistill.core.errors import UsageError
-from codistill.methods.cohort import Cohort, layout
+from codistill.methods.cohort import Cohort
 from codistill.networks.cut import map_of_tokens, tokens_of_map
+from codistill.networks.likeness import alike
 
 
 class Block(nn.Module):
@@ -106,11 +107,11 @@ def test_the_module_is_left_as_it_was():
 
 def test_equal_ones_share_a_trunk_and_others_do_not():
     first, second, other = (cd.network_from(Common(drop=drop), ["layer1", "layer3"]) for drop in (0.5, 0.5, 0.1))
-    assert layout(first.stages) == layout(second.stages)
+    assert alike(first.stages, second.stages)
     assert Cohort([first, second]).shared_stages == 1
     assert first.stages[0] is second.stages[0]
     named = cd.network_from(Common(), ["layer2", "layer3"])
-    assert layout(first.stages) != layout(named.stages)
+    assert not alike(first.stages, named.stages)
     assert Cohort([other, named]).shared_stages == 0
 
 

@@ -246,6 +246,10 @@ def test_another_network_is_refused(origin, colours, tmp_path, capsys):
         "its student1 is another network: cohort.students.1.stages.2.0.weight is [8, 6, 3, 3] there and [12, 6, 3, 3]"
     )
     assert words in capsys.readouterr().err and not (tmp_path / "run").exists()
+    file = origin.export("student1", tmp_path / "student1.safetensors")
+    flags = ("--init", str(origin.path), "--weights", f"student1={file}")
+    assert run_here(arguments(colours, tmp_path / "run", *flags, method="dml")) == 2
+    assert f"weights student1={file}: init {origin.path} has it, too: name one" in capsys.readouterr().err
     assert run_here(arguments(colours, tmp_path / "run", "--init", str(tmp_path / "none"))) == 4
     assert not (tmp_path / "run").exists()
 

@@ -62,7 +62,7 @@ def test_every_method_starts_as_the_command_line_builds_it(name):
 
 @pytest.mark.parametrize("name", ["mfef", "pcl", "one"])
 @pytest.mark.parametrize("late", [False, True])
-def test_weights_that_a_user_loaded_stay_his(name, late):
+def test_weights_that_a_user_loaded_stay_his(name, late, capsys):
     nets = students()
     own = changed(nets[1])
     if not late:
@@ -71,6 +71,8 @@ def test_weights_that_a_user_loaded_stay_his(name, late):
     if late:
         method.cohort[1].load_state_dict(own, strict=False)
     assert not draw_weights(method, 0)["from_recipe"]
+    said = "weights of student1 stay as set; those of student0 are drawn from seed 0"
+    assert capsys.readouterr().err.count(said) == 1
     there = method.cohort[1].state_dict()
     assert all(torch.equal(there[key], value) for key, value in own.items())
     assert weights(method.cohort[0]) == weights(seeded(name).cohort[0])

@@ -14,7 +14,7 @@ from codistill.data.augment import Augmentation, DeviceImages, epoch_indices
 from codistill.networks import Network, PooledLinear
 from codistill.settings.config import ExecutionSettings, default_config
 from codistill.training.optim import optimizer_tensors
-from codistill.training.prepare import check_parts
+from codistill.training.prepare import check_parts, teaching_of
 from codistill.training.ranks import ALONE, Ranks
 from codistill.training.step import make_step
 
@@ -114,6 +114,7 @@ def config(name="mfef", **settings):
 @pytest.mark.parametrize(
     ("config", "ranks", "words"),
     [
+        (config("cd"), 2, "cd with method.guided_weight above 0 .* omit torchrun"),
         (config("kdcl"), 2, "kdcl with method.variant general .* omit torchrun"),
         (config(), 5, "batch_size is 8; 5 ranks need at least 10"),
         (config(batch_size=128), 14, "there are 27 training images; 14 ranks need at least 28, two images each"),
@@ -125,8 +126,18 @@ def test_what_would_be_another_experiment_is_refused(config, ranks, words):
         check_parts(config, 27, Ranks(0, ranks))
 
 
+def test_a_teacher_attached_in_python_needs_the_full_batch_as_a_named_one_does():
+    method = tiny.method(cd.DML)
+    cd.WithTeacher(method, tiny.network(3), kl="dist")
+    settings = dataclasses.replace(config("dml"), teaching=teaching_of(method))
+    with pytest.raises(UsageError, match="dml with teacher_kl dist needs the full batch"):
+        check_parts(settings, 28, Ranks(0, 2), method)
+
+
 def test_batches_that_leave_two_images_to_each_rank_pass():
     check_parts(config(), 28, Ranks(0, 2))
+    plain = dataclasses.replace(config("cd"), method=cd.CD.Settings(guided_weight=0.0))
+    check_parts(plain, 28, Ranks(0, 2))
     check_parts(config(drop_last=True), 27, Ranks(0, 2))
     check_parts(config(), 24, Ranks(0, 4))
 

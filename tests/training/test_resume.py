@@ -25,6 +25,7 @@ from codistill.training.ranks import Ranks
 from codistill.training.resume import resume, resume_together
 from codistill.training.trial import IMAGES
 from codistill.training.verify import end_state as end_digest
+from codistill.training.verify import in_pairs
 
 from .. import tiny
 from ..faults.running import arguments, at_step, end_state, run_here
@@ -339,6 +340,7 @@ def test_captured_steps_go_on_with_the_same_bits(colours, tmp_path, step, more):
         ("kdcl", ()),
         ("dml", ("--batch-size", "64")),
         ("dml", ("--batch-size", "9", "--drop-last")),  # two batches, and a part of a third
+        ("dml", ("--batch-size", "10", "--sampling", "class-pairs")),
     ],
 )
 def test_verify_resume(colours, tmp_path, capsys, method, more):
@@ -347,6 +349,10 @@ def test_verify_resume(colours, tmp_path, capsys, method, more):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("resume verified: 3 breaks in 6 steps change no bit of ")
     assert cd.Run(out).summary["status"] == "finished"
+
+
+def test_images_in_pairs_of_a_class():
+    assert in_pairs(np.array([0, 1, 0, 2, 1, 0])).tolist() == [0, 2, 1, 4]
 
 
 def test_verify_resume_finds_what_is_not_restored(colours, tmp_path, capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """Students of any form: what runs in a plain loop trains, or is refused in one line before a folder is made."""
 
 import copy
+import dataclasses
 import threading
 from collections.abc import Callable
 
@@ -11,10 +12,12 @@ from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
 import codistill as cd
+from codistill.bench.loops import resident_loop
 from codistill.core.errors import UsageError
 from codistill.data.augment import DeviceImages, epoch_indices
 from codistill.methods import METHODS
 from codistill.networks import Network, PooledLinear
+from codistill.settings.config import default_config
 from codistill.training.step import TrainStep
 from codistill.training.trial import HostReads
 
@@ -74,6 +77,45 @@ class StandardisedConv(nn.Conv2d):
         return F.conv2d(maps, weight, self.bias, self.stride, self.padding)
 
 
+class Mask(nn.Module):
+    """Takes a channel away by a buffer that is infinite, as masks of attention are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.zeros(6, 1, 1).index_fill(0, torch.tensor(2), -torch.inf))
+
+    def forward(self, maps):
+        return F.relu(maps + self.mask)
+
+
+class AssignedMean(nn.Module):
+    """A running mean that is assigned, not written into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1, 6, 1, 1))
+
+    def forward(self, maps):
+        if not self.training:
+            return maps - self.mean
+        mean = maps.mean((0, 2, 3), keepdim=True)
+        self.mean = 0.5 * self.mean + 0.5 * mean.detach()
+        return maps - mean
+
+
+class Fading(nn.Module):
+    """Shrinks maps by how many passes it has seen in training, which it counts in whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("passes", torch.zeros((), dtype=torch.long))
+
+    def forward(self, maps):
+        if self.training:
+            self.passes += 1
+        return maps * (1 + 1 / (1 + self.passes))
+
+
 def tied() -> nn.Module:
     convolutions = [nn.Conv2d(4, 6, 3, 2, 1), nn.Conv2d(6, 6, 3, 1, 1), nn.Conv2d(6, 6, 3, 1, 1)]
     convolutions[2].weight = convolutions[1].weight
@@ -115,6 +157,9 @@ STUDENTS = {
     "view of maps": lambda: own(head=nn.Sequential(Then(nn.Identity(), lambda x: x.view(-1, 96)), nn.Linear(96, 3))),
     "tokens": lambda: own(Then(block(4, 6, 2), tokens), mean_head(1)),
     "tokens from the stem on": lambda: Network([Then(conv3(), tokens), nn.Linear(4, 6)], mean_head(1), [4, 6]),
+    "mask": lambda: own(nn.Sequential(block(4, 6, 2), Mask())),
+    "assigned buffer": lambda: own(nn.Sequential(block(4, 6, 2), AssignedMean())),
+    "counted passes": lambda: own(nn.Sequential(block(4, 6, 2), Fading())),
     "vectors": lambda: own(Then(block(4, 6, 2), lambda maps: maps.mean((2, 3))), nn.Linear(6, 3)),
     "DataParallel stage": lambda: own(nn.DataParallel(block(4, 6, 2))),
 }
@@ -176,6 +221,50 @@ def test_what_trains_in_a_plain_loop_trains_here(name, tmp_path, no_pages):
         key: each["top1_error"] for key, each in last.items()
     }
     train(made(STUDENTS[name]), tmp_path / "bf16", epochs=1, precision="bf16")
+
+
+@pytest.mark.parametrize("name", ["mask", "assigned buffer", "counted passes"])
+def test_buffers_of_an_average_are_those_of_its_method_or_follow_them(name, tmp_path, no_pages):
+    method = made(STUDENTS[name])
+    run = train(method, tmp_path / "run", ema_decay=0.5)
+    last, state = run.metrics()[-1]["test"], run.checkpoints.load()
+    again = cd.Run(run.path, method=made(STUDENTS[name]), data=tiny.data()).evaluate(device="cpu")
+    assert {key: each.nll for key, each in again.items()} == {key: each["nll"] for key, each in last.items()}
+    for key in state.method:
+        if key.endswith(".mean"):
+            assert state.ema[key].abs().sum() > 0 and not torch.equal(state.ema[key], state.method[key])
+        assert key.endswith((".mask", ".passes", "num_batches_tracked")) or key in state.ema
+
+
+def test_a_layer_that_assigns_a_buffer_cannot_be_captured(tmp_path, no_pages):
+    for name, capturable in (("assigned buffer", False), ("counted passes", True)):
+        method = made(STUDENTS[name])
+        train(method, tmp_path / name, epochs=1)
+        assert method.capturable is capturable
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"), [(cd.DML, {"update": "alternating"}), (cd.FSP, {}), (cd.FitNets, {"initial_share": 0.5, "hint_stage": 1})]
+)
+def test_frozen_parameters_stay_where_a_part_is_updated(kind, settings, tmp_path, no_pages):
+    torch.manual_seed(0)
+    method = kind([frozen(), frozen()], 3, kind.Settings(**settings), (8, 8))
+    if kind is not cd.DML:
+        cd.WithTeacher(method, own())
+    before = {name: each.clone() for name, each in method.named_parameters()}
+    train(method, tmp_path / "run")
+    stayed = {name for name, each in method.named_parameters() if torch.equal(each, before[name])}
+    assert {name for name in before if ".stages.0." in name and "students" in name} <= stayed < before.keys()
+
+
+@pytest.mark.parametrize("student", ["view of maps", "tied"])
+@pytest.mark.parametrize("teacher", ["view of maps", "tied"])
+def test_a_teacher_may_view_its_maps(student, teacher, tmp_path, no_pages):
+    method = made(STUDENTS[student], cd.KD)
+    cd.WithTeacher(method, STUDENTS[teacher]())
+    assert train(method, tmp_path / "run", epochs=1).finished
+    loop = resident_loop([method], dataclasses.replace(default_config("kd"), train=tiny.settings()), CPU, tiny.data())
+    loop(1)
 
 
 @pytest.mark.fault(76)

@@ -102,11 +102,16 @@ def resident_loop(
     config: RunConfig,
     device: torch.device,
     data: Dataset,
-    memory_format: torch.memory_format = torch.channels_last,
+    memory_format: torch.memory_format | None = None,
 ) -> Callable[[int], None]:
-    """Make codistill's own loop, which moves methods to a device: resident images, captured steps on CUDA."""
+    """Make codistill's own loop, which moves methods to a device: resident images, captured steps on CUDA.
+
+    `memory_format` of the weights; None: what a training would choose.
+    """
     resident, precision = DeviceImages(data.train, data.statistics, device), config.execution.precision
     augmentation = config.augmentation(data)
+    for method in methods if memory_format is None else ():
+        method.choose_memory_format(resident.batch(0, 1)[0])
     members = [
         make_step(method, resident, augmentation, config.train, precision, memory_format=memory_format)
         for method in methods

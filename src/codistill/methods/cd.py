@@ -33,6 +33,11 @@ class CDSettings(OfflineSettings):
     silent_share: float = 0.0
     """Share of the epochs, at the start, in which neither labels nor logits teach; the authors' early decay: 0.3."""
 
+    @property
+    def needs_full_batch(self) -> str:
+        """The guided term counts the right images of the batch; see `MethodSettings.needs_full_batch`."""
+        return "method.guided_weight above 0" if self.guided_weight > 0 else super().needs_full_batch
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check("channel_weight", 0 <= self.channel_weight < math.inf, "a number, at least 0")

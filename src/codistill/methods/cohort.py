@@ -7,13 +7,14 @@ from typing import TypeVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from codistill.core.device import critical_stream
 from codistill.core.errors import UsageError
 from codistill.methods.losses import Logits, mean_logits
 from codistill.networks import Network
+from codistill.networks.likeness import alike
 from codistill.networks.probe import label
 
 T = TypeVar("T")
@@ -96,21 +97,21 @@ class Cohort(nn.Module):
         if len(students) == 1 or asked == 0:
             return 0
         if asked is None:
-            equal = all(layout(student.stages) == layout(students[0].stages) for student in students[1:])
+            equal = all(alike(student.stages, students[0].stages) for student in students[1:])
             return len(students[0].stages) - 1 if equal else 0
         names = " + ".join(map(label, students))
         shortest = min(len(student.stages) for student in students)
         if not 0 <= asked <= shortest:
             raise UsageError(f"cannot share {asked} stages of {names}: share between 0 and {shortest}")
         for student in students[1:]:
-            if layout(student.stages[:asked]) != layout(students[0].stages[:asked]):
+            if not alike(student.stages[:asked], students[0].stages[:asked]):
                 raise UsageError(f"cannot share {asked} stages of {names}: unlike networks share nothing (use 0)")
         return asked
 
     def require_likeness(self, method: str) -> None:
         """Raise a UsageError for a method that needs equal students, where they are not."""
-        forms = [layout(nn.ModuleList([*student.stages, student.head])) for student in self]
-        if any(form != forms[0] for form in forms[1:]):
+        wholes = [nn.ModuleList([*student.stages, student.head]) for student in self]
+        if not all(alike(wholes[0], each) for each in wholes[1:]):
             names = " + ".join(map(label, self))
             raise UsageError(f"{method} needs equal students, got {names}: name one network several times")
 
@@ -231,22 +232,3 @@ def check_student(index: int, student: nn.Module) -> None:
     if any(is_lazy(each) for each in (*student.parameters(), *student.buffers())):
         lazy = f"student {index} ({label(student)}) has lazy layers without weights"
         raise UsageError(f"{lazy}: call it once on some images first")
-
-
-def layout(stages: nn.ModuleList) -> tuple[object, ...]:
-    """Return structure, constants and tensors' forms of stages: equal ones are interchangeable."""
-    # Each trace has a type of its own.
-    modules = [
-        (fx.GraphModule if isinstance(module, fx.GraphModule) else type(module), constants(module))
-        for module in stages.modules()
-    ]
-    tensors = [
-        (tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in stages.state_dict(keep_vars=True).values()
-    ]
-    return repr(stages), modules, tensors
-
-
-def constants(module: nn.Module) -> dict[str, object]:
-    """Return the plain values that a module has as attributes."""
-    plain = (bool, int, float, str, tuple, type(None))
-    return {name: value for name, value in vars(module).items() if isinstance(value, plain) and name != "training"}

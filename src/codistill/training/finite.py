@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -90,9 +90,18 @@ def culprits(names: Iterable[str], shared_stages: int) -> str:
     return f"{', '.join(parts)} ({GRADIENT}{gradients[0]}{more})"
 
 
-def health(method: Method, finite: NonFiniteDetector) -> dict[str, dict[str, Float[Tensor, ""]]]:
-    """Return scalars that tell, once read, whether terms, gradients and the whole state of a method are finite."""
-    state = {name: each for name, each in method.state_dict().items() if each.is_floating_point()}
+def infinite(method: Method) -> set[str]:
+    """Return the names of buffers that hold infinity, as masks of attention do; reads values: not for a step."""
+    buffers = method.named_buffers(remove_duplicate=False)
+    return {name for name, each in buffers if each.is_floating_point() and bool(each.isinf().any())}
+
+
+def health(
+    method: Method, finite: NonFiniteDetector, masks: Collection[str] = ()
+) -> dict[str, dict[str, Float[Tensor, ""]]]:
+    """Return scalars that tell, once read, whether terms, gradients and state of a method, but masks, are finite."""
+    floats = {name: each for name, each in method.state_dict().items() if each.is_floating_point()}
+    state = {name: each for name, each in floats.items() if name not in masks}
     return {"steps": finite.tensors(), "state": norms(state)}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from codistill.core.console import note_once
 from codistill.core.errors import UsageError
 from codistill.core.randomness import CPU, INIT_STREAM, draws_kept, seed_draws, stream_seed
 from codistill.methods import METHODS, Method
@@ -38,6 +39,7 @@ def draw_weights(method: Method, seed: int) -> dict[str, Any]:
     fresh = {name for name, origin in origins.items() if str(origin).startswith(DRAWN)}
     from_recipe = len(seeded) == len(tensors)
     if not from_recipe:
+        say_who_is_drawn(method, origins, seed)
         like = drawn_like(method, seed)
         drawn = like.state_dict() if like is not None else {}
         for name in fresh & drawn.keys():
@@ -52,6 +54,18 @@ def draw_weights(method: Method, seed: int) -> dict[str, Any]:
     students = [origin for name, origin in origins.items() if not name.startswith("teacher_parts.")]
     trained_in = sorted({str(origin) for origin in students if isinstance(origin, Path)})
     return {"sha256": weights_digest(method), "from_recipe": from_recipe, "trained_in": trained_in}
+
+
+def say_who_is_drawn(method: Method, origins: Mapping[str, str | Path | None], seed: int) -> None:
+    """Show it where weights that the user has set stay, and those of another student are drawn from the seed."""
+    own = {
+        index: {origins[name] for name in origins if name.startswith(f"cohort.students.{index}.")}
+        for index in range(len(method.cohort))
+    }
+    kept = [f"student{index}" for index, found in own.items() if None in found]
+    drawn = [f"student{index}" for index, found in own.items() if all(str(each).startswith(DRAWN) for each in found)]
+    if kept and drawn:
+        note_once(f"weights of {', '.join(kept)} stay as set; those of {', '.join(drawn)} are drawn from seed {seed}")
 
 
 @dataclass(frozen=True)

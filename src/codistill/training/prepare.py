@@ -39,7 +39,7 @@ from codistill.runs.summary import write_summary_of_failure
 from codistill.settings.build import build_method, weights_of
 from codistill.settings.config import RunConfig, TeacherSettings, TrainSettings
 from codistill.training.compiling import Execution, choose_execution
-from codistill.training.initial import draw_weights, read_weights, start_from
+from codistill.training.initial import Origin, draw_weights, read_weights, start_from
 from codistill.training.ranks import ALONE, Ranks
 from codistill.training.step import make_step
 from codistill.training.teacher import load_teacher, top1_error
@@ -125,7 +125,7 @@ def check(
             notices.append(
                 f"precision bf16: {lack}, so a step may take far longer than in float32: see --precision auto"
             )
-        check_parts(config, images, ranks)
+        check_parts(config, images, ranks, method)
         for tracker in config.execution.track:
             refuse_missing(f"track {tracker}", tracker)
         if settings.patience and validation is None and data.validation is None:
@@ -143,6 +143,7 @@ def check(
         if begins:
             origin = ranks.from_leader(functools.partial(read_weights, settings.init))
             with ranks.together():
+                refuse_two_origins(config, origin)
                 initial |= start_from(method, origin, data.class_names)
             if ranks.leads:
                 note_once(str(initial["from"]))
@@ -157,6 +158,13 @@ def check(
     chosen = {"precision": asked} if asked == "auto" else {}
     places, warnings = (training, validation), tuple(notices)
     return Plan(method, data, config, device, augmentation, *places, execution, warnings, initial, chosen, found)
+
+
+def refuse_two_origins(config: RunConfig, origin: Origin) -> None:
+    """Raise `UsageError` for a file of weights of a student that the run to start from has, too."""
+    for student, file in weights_of(config).items():
+        if any(name.startswith(f"cohort.students.{student}.") for name in origin.weights):
+            raise UsageError(f"weights student{student}={file}: init {origin.run} has it, too: name one")
 
 
 def split_training(data: Dataset, settings: TrainSettings) -> tuple[Positions, Positions]:
@@ -188,13 +196,17 @@ def split_training(data: Dataset, settings: TrainSettings) -> tuple[Positions, P
     return training[:wanted], validation
 
 
-def check_parts(config: RunConfig, images: int, ranks: Ranks) -> None:
-    """Refuse what would be another experiment on several ranks, or leave one less than the two images BN needs."""
+def check_parts(config: RunConfig, images: int, ranks: Ranks, method: Method | None = None) -> None:
+    """Refuse what would be another experiment on several ranks, or leave one less than the two images BN needs.
+
+    `method` has the teacher that was attached in Python, if any.
+    """
     if ranks.count == 1:
         return
     size, least, needs = min(config.train.batch_size, images), 2 * ranks.count, config.method.needs_full_batch
     last = 0 if config.train.drop_last else images % size
-    if not needs and config.teaching.teacher and config.teaching.teacher_kl == "dist":
+    taught = config.teaching.teacher or (method is not None and method.taught_by is not None)
+    if not needs and taught and config.teaching.teacher_kl == "dist":
         needs = "teacher_kl dist"
     if needs:
         raise UsageError(f"{config.method_name} with {needs} needs the full batch in one process: omit torchrun")
@@ -297,7 +309,9 @@ class DeviceSplits:
                 networks = [*network.teachers, network]
             names = [f"teacher {each}" for each in places or range(len(networks) - 1)] or ["teacher"]
             for name, each in zip([*names, "the mean of the teachers"], networks, strict=False):
-                self._teachers[key], fault = top1_error(each, self.test, config.execution.precision)
+                self._teachers[key], fault = top1_error(
+                    each, self.test, config.execution.precision, method.memory_format
+                )
                 show(f"{name}: error on the test set {self._teachers[key]:.2f} %")
                 if fault:
                     warn_once(

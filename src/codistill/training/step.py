@@ -79,6 +79,8 @@ class TrainStep:
         outputs, kind = self.forward(images), type(self.method)
         if self.method.initialising:
             of = self.method.initial_parameters()
+        if of is not None:  # frozen ones stay
+            of = [each for each in of if each.requires_grad]
         with blamed(kind, "losses"):
             terms = in_order(kind, self.method.losses(outputs, labels, progress), self.sums.names)
         with blamed(kind, "the backward pass of its losses"):

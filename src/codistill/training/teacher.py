@@ -85,12 +85,14 @@ def load_one(
 
 
 @torch.no_grad()
-def top1_error(teacher: nn.Module, images: DeviceImages, precision: str) -> tuple[float, str]:
+def top1_error(
+    teacher: nn.Module, images: DeviceImages, precision: str, memory_format: torch.memory_format
+) -> tuple[float, str]:
     """Return the top-1 error of a teacher on a test set, percent, and why it teaches nothing; empty: it can teach."""
     sums: ClassificationSums | None = None
     with draws_kept(images.device), autocast(images.device, precision):
         for pixels, labels in images.batches(batch_for(images.images.shape[1:3])):
-            logits = teacher(pixels)
+            logits = teacher(pixels.contiguous(memory_format=memory_format))
             sums = sums or ClassificationSums(logits.shape[1], images.device)
             sums.update(logits, labels)
     assert sums is not None  # a split has images

@@ -28,7 +28,7 @@ from codistill.runs.state import TrainingState, load_weights, tensors_once
 from codistill.runs.summary import summarise
 from codistill.settings.config import RunConfig
 from codistill.training.compiling import Execution
-from codistill.training.finite import bad_scores, divergence, health
+from codistill.training.finite import bad_scores, divergence, health, infinite
 from codistill.training.optim import optimizer_tensors, rate_of, set_learning_rate
 from codistill.training.pace import Pace
 from codistill.training.step import TrainStep
@@ -60,6 +60,7 @@ class Trainer:
     ) -> None:
         self.run, self.config, self.step, self.execution, self.saver = run, config, step, execution, saver
         self.method = step.method
+        self.masks = infinite(self.method)  # they have not diverged
         self.evaluation = Evaluation(
             self.method,
             held,
@@ -228,7 +229,7 @@ class Trainer:
 
     def tensors(self) -> dict[str, Any]:
         """Return the numbers of the epoch on the device, for `read_together`: terms, health, scores."""
-        checked = health(self.method, self.step.finite)
+        checked = health(self.method, self.step.finite, self.masks)
         scores = self.evaluation.tensors() if self.evaluates else {}
         return {"terms": self.step.sums.tensors(), "health": checked, "scores": scores}
 
@@ -237,7 +238,7 @@ class Trainer:
         if step == 0 or not self.step.ranks.leads:
             return
         copy = self.saver.copy(self.state(step))
-        numbers = read_together(health(self.method, self.step.finite))
+        numbers = read_together(health(self.method, self.step.finite, self.masks))
         try:
             self.refuse(divergence(numbers, self.method.cohort.shared_stages, epoch))
         except DivergedError as error:

@@ -97,10 +97,14 @@ def check_networks(method: Method, data: Dataset, few: DeviceImages, training: b
 def train_and_evaluate(
     method: Method, few: DeviceImages, settings: TrainSettings, precision: str, augmentation: Augmentation
 ) -> list[str]:
-    """Train a copy of a method for a step, evaluate it, and return the operators that read on the host."""
+    """Train a copy of a method for a step, evaluate it, and return what no CUDA graph can do.
+
+    That are operators that read on the host, and layers that assign a buffer instead of writing into it.
+    """
     reads = HostReads()
     with probing(method, few.device) as probe, torch.enable_grad():
         step = make_step(probe, few, augmentation, settings, precision)
+        buffers = {name: id(each) for name, each in probe.named_buffers()}
         indices = epoch_indices(len(few), 0, 0, augmentation, few.device, probe.views)
         with reads if few.device.type == "cuda" else contextlib.nullcontext():
             for initialising in (True, False) if method.initial_epochs(settings.epochs) else (False,):
@@ -109,7 +113,8 @@ def train_and_evaluate(
                 probe.after_step()
             with torch.no_grad(), autocast(few.device, precision):
                 probe.eval().predictions(probe(few.normalised(few.images)))
-    return reads.found
+        assigned = [name for name, each in probe.named_buffers() if id(each) != buffers.get(name)]
+    return reads.found + assigned
 
 
 def odd_widths(method: Method, few: DeviceImages) -> str:

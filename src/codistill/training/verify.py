@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from codistill.core.device import choose_device
@@ -30,6 +32,14 @@ STEPS, TEST_IMAGES = 3, 200
 BREAKS = ((0, 1), (0, STEPS), (1, 2))
 
 
+def in_pairs(labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the positions of images, two of one class after each other; a last one without a second is left out."""
+    order = np.argsort(labels, kind="stable")
+    counts = np.bincount(labels)
+    place = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return order[place < np.repeat(counts // 2 * 2, counts)]
+
+
 def verify_resume(config: RunConfig) -> str:
     """Train two epochs of three steps without a break, and again with three breaks; return what was compared."""
     refuse_ranks("--verify-resume")
@@ -38,6 +48,11 @@ def verify_resume(config: RunConfig) -> str:
     data = dataclasses.replace(data, test=Split(data.test.images[:TEST_IMAGES], data.test.labels[:TEST_IMAGES]))
     size, count = config.train.batch_size, len(data.train)
     size = min(size, count // STEPS)
+    if config.augment.sampling == "class-pairs":
+        pairs = in_pairs(data.train.labels)
+        size = min(size, len(pairs) // STEPS) // 2 * 2
+        pairs = pairs[: STEPS * size]
+        data = dataclasses.replace(data, train=Split(data.train.images[pairs], data.train.labels[pairs]))
     if size < 2:
         raise UsageError(f"--verify-resume trains {STEPS} steps of at least two images: {data.name} has too few")
     warm_up = min(config.train.warm_up, 1)
