@@ -30,10 +30,7 @@ def alike(one: nn.Module, other: nn.Module) -> bool:
 def alike_alone(one: nn.Module, other: nn.Module) -> bool:
     """Return whether two modules have equal types and attributes, whatever modules and weights they hold."""
     if isinstance(one, fx.GraphModule) and isinstance(other, fx.GraphModule):  # each has a type of its own
-        plain = [
-            {key: each for key, each in vars(module).items() if isinstance(each, PLAIN)} for module in (one, other)
-        ]
-        return plain[0] == plain[1]
+        return plain_values(one) == plain_values(other)
     return type(one) is type(other) and same(attributes(one), attributes(other))
 
 
