@@ -244,7 +244,8 @@ def test_a_layer_that_assigns_a_buffer_cannot_be_captured(tmp_path, no_pages):
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings"), [(cd.DML, {"update": "alternating"}), (cd.FSP, {}), (cd.FitNets, {"initial_share": 0.5, "hint_stage": 1})]
+    ("kind", "settings"),
+    [(cd.DML, {"update": "alternating"}), (cd.FSP, {}), (cd.FitNets, {"initial_share": 0.5, "hint_stage": 1})],
 )
 def test_frozen_parameters_stay_where_a_part_is_updated(kind, settings, tmp_path, no_pages):
     torch.manual_seed(0)
