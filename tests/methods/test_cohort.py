@@ -165,6 +165,13 @@ def test_likeness_tells_attributes_apart(one, like, unlike):
     assert alike(Held(one), Held(like)) and not alike(Held(one), Held(unlike))
 
 
+def test_modules_may_hold_themselves():
+    one, like, unlike = (Held(value) for value in (1, 1, 2))
+    for each in (one, like, unlike):
+        each.holder = [each]
+    assert alike(one, like) and not alike(one, unlike)
+
+
 def test_students_that_compute_other_things_share_nothing(tiny_network):
     students = [tiny_network(), tiny_network()]
     students[1].stages[0].activation = F.hardswish

@@ -491,6 +491,8 @@ def test_what_a_sweep_at_work_gave_up_before_has_failed_here_too(bench):
         assert other.take("seed0")[0]
         other.write(["seed0"], failed="no data")
         other.close()
+        (bench.out / "logs" / "seed1.claim").write_bytes(b"\xff")
+        (bench.out / "logs" / "seed2.claim").write_text("3")
         rows = bench.sweep()
         assert [row.status for row in rows.values()] == ["FAILED", "finished", "finished"]
         assert rows["seed0"].reason == "no data" and bench.calls() == ["train seed1", "train seed2"]

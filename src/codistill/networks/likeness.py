@@ -16,22 +16,27 @@ PLAIN = (bool, int, float, str, tuple, type(None))
 IDENTITY: Any = object.__eq__
 
 
-def alike(one: nn.Module, other: nn.Module) -> bool:
-    """Return whether two modules are interchangeable: in structure, attributes and forms of tensors."""
+Pairs = tuple[tuple[int, int], ...]
+
+
+def alike(one: nn.Module, other: nn.Module, above: Pairs = ()) -> bool:
+    """Return whether two modules are interchangeable: in structure, attributes and forms of tensors; see `same`."""
 
     def forms(module: nn.Module) -> list[object]:
         state = module.state_dict(keep_vars=True).values()
         return [(tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in state]
 
     pairs = list(itertools.zip_longest(one.modules(), other.modules()))
-    return repr(one) == repr(other) and forms(one) == forms(other) and all(itertools.starmap(alike_alone, pairs))
+    if repr(one) != repr(other) or forms(one) != forms(other):
+        return False
+    return all(alike_alone(*pair, above) for pair in pairs)
 
 
-def alike_alone(one: nn.Module, other: nn.Module) -> bool:
+def alike_alone(one: nn.Module, other: nn.Module, above: Pairs = ()) -> bool:
     """Return whether two modules have equal types and attributes, whatever modules and weights they hold."""
     if isinstance(one, fx.GraphModule) and isinstance(other, fx.GraphModule):  # each has a type of its own
         return plain_values(one) == plain_values(other)
-    return type(one) is type(other) and same(attributes(one), attributes(other))
+    return type(one) is type(other) and same(attributes(one), attributes(other), above)
 
 
 def plain_values(module: nn.Module) -> dict[str, object]:
@@ -45,7 +50,7 @@ def attributes(module: nn.Module) -> dict[str, object]:
     return {name: value for name, value in vars(module).items() if name not in INTERNAL} | buffers
 
 
-def same(one: Any, other: Any, above: tuple[tuple[int, int], ...] = ()) -> bool:
+def same(one: Any, other: Any, above: Pairs = ()) -> bool:
     """Return whether two values do the same: functions by their code, objects by what they hold; in doubt they do not.
 
     `above` are the pairs that have led to this one, for an object may hold itself.
@@ -54,7 +59,8 @@ def same(one: Any, other: Any, above: tuple[tuple[int, int], ...] = ()) -> bool:
         return True
     if type(one) is not type(other):
         return False
-    inner = functools.partial(same, above=(*above, (id(one), id(other))))
+    above = (*above, (id(one), id(other)))
+    inner = functools.partial(same, above=above)
     match one:
         case Tensor():
             forms = [(each.shape, each.dtype, each.device) for each in (one, other)]
@@ -63,7 +69,7 @@ def same(one: Any, other: Any, above: tuple[tuple[int, int], ...] = ()) -> bool:
         case np.ndarray():
             return np.array_equal(one, other)
         case nn.Module():
-            return alike(one, other)
+            return alike(one, other, above)
         case dict():
             return one.keys() == other.keys() and all(inner(one[key], other[key]) for key in one)
         case list() | tuple():

@@ -80,7 +80,9 @@ class Claims:
     def forget_failures(folder: Path) -> None:
         """Have a sweep that is alone in a folder try again what earlier ones did not try any more."""
         for claim in folder.glob("*.claim"):
-            if "failed" in _contents(claim.read_text(encoding="utf-8")):
+            with claim.open(encoding="utf-8") as file:
+                failed = "failed" in _contents(file)
+            if failed:
                 claim.unlink()
 
     def take(self, name: str) -> tuple[bool, dict[str, str]]:
@@ -89,7 +91,7 @@ class Claims:
         if mine := taken(file, fcntl.LOCK_EX):
             self._held[name] = file
         file.seek(0)
-        found = _contents(file.read())
+        found = _contents(file)
         if not mine:
             file.close()
         return mine, found
@@ -111,9 +113,9 @@ class Claims:
         self.release(*list(self._held))
 
 
-def _contents(claim: str) -> dict[str, str]:
-    """Return what a claim says."""
-    with contextlib.suppress(ValueError):  # empty, or just being written
-        found: dict[str, str] = json.loads(claim)
-        return found
+def _contents(claim: IO[str]) -> dict[str, str]:
+    """Return what a claim says; nothing: it is empty, just being written, or damaged."""
+    with contextlib.suppress(ValueError):
+        found = json.loads(claim.read())
+        return found if isinstance(found, dict) else {}
     return {}

@@ -99,7 +99,7 @@ def train_and_evaluate(
 ) -> list[str]:
     """Train a copy of a method for a step, evaluate it, and return what no CUDA graph can do.
 
-    That are operators that read on the host, and layers that assign a buffer instead of writing into it.
+    These are operators that read on the host, and layers that assign a buffer instead of writing into it.
     """
     reads = HostReads()
     with probing(method, few.device) as probe, torch.enable_grad():
