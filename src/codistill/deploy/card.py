@@ -262,7 +262,8 @@ def training_words(run: RunFolder) -> str:
     together = f"{networks} networks trained together" if networks > 1 else "One network trained"
     return (
         f"{together} with {run.metadata['method']['name']} on {images} training images of {data['name']}, "
-        f"{epochs} epochs, batches of {config.batch_size}, seed {config.seed}; torch {run.metadata['environment']['torch']}."
+        f"{epochs} epochs, batches of {config.batch_size}, seed {config.seed}; "
+        f"torch {run.metadata['environment']['torch']}."
     )
 
 
