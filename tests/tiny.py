@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import codistill as cd
+from codistill.methods.cohort import Cohort
 from codistill.networks import NETWORKS, Network, PooledLinear
 from codistill.networks.layers import conv_bn_act, initialise
 
@@ -67,6 +68,11 @@ def own_students(count: int = 2, classes: int = 3) -> list[Network]:
 def method(kind: type[cd.Method] = cd.MFEF, seed: int = 0, students: int = 2, **settings: Any) -> cd.Method:
     torch.manual_seed(seed)
     return kind(own_students(students), 3, kind.Settings(**settings) if settings else None, image_size=(8, 8))
+
+
+def feature_maps(cohort: Cohort, images: Tensor) -> list[Tensor]:
+    """Return the last map of each student, through the stages that they share."""
+    return cohort.each_branch(cohort.trunk(images), lambda _, each: each)
 
 
 def split(count: int, seed: int, size: tuple[int, int] = (8, 8)) -> cd.Split:

@@ -13,6 +13,8 @@ from codistill.methods.cohort import Cohort, Outputs
 from codistill.networks.likeness import alike
 from codistill.networks.network import parameter_count
 
+from .. import tiny
+
 # Stages of the tiny network with 8 channels: 3*4*9 + 8, 4*6*9 + 12, 6*8*9 + 16; head 8*3 + 3.
 STAGES, HEAD = (116, 228, 448), 27
 
@@ -62,7 +64,7 @@ def test_private_tensors_have_storage_of_their_own(tiny_network, students):
 
 def test_students_stay_complete_networks(tiny_network, batch):
     cohort = Cohort([tiny_network(), tiny_network(), tiny_network()]).double().eval()
-    maps = cohort.feature_maps(batch[0])
+    maps = tiny.feature_maps(cohort, batch[0])
     for student, feature_map in zip(cohort, maps, strict=True):
         assert torch.equal(student.feature_map(batch[0]), feature_map)
         assert torch.equal(student(batch[0]), student.head(feature_map))
@@ -74,7 +76,7 @@ def test_the_trunk_runs_once(tiny_network, batch):
     calls = []
     for stage in {stage for student in cohort for stage in student.stages}:
         stage.register_forward_hook(lambda module, *_: calls.append(module))
-    cohort.feature_maps(batch[0])
+    tiny.feature_maps(cohort, batch[0])
     assert len(calls) == len(set(calls)) == 4
     # Its statistics are therefore updated once a step, not once for each student.
     assert cohort[1].stages[0][1].num_batches_tracked == 1
@@ -82,7 +84,7 @@ def test_the_trunk_runs_once(tiny_network, batch):
 
 def test_maps_of_unlike_students(tiny_network, batch):
     cohort = Cohort([tiny_network(8, 2), tiny_network(10, 1)]).double()
-    assert [tuple(each.shape) for each in cohort.feature_maps(batch[0])] == [(6, 8, 4, 4), (6, 10, 8, 8)]
+    assert [tuple(each.shape) for each in tiny.feature_maps(cohort, batch[0])] == [(6, 8, 4, 4), (6, 10, 8, 8)]
 
 
 def test_one_student_shares_with_nobody(tiny_network):

@@ -148,6 +148,8 @@ def test_every_trainable_parameter_gets_a_finite_gradient(make, case, batch):
                 assert parameter.grad is not None, name
                 assert parameter.grad.isfinite().all(), name
                 touched[name] = touched.get(name, False) or bool(parameter.grad.any())
+        if seed and all(touched.values()):
+            break
     assert [name for name, is_touched in touched.items() if not is_touched] == []
 
 
@@ -373,7 +375,7 @@ def test_bounds_of_settings(name, setting, value):
         METHODS[name].Settings(**{setting: value})
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "ffsd"])  # which refuses them
 def test_views(name, tiny_network, batch):
     """A view for each student in training where the setting asks for it; one for all in evaluation."""
     students = [tiny_network() for _ in range(max(2, METHODS[name].min_students))]

@@ -218,6 +218,11 @@ def test_what_is_deployed_carries_nothing_of_the_teaching(make, batch):
         method.losses(outputs, batch[1], FULL)
 
 
+def test_views_whose_places_differ_are_refused(tiny_network):
+    with pytest.raises(UsageError, match="ffsd compares maps place by place, but views have other crops and flips"):
+        FFSD([tiny_network() for _ in range(3)], 3, FFSD.Settings(views_per_student=True), (8, 8))
+
+
 def test_networks_without_a_decoder_are_refused():
     def short() -> Network:
         return Network([nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3)], PooledLinear(8, 3), (4, 8))

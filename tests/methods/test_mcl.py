@@ -95,6 +95,10 @@ def test_images_without_a_positive_are_left_out():
     loss = supervised_contrast(alone, torch.arange(3))
     loss.backward()
     assert loss.item() == 0 and not alone.grad.any()
+    single = torch.randn(2, 1, 1, requires_grad=True)
+    losses = supervised_contrast(single, torch.zeros(1, dtype=torch.long))
+    losses.sum().backward()
+    assert losses.tolist() == [0, 0] and not single.grad.any()
 
 
 def test_a_mixed_image_is_of_the_class_with_its_largest_share():

@@ -12,6 +12,7 @@ from codistill.modules import ATTENTION, DualAttention, FeatureFusion, MultiScal
 from codistill.networks import Network, network
 from codistill.networks.network import parameter_count
 
+from .. import tiny
 from . import slow
 
 METHOD = MFEF
@@ -237,7 +238,7 @@ def test_no_attention_has_no_maps(make, batch):
 def test_head_input(make, batch, point, attention):
     method = make(head_input=point, attention=attention).eval()
     assert kinds(method) == {E, F_} | ({D} if attention == "cbam" else set())
-    maps = method.cohort.feature_maps(batch[0])
+    maps = tiny.feature_maps(method.cohort, batch[0])
     logits = method(batch[0]).logits
     for index, feature_map in enumerate(maps):
         msfe, da = method.enhancements[index].steps
@@ -253,7 +254,7 @@ def test_head_input(make, batch, point, attention):
 def test_fusion_input(make, batch, point):
     method = make(fusion_input=point).eval()
     seen = []
-    for enhancement, feature_map in zip(method.enhancements, method.cohort.feature_maps(batch[0]), strict=True):
+    for enhancement, feature_map in zip(method.enhancements, tiny.feature_maps(method.cohort, batch[0]), strict=True):
         seen.append(enhancement(feature_map)[("raw", "msfe", "msfe_da").index(point)])
     expected = method.fusion(seen)
     assert torch.equal(method(batch[0]).fused_logits, expected)
@@ -270,6 +271,8 @@ def test_fusion_input(make, batch, point):
         ({"head_input": "raw", "fusion_input": "msfe"}, {E, F_}),
         ({"head_input": "msfe_da", "fusion_input": "raw"}, {E, D, F_}),
         ({"multiscale": "none"}, {D, F_}),
+        ({"head_input": "raw", "fusion_input": "msfe", "multiscale": "none", "detach_fusion_input": True}, {F_}),
+        ({"head_input": "msfe", "attention": "none", "detach_fusion_input": True}, {E, F_}),
     ],
 )
 def test_no_component_that_nothing_sees(make, batch, settings, modules):

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import jaxtyping
 import numpy as np
 import pytest
 import safetensors.torch
@@ -152,10 +153,8 @@ def test_no_gradient_reaches_the_teacher(batch):
 
 
 def test_the_teacher_is_in_evaluation_mode_in_every_mode(batch):
-    method = taught()
-    teacher = method.taught_by.network
-    teacher.train()  # whoever gave it away
-    method = WithTeacher(method, teacher).double()
+    teacher = teacher_of().train()  # as whoever handed it in had left it
+    method = WithTeacher(tiny.method(cd.DML), teacher).double()
     expected = copy.deepcopy(teacher).eval()(batch[0])
     for mode in (True, False, True):
         method.train(mode)
@@ -207,6 +206,19 @@ def test_in_evaluation_the_teacher_is_not_run(batch):
     assert list(method.predictions(outputs)) == ["student0", "student1", "ensemble"]
     with pytest.raises(ValueError, match="no teacher logits: they were computed in evaluation mode"):
         method.losses(outputs, batch[1], START)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].family == "offline"])
+def test_losses_of_a_method_left_in_evaluation_mode_are_refused(name, batch):
+    students = max(1, METHODS[name].min_students)
+    settings = METHODS[name].Settings(**({"initial_share": 0.0} if name in ("fsp", "ab") else {}))
+    method = METHODS[name](tiny.own_students(students), 3, settings, (8, 8))
+    if method.teacher == "required":
+        WithTeacher(method, teacher_of())
+    if name == "rocket":  # has neither a teacher nor anything of its own beside the students
+        return
+    with pytest.raises(ValueError, match="they were computed in evaluation mode"):
+        method.eval().losses(method(batch[0].float()), batch[1], START)
 
 
 def test_a_teacher_of_other_classes_is_refused():
@@ -584,11 +596,48 @@ def test_some_methods_have_no_use_for_a_teacher(made, flags, capsys, tmp_path, m
     refused(capsys, tmp_path, 2, message, method, *flags, "--teacher", str(made / "run"))
 
 
-def test_a_taught_method_that_has_no_use_for_it_is_refused(tmp_path):
-    method = WithTeacher(tiny.method(cd.Independent), teacher_of())
-    with pytest.raises(UsageError, match="independent has no use for a teacher"):
-        cd.train(method, tiny.data(), out=tmp_path / "out", settings=tiny.settings(), show=False)
-    assert not (tmp_path / "out").exists()
+@pytest.fixture
+def unchecked():
+    """Types are not checked, as in a program of somebody else's."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def test_a_teacher_that_has_no_use_is_not_attached():
+    for method in (tiny.method(cd.Independent), tiny.method(METHODS["rocket"])):
+        with pytest.raises(UsageError, match=f"{method.name} has no use for a teacher"):
+            WithTeacher(method, teacher_of())
+        assert method.taught_by is None
+
+
+def test_numbers_of_a_teacher_that_cannot_be(unchecked):
+    for changes, message in (
+        ({"temperature": 0.0}, "temperature is 0.0; it must be a number above 0"),
+        ({"temperature": math.inf}, "temperature is inf; it must be a number above 0"),
+        ({"weight": -1.0}, "weight is -1.0; it must be a number, at least 0"),
+        ({"kl": "dkdd"}, "kl is dkdd; it must be one of kl, standardised, dkd, dist"),
+        (
+            {"kl": "dkd", "kl_weights": (1.0,)},
+            "kl_weights is (1.0,); it must be two numbers, at least 0, beside kl dkd",
+        ),
+        ({"kl_weights": (5.0, 5.0)}, "kl_weights is (5.0, 5.0); it must be two numbers, at least 0, beside kl dkd"),
+    ):
+        method = tiny.method(cd.KD)
+        with pytest.raises(UsageError, match=re.escape(message)):
+            WithTeacher(method, teacher_of(), **changes)
+        assert method.taught_by is None
+
+
+def test_a_second_teacher_and_a_student_as_teacher_are_refused():
+    method = tiny.method(cd.KD)
+    with pytest.raises(UsageError, match="the teacher is a student of the method, which would be frozen"):
+        WithTeacher(method, method.cohort[1])
+    assert all(each.requires_grad for each in method.parameters())
+    first = WithTeacher(method, teacher_of()).taught_by
+    with pytest.raises(UsageError, match="the method has a teacher: hand in all of them at once, in a list"):
+        WithTeacher(method, teacher_of())
+    assert method.taught_by is first
 
 
 def test_unlike_classes_are_refused(made, flags, capsys, tmp_path):

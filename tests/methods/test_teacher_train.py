@@ -10,6 +10,7 @@ import codistill as cd
 from codistill.cli import main
 from codistill.core.errors import UsageError
 from codistill.data.augment import Augmentation, DeviceImages, epoch_indices
+from codistill.methods import METHODS
 from codistill.methods.losses import cross_entropy
 from codistill.settings.config import TeacherSettings
 from codistill.training.optim import make_optimizer
@@ -87,6 +88,11 @@ def test_bad_patterns():
         cd.WithTeacher(tiny.method(cd.KD), [teacher_of(), teacher_of()], train="head")
     with pytest.raises(UsageError, match="teacher_train is 'head', but the students take turns"):
         taught(cd.DML, update="alternating")
+    for name in ("fsp", "ab"):
+        line = f"teacher_train is 'head', but the teacher of {name} does not run while the labels train: set method.kl"
+        with pytest.raises(UsageError, match=line):
+            taught(METHODS[name], students=1)
+        assert len(taught(METHODS[name], students=1, kl_weight=0.5).teacher_parts) == 2
     with pytest.raises(UsageError, match="teacher_train is 'head', but --teacher names none"):
         TeacherSettings(teacher_train="head")
 

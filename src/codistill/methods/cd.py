@@ -49,7 +49,7 @@ class CDSettings(OfflineSettings):
 
 @METHODS.register("cd")
 class CD(OfflineMethod):
-    """Students learn from the labels, match the means of a teacher's channels, and its right predictions.
+    """Students learn from the labels, match a teacher's channel means, and imitate its correct predictions.
 
         a CE(z) + 6 sum_k mean (GAP(K_k(F_k)) - GAP(G_k))^2 + 0.1 T^2 / n sum over right images of KL(p_t || p_s)
 
@@ -107,12 +107,12 @@ class CD(OfflineMethod):
 
     def guided_terms(self, outputs: Outputs, labels: Labels) -> Terms:
         """Compute the weighted KL to the teacher of the images that it classifies right, of each student."""
-        if outputs.teacher_logits is None:
+        if self.taught_by is None:
             return {}
         chosen, terms = self.settings, Terms()
         classes = true_classes(labels)
         for index, (logits, targets) in enumerate(
-            zip(outputs.logits, outputs.teacher_logits.expand(len(outputs.logits), -1, -1), strict=True)
+            zip(outputs.logits, outputs.taught.expand(len(outputs.logits), -1, -1), strict=True)
         ):
             each = soft_target_kl(logits[:, None], targets[:, None], chosen.guided_temperature)
             right = (targets.argmax(dim=1) == classes).to(each.dtype)

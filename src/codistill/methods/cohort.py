@@ -55,6 +55,19 @@ class Outputs:
         return self.fused_logits
 
     @property
+    def taught(self) -> Float[Tensor, "*student batch _class"]:
+        """The teacher's logits, where there is a teacher."""
+        if self.teacher_logits is None:
+            raise ValueError("the outputs have no teacher logits: they were computed in evaluation mode")
+        return self.teacher_logits
+
+    def of_training(self, name: str) -> Tensor:
+        """Return one of `extras` that only a pass in training mode has."""
+        if name not in self.extras:
+            raise ValueError("the outputs lack what the losses need: they were computed in evaluation mode")
+        return self.extras[name]
+
+    @property
     def ensemble_logits(self) -> Logits:
         """Mean of the students' logits."""
         return mean_logits(self.logits)
@@ -169,11 +182,6 @@ class Cohort(nn.Module):
             yield
         finally:
             self.streams = []
-
-    def feature_maps(self, images: Images) -> tuple[FeatureMap, ...]:
-        """Return one feature map per student."""
-        views = images.ndim == 5
-        return tuple(self.each_branch(self.trunk(images), lambda index, feature_map: feature_map, views))
 
     def __iter__(self) -> Iterator[Network]:
         return (self[index] for index in range(len(self)))

@@ -128,7 +128,7 @@ class FFSD(Method):
     """Peers teach each other, a fused classifier learns from their maps, and a leader, the last student, from it.
 
         peers i:   CE(z_i) + T^2 / (n-1) sum_{j != i} KL(z_j -> z_i)
-                   + w delta [ |A(F_i) - S(F_{i-1})|^2 + sum_k d(A(F_i^k), A(D_i^k(S'(F_{i-1})))) ]     for i > 0
+                   + w delta [ mean(A(F_i)/|A(F_i)| - S(F_{i-1}))^2 + sum_k d(A(F_i^k), A(D_i^k(S'(F_{i-1})))) ], i > 0
         fusion:    CE(z_f) + T^2 KL(mean_i z_i -> z_f),   on the peers' maps without gradient
         leader:    CE(z_L) + T^2 KL(z_f -> z_L)
                    + w lambda [ d(A(F_L), A(F_f)) + d(A(R(F_L)), A([F_i])) + sum_k d(A(F_L^k), A(D_L^k(F_f))) ]
@@ -157,7 +157,16 @@ class FFSD(Method):
     like_students = True
 
     def build(self) -> None:
-        """Make fusion, the leader's transfer to the peers' maps, and a decoder for all students but the first."""
+        """Make fusion, the leader's transfer to the peers' maps, and a decoder for all students but the first.
+
+        Raises:
+            UsageError: Each student is to have a view of its own; or no decoder leads through the maps of the networks.
+        """
+        if self.settings.views_per_student:
+            raise UsageError(
+                "ffsd compares maps place by place, but views have other crops and flips: "
+                "set method.views_per_student to false"
+            )
         shapes, count = probe_shapes(self.cohort[0], self.image_size)[1:], len(self.cohort)
         name, width = label(self.cohort[0]), self.cohort[0].widths[-1]
         if len(shapes) < 2:
@@ -195,9 +204,7 @@ class FFSD(Method):
     def losses(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
         """Compute `ce/`, `kl/`, `diversity/`, `self/`, `attention/`, `transfer/` and `decoder/` terms."""
         chosen, extras, logits, fused = self.settings, outputs.extras, outputs.logits, outputs.fused
-        leader = len(logits) - 1
-        if "fused" not in extras:
-            raise ValueError("the outputs lack what the losses need: they were computed in evaluation mode")
+        leader, fused_map = len(logits) - 1, outputs.of_training("fused")
         last = [maps[-1] for maps in outputs.stage_maps]
         terms = cross_entropy_terms(logits, labels, fused=fused)
         pairs: dict[str, tuple[Tensor, Tensor]] = {}
@@ -215,7 +222,7 @@ class FFSD(Method):
             own, target = F.normalize(attention_map(last[index])), shifted(attention_map(last[index - 1].detach()))
             distance = (own - target).square().mean()
             terms[f"diversity/student{index - 1}->student{index}"] = chosen.diversity_weight * warm * distance
-        attended = unit_distance(attention_map(last[leader]), attention_map(extras["fused"]))
+        attended = unit_distance(attention_map(last[leader]), attention_map(fused_map))
         terms[f"attention/fused->student{leader}"] = chosen.leader_weight * warm * attended
         peers = attention_map(torch.cat(last[:-1], dim=1))
         transferred = unit_distance(attention_map(extras["transferred"]), peers)

@@ -85,9 +85,9 @@ class FitNets(TwoStageMethod):
         return tuple(dict.fromkeys(each for part in (*stages, self.connectors) for each in part.parameters()))
 
     @property
-    def runs_teacher(self) -> bool:
-        """Whether a pass runs the teacher: in both stages of the training."""
-        return self.training and self.taught_by is not None
+    def teaches_throughout(self) -> bool:
+        """The teacher runs in both stages of the training."""
+        return True
 
     def compared(self, index: int, maps: Maps) -> Maps:
         """Put the regressed map in the place of that of the hint's stage; unneeded after an initialisation."""
@@ -104,12 +104,12 @@ class FitNets(TwoStageMethod):
     def losses(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
         """Compute `ce/student<j>`, and `hint/` or, after an initialisation, `soft/teacher->student<j>`."""
         terms, chosen, teacher = super().losses(outputs, labels, progress), self.settings, self.taught_by
-        if not chosen.initial_share or teacher is None or outputs.teacher_logits is None:
+        if not chosen.initial_share or teacher is None:
             return terms
         done = ((progress - chosen.initial_share) / (1 - chosen.initial_share)).clamp(min=0)
         weight = teacher.weight * (chosen.soft_weight + (chosen.last_soft_weight - chosen.soft_weight) * done)
         for index, logits in enumerate(outputs.logits):
-            target = outputs.teacher_logits if outputs.teacher_logits.ndim == 2 else outputs.teacher_logits[index]
+            target = outputs.taught if outputs.taught.ndim == 2 else outputs.taught[index]
             soft = soft_cross_entropy(logits, target, teacher.temperature)
             terms[f"soft/teacher->student{index}"] = weight.to(soft.dtype) * soft
         return terms

@@ -10,7 +10,7 @@ from torch import nn
 from codistill.core.errors import UsageError
 from codistill.methods.cohort import Outputs
 from codistill.methods.independent import IndependentSettings
-from codistill.methods.losses import KLForm, Labels, Scalar, Terms
+from codistill.methods.losses import OTHER_FORM, KLForm, Labels, Scalar, Terms, check_teaching, form_teaches
 from codistill.methods.method import METHODS, Method
 from codistill.methods.teacher import Teacher, TeacherEnsemble, staged
 from codistill.methods.terms import cross_entropy_terms, weighted
@@ -46,11 +46,18 @@ def WithTeacher(
             `ce/teacher`; the others stay frozen, and its batch normalisation keeps its statistics. None: all frozen.
 
     Raises:
-        UsageError: The teacher is no module, has another number of classes, cannot take images of that size, returns
-            something else than logits, or has no stages or widths that the method can use.
+        UsageError: A number or a form out of its range; the method has no use for a teacher, or has one; the teacher is
+            no module or a student of the method, has another number of classes, cannot take images of that size,
+            returns something else than logits, or has no stages or widths that the method can use.
 
     Source: Hinton et al., arXiv 1503.02531.
     """
+    check_teacher(type(method), True)
+    check_teaching(temperature, weight, kl, kl_weights)
+    if not form_teaches(kl, method.num_classes):
+        raise UsageError(f"the teacher's kl is {kl}; it must be {OTHER_FORM}")
+    if method.taught_by is not None:
+        raise UsageError("the method has a teacher: hand in all of them at once, in a list")
     several = [teacher] if isinstance(teacher, nn.Module) or not isinstance(teacher, Sequence) else list(teacher)
     if not several:
         raise UsageError("there is no teacher in the list: hand in at least one")
@@ -59,6 +66,8 @@ def WithTeacher(
             raise UsageError(
                 f"the teacher is a {type(each).__name__}: hand in a torch.nn.Module, as load_teacher returns"
             )
+        if any(each is student for student in method.cohort):
+            raise UsageError("the teacher is a student of the method, which would be frozen: hand in a copy of it")
         with probing(each) as probe, torch.no_grad():
             device = next((each.device for each in probe.parameters()), None)
             classes = count_classes(probe.eval(), torch.zeros(2, 3, *method.image_size, device=device), "the teacher")
@@ -75,6 +84,16 @@ def WithTeacher(
     return method
 
 
+def check_teacher(method: type[Method], given: bool) -> None:
+    """Refuse a teacher where none is used, and none where one is needed."""
+    if given and method.teacher == "refused":
+        raise UsageError(f"{method.name} has no use for a teacher: leave --teacher out, or choose kd")
+    if not given and method.teacher == "required":
+        raise UsageError(
+            f"{method.name} needs a teacher: give --teacher a run folder, an exported file or a checkpoint"
+        )
+
+
 def parts_of(teacher: nn.Module, pattern: str, method: Method) -> nn.ParameterList:
     """Have the parameters of a frozen teacher be trained in whose names a regular expression is found; return them.
 
@@ -85,6 +104,11 @@ def parts_of(teacher: nn.Module, pattern: str, method: Method) -> nn.ParameterLi
         raise UsageError(f"teacher_train is {pattern!r}, but there are {len(teacher.teachers)} teachers: name one")
     if method.alternating_updates():
         raise UsageError(f"teacher_train is {pattern!r}, but the students take turns: train them simultaneously")
+    if not method.teaches_throughout:
+        raise UsageError(
+            f"teacher_train is {pattern!r}, but the teacher of {method.name} does not run while the labels train: "
+            "set method.kl_weight above 0, or method.initial_share to 0"
+        )
     names = dict(teacher.named_parameters())
     try:
         found = [each for name, each in names.items() if re.search(pattern, name)]

@@ -45,7 +45,7 @@ class KDGANSettings(IndependentSettings, KLSettings):
 
 @METHODS.register("kdgan")
 class KDGAN(Method):
-    """A classifier, student0, and a teacher, student1, teach each other, and name labels that a discriminator believes.
+    """A classifier, student0, and a teacher, student1, teach each other, and generate labels to fool a discriminator.
 
     With s(y, x) = <y, D(x)> the discriminator's logit of a label y, and y_c and y_t labels that the two name:
 
@@ -88,7 +88,7 @@ class KDGAN(Method):
 
     def losses(self, outputs: Outputs, labels: Labels, progress: Scalar) -> Terms:
         """Compute `ce/` and `adversarial/` of each student, `adversarial/discriminator` and both `kl/`."""
-        chosen, scores = self.settings, at_least_float32(outputs.extras["scores"])
+        chosen, scores = self.settings, at_least_float32(outputs.of_training("scores"))
         tau = chosen.first_tau * (chosen.last_tau / chosen.first_tau) ** progress
         weights = (chosen.alpha, 1 - chosen.alpha)
         terms = cross_entropy_terms(outputs.logits, labels)

@@ -6,12 +6,14 @@ have axes before the batch, these are the losses of several heads at once, which
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from codistill.core.errors import UsageError
 
 EnsembleOf = Literal["logits", "probabilities"]
 KLForm = Literal["kl", "standardised", "dkd", "dist"]
@@ -232,6 +234,33 @@ def weights_fit(form: KLForm, weights: Sequence[float]) -> bool:
     return not weights or (form in KL_WEIGHTS and len(weights) == 2 and all(0 <= each < math.inf for each in weights))
 
 
+OTHER_FORM = "another form: two logits, standardised, are the same for every image, and teach nothing"
+
+
+def form_teaches(form: KLForm, classes: int) -> bool:
+    """Whether a form of the distillation loss has gradients with so many classes: two standardised logits have none."""
+    return form != "standardised" or classes > 2
+
+
+def check_teaching(
+    temperature: float, weight: float, kl: KLForm, kl_weights: Sequence[float], prefix: str = ""
+) -> None:
+    """Refuse a teacher's temperature, weight and form out of their ranges; `prefix` stands before their names.
+
+    Raises:
+        UsageError: One of them is.
+    """
+    forms, bounds = get_args(KLForm), f"two numbers, at least 0, beside {prefix}kl dkd or dist"
+    for name, value, valid, allowed in (
+        ("temperature", temperature, 0 < temperature < math.inf, "a number above 0"),
+        ("weight", weight, 0 <= weight < math.inf, "a number, at least 0"),
+        ("kl", kl, kl in forms, f"one of {', '.join(forms)}"),
+        ("kl_weights", kl_weights, weights_fit(kl, kl_weights), bounds),
+    ):
+        if not valid:
+            raise UsageError(f"{prefix}{name} is {value}; it must be {allowed}")
+
+
 def students_kl(
     source: str,
     logits: Sequence[Logits],
@@ -306,8 +335,9 @@ def supervised_contrast(similarities: Float[Tensor, "*pair batch batch"], labels
     itself = torch.eye(len(classes), dtype=torch.bool, device=classes.device)
     positive = (classes[:, None] == classes) & ~itself
     number = positive.sum(dim=1)
-    log_shares = similarities - similarities.masked_fill(itself, -math.inf).logsumexp(dim=-1, keepdim=True)
-    means = (log_shares * positive).sum(dim=-1) / number.clamp(min=1)
+    lowest = torch.finfo(similarities.dtype).min  # and no infinity, of which an image alone in its batch makes NaN
+    log_shares = similarities - similarities.masked_fill(itself, lowest).logsumexp(dim=-1, keepdim=True)
+    means = log_shares.masked_fill(~positive, 0).sum(dim=-1) / number.clamp(min=1)
     return -means.sum(dim=-1) / (number > 0).sum().clamp(min=1)
 
 

@@ -63,6 +63,9 @@ class MethodSettings:
         take_kinds(self, "method.")
         self.check("shared_stages", self.shared_stages is None or self.shared_stages >= 0, "at least 0")
 
+    def check_classes(self, number: int) -> None:
+        """Refuse settings that cannot work with so many classes; by default none are."""
+
     def check(self, name: str, valid: bool, bounds: str) -> None:
         """Raise a UsageError if a setting's value is not valid; `bounds` tells which ones are."""
         if not valid:
@@ -170,7 +173,7 @@ class Method(Marked):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls.Settings = inspect.get_annotations(cls, eval_str=True).get("settings", cls.Settings)
-        if not cls.name:
+        if "name" not in vars(cls):
             cls.name = cls.__name__
         if "losses" in vars(cls):
             cls.losses = with_teacher_terms(cls.losses)  # type: ignore[method-assign]
@@ -187,6 +190,7 @@ class Method(Marked):
         self.settings = self.Settings() if settings is None else settings
         if not isinstance(self.settings, self.Settings):
             raise UsageError(f"{self.name} takes {self.Settings.__name__}, not {type(self.settings).__name__}")
+        self.settings.check_classes(num_classes)
         self.num_classes = num_classes
         self.image_size = image_size
         if isinstance(students, nn.Module):
@@ -305,6 +309,11 @@ class Method(Marked):
     def runs_teacher(self) -> bool:
         """Whether a pass runs the frozen teacher: in training, where there is one."""
         return self.training and self.taught_by is not None
+
+    @property
+    def teaches_throughout(self) -> bool:
+        """Whether the teacher runs in all of the training, or in an initialisation alone."""
+        return True
 
     @property
     def parallel_branches(self) -> bool:

@@ -125,7 +125,8 @@ class MFEF(Method):
             self.require_students(len(self.cohort), 2, fix)
         self.head_point = POINTS.index(chosen.head_input)
         self.fusion_point = POINTS.index(chosen.fusion_input) if fused else 0
-        late = self.fusion_point > self.head_point and {chosen.multiscale, chosen.attention} != {"none"}
+        steps = (chosen.multiscale, chosen.attention)[self.head_point : self.fusion_point]
+        late = any(each != "none" for each in steps)
         if chosen.detach_fusion_input and late:
             raise UsageError(
                 "mfef: detach_fusion_input would leave the components that only the fusion sees without a gradient: "

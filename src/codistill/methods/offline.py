@@ -102,8 +102,12 @@ class OfflineMethod(Method):
 
     def map_terms(self, outputs: Outputs) -> Terms:
         """Compute `<term>/teacher->student<j>` of each student; none where there is no teacher."""
+        if self.taught_by is None:
+            return {}
+        if not outputs.teacher_maps:
+            raise ValueError("the outputs have no teacher maps: they were computed in evaluation mode")
         terms: Terms = {}
-        for index, own in enumerate(outputs.stage_maps if outputs.teacher_maps else ()):
+        for index, own in enumerate(outputs.stage_maps):
             taught = [each if each.ndim == 4 else each[index] for each in outputs.teacher_maps]
             terms[f"{self.term}/teacher->student{index}"] = self.distance(index, paired(own, taught))
         return terms
@@ -133,7 +137,7 @@ class TwoStageMethod(OfflineMethod):
     settings: TwoStageSettings
 
     def initial_epochs(self, epochs: int) -> int:
-        """Return `initial_share` of the epochs: at least one, and one less than all, unless it is 0."""
+        """Return `initial_share` of the epochs: unless it is 0, at least one, and fewer than all."""
         share = self.settings.initial_share
         return max(1, min(round(share * epochs), epochs - 1)) if share and epochs > 1 else 0
 
@@ -152,10 +156,14 @@ class TwoStageMethod(OfflineMethod):
         return terms if self.settings.initial_share else terms | self.map_terms(outputs)
 
     @property
+    def teaches_throughout(self) -> bool:
+        """Whether the teacher also runs after the initialisation: where there is none, or its KL has a weight."""
+        return not self.settings.initial_share or self.settings.kl_weight > 0
+
+    @property
     def runs_teacher(self) -> bool:
         """Whether a pass runs the teacher: not where only the labels train."""
-        needed = self.initialising or not self.settings.initial_share or self.settings.kl_weight > 0
-        return needed and super().runs_teacher
+        return (self.initialising or self.teaches_throughout) and super().runs_teacher
 
 
 def paired(own: Sequence[T], taught: Sequence[T]) -> list[tuple[T, T]]:
@@ -182,7 +190,8 @@ def reduced(features: FeatureMap, like: FeatureMap, maximum: bool = False) -> Fe
 def regressor(shape: MapShape, target: MapShape, act: bool, whose: str) -> nn.Module:
     """Make the layer that brings a student's map to the channels, height and width of a teacher's.
 
-    A transposed convolution, 4x4 with stride 2, where the map is half as large in both directions. Else a convolution:
+    FitNets' layer; `fusion.convolutional_regressor`, for students among themselves, has other kernels. A transposed
+    convolution, 4x4 with stride 2, where the map is half as large in both directions. Else a convolution:
     in a direction in which the map is twice as long of kernel 3, stride 2 and padding 1, else an unpadded one of kernel
     length - target + 1, which is 1 between equal ones. Batch normalisation follows and, with `act`, ReLU.
 

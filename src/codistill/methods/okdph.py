@@ -59,7 +59,7 @@ class OKDPHSettings(KLSettings):
 
 @METHODS.register("okdph")
 class OKDPH(Method):
-    """Students learn from the labels, from those of a hub whose weights are the average of theirs, and from all logits.
+    """Students learn from the labels, from the loss of a hub with their average weights, and from their mean logits.
 
         sum_i [ omega CE(z_i) + beta T^2 KL(m -> z_i) ] + (1 - omega) CE(z_h),   m = 1/(n+1) (z_h + sum_j z_j)
 

@@ -9,7 +9,16 @@ from torch import Tensor, nn
 
 from codistill.core.errors import UsageError
 from codistill.methods.cohort import Images, Outputs
-from codistill.methods.losses import KLForm, Labels, Logits, Terms, cross_entropy, mixture_logits, students_kl
+from codistill.methods.losses import (
+    KLForm,
+    Labels,
+    Logits,
+    Terms,
+    check_teaching,
+    cross_entropy,
+    mixture_logits,
+    students_kl,
+)
 from codistill.networks import Network
 
 TEACHER_TERM = "kl/teacher->student0"
@@ -31,6 +40,9 @@ class Teacher:
     """Whether some of its parameters learn from the labels."""
     top1_error: float | None = None
     """Its error on the test set of the run, percent, known once the run begins."""
+
+    def __post_init__(self) -> None:
+        check_teaching(self.temperature, self.weight, self.kl, self.kl_weights)
 
     def logits(self, images: Images) -> Float[Tensor, "*view batch class"]:
         """Compute its logits for the students' normalised images, with gradients for what is trained of it."""
@@ -54,16 +66,12 @@ class Teacher:
 
     def label_terms(self, outputs: Outputs, labels: Labels) -> Terms:
         """Compute `ce/teacher`, the mean over the students' views, where a part of it is trained."""
-        if not self.trained or outputs.teacher_logits is None:
-            return {}
-        return {"ce/teacher": cross_entropy(outputs.teacher_logits, labels).mean()}
+        return {"ce/teacher": cross_entropy(outputs.taught, labels).mean()} if self.trained else {}
 
     def terms(self, outputs: Outputs, labels: Labels) -> Terms:
         """Compute `kl/teacher->student<j>`, b T^2 KL(softmax(z_t / T) || softmax(z_j / T)), of each student."""
-        if outputs.teacher_logits is None:
-            raise ValueError("the outputs have no teacher logits: they were computed in evaluation mode")
         how = self.temperature, self.weight, self.kl, self.kl_weights
-        return students_kl("teacher", outputs.logits, outputs.teacher_logits, labels, *how)
+        return students_kl("teacher", outputs.logits, outputs.taught, labels, *how)
 
 
 class TeacherEnsemble(nn.Module):

@@ -17,7 +17,7 @@ from codistill.data.augment import Augmentation, PaddingMode
 from codistill.data.dataset import Dataset
 from codistill.data.splitting import checked_part, part_of
 from codistill.methods import METHODS, MethodSettings
-from codistill.methods.losses import KLForm, weights_fit
+from codistill.methods.losses import KLForm, check_teaching
 from codistill.settings.augment import AugmentSettings
 from codistill.settings.updates import UpdateSettings
 
@@ -201,13 +201,8 @@ class TeacherSettings:
         take_kinds(self)
         if not isinstance(self.teacher, str) and len(self.teachers) < 2:
             object.__setattr__(self, "teacher", self.teachers[0] if self.teachers else None)
-        if not 0 < self.teacher_temperature < math.inf:
-            raise UsageError(f"teacher_temperature is {self.teacher_temperature}; it must be a number above 0")
-        if not 0 <= self.teacher_weight < math.inf:
-            raise UsageError(f"teacher_weight is {self.teacher_weight}; it must be a number, at least 0")
-        if not weights_fit(self.teacher_kl, self.teacher_kl_weights):
-            bounds = "two numbers, at least 0, beside teacher_kl dkd or dist"
-            raise UsageError(f"teacher_kl_weights is {self.teacher_kl_weights}; it must be {bounds}")
+        how = self.teacher_temperature, self.teacher_weight, self.teacher_kl, self.teacher_kl_weights
+        check_teaching(*how, prefix="teacher_")
         if self.teacher is None and (self.teacher_network or self.teacher_predictor):
             raise UsageError("teacher_network and teacher_predictor describe a teacher, but --teacher names none")
         if self.teacher is None and self.teacher_train is not None:
