@@ -1,14 +1,17 @@
-"""Hooks of the docs site: pages that lie outside docs/, tables of options, and links to files that are in no page."""
+"""Hooks of the docs site: pages from outside docs/, tables of options, formulas, links to files that are in no page."""
 
+import html
 import re
 from pathlib import Path
 from typing import Any
 
+from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 OPTIONS = re.compile(r"^\{\{ options of (\w+) \}\}$", re.MULTILINE)
 
 
@@ -46,6 +49,15 @@ def on_page_markdown(markdown: str, page: Any, files: Files, **_: Any) -> str:
         return f"{picture}[{text}]({up}{inside}{anchor})"
 
     return OPTIONS.sub(lambda match: options_table(match[1]), LINK.sub(led, markdown))
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Turn formulas into MathML, which browsers draw without a script."""
+
+    def drawn(match: re.Match[str]) -> str:
+        return convert(html.unescape(match[2]), display="block" if match[1] == "div" else "inline")
+
+    return FORMULA.sub(drawn, content)
 
 
 def options_table(command: str) -> str:
