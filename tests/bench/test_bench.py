@@ -204,6 +204,11 @@ def test_refusals(tiny_registered, capsys, tmp_path):
     assert "--compare" in capsys.readouterr().err
     assert main([*ARGUMENTS, "-b", "20000"]) == 2
     assert "10240" in capsys.readouterr().err
+    assert main([*ARGUMENTS, "--stream", "on"]) == 2
+    assert "bench measures steps with all images in memory: leave out --stream on" in capsys.readouterr().err
+    for unlike in (["--mixup", "0.2"], ["--method.views-per-student"], ["--ema-decay", "0.9"], ["--clip-norm", "1"]):
+        assert main([*ARGUMENTS, "--compare", *unlike]) == 2
+        assert "--compare: the plain loop has not " in capsys.readouterr().err
     assert main([*ARGUMENTS, "--profile", str(tmp_path / "absent" / "file")]) == 2
     assert "there is no folder" in capsys.readouterr().err
     assert main([*ARGUMENTS[:-1], "cuda"]) == (0 if torch.cuda.is_available() else 2)

@@ -13,7 +13,7 @@ from codistill.cli.main import main
 from codistill.report import pictures
 from codistill.report.comparison import comparison_page
 from codistill.report.curves import colour_of
-from codistill.report.groups import grouped
+from codistill.report.groups import Seen, grouped
 from codistill.report.page import seen_run
 from codistill.report.pictures import NAME
 from codistill.report.sources import run_folders
@@ -115,6 +115,15 @@ def test_a_run_folder_that_cannot_be_written_to_costs_the_pictures_alone(folder,
     assert line.endswith(f"{folder / 'mfef-1'}: its page has no pictures: Permission denied")
 
 
+def test_the_best_epoch_is_that_of_the_summary(tmp_path):
+    # Of a method with an initialisation, in which no epoch is the best.
+    rows = [
+        {"epoch": epoch, "test": {"student0": {"top1_error": error}}} for epoch, error in enumerate((50.0, 90.0, 80.0))
+    ]
+    assert Seen(None, {"best_epoch": 3}, rows).best == rows[2]
+    assert Seen(None, {}, rows).best == rows[0]
+
+
 def test_averages_and_exits_are_no_students_of_their_own(tmp_path):
     errors = {name: 20.0 for name in ("student0", "student0-ema", "student1", "student1/exit1", "ensemble")}
     seen = seen_run(cd.Run(write_run(tmp_path / "run", "l-mcl", 0, errors)))
@@ -178,6 +187,11 @@ def test_data_that_has_gone_costs_the_pictures_alone(folder, here, capsys, tmp_p
             ["report", "RUN", "--out", "gone/page.html"],
             2,
             "gone/page.html: No such file or directory: choose another --out",
+        ),
+        (
+            ["report", "RUN", "RUN", "--data-dir", "gone"],
+            2,
+            "codistill report: --data-dir and --skip-bad are for the page of one run: leave them out",
         ),
         (["report", "RUN", "--out", "."], 2, ".: is there, and not of codistill report: choose another --out"),
     ],

@@ -1,6 +1,7 @@
 """predictions.npz of a run, and what `codistill evaluate` makes of it."""
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -147,6 +148,17 @@ def test_evaluate_makes_it_again(run, capsys, kind):
     stamp = (run.path / NAME).stat().st_mtime_ns
     assert main(["evaluate", str(run.path)]) == 0 and capsys.readouterr().err == ""
     assert (run.path / NAME).stat().st_mtime_ns == stamp
+
+
+def test_logits_that_are_no_numbers_are_one_line(run, capsys):
+    state = run.checkpoints.load()
+    name = "cohort.students.1.head.linear.weight"
+    run.checkpoints.save(dataclasses.replace(state, method={**state.method, name: state.method[name] * 0 + 3e38}))
+    for more in ([], ["--json"]):
+        assert main(["evaluate", str(run.path), *more]) == 4
+        out, error = capsys.readouterr()
+        assert out == "" and error.count("\n") == 1
+        assert "the last checkpoint is of no use: logits of student1, ensemble" in error
 
 
 def test_predictions_of_another_checkpoint_or_of_other_images_are_not_those_of_the_run(run, tmp_path, capsys):

@@ -202,6 +202,18 @@ def test_missing_and_damaged_results_are_named(copy, name):
         read()
 
 
+def test_a_last_line_of_the_metrics_that_a_kill_has_cut_is_left_out(copy):
+    rows, path = cd.Run(copy).metrics(), copy / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    assert len(lines) > 1
+    path.write_text("".join(lines)[:-20])
+    assert cd.Run(copy).metrics() == rows[:-1]
+    for damaged in ("1\n", '{"epoch": 0, \n', "\n"):
+        path.write_text(damaged + "".join(lines[1:]))
+        with pytest.raises(CheckpointError, match=rf"{path}:1: damaged: "):
+            cd.Run(copy).metrics()
+
+
 def test_weights_of_other_shapes_are_refused(copy):
     metadata = json.loads((copy / "config.json").read_text())
     metadata["networks"] = ["tiny:width=12", "tiny:width=12"]

@@ -38,6 +38,13 @@ def test_a_recipe_by_hand(machine):
     assert found["warm_up"] == round(found["epochs"] / 20)
 
 
+@pytest.mark.parametrize("images", [500, 2000, 5000])
+def test_adamw_has_its_own_rate(machine, images):
+    found = chosen(Known(images, (8, 8)), {"optimizer": "adamw"})
+    assert found["learning_rate"] == 0.001
+    run_from_mapping({key: each for key, each in found.items() if key != "data"}, str)
+
+
 def test_no_epoch_ends_with_a_batch_of_one_image(machine):
     assert chosen(Known(33, (8, 8)))["drop_last"] is True  # 32 and 1
     assert all("drop_last" not in chosen(Known(count, (8, 8))) for count in (32, 34))

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import itertools
 import json
 import math
 import signal
@@ -109,7 +110,7 @@ def test_members_equal_their_lone_runs(config, device):
     for index, each in enumerate(configs):
         assert_equal(runs[index], train_from_config(each, Path(f"alone{index}"), show=False))
     weights = [bits(run.checkpoints.load().method) for run in runs]
-    assert weights[0] != weights[1] != weights[2]
+    assert all(first != second for first, second in itertools.combinations(weights, 2))
 
 
 @on_every_device_slowly

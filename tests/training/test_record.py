@@ -1,16 +1,16 @@
 """A training by a loop of one's own as a run folder; the loop is that of docs/training.md."""
 
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
 
 import codistill as cd
 from codistill.cli import main
-from codistill.core.errors import UsageError
+from codistill.core.errors import DivergedError, UsageError
 from codistill.methods import METHODS, Method
 from codistill.training import record as module
 
@@ -37,11 +37,10 @@ def test_the_loop_of_the_page_makes_a_run_like_any(tmp_path, monkeypatch, reques
         request.getfixturevalue("no_page")
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"<!-- run by .*?-->\n```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert code.count("\n") == 10
+    assert code.count("\n") == 14
     data = cd.dataset("packed", tiny.write_npz(tmp_path / "colours.npz", tiny.data()))
     method = named_method()
-    names = {"cd": cd, "torch": torch, "DataLoader": DataLoader, "TensorDataset": TensorDataset}
-    exec(code, scope := {**names, "data": data, "method": method, "epochs": 2})
+    exec(code, scope := {"cd": cd, "data": data, "method": method, "epochs": 2})
     run = cd.Run("runs/mine")
     assert run.finished and run.path == scope["run"].path
     assert (run.path / "report.html").exists() and not list(run.path.glob("*.tmp*"))
@@ -72,10 +71,24 @@ def test_a_history_and_its_refusals(tmp_path, no_page):
     before = tiny.listing(tmp_path)
     with pytest.raises(UsageError, match="is not empty"):
         cd.record(method, data, tmp_path / "run")
-    with pytest.raises(UsageError, match=r"history of epoch 1 is \{'loss': 'low'\}; it must be numbers by name"):
+    with pytest.raises(UsageError, match=r"history of epoch 1 is \{'loss': 'low'\}; it must be finite numbers by name"):
         cd.record(method, data, tmp_path / "other", history=[{"loss": "low"}])
+    with pytest.raises(UsageError, match=r"history of epoch 1 is \{'loss': nan\}; it must be finite numbers by name"):
+        cd.record(method, data, tmp_path / "other", history=[{"loss": math.nan}])
+    broken = tiny.method()
+    broken.cohort[1].head.linear.weight.data.fill_(math.nan)
+    with pytest.raises(DivergedError, match="student1"):
+        cd.record(broken, data, tmp_path / "other")
     assert tiny.listing(tmp_path) == before
     assert json.loads((tmp_path / "run/config.json").read_text())["own_loop"] is True
+
+
+def test_what_the_loop_did_not_keep_is_not_made_up(tmp_path, no_page):
+    settings = tiny.settings(ema_decay=0.9, validation=6, patience=2)
+    run = cd.record(tiny.method(), tiny.data(), tmp_path / "run", settings=settings)
+    assert list(run.evaluate()) == list(run.summary["top1_error"]) == list(run.predictors())
+    with pytest.raises(UsageError, match="no validation images"):
+        run.evaluate(split="validation")
 
 
 def test_pages_have_what_the_history_has(empty_folder, capsys):

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import codistill as cd
 from codistill.cli import main
@@ -19,6 +20,7 @@ from codistill.core.randomness import STEP_STREAM, stream_seed
 from codistill.data.augment import DeviceImages
 from codistill.report.page import write_report
 from codistill.settings.config import default_config
+from codistill.training import resume as resuming
 from codistill.training import trainer as loop
 from codistill.training.capture import EagerSteps
 from codistill.training.ranks import Ranks
@@ -61,8 +63,10 @@ def teacher(colours, tmp_path_factory) -> Path:
 # Within the first epoch of three steps, at its end, at the border of two stages, and within the second one.
 @pytest.mark.parametrize(
     ("method", "step"),
-    [(method, (2, 3, 4, 6)[number % 4]) for number, method in enumerate(cd.METHODS)]
-    + [("mfef", 2), ("mfef", 6), *(("okdph", step) for step in (2, 3, 4, 6))],
+    dict.fromkeys(
+        [(method, (2, 3, 4, 6)[number % 4]) for number, method in enumerate(cd.METHODS)]
+        + [("mfef", 2), ("mfef", 6), *(("okdph", step) for step in (2, 3, 4, 6))]
+    ),
 )
 def test_summary_and_metrics_are_those_of_an_undisturbed_run(colours, teacher, tmp_path, monkeypatch, method, step):
     monkeypatch.setattr(loop, "keep_pictures", lambda *arguments: None)
@@ -349,6 +353,58 @@ def test_verify_resume(colours, tmp_path, capsys, method, more):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("resume verified: 3 breaks in 6 steps change no bit of ")
     assert cd.Run(out).summary["status"] == "finished"
+
+
+@pytest.mark.parametrize("more", [[], ["--sampling", "class-pairs"]], ids=["shuffled", "pairs"])
+def test_verify_resume_with_images_in_files(tmp_path, capsys, no_pages, more):
+    data = tiny.data()
+    for name, split in (("train", data.train), ("test", data.test)):
+        for number, (pixels, label) in enumerate(zip(split.images, split.labels, strict=True)):
+            path = tmp_path / "photos" / name / data.class_names[label] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    flags = ["--networks", "tiny", "tiny", "--batch-size", "8", "--epochs", "1", "--threads", "1", "--verify-resume"]
+    folder = ["--data", "folder", "--data-dir", str(tmp_path / "photos"), "--out", str(tmp_path / "run")]
+    assert run_here(["train", "dml", *flags, *folder, *more]) == 0
+    assert capsys.readouterr().out.startswith("resume verified: 3 breaks in 6 steps change no bit of ")
+
+
+def test_a_run_that_another_process_continued_is_not_written_over(colours, tmp_path, capsys, monkeypatch):
+    out = stopped(colours, tmp_path / "run", 2)
+    share, before = resuming.share_cores, []
+
+    def meanwhile(*arguments):
+        monkeypatch.setattr(resuming, "share_cores", share)
+        with pytest.MonkeyPatch.context() as patch:
+            at_step(patch, 3, lambda _: signal.raise_signal(signal.SIGTERM))
+            assert run_here(["resume", str(out)]) == 143
+        before.append(tiny.listing(out))
+        return share(*arguments)
+
+    monkeypatch.setattr(resuming, "share_cores", meanwhile)
+    capsys.readouterr()
+    assert run_here(["resume", str(out), "--epochs", "4"]) == 2
+    assert "was continued by another process meanwhile: repeat the command\n" in capsys.readouterr().err
+    assert {**tiny.listing(out), ".lock": None} == {**before[0], ".lock": None}
+    assert run_here(["resume", str(out)]) == 0
+
+
+def test_a_damaged_checkpoint_takes_no_place_of_a_whole_one(colours, tmp_path):
+    out = stopped(colours, tmp_path / "run", 5)
+    store = cd.Run(out).checkpoints
+    (whole, damaged) = store.entries()[-2:]
+    assert (damaged["epoch"], damaged["step"]) > (whole["epoch"], whole["step"])
+    (store.folder / damaged["file"]).write_bytes(b"damaged")
+    resume(out, show=False)
+    files = [each["file"] for each in cd.Run(out).checkpoints.entries()]
+    assert damaged["file"] not in files and whole["file"] in files and len(files) >= 2
+
+
+def test_a_run_that_is_named_twice_resumes_once(colours, tmp_path, monkeypatch, capsys):
+    out = stopped(colours, tmp_path / "run", 2)
+    monkeypatch.chdir(tmp_path)
+    assert run_here(["resume", "run", str(out)]) == 0
+    assert cd.Run(out).finished
 
 
 def test_images_in_pairs_of_a_class():

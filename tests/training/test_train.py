@@ -12,7 +12,7 @@ import codistill as cd
 from codistill.cli import main
 from codistill.core import device
 from codistill.core.errors import CheckpointError, DivergedError, UsageError
-from codistill.data.augment import DeviceImages, seeded_order
+from codistill.data.augment import Augmentation, DeviceImages, seeded_order
 from codistill.data.splitting import divided
 from codistill.evaluation.evaluation import Evaluation, evaluate
 from codistill.sweeps.naming import digest
@@ -322,13 +322,15 @@ def test_unlike_numbers_of_classes_are_refused(train, tmp_path, classes, message
     assert list(tmp_path.iterdir()) == []
 
 
-def test_trying_a_method_changes_nothing(train):
+@pytest.mark.parametrize("kind", [cd.MFEF, cd.METHODS["kdgan"], cd.METHODS["pcl"], cd.METHODS["okdph"]])
+def test_trying_a_method_changes_nothing(train, kind):
     # A copy trains for a step: neither statistics nor mode nor random numbers may notice.
-    method = tiny.method()
+    method = tiny.method(kind)
     before = {name: tensor.clone() for name, tensor in method.state_dict().items()}
-    try_method(method, tiny.data(), tiny.settings(), "float32", torch.device("cpu"))
+    drawn = torch.get_rng_state()
+    try_method(method, tiny.data(), tiny.settings(), "float32", torch.device("cpu"), Augmentation())
     assert all(torch.equal(tensor, before[name]) for name, tensor in method.state_dict().items())
-    assert method.training
+    assert method.training and torch.equal(torch.get_rng_state(), drawn)
 
 
 class Poisoned(cd.Independent):

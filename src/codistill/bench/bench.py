@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from codistill.bench.limit import products_loop
-from codistill.bench.loops import plain_loop, random_images, resident_loop
+from codistill.bench.loops import plain_loop, random_images, refuse_unlike_work, resident_loop
 from codistill.bench.measurement import Contestant, count_launches, ratio, rounds_in_turn, timed
 from codistill.core.console import warn
 from codistill.core.device import choose_device, choose_precision, set_up_gpu
@@ -47,7 +47,12 @@ def bench(
         building the networks to the end of a first step, compilation included. Ratios are medians over rounds in turn:
         `ratio_to_plain` is our images per second over the plain loop's, `deterministic_ratio` those of the
         deterministic setting over ours.
+
+    Raises:
+        UsageError: The batch is too large; or `compare`, and the plain loop does not do the work of these settings.
     """
+    if config.execution.stream == "on":
+        raise UsageError("bench measures steps with all images in memory: leave out --stream on")
     device = choose_device(config.execution.device, config.execution.precision)
     config = config.in_precision(choose_precision(config.execution.precision, device))
     set_up_gpu(device, config.execution.deterministic)
@@ -58,6 +63,9 @@ def bench(
         raise UsageError(f"batch_size is {config.train.batch_size}; bench has {size} images: use a smaller batch")
     if size < config.train.batch_size:
         warn(f"there are {size} training images, less than a batch of {config.train.batch_size}: steps are of {size}")
+
+    if compare:
+        refuse_unlike_work(build_taught(config, data).train(), config)
 
     def build() -> Method:
         return build_taught(config, data).to(device).train()

@@ -12,10 +12,12 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from codistill.core.device import autocast
+from codistill.core.errors import UsageError
 from codistill.data.augment import Augmentation, DeviceImages
 from codistill.data.dataset import Dataset, Split
 from codistill.methods import Method
 from codistill.networks.chains import compiled_chains
+from codistill.settings.augment import AugmentSettings
 from codistill.settings.config import RunConfig
 from codistill.training.capture import make_fleet
 from codistill.training.step import make_step
@@ -56,6 +58,21 @@ class PlainImages(TorchDataset[tuple[Tensor, int]]):
         pixels = torch.from_numpy(np.array(image, np.uint8, copy=True)).permute(2, 0, 1).contiguous()
         mean, std = (torch.as_tensor(each).view(-1, 1, 1) for each in self.statistics)
         return pixels.to(torch.float32).div(255).clone().sub_(mean).div_(std), int(self.split.labels[index])
+
+
+def refuse_unlike_work(method: Method, config: RunConfig) -> None:
+    """Refuse to compare with the plain loop where it would do less in a step than ours."""
+    settings = config.train
+    less = {
+        "a view of each image for each student": method.views > 1,
+        "alternating updates": bool(method.alternating_updates()),
+        "adamw": settings.optimizer != "sgd",
+        "a moving average": settings.ema_decay > 0,
+        "clipping": settings.clip_norm is not None,
+        "other augmentation, labels or sampling": config.augment != AugmentSettings(),
+    }
+    if lacks := [what for what, is_there in less.items() if is_there]:
+        raise UsageError(f"--compare: the plain loop has not {lacks[0]}: leave out --compare or that setting")
 
 
 def plain_loop(method: Method, config: RunConfig, device: torch.device, data: Dataset) -> Callable[[int], None]:

@@ -176,6 +176,8 @@ def report_command(arguments: Sequence[str]) -> None:
         raise UsageError("codistill report: no run: name at least one run folder")
     folders = run_folders(chosen.runs)
     several = len(folders) > 1 or any(map(is_sweep, chosen.runs))
+    if several and (chosen.data_dir or chosen.skip_bad):
+        raise UsageError("codistill report: --data-dir and --skip-bad are for the page of one run: leave them out")
     measured = folders if chosen.latency and not several else []
     if chosen.latency and several:  # no seed makes a network faster
         measured = [group.finished[0].run.path for group in groups_of(chosen.runs) if group.finished]

@@ -41,9 +41,10 @@ class Run(RunFolder):
         data_dir: str | None = None,
         device: str = "auto",
         split: EvaluatedSplit = "test",
+        skip_bad: bool = False,
     ) -> dict[str, Scores]:
         """Return the scores of all predictors on the test set, or on validation images; see `evaluate_run`."""
-        return evaluate_run(self, which, data_dir, device, split=split)
+        return evaluate_run(self, which, data_dir, device, skip_bad, split)
 
     def predictions(self) -> dict[str, Predictions]:
         """Return what all predictors answered for each image after the last epoch, by split; see `read_predictions`."""

@@ -11,9 +11,9 @@ from statistics import NormalDist
 import numpy as np
 import numpy.typing as npt
 
+from codistill.evaluation.metrics import CALIBRATION_BINS
 from codistill.evaluation.predictions import Predictions
 
-BINS = 15
 LISTED = 20
 
 Counts = npt.NDArray[np.int64]
@@ -128,7 +128,7 @@ class Reliability:
     ece: float
 
 
-def reliability(confidence: Floats, correct: npt.NDArray[np.bool_], bins: int = BINS) -> Reliability:
+def reliability(confidence: Floats, correct: npt.NDArray[np.bool_], bins: int = CALIBRATION_BINS) -> Reliability:
     """Compute the numbers of a reliability diagram."""
     places = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
     images = np.bincount(places, minlength=bins)

@@ -31,7 +31,8 @@ class Ranking(NamedTuple):
 def ranking(logits: Float[Tensor, "batch class"], labels: Int[Tensor, " batch"]) -> Ranking:
     """Return the classes of each image by softmax probability in float32."""
     log_probabilities = torch.log_softmax(logits.float(), dim=1)
-    values, classes = log_probabilities.topk(min(TOP, logits.shape[1]), dim=1)
+    # Of equal ones the first class, as argmax names it.
+    values, classes = (each[:, :TOP] for each in log_probabilities.sort(dim=1, descending=True, stable=True))
     return Ranking(classes, values, log_probabilities.gather(1, labels[:, None])[:, 0])
 
 

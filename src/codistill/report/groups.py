@@ -46,7 +46,7 @@ class Seen:
     @property
     def seed(self) -> int:
         """Its seed."""
-        return int(self.run.metadata["seed"])
+        return self.run.config.train.seed
 
     @property
     def scored(self) -> list[Mapping[str, Any]]:
@@ -61,7 +61,9 @@ class Seen:
     @property
     def best(self) -> Mapping[str, Any] | None:
         """The line of the best epoch."""
-        return min(self.scored, key=lambda row: lowest_student(row)[1], default=None)
+        epoch = self.summary.get("best_epoch")  # which leaves out an initialisation
+        found = [row for row in self.scored if row["epoch"] + 1 == epoch]
+        return found[0] if found else min(self.scored, key=lambda row: lowest_student(row)[1], default=None)
 
     @property
     def splits(self) -> list[str]:

@@ -60,6 +60,12 @@ class CheckpointStore:
             raise CheckpointError(f"{self._index}: {other_format(number)}")
         return entries if number == FORMAT and all(map(is_entry, entries)) else self._scanned("is damaged")
 
+    def written(self) -> bytes | None:
+        """Return the index as it is on the disk; None: it is not there, or cannot be read."""
+        with contextlib.suppress(OSError):
+            return self._index.read_bytes()
+        return None
+
     def _scanned(self, trouble: str) -> list[dict[str, Any]]:
         """Return entries made from the files; zip's own checksums stand in for the SHA-256 that is lost."""
         found = []

@@ -1,5 +1,6 @@
 """Evaluation of a finished run."""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,7 +58,7 @@ def evaluate_run(
 
     Raises:
         UsageError: The run has no validation images, or there is no such split.
-        CheckpointError: No whole checkpoint.
+        CheckpointError: No whole checkpoint, or its logits are NaN or infinite.
         DataError: The data set is missing or damaged, or has other classes or another image size than in training.
     """
     return evaluate_images(run, which, data_dir, device, skip_bad, split)[0]
@@ -105,6 +106,9 @@ def evaluate_images(
     with draws_kept(where):
         evaluation.run()
     scores, predictions = evaluation.scored(read_together(evaluation.tensors())), evaluation.predictions()
+    if bad := [name for name, each in scores[split][0].items() if not math.isfinite(each.nll)]:
+        words = f"logits of {', '.join(bad)} are NaN or infinite on the {split} images"
+        raise CheckpointError(f"{run.path}: the {which} checkpoint is of no use: {words}: try another one (last, best)")
     if remade:
         _write(run, predictions)
     return scores[split][0], predictions[split]

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,7 +28,7 @@ from codistill.runs.choice import lowest_student
 from codistill.runs.images import changed_files
 from codistill.runs.lock import lock_folder, remove_strays
 from codistill.runs.metadata import checked_metadata, drawn_digest
-from codistill.runs.state import load_weights
+from codistill.runs.state import TrainingState, load_weights
 from codistill.settings.build import build_method, unbuildable
 from codistill.settings.config import RunConfig
 from codistill.settings.mapping import run_from_mapping
@@ -35,6 +36,29 @@ from codistill.settings.mapping import run_from_mapping
 ANOTHER = "choose another --out"
 # What tells how a run has ended: of one that trains on, it would be of an epoch before.
 OF_THE_END = ("summary.json", "predictions.npz", "report-images.npz")
+
+
+@dataclass(frozen=True)
+class Continued:
+    """A run that goes on, as it was read before its folder is held.
+
+    Attributes:
+        run: Its folder, whose store of checkpoints knows which of them are damaged.
+        index: That of the checkpoints, from before they were read.
+        state: The checkpoint that it goes on from; None: it begins again.
+        extended: Its config.json, where another number of epochs changes that; None: nothing does.
+    """
+
+    run: "RunFolder"
+    index: bytes | None
+    state: TrainingState | None
+    extended: Mapping[str, Any] | None = None
+
+    @classmethod
+    def read(cls, run: "RunFolder") -> Self:
+        """Read the last whole checkpoint of a run."""
+        index = run.checkpoints.written()
+        return cls(run, index, run.checkpoints.load() if run.checkpoints.entries() else None)
 
 
 class RunFolder:
@@ -55,16 +79,16 @@ class RunFolder:
         metadata: Mapping[str, Any] | None,
         method: Method,
         data: Dataset,
-        extended: Mapping[str, Any] | None = None,
+        continued: Continued | None = None,
     ) -> Iterator[Self]:
         """Hold a run folder for writing as long as the context lasts.
 
-        `metadata` are those of a new run; None: the folder holds a run, which resumes, with those that are `extended`
-        if any. `load_method` copies the method where names alone cannot build it, `load_data` returns the data.
+        `metadata` are those of a new run; None: the folder holds a run, which resumes as it was `continued`.
+        `load_method` copies the method where names alone cannot build it, `load_data` returns the data.
 
         Raises:
-            UsageError: Another process holds the folder; it cannot be made, or a new one is not empty; or the run to
-                resume is finished.
+            UsageError: Another process holds the folder, or held it since the run was read; it cannot be made, or a new
+                one is not empty; or the run to resume is finished.
             CheckpointError: There is no run to resume.
         """
         run, fix = None, ANOTHER
@@ -75,16 +99,22 @@ class RunFolder:
                 if run is None:
                     refuse_existing(path)
                     path.mkdir(parents=True, exist_ok=True)
-                held.enter_context(lock_folder(path))
+                held.enter_context(lock_folder(path, f", or {ANOTHER}" if metadata is not None else ""))
                 remove_strays(path)
                 if metadata is not None:
                     refuse_occupied(path)
                     write_json(path / "config.json", metadata)
                     run = cls(path)
                 assert run is not None
-                if extended is not None:
-                    write_json(path / "config.json", extended)
+                extended = continued and continued.extended
+                if continued is not None:
                     run = cls(path)
+                    if (run.metadata, run.checkpoints.written()) != (continued.run.metadata, continued.index):
+                        raise UsageError(f"run {path} was continued by another process meanwhile: repeat the command")
+                    if extended is not None:
+                        write_json(path / "config.json", extended)
+                        run = cls(path)
+                    run.checkpoints = continued.run.checkpoints
                 if run.finished and extended is None:
                     raise UsageError(f"run {path} is finished: there is nothing to resume")
                 remove_strays(run.checkpoints.folder)
@@ -191,13 +221,21 @@ class RunFolder:
         """Read metrics.jsonl, one entry an epoch.
 
         Raises:
-            CheckpointError: It is absent, or a line is damaged.
+            CheckpointError: It is absent, or a line is damaged; a last one that a kill has cut is left out.
         """
-        path = self.path / "metrics.jsonl"
+        path, rows = self.path / "metrics.jsonl", []
         try:
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from None
+        for number, line in enumerate(lines, start=1):
+            try:
+                rows.append(dict(json.loads(line)))
+            except (ValueError, TypeError):
+                if number == len(lines) > 1 and not line.endswith("\n"):
+                    break
+                raise CheckpointError(f"{path}:{number}: damaged: {shown(line.strip())}") from None
+        return rows
 
     @property
     def averages(self) -> bool:
@@ -317,7 +355,7 @@ def refuse_existing(path: Path) -> None:
     """Raise `UsageError` where a process works on a run folder, which is named, or a new one would not be empty."""
     with contextlib.suppress(OSError):
         if (path / ".lock").exists():
-            lock_folder(path).close()
+            lock_folder(path, f", or {ANOTHER}").close()
     refuse_occupied(path)
 
 

@@ -10,12 +10,15 @@ from typing import IO
 from codistill.core.errors import UsageError
 
 
-def lock_folder(folder: Path) -> IO[str]:
-    """Lock a folder until the returned file is closed or the process dies, or raise `UsageError` with who holds it."""
+def lock_folder(folder: Path, otherwise: str = "") -> IO[str]:
+    """Lock a folder until the returned file is closed or the process dies, or raise `UsageError` with who holds it.
+
+    `otherwise` ends its line: what else than waiting would do.
+    """
     file = open(folder / ".lock", "a+")  # noqa: SIM115
     try:
         if not taken(file, fcntl.LOCK_EX):
-            raise UsageError(f"run folder {folder} is in use by {owner(file)}: wait for it, or choose another --out")
+            raise UsageError(f"run folder {folder} is in use by {owner(file)}: wait for it{otherwise}")
     except BaseException:  # or a file system without locks
         file.close()
         raise

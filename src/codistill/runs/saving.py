@@ -155,7 +155,7 @@ class Saver:
             write()
         except Exception as error:
             # Whatever fails within the libraries of trackers costs no run.
-            if not isinstance(error, (OSError, MemoryError)) and not tracker:
+            if not isinstance(error, (OSError, MemoryError, ResourceError)) and not tracker:
                 raise
             self._failed[what] = error
             if what not in self._warned:

@@ -152,7 +152,10 @@ def automatic(known: Known, spec: str, given: Mapping[str, Any], method: str) ->
     if trained > batch and trained % batch == 1:
         choose("drop_last", True, "the last batch of an epoch would be one image, too few for batch normalisation")
     epochs = choose("epochs", *_epochs(images, forward_flops(networks, size), gpu))
-    choose("learning_rate", 0.1 * batch / 128, "0.1 for 128 images, in proportion to the batch")
+    if given.get("optimizer") == "adamw":
+        choose("learning_rate", 0.001, "usual for adamw")
+    else:
+        choose("learning_rate", 0.1 * batch / 128, "0.1 for 128 images, in proportion to the batch")
     if chosen.get("milestones") is None:
         choose("schedule", "cosine", "falls smoothly to 0, whatever the number of epochs")
     if epochs > 1:

@@ -21,7 +21,7 @@ from codistill.data.augment import epoch_indices
 from codistill.deploy.run import Run
 from codistill.evaluation.evaluation import EVALUATION_BATCH, evaluate
 from codistill.networks.probe import copied
-from codistill.runs.folder import refuse_occupied
+from codistill.runs.folder import Continued, refuse_occupied
 from codistill.runs.metadata import run_metadata
 from codistill.runs.summary import write_summary_of_failure
 from codistill.settings.build import load_named_data
@@ -134,13 +134,14 @@ def train_fleet(configs: Sequence[RunConfig], outs: Sequence[Path], show: bool =
     sizes = side_by_side(plans, splits)
     at_once = 0 if processes > 1 else sizes[0]
     # The runs of later groups have a folder from the beginning, so that `resume` finds them.
+    begun: list[Continued | None] = [None] * at_once
     for plan, out in list(zip(plans, outs, strict=True))[at_once:]:
         metadata = run_metadata(plan.config, data, device, plan.method, splits.digests, plan.initial, plan.asked)
         with Run.opened(out, metadata, plan.method, data):
-            pass
+            begun.append(Continued.read(Run(out)))
     openings = [
-        functools.partial(set_up, plan, out, show, out.name, begun=number >= at_once, splits=splits)
-        for number, (plan, out) in enumerate(zip(plans, outs, strict=True))
+        functools.partial(set_up, plan, out, show, out.name, continued, splits=splits)
+        for plan, out, continued in zip(plans, outs, begun, strict=True)
     ]
     if processes > 1:
         train_in_processes(openings, outs, processes, threads)

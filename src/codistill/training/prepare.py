@@ -26,15 +26,15 @@ from codistill.data.splitting import divided
 from codistill.data.stream import Streaming, check_streaming, on_device
 from codistill.deploy.run import Run
 from codistill.methods import METHODS, Method
-from codistill.methods.kd import WithTeacher
+from codistill.methods.kd import WithTeacher, check_teacher
 from codistill.methods.teacher import TeacherEnsemble
 from codistill.networks.network import parameter_count
 from codistill.networks.probe import label
 from codistill.report.trackers import trackers
+from codistill.runs.folder import Continued
 from codistill.runs.images import write_duplicates, write_images
 from codistill.runs.metadata import data_digests, held_out_digest, run_metadata, weights_digest
 from codistill.runs.saving import Saver
-from codistill.runs.state import TrainingState
 from codistill.runs.summary import write_summary_of_failure
 from codistill.settings.build import build_method, weights_of
 from codistill.settings.config import RunConfig, TeacherSettings, TrainSettings
@@ -251,16 +251,6 @@ def teaching_of(method: Method) -> TeacherSettings:
     )
 
 
-def check_teacher(method: type[Method], given: bool) -> None:
-    """Refuse a teacher where none is used, and none where one is needed."""
-    if given and method.teacher == "refused":
-        raise UsageError(f"{method.name} has no use for a teacher: leave --teacher out, or choose kd")
-    if not given and method.teacher == "required":
-        raise UsageError(
-            f"{method.name} needs a teacher: give --teacher a run folder, an exported file or a checkpoint"
-        )
-
-
 class DeviceSplits:
     """The splits of a data set, on a device from their first use on; runs side by side share them."""
 
@@ -331,27 +321,24 @@ def set_up(
     out: Path,
     show: bool,
     label: str = "",
-    begun: bool = False,
-    state: TrainingState | None = None,
+    continued: Continued | None = None,
     ranks: Ranks = ALONE,
     splits: DeviceSplits | None = None,
-    extended: Mapping[str, Any] | None = None,
     on_epoch_end: OnEpochEnd | None = None,
 ) -> Iterator[Trainer]:
     """Open the folder of a run and put the run on its device; always release both, and leave the method as it was.
 
-    `label` is a prefix of its lines among those of other runs; `begun` says whether the folder holds the run already,
-    and `state` is the checkpoint to resume from; `extended` is the config.json of a run with another number of epochs;
+    `label` is a prefix of its lines among those of other runs; `continued` is the run that the folder holds already;
     `on_epoch_end` gets each line of metrics.jsonl; `splits` are data on the device that other runs use too. Rank 0
     holds the folder for all ranks.
     """
     method, config = plan.method, plan.config
     splits = splits or DeviceSplits(plan.data, plan.device, config.execution.stream)
     made = functools.partial(run_metadata, config, plan.data, plan.device, method)
-    metadata = None if begun or not ranks.leads else made(splits.digests | plan.held_out, plan.initial, plan.asked)
+    metadata = None if continued or not ranks.leads else made(splits.digests | plan.held_out, plan.initial, plan.asked)
     with contextlib.ExitStack() as folder:
         with ranks.together():
-            opened = Run.opened(out, metadata, method, plan.data, extended)
+            opened = Run.opened(out, metadata, method, plan.data, continued)
             held_run = folder.enter_context(opened) if ranks.leads else None
         # The others cannot read it: it may lie on a disk of rank 0's machine.
         known = ranks.from_leader(lambda: Run(out))
@@ -373,9 +360,9 @@ def set_up(
                 with ranks.together():
                     if ranks.leads:
                         splits.examine_teacher(method, config, trainer.display.note)
-                    if state is not None:
-                        trainer.restore(state)
-                    elif begun and ranks.leads:  # it starts from the beginning, whatever epochs were logged
+                    if continued is not None and continued.state is not None:
+                        trainer.restore(continued.state)
+                    elif continued is not None and ranks.leads:  # it begins again, whatever was logged
                         (run.path / "metrics.jsonl").unlink(missing_ok=True)
                 yield trainer
         except BaseException as error:

@@ -1,11 +1,12 @@
 """A run folder of a training that a loop of one's own has done."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from codistill.core.errors import UsageError
+from codistill.core.errors import DivergedError, UsageError
 from codistill.core.files import write_json
 from codistill.core.randomness import draws_kept
 from codistill.data.dataset import Dataset
@@ -15,11 +16,13 @@ from codistill.evaluation.metrics import read_together
 from codistill.methods import Method
 from codistill.report.page import page_if_possible, write_report
 from codistill.report.pictures import keep_pictures
+from codistill.runs.folder import refuse_existing
 from codistill.runs.metadata import run_metadata, weights_digest
 from codistill.runs.predictions import write_predictions
 from codistill.runs.state import TrainingState, tensors_once
 from codistill.runs.summary import summarise
 from codistill.settings.config import TrainSettings
+from codistill.training.finite import bad_scores
 from codistill.training.prepare import DeviceSplits
 from codistill.training.train import config_of
 from codistill.training.trainer import scored_row
@@ -46,19 +49,27 @@ def record(
         history: For each epoch the means of the loss terms by name, which the report draws, and `learning_rate`, if it
             is to be drawn.
         seconds: Of the training; 0: not known.
-        settings: Those of the loop that you want recorded; epochs are those of the history,
-            and milestones behind them are left out.
+        settings: Those of the loop that you want recorded; epochs are those of the history, and milestones behind
+            them are left out, as are `ema_decay`, `validation` and `patience`; `data.validation` is scored.
 
     Returns:
         The run, which is finished; it cannot be resumed, but another can start from it (`init`).
 
     Raises:
-        UsageError: The folder is not empty, or the history holds something else than numbers.
+        UsageError: The folder is not empty, or the history holds something else than finite numbers.
+        DivergedError: The logits are NaN or infinite.
     """
     epochs = max(1, len(history))
     settings = settings or TrainSettings(epochs=epochs, milestones=())
     within = settings.milestones and tuple(each for each in settings.milestones if each < epochs)
-    config = config_of(method, data, dataclasses.replace(settings, epochs=epochs, milestones=within))
+    # No average and no images held out are known here.
+    lacks: dict[str, Any] = {"ema_decay": 0.0, "validation": 0, "patience": 0}
+    settings = dataclasses.replace(settings, epochs=epochs, milestones=within, **lacks)
+    config = config_of(method, data, settings)
+    for epoch, terms in enumerate(history):
+        if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in terms.values()):
+            raise UsageError(f"history of epoch {epoch + 1} is {dict(terms)!r}; it must be finite numbers by name")
+    refuse_existing(Path(out))
     device = next(method.parameters()).device
     splits = DeviceSplits(data, device)
     held = splits.evaluated(None)
@@ -68,14 +79,15 @@ def record(
         evaluation.run()
     rows: list[dict[str, Any]] = []
     for epoch, terms in enumerate(history or [{}]):
-        if not all(isinstance(value, (int, float)) for value in terms.values()):
-            raise UsageError(f"history of epoch {epoch + 1} is {dict(terms)!r}; it must be numbers by name")
         train = {name: float(value) for name, value in terms.items() if name != "learning_rate"}
         rows.append({"epoch": epoch, "learning_rate": terms.get("learning_rate"), "train": train, "warnings": []})
         rows[-1] |= {"seconds": seconds / epochs, "images_per_second": 0.0}
         if seconds:
             rows[-1]["images_per_second"] = len(data.train) * epochs / seconds
     rows[-1] |= scored_row(evaluation.scored(read_together(evaluation.tensors())))
+    for split in held:
+        if words := bad_scores(rows[-1], split):
+            raise DivergedError(words)
     initial = {"sha256": weights_digest(method), "from_recipe": False, "trained_in": []}
     metadata = run_metadata(config, data, device, method, splits.digests, initial, {}) | {"own_loop": True}
     with Run.opened(Path(out), metadata, method, data) as run:

@@ -1,5 +1,6 @@
 """Resume interrupted runs, alone or side by side."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -13,7 +14,7 @@ from codistill.core.imports import resuming
 from codistill.data.dataset import Dataset
 from codistill.deploy.run import Run
 from codistill.methods import Method
-from codistill.runs.folder import hand_in, runs_in
+from codistill.runs.folder import Continued, hand_in, runs_in
 from codistill.runs.metadata import weights_digest
 from codistill.settings.config import MOVABLE
 from codistill.settings.mapping import run_from_mapping
@@ -85,7 +86,8 @@ def resume_together(
     with Ranks.from_environment() as ranks:
 
         def read() -> list[InterruptedRun]:
-            runs = [run for path in paths for run in unfinished(path, method, data, epochs)]
+            found = [run for path in paths for run in unfinished(path, method, data, epochs)]
+            runs = list({run.path.resolve(): run for run in found}.values())  # each once
             if len(runs) > 1 and method is not None:
                 raise UsageError(f"{len(runs)} runs to resume, but one method was handed in: name one run")
             if ranks.count > 1 and len(runs) > 1:
@@ -125,7 +127,7 @@ def resume_together(
                 each.announce()
             opening = functools.partial(set_up, ranks=ranks, splits=splits, on_epoch_end=on_epoch_end)
             openings = [
-                functools.partial(opening, plan, each.run.path, show, name, True, each.state, extended=each.extended)
+                functools.partial(opening, plan, each.run.path, show, name, each.continued)
                 for plan, each, name in zip(plans, group, names, strict=True)
             ]
             processes, threads = share_cores(plans, splits)
@@ -173,7 +175,8 @@ class InterruptedRun:
                 f"{run.path} began on {began} ranks, and batch statistics are those of a rank: resume it {how}"
             )
         config = run.config
-        self.state = run.checkpoints.load() if run.checkpoints.entries() else None
+        self.continued = Continued.read(run)
+        self.state = self.continued.state
         if self.state is not None:
             began, now = self.state.config, config.as_mapping()
             earlier = [each["epochs"] for each in run.extensions]  # the checkpoint may be older than an extension
@@ -195,26 +198,26 @@ class InterruptedRun:
         if config.execution.threads is None and on_cpu and ranks.count == 1 and type(recorded) is int:
             config = run_from_mapping({"threads": recorded}, lambda key: f"{run.path}/config.json", base=config)
         self.config = run_from_mapping(override, lambda key: "codistill resume --override", base=config)
-        self.extended: dict[str, Any] | None = None
         if run.finished or epochs not in (None, config.train.epochs):
             self._extend(epochs or 0)
 
     def _extend(self, epochs: int) -> None:
-        """Change the number of epochs; `extended` is then the config.json that says so."""
+        """Change the number of epochs."""
         run, before = self.run, self.config.train.epochs
         done, steps = self.position
         if epochs <= done:
             raise UsageError(f"{run.path} has done {done} epochs: --epochs {epochs} is not more: name a larger number")
         self.config = run_from_mapping({"epochs": epochs}, lambda key: "codistill resume --epochs", base=self.config)
         entry = {"epochs": before, "after_epoch": done, "after_step": steps}
-        self.extended = {**run.metadata, "epochs": epochs, "extended": [*run.extensions, entry]}
+        extended = {**run.metadata, "epochs": epochs, "extended": [*run.extensions, entry]}
+        self.continued = dataclasses.replace(self.continued, extended=extended)
 
     def announce(self) -> None:
         """Say what an extension changes."""
-        if self.extended is None:
+        if self.continued.extended is None:
             return
         done, now = self.position[0], self.config.train
-        before = self.extended["extended"][-1]["epochs"]
+        before = self.continued.extended["extended"][-1]["epochs"]
         note(
             f"{self.run.path}: {now.epochs} epochs instead of {before}, of which {done} are done: it goes on as a "
             f"run of {now.epochs}, from {100 * done / now.epochs:.0f} %: learning rate {rate_of(now, done):.3g}"

@@ -17,14 +17,14 @@ from codistill.core.torchrun import launch, world_size
 from codistill.data.dataset import Dataset
 from codistill.deploy.run import Run
 from codistill.methods import Method
+from codistill.methods.kd import check_teacher
 from codistill.networks.origin import mark
-from codistill.runs.folder import ANOTHER, refuse_existing
-from codistill.runs.state import TrainingState
+from codistill.runs.folder import ANOTHER, Continued, refuse_existing
 from codistill.settings.augment import AugmentSettings
 from codistill.settings.build import load_named_data
 from codistill.settings.config import PLACES, ExecutionSettings, RunConfig, TrainSettings
 from codistill.training.loop import train_loop
-from codistill.training.prepare import DeviceSplits, announce, build_taught, check, check_teacher, set_up, teaching_of
+from codistill.training.prepare import DeviceSplits, announce, build_taught, check, set_up, teaching_of
 from codistill.training.ranks import Ranks
 from codistill.training.sharing import choose_threads
 from codistill.training.trainer import OnEpochEnd, Trainer
@@ -163,49 +163,54 @@ def _train(
     on_epoch_end: OnEpochEnd | None = None,
 ) -> Run:
     plan = check(method, data, config, device, ranks=ranks)
-    run, state, finished = ranks.from_leader(lambda: restarted(plan.config, out))
-    if run is not None and finished:
+    run, continued = ranks.from_leader(lambda: restarted(plan.config, out))
+    if run is not None and continued is None:
         if ranks.leads:
             note(f"run {run.path} is finished")
         return run
+    state = continued and continued.state
     if ranks.leads:
         announce([plan])
     if ranks.leads and state is None and (trained := plan.initial["trained_in"]):
         warn(f"training goes on from weights of {', '.join(trained)}: make new networks to start from the seed")
-    folder = run.path if run is not None else ranks.from_leader(lambda: out or free_folder(config))
     if ranks.count > 1 and state is None:
         method.load_state_dict(ranks.from_leader(method.state_dict))
-    splits = DeviceSplits(data, device, plan.config.execution.stream)
-    if ranks.count == 1:
-        choose_threads(plan, splits)
-    begun = run is not None
-    opening = functools.partial(set_up, plan, folder, show, begun=begun, state=state, ranks=ranks, splits=splits)
-    with opening(on_epoch_end=on_epoch_end) as trainer:
-        try:
-            train_loop([trainer], fail)
-        finally:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)  # an interrupted step may still write on a stream of its own
-            mark(method, folder)
+    with contextlib.ExitStack() as kept:
+
+        def new_folder() -> Path:
+            return kept.enter_context(kept_if_used(config, out))
+
+        folder = run.path if run is not None else ranks.from_leader(new_folder)
+        splits = DeviceSplits(data, device, plan.config.execution.stream)
+        if ranks.count == 1:
+            choose_threads(plan, splits)
+        opening = functools.partial(set_up, plan, folder, show, continued=continued, ranks=ranks, splits=splits)
+        with opening(on_epoch_end=on_epoch_end) as trainer:
+            try:
+                train_loop([trainer], fail)
+            finally:
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)  # an interrupted step may still write on a stream of its own
+                mark(method, folder)
     return trainer.run
 
 
-def restarted(config: RunConfig, out: Path | None) -> tuple[Run | None, TrainingState | None, bool]:
+def restarted(config: RunConfig, out: Path | None) -> tuple[Run | None, Continued | None]:
     """Find the run that this launch of torchrun began before it lost a process and started all again.
 
-    Returns the run, its last checkpoint if it has one, and whether it is finished; no run: this launch has begun none.
+    Returns the run, and how it goes on, None where it is finished; no run: this launch has begun none.
     """
     folders = [out] if out else list(itertools.takewhile(Path.exists, candidate_folders(config)))[-1:]
     if world_size() == 1 or not folders or not (folders[0] / "config.json").exists():
-        return None, None, False
+        return None, None
     run = Run(folders[0])
     began, now = run.config.as_mapping(), config.as_mapping()
     same = all(began[key] == now[key] for key in now if key not in PLACES)
     if not same or any(run.metadata["environment"].get(key) != value for key, value in launch().items()):
-        return None, None, False
+        return None, None
     if run.status == "diverged":
         raise DivergedError(f"not restarted: {run.summary.get('error')}")
-    return run, run.checkpoints.load() if run.checkpoints.entries() else None, run.finished
+    return run, None if run.finished else Continued.read(run)
 
 
 def fail(_: Trainer, error: DivergedError) -> None:

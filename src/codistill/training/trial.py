@@ -29,7 +29,7 @@ def try_method(
     settings: TrainSettings,
     precision: str,
     device: torch.device,
-    augmentation: Augmentation | None = None,
+    augmentation: Augmentation,
 ) -> None:
     """Train and evaluate a copy of a method on two images, as the run will, and choose the method's memory format.
 
@@ -39,7 +39,6 @@ def try_method(
     Raises:
         UsageError: Students, method and data do not go together.
     """
-    augmentation = augmentation or settings.augmentation(data)
     transforms = augmentation.transforms
     few = DeviceImages(Split(data.train.images[:IMAGES], data.train.labels[:IMAGES]), data.statistics, device)
     names = " + ".join(map(label, method.cohort))

@@ -19,6 +19,7 @@ from codistill.core.signals import Interrupted
 from codistill.core.torchrun import refuse_ranks
 from codistill.data.dataset import Split
 from codistill.deploy.run import Run
+from codistill.runs.folder import Continued
 from codistill.runs.state import TrainingState
 from codistill.settings.build import load_named_data
 from codistill.settings.config import RunConfig
@@ -40,19 +41,25 @@ def in_pairs(labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return order[place < np.repeat(counts // 2 * 2, counts)]
 
 
+def part(split: Split, positions: slice | npt.NDArray[np.int64]) -> Split:
+    """Return some images of a split, with their labels and, where it has them, their files."""
+    files = np.array(split.files, dtype=object)[positions] if split.files else ()
+    return Split(split.images[positions], split.labels[positions], tuple(files))
+
+
 def verify_resume(config: RunConfig) -> str:
     """Train two epochs of three steps without a break, and again with three breaks; return what was compared."""
     refuse_ranks("--verify-resume")
     device = choose_device(config.execution.device, config.execution.precision)
     data = load_named_data(config)
-    data = dataclasses.replace(data, test=Split(data.test.images[:TEST_IMAGES], data.test.labels[:TEST_IMAGES]))
+    data = dataclasses.replace(data, test=part(data.test, slice(TEST_IMAGES)))
     size, count = config.train.batch_size, len(data.train)
     size = min(size, count // STEPS)
     if config.augment.sampling == "class-pairs":
         pairs = in_pairs(data.train.labels)
         size = min(size, len(pairs) // STEPS) // 2 * 2
         pairs = pairs[: STEPS * size]
-        data = dataclasses.replace(data, train=Split(data.train.images[pairs], data.train.labels[pairs]))
+        data = dataclasses.replace(data, train=part(data.train, pairs))
     if size < 2:
         raise UsageError(f"--verify-resume trains {STEPS} steps of at least two images: {data.name} has too few")
     warm_up = min(config.train.warm_up, 1)
@@ -60,7 +67,7 @@ def verify_resume(config: RunConfig) -> str:
     settings = dataclasses.replace(settings, train_limit=STEPS * size, batch_size=size)
     short = dataclasses.replace(config, train=settings)
 
-    def train(out: Path, stop: tuple[int, int] | None, state: TrainingState | None = None) -> None:
+    def train(out: Path, stop: tuple[int, int] | None, continued: Continued | None = None) -> None:
         """Train or resume, and stop after a step as after Ctrl-C."""
         plan = check(build_taught(short, data), data, short, device)
 
@@ -69,17 +76,17 @@ def verify_resume(config: RunConfig) -> str:
                 trainer.save_inside(epoch, step)
                 raise Interrupted
 
-        with set_up(plan, out, show=False, begun=state is not None, state=state) as trainer:
+        with set_up(plan, out, show=False, continued=continued) as trainer:
             train_loop([trainer], fail, after_step)
 
     with tempfile.TemporaryDirectory(prefix="codistill-verify-") as folder:
         whole, broken = Path(folder) / "whole", Path(folder) / "broken"
         train(whole, None)
-        state = None
+        continued = None
         for place in (*BREAKS, None):
             with contextlib.suppress(Interrupted):
-                train(broken, place, state)
-            state = InterruptedRun(Run(broken), {}).state if place else None
+                train(broken, place, continued)
+            continued = InterruptedRun(Run(broken), {}).continued if place else None
         return compared(Run(whole), Run(broken), device, config.execution.deterministic)
 
 
