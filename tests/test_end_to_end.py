@@ -73,8 +73,9 @@ def test_the_readmes_lines_repeat_and_equal_the_command_line(small_cifar100, mon
     assert lines.count("epochs=300") == lines.count('out="runs/pair"') == 1
     for out in ("first", "second"):
         torch.rand(3)
-        exec(lines.replace("epochs=300", "epochs=1").replace("runs/pair", out), {})
-    flags = ["--networks", "resnet32", "wrn-16-2", "--data", "cifar100:download=true", "--data-dir", "data"]
+        short = lines.replace("epochs=300", "epochs=1").replace("resnet32", "resnet8").replace("wrn-16-2", "wrn-16-1")
+        exec(short.replace("runs/pair", out), {})
+    flags = ["--networks", "resnet8", "wrn-16-1", "--data", "cifar100:download=true", "--data-dir", "data"]
     assert main(["train", "mfef", *flags, "--epochs", "1", "--out", "third"]) == 0
     runs = [cd.Run(name) for name in ("first", "second", "third")]
     assert len({end_state(run) for run in runs}) == 1

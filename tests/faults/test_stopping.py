@@ -97,7 +97,7 @@ def test_a_signal_within_the_evaluation(colours, undisturbed, tmp_path, monkeypa
 
 
 @pytest.mark.fault(34)
-@signals((1, 2, 3, 4), term=3, interrupt=(1, 4))
+@signals((1, 2, 3, 4), term=2, interrupt=(1, 4))
 def test_a_signal_during_a_save(colours, undisturbed, tmp_path, monkeypatch, number, place):
     out, count, replace = tmp_path / "run", iter(range(1, 100)), os.replace
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .timeline import CAPTURING, Memory, Race, Stream, Timeline, spoil
 
@@ -23,6 +22,25 @@ ANSWERS = (aten._local_scalar_dense, aten.equal, aten.is_nonzero)
 SIZED_BY_VALUES = (aten.nonzero, aten.masked_select)
 INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
 MOVING = (aten.copy_, aten._to_copy, aten._foreach_copy_)
+
+
+def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Apply a function to all leaves of tuples, lists and dicts, which operators take; faster than torch's."""
+    if type(tree) is tuple:
+        return tuple([tree_map(function, each) for each in tree])
+    if type(tree) is list:
+        return [tree_map(function, each) for each in tree]
+    if type(tree) is dict:
+        return {name: tree_map(function, each) for name, each in tree.items()}
+    return function(tree)
+
+
+def tree_leaves(tree: Any) -> list[Any]:
+    if type(tree) is tuple or type(tree) is list:
+        return [leaf for each in tree for leaf in tree_leaves(each)]
+    if type(tree) is dict:
+        return [leaf for each in tree.values() for leaf in tree_leaves(each)]
+    return [tree]
 
 
 class GPUTensor(Tensor):
@@ -78,10 +96,9 @@ class GPUTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        leaves, form = tree_flatten((args, kwargs or {}))
-        taken = [leaf for leaf in leaves if isinstance(leaf, GPUTensor)]
-        on_host = tree_unflatten([values(leaf) for leaf in leaves], form)
-        return taken[0].gpu.run(func, (args, kwargs or {}), on_host, taken)
+        given = (args, kwargs or {})
+        taken = [leaf for leaf in tree_leaves(given) if isinstance(leaf, GPUTensor)]
+        return taken[0].gpu.run(func, given, tree_map(values, given), taken)
 
 
 @dataclass
