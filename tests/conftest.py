@@ -129,8 +129,9 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunConfig]:
 
 @pytest.fixture
 def no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw no report: it takes longer than a tiny training."""
+    """Draw no report, nor its pictures: they take longer than a tiny training."""
     monkeypatch.setattr(loop, "write_report", lambda run, summary: None)
+    monkeypatch.setattr(loop, "keep_pictures", lambda *arguments: None)
 
 
 @pytest.fixture

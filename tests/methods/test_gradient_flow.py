@@ -1,5 +1,6 @@
 """docs/gradient-flow.toml: what each term of each method moves, and that no two students own the same weights."""
 
+import itertools
 import re
 import tomllib
 from collections.abc import Iterable
@@ -261,8 +262,13 @@ def real(name: str, network: str) -> Method:
     return METHODS[name]([cd.network(network, 10) for _ in range(students_of(name))], 10)
 
 
-@pytest.mark.parametrize("network", ["resnet20", "densenet-40-12", "wrn-16-2"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "network"),
+    [
+        *((name, "resnet20") for name in NAMES),
+        *itertools.product(("mfef", "okddip", "byot"), ("densenet-40-12", "wrn-16-2")),
+    ],
+)
 def test_students_own_their_branches(name, network):
     method = real(name, network)
     stages = method.cohort[0].stages

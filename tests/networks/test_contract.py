@@ -23,6 +23,8 @@ OPTIONS = [
 # One network for each kind of block: what computes runs on these, shapes of all are checked on the meta device.
 KINDS = ["resnet20:shortcut=A", "resnet20:shortcut=B", "wrn-16-2", "densenet-40-12", "vgg8", *OPTIONS[1:]]
 
+LONG = {"densenet-40-12-plain:initial_channels=24": pytest.mark.slow}  # to trace; densenet-40-12 has all its kinds
+
 
 def images(batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, 3, 32, 32)
@@ -161,7 +163,7 @@ def test_relu_in_place_changes_no_gradient(spec, monkeypatch):
     assert all(map(torch.equal, in_place, gradients()))
 
 
-@pytest.mark.parametrize("spec", KINDS)
+@pytest.mark.parametrize("spec", [pytest.param(each, marks=LONG.get(each, ())) for each in KINDS])
 def test_exports_as_one_graph_for_any_batch_size(spec, shaken):
     built = shaken(network(spec, 10))
     batch = {0: torch.export.Dim("batch")}

@@ -189,7 +189,7 @@ def test_data_that_has_gone_costs_the_pictures_alone(folder, here, capsys, tmp_p
             "gone/page.html: No such file or directory: choose another --out",
         ),
         (
-            ["report", "RUN", "RUN", "--data-dir", "gone"],
+            ["report", "RUN", "OTHER", "--data-dir", "gone"],
             2,
             "codistill report: --data-dir and --skip-bad are for the page of one run: leave them out",
         ),
@@ -198,6 +198,7 @@ def test_data_that_has_gone_costs_the_pictures_alone(folder, here, capsys, tmp_p
 )
 def test_what_cannot_be_is_one_line(folder, here, capsys, arguments, status, line):
     (here / "notes.txt").write_text("mine")
-    assert main([str(folder / "mfef-1") if each == "RUN" else each for each in arguments]) == status
+    places = {"RUN": str(folder / "mfef-1"), "OTHER": str(folder / "dml-0")}
+    assert main([places.get(each, each) for each in arguments]) == status
     assert capsys.readouterr().err == f"codistill: error: {line}\n"
     assert (here / "notes.txt").read_text() == "mine" and {each.name for each in here.iterdir()} == {"notes.txt"}

@@ -135,7 +135,7 @@ class Method(Marked):
     """
 
     name: str = ""
-    """The public name, set by the registry; of a class that is not registered, that of the class."""
+    """The public name, set by the registry; of a class that is not registered, that of its base, or of the class."""
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
     settings: MethodSettings
     min_students: ClassVar[int] = 1
@@ -173,7 +173,7 @@ class Method(Marked):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls.Settings = inspect.get_annotations(cls, eval_str=True).get("settings", cls.Settings)
-        if "name" not in vars(cls):
+        if not cls.name:
             cls.name = cls.__name__
         if "losses" in vars(cls):
             cls.losses = with_teacher_terms(cls.losses)  # type: ignore[method-assign]
