@@ -208,7 +208,7 @@ def test_refusals(tiny_registered, capsys, tmp_path):
     assert "bench measures steps with all images in memory: leave out --stream on" in capsys.readouterr().err
     for unlike in (["--mixup", "0.2"], ["--method.views-per-student"], ["--ema-decay", "0.9"], ["--clip-norm", "1"]):
         assert main([*ARGUMENTS, "--compare", *unlike]) == 2
-        assert "--compare: the plain loop has not " in capsys.readouterr().err
+        assert "--compare: the plain loop does not have " in capsys.readouterr().err
     assert main([*ARGUMENTS, "--profile", str(tmp_path / "absent" / "file")]) == 2
     assert "there is no folder" in capsys.readouterr().err
     assert main([*ARGUMENTS[:-1], "cuda"]) == (0 if torch.cuda.is_available() else 2)

@@ -227,6 +227,24 @@ def test_a_disk_that_is_full_for_a_while(colours, undisturbed, tmp_path, capsys,
 
 
 @pytest.mark.fault(31)
+def test_an_index_that_cannot_be_read_for_a_while(colours, undisturbed, tmp_path, capsys, monkeypatch):
+    read, left = Path.read_bytes, iter(range(2))
+
+    def failing_read(path: Path) -> bytes:
+        if path.name == "index.json" and next(left, None) == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing_read)
+    capsys.readouterr()
+    assert run_here(arguments(colours, tmp_path / "run")) == 0
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "checkpoint not written: " in error and "training goes on" in error
+    monkeypatch.undo()
+    assert end_state(tmp_path / "run") == undisturbed()
+
+
+@pytest.mark.fault(31)
 def test_a_disk_that_is_full_at_the_last_save_is_tried_once_more(colours, undisturbed, tmp_path, monkeypatch):
     monkeypatch.setattr(
         checkpoint, "write_atomically", failing(errno.ENOSPC, lambda name: name.endswith("epoch-000002.pt"), 1)

@@ -375,7 +375,7 @@ def test_bounds_of_settings(name, setting, value):
         METHODS[name].Settings(**{setting: value})
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "ffsd"])  # which refuses them
+@pytest.mark.parametrize("name", NAMES)
 def test_views(name, tiny_network, batch):
     """A view for each student in training where the setting asks for it; one for all in evaluation."""
     students = [tiny_network() for _ in range(max(2, METHODS[name].min_students))]

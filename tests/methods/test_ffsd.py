@@ -219,8 +219,9 @@ def test_what_is_deployed_carries_nothing_of_the_teaching(make, batch):
 
 
 def test_views_whose_places_differ_are_refused(tiny_network):
+    method = FFSD([tiny_network() for _ in range(3)], 3, FFSD.Settings(views_per_student=True), (8, 8))
     with pytest.raises(UsageError, match="ffsd compares maps place by place, but views have other crops and flips"):
-        FFSD([tiny_network() for _ in range(3)], 3, FFSD.Settings(views_per_student=True), (8, 8))
+        method.refuse_useless()
 
 
 def test_networks_without_a_decoder_are_refused():

@@ -156,7 +156,10 @@ def moved(method: Method, batch: tuple[Tensor, Tensor]) -> dict[str, set[str]]:
 
 
 def moved_under_any_seed(name: str, build, batch: tuple[Tensor, Tensor]) -> dict[str, set[str]]:
-    """Which parts each term moves under some of the seeds: two, and as many more as it needs for what is listed."""
+    """Which parts each term moves under some of the seeds: two, and as many more as it needs for what is listed.
+
+    So a part that is not listed, and that both of them leave dead, is not seen.
+    """
     known = parts(build(0))
     found: dict[str, set[str]] = {}
     for seed in SEEDS:

@@ -219,13 +219,16 @@ def test_two_standardised_logits_teach_nothing_and_are_refused(tiny_network):
     logits, target = torch.tensor([[2.0, 0.5]], requires_grad=True), torch.tensor([[3.0, -1.0]])
     (gradient,) = torch.autograd.grad(distillation(logits, target, LABEL, 2.0, form="standardised"), logits)
     assert gradient.abs().max() < 1e-6
-    students = [tiny_network(classes=2) for _ in range(3)]
-    for method, settings in (("dml", {"kl": "standardised"}), ("mfef", {"kl": "standardised"})):
-        chosen = METHODS[method].Settings(**settings)
-        with pytest.raises(UsageError, match=r"method\.kl is standardised; it must be another form: two logits"):
-            METHODS[method](students[:2], 2, chosen, (8, 8))
-    with pytest.raises(UsageError, match="the teacher's kl is standardised; it must be another form: two logits"):
-        cd.WithTeacher(cd.KD(students[:1], 2, image_size=(8, 8)), students[2], kl="standardised")
+    for classes in (2, 3):
+        students = [tiny_network(classes=classes) for _ in range(3)]
+        dml = cd.DML(students[:2], classes, cd.DML.Settings(kl="standardised"), (8, 8))
+        kd = cd.WithTeacher(cd.KD(students[:1], classes, image_size=(8, 8)), students[2], kl="standardised")
+        for method, name in ((dml, r"method\.kl"), (kd, "teacher_kl")):
+            if classes > 2:
+                method.refuse_useless()
+                continue
+            with pytest.raises(UsageError, match=f"{name} is standardised, which teaches nothing with two classes"):
+                method.refuse_useless()
 
 
 @pytest.mark.parametrize("weights", [(1.0,), (1.0, -1.0), (1.0, math.inf), (1.0, 2.0, 3.0)])

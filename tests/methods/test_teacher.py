@@ -215,8 +215,6 @@ def test_losses_of_a_method_left_in_evaluation_mode_are_refused(name, batch):
     method = METHODS[name](tiny.own_students(students), 3, settings, (8, 8))
     if method.teacher == "required":
         WithTeacher(method, teacher_of())
-    if name == "rocket":  # has neither a teacher nor anything of its own beside the students
-        return
     with pytest.raises(ValueError, match="they were computed in evaluation mode"):
         method.eval().losses(method(batch[0].float()), batch[1], START)
 
@@ -606,9 +604,15 @@ def unchecked():
 
 def test_a_teacher_that_has_no_use_is_not_attached():
     for method in (tiny.method(cd.Independent), tiny.method(METHODS["rocket"])):
-        with pytest.raises(UsageError, match=f"{method.name} has no use for a teacher"):
+        with pytest.raises(UsageError, match=f"{method.name} has no use for a teacher: .* choose kd$"):
             WithTeacher(method, teacher_of())
         assert method.taught_by is None
+
+    class Mine(cd.Method):
+        """Of somebody else."""
+
+    with pytest.raises(UsageError, match='or set teacher = "allowed" in its class'):
+        WithTeacher(tiny.method(Mine), teacher_of())
 
 
 def test_numbers_of_a_teacher_that_cannot_be(unchecked):

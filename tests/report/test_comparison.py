@@ -65,6 +65,14 @@ def test_teachers_of_a_seed_each_tell_no_groups_apart(tmp_path):
     assert [[each.seed for each in group.runs] for group in grouped(seen)] == [[0, 1], [2], [3], [4]]
 
 
+def test_runs_of_a_method_that_is_not_registered_have_a_page(tmp_path, here):
+    for seed in range(2):
+        write_run(tmp_path / f"own/{seed}", "mine", seed, {"student0": 30.0}, own_method="Mine")
+    assert main(["report", "own"]) == 0
+    (group,) = grouped([seen_run(cd.Run(tmp_path / f"own/{seed}")) for seed in range(2)])
+    assert [each.seed for each in group.runs] == [0, 1]
+
+
 def test_runs_on_other_images_are_other_groups(tmp_path):
     seen = []
     for seed, (place, digest) in enumerate([("/a/birds", "0"), ("/b/birds", "0"), ("/a/cats", "1")]):

@@ -496,3 +496,14 @@ def test_a_run_in_bf16_can_be_evaluated_in_float32(train):
         for name, row in run.metrics()[-1]["test"].items():
             assert row == pytest.approx(scores[name], rel=1e-4) and found[name] == pytest.approx(row, rel=1e-4)
     assert usual.metrics()[-1]["test"] != wide.metrics()[-1]["test"]
+
+
+def test_a_training_that_ends_before_its_first_file_leaves_no_folder(tmp_path, monkeypatch):
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("codistill.training.train.choose_threads", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        cd.train(tiny.method(), tiny.data(), settings=tiny.settings(), show=False)
+    assert not list(tmp_path.iterdir())

@@ -64,15 +64,15 @@ def refuse_unlike_work(method: Method, config: RunConfig) -> None:
     """Refuse to compare with the plain loop where it would do less in a step than ours."""
     settings = config.train
     less = {
-        "a view of each image for each student": method.views > 1,
-        "alternating updates": bool(method.alternating_updates()),
-        "adamw": settings.optimizer != "sgd",
-        "a moving average": settings.ema_decay > 0,
-        "clipping": settings.clip_norm is not None,
-        "other augmentation, labels or sampling": config.augment != AugmentSettings(),
+        f"a view of each image for each student, as {config.method_name} has": method.views > 1,
+        "alternating updates (method.update)": bool(method.alternating_updates()),
+        "optimizer adamw": settings.optimizer != "sgd",
+        "ema_decay": settings.ema_decay > 0,
+        "clip_norm": settings.clip_norm is not None,
+        "settings of augmentation, labels and sampling": config.augment != AugmentSettings(),
     }
     if lacks := [what for what, is_there in less.items() if is_there]:
-        raise UsageError(f"--compare: the plain loop has not {lacks[0]}: leave out --compare or that setting")
+        raise UsageError(f"--compare: the plain loop does not have {lacks[0]}: leave out one of the two")
 
 
 def plain_loop(method: Method, config: RunConfig, device: torch.device, data: Dataset) -> Callable[[int], None]:

@@ -157,16 +157,7 @@ class FFSD(Method):
     like_students = True
 
     def build(self) -> None:
-        """Make fusion, the leader's transfer to the peers' maps, and a decoder for all students but the first.
-
-        Raises:
-            UsageError: Each student is to have a view of its own; or no decoder leads through the maps of the networks.
-        """
-        if self.settings.views_per_student:
-            raise UsageError(
-                "ffsd compares maps place by place, but views have other crops and flips: "
-                "set method.views_per_student to false"
-            )
+        """Make fusion, the leader's transfer to the peers' maps, and a decoder for all students but the first."""
         shapes, count = probe_shapes(self.cohort[0], self.image_size)[1:], len(self.cohort)
         name, width = label(self.cohort[0]), self.cohort[0].widths[-1]
         if len(shapes) < 2:
@@ -178,6 +169,15 @@ class FFSD(Method):
         self.transfer = nn.Sequential(*transfer)
         initialise(self.transfer)
         self.decoders = nn.ModuleList(Decoder(shapes, name) if index else nn.Sequential() for index in range(count))
+
+    def refuse_useless(self) -> None:
+        """Refuse a view for each student, too."""
+        super().refuse_useless()
+        if self.settings.views_per_student:
+            raise UsageError(
+                "ffsd compares maps place by place, but views have other crops and flips: "
+                "set method.views_per_student to false"
+            )
 
     def forward(self, images: Images) -> Outputs:
         """Run all students and the fused classifier; in training also what students learn their maps from."""

@@ -10,8 +10,9 @@ from torch import nn
 from codistill.core.errors import UsageError
 from codistill.methods.cohort import Outputs
 from codistill.methods.independent import IndependentSettings
-from codistill.methods.losses import OTHER_FORM, KLForm, Labels, Scalar, Terms, check_teaching, form_teaches
+from codistill.methods.losses import KLForm, Labels, Scalar, Terms, check_teaching
 from codistill.methods.method import METHODS, Method
+from codistill.methods.mistakes import is_own
 from codistill.methods.teacher import Teacher, TeacherEnsemble, staged
 from codistill.methods.terms import cross_entropy_terms, weighted
 from codistill.networks.origin import DRAWN, mark
@@ -54,8 +55,6 @@ def WithTeacher(
     """
     check_teacher(type(method), True)
     check_teaching(temperature, weight, kl, kl_weights)
-    if not form_teaches(kl, method.num_classes):
-        raise UsageError(f"the teacher's kl is {kl}; it must be {OTHER_FORM}")
     if method.taught_by is not None:
         raise UsageError("the method has a teacher: hand in all of them at once, in a list")
     several = [teacher] if isinstance(teacher, nn.Module) or not isinstance(teacher, Sequence) else list(teacher)
@@ -87,7 +86,8 @@ def WithTeacher(
 def check_teacher(method: type[Method], given: bool) -> None:
     """Refuse a teacher where none is used, and none where one is needed."""
     if given and method.teacher == "refused":
-        raise UsageError(f"{method.name} has no use for a teacher: leave --teacher out, or choose kd")
+        own = ', or set teacher = "allowed" in its class' if is_own(method) else ""
+        raise UsageError(f"{method.name} has no use for a teacher: leave --teacher out, or choose kd{own}")
     if not given and method.teacher == "required":
         raise UsageError(
             f"{method.name} needs a teacher: give --teacher a run folder, an exported file or a checkpoint"

@@ -234,14 +234,6 @@ def weights_fit(form: KLForm, weights: Sequence[float]) -> bool:
     return not weights or (form in KL_WEIGHTS and len(weights) == 2 and all(0 <= each < math.inf for each in weights))
 
 
-OTHER_FORM = "another form: two logits, standardised, are the same for every image, and teach nothing"
-
-
-def form_teaches(form: KLForm, classes: int) -> bool:
-    """Whether a form of the distillation loss has gradients with so many classes: two standardised logits have none."""
-    return form != "standardised" or classes > 2
-
-
 def check_teaching(
     temperature: float, weight: float, kl: KLForm, kl_weights: Sequence[float], prefix: str = ""
 ) -> None:

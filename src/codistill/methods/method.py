@@ -63,9 +63,6 @@ class MethodSettings:
         take_kinds(self, "method.")
         self.check("shared_stages", self.shared_stages is None or self.shared_stages >= 0, "at least 0")
 
-    def check_classes(self, number: int) -> None:
-        """Refuse settings that cannot work with so many classes; by default none are."""
-
     def check(self, name: str, valid: bool, bounds: str) -> None:
         """Raise a UsageError if a setting's value is not valid; `bounds` tells which ones are."""
         if not valid:
@@ -190,7 +187,6 @@ class Method(Marked):
         self.settings = self.Settings() if settings is None else settings
         if not isinstance(self.settings, self.Settings):
             raise UsageError(f"{self.name} takes {self.Settings.__name__}, not {type(self.settings).__name__}")
-        self.settings.check_classes(num_classes)
         self.num_classes = num_classes
         self.image_size = image_size
         if isinstance(students, nn.Module):
@@ -268,6 +264,18 @@ class Method(Marked):
         raise UsageError(f"{title(type(self))} defines no losses(outputs, labels, progress)")
 
     # Some methods override the rest.
+
+    def refuse_useless(self) -> None:
+        """Refuse settings of which a term would teach nothing, or nonsense, before a run begins; older runs have them.
+
+        Raises:
+            UsageError: A distillation term of two standardised logits, which are the same for every image.
+        """
+        taught = self.taught_by
+        forms = {"method.kl": getattr(self.settings, "kl", "kl"), "teacher_kl": taught.kl if taught else "kl"}
+        for name, form in forms.items():
+            if form == "standardised" and self.num_classes == 2:
+                raise UsageError(f"{name} is standardised, which teaches nothing with two classes: choose another form")
 
     def connect(self, teacher: nn.Module) -> Sequence[nn.Module]:
         """Make the modules between students and a teacher, `connectors`, which are trained; by default none.

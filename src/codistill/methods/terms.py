@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from codistill.methods.losses import (
-    OTHER_FORM,
     EnsembleOf,
     KLForm,
     Labels,
@@ -17,7 +16,6 @@ from codistill.methods.losses import (
     Terms,
     cross_entropy,
     distillation,
-    form_teaches,
     ramp_up,
     weights_fit,
 )
@@ -51,10 +49,6 @@ class KLSettings(MethodSettings):
         super().__post_init__()
         bounds = "two numbers, at least 0, beside kl dkd or dist"
         self.check("kl_weights", weights_fit(self.kl, self.kl_weights), bounds)
-
-    def check_classes(self, number: int) -> None:
-        """Refuse a form that teaches nothing with so many classes."""
-        self.check("kl", form_teaches(self.kl, number), OTHER_FORM)
 
 
 @dataclass(frozen=True, kw_only=True)

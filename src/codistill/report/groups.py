@@ -46,7 +46,7 @@ class Seen:
     @property
     def seed(self) -> int:
         """Its seed."""
-        return self.run.config.train.seed
+        return int(self.run.metadata.get("seed", 0))
 
     @property
     def scored(self) -> list[Mapping[str, Any]]:

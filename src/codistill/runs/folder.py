@@ -221,7 +221,7 @@ class RunFolder:
         """Read metrics.jsonl, one entry an epoch.
 
         Raises:
-            CheckpointError: It is absent, or a line is damaged; a last one that a kill has cut is left out.
+            CheckpointError: It is absent, or a line is damaged; of several a last one that a kill has cut is left out.
         """
         path, rows = self.path / "metrics.jsonl", []
         try:

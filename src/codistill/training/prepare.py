@@ -125,6 +125,8 @@ def check(
             notices.append(
                 f"precision bf16: {lack}, so a step may take far longer than in float32: see --precision auto"
             )
+        if begins:
+            method.refuse_useless()
         check_parts(config, images, ranks, method)
         for tracker in config.execution.track:
             refuse_missing(f"track {tracker}", tracker)
