@@ -63,7 +63,9 @@ def test_evaluate_says_that_the_test_set_is_another_one(tmp_path, capsys):
     data = tiny.data(train=20, test=21)
     capsys.readouterr()
     write(place, changed(data.train, "training images"))  # the test set is what it was
-    assert run_here(["evaluate", str(run)]) == 0 and capsys.readouterr().err == ""
+    assert run_here(["evaluate", str(run)]) == 0
+    out, error = capsys.readouterr()
+    assert error == "" and "best student: " in out
     for what in ("training images", "training labels"):
         other = dataclasses.replace(data, test=changed(data.test, what))
         tiny.write_npz(place, other)
@@ -73,6 +75,8 @@ def test_evaluate_says_that_the_test_set_is_another_one(tmp_path, capsys):
         assert f"{what.replace('training', 'test')} of packed are other ones (SHA-256) than in training" in error
         assert json.loads(out).keys() == cd.Run(run, data=other).evaluate().keys()
         assert "are other ones" in capsys.readouterr().err
+        assert run_here(["evaluate", str(run)]) == 0
+        assert "best student: " not in capsys.readouterr().out
 
 
 @pytest.mark.fault(71)

@@ -145,7 +145,7 @@ def evaluate_command(arguments: Sequence[str]) -> None:
         raise UsageError(f"--predictions {table}: {why}")
     run = Run(chosen.run)
     where = (chosen.checkpoint, chosen.data_dir, chosen.device, chosen.skip_bad, chosen.split)
-    scores, predictions = evaluate_images(run, *where)
+    scores, predictions, same = evaluate_images(run, *where)
     if chosen.predictor not in (None, *scores):
         raise UsageError(f"{run.path} has no predictor {chosen.predictor!r}: choose from {', '.join(scores)}")
     if chosen.predictions:
@@ -156,7 +156,7 @@ def evaluate_command(arguments: Sequence[str]) -> None:
     console, shown, how = lasting_console(True), chosen.predictor or next(iter(scores)), ""
     with contextlib.suppress(CodistillError):  # a damaged summary.json; the scores do not depend on it
         if run.finished:
-            how = "" if chosen.data_dir else choice(run.summary, chosen.checkpoint)  # its errors are those of the run
+            how = choice(run.summary, chosen.checkpoint) if same else ""  # its errors are those of the training
             shown = chosen.predictor or run.best_student(chosen.checkpoint)
     title = f"{chosen.run}, {chosen.checkpoint} checkpoint: {len(predictions)} {chosen.split} images"
     title += f" of {chosen.data_dir}" if chosen.data_dir else ""

@@ -71,8 +71,8 @@ def evaluate_images(
     device: str = "auto",
     skip_bad: bool = False,
     split: EvaluatedSplit = "test",
-) -> tuple[dict[str, Scores], Predictions]:
-    """Score as `evaluate_run`, and return what each predictor answered, too."""
+) -> tuple[dict[str, Scores], Predictions, bool]:
+    """Score as `evaluate_run`; return what each predictor answered, too, and whether the images are the training's."""
     if split not in get_args(EvaluatedSplit):
         raise UsageError(f"split is {split!r}: take {' or '.join(get_args(EvaluatedSplit))}")
     config = run.config
@@ -85,7 +85,8 @@ def evaluate_images(
             "it was trained without --validation" if other is None else f"{data_dir} is a folder of class folders alone"
         )
         raise UsageError(f"{run.path}: no validation images, for {why}: take --split test")
-    if other is None and (differ := _other_contents(run, split, held[split])):
+    differ = _other_contents(run, split, held[split]) if other is None else []
+    if differ:
         words = f"{' and '.join(differ)} of {run.config.data} are other ones (SHA-256) than in training"
         warn(f"{run.path}: {words}: its scores in summary.json are not comparable with these")
     remade = other is None and which == "last" and _lacks_predictions(run)
@@ -111,7 +112,7 @@ def evaluate_images(
         raise CheckpointError(f"{run.path}: the {which} checkpoint is of no use: {words}: try another one (last, best)")
     if remade:
         _write(run, predictions)
-    return scores[split][0], predictions[split]
+    return scores[split][0], predictions[split], other is None and not differ
 
 
 def _labelled_folder(run: RunFolder, place: Path, skip_bad: bool) -> Split | None:
