@@ -62,10 +62,9 @@ def record(
     epochs = max(1, len(history))
     settings = settings or TrainSettings(epochs=epochs, milestones=())
     within = settings.milestones and tuple(each for each in settings.milestones if each < epochs)
-    # No average and no images held out are known here.
-    lacks: dict[str, Any] = {"ema_decay": 0.0, "validation": 0, "patience": 0}
-    settings = dataclasses.replace(settings, epochs=epochs, milestones=within, **lacks)
-    config = config_of(method, data, settings)
+    known = dataclasses.replace(settings, epochs=epochs, milestones=within)
+    # No average and no held-out images are known here.
+    config = config_of(method, data, dataclasses.replace(known, ema_decay=0.0, validation=0, patience=0))
     for epoch, terms in enumerate(history):
         if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in terms.values()):
             raise UsageError(f"history of epoch {epoch + 1} is {dict(terms)!r}; it must be finite numbers by name")

@@ -16,6 +16,7 @@ from codistill.deploy.run import Run
 from codistill.methods import Method
 from codistill.runs.folder import Continued, hand_in, runs_in
 from codistill.runs.metadata import weights_digest
+from codistill.runs.state import TrainingState
 from codistill.settings.config import MOVABLE
 from codistill.settings.mapping import run_from_mapping
 from codistill.training.fleet import mark_diverged, shared, side_by_side, train_in_groups, train_in_processes
@@ -176,7 +177,6 @@ class InterruptedRun:
             )
         config = run.config
         self.continued = Continued.read(run)
-        self.state = self.continued.state
         if self.state is not None:
             began, now = self.state.config, config.as_mapping()
             earlier = [each["epochs"] for each in run.extensions]  # the checkpoint may be older than an extension
@@ -222,6 +222,11 @@ class InterruptedRun:
             f"{self.run.path}: {now.epochs} epochs instead of {before}, of which {done} are done: it goes on as a "
             f"run of {now.epochs}, from {100 * done / now.epochs:.0f} %: learning rate {rate_of(now, done):.3g}"
         )
+
+    @property
+    def state(self) -> TrainingState | None:
+        """The checkpoint that it goes on from; None: it begins again."""
+        return self.continued.state
 
     @property
     def position(self) -> tuple[int, int]:
